@@ -1,0 +1,20 @@
+"""`python -m launcher` and `torchrun -m launcher`."""
+
+import sys
+
+
+def run() -> int:
+    from launcher import torchrun
+
+    if torchrun.is_follower():
+        return torchrun.follow()
+    from launcher.cli import main
+
+    try:
+        return main()
+    finally:
+        torchrun.release_followers()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,117 @@
+"""The command line: Hydra composes, every failure becomes one sentence and one line of JSON, the exit code tells.
+
+Hydra runs in one process per run. Where torchrun made this process one of several ranks, rank 0 composes and the
+others wait for its job (launcher/torchrun.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from launcher import torchrun
+from launcher.config import ConfigError, RunConfig, to_run_config
+from launcher.console import print_failure
+from launcher.failures import Failure, RunFailed, describe_exception
+from launcher.override_errors import explain_composition
+from launcher.report import failure_report
+from launcher.run import execute
+from launcher.start import FORWARDED_SIGNALS, interrupted, start_ranks
+
+
+class JobFailed(Exception):
+    """A job of this process failed and has said so; carries the exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"job failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
+    # Hydra then raises what it cannot compose instead of printing it, and we print it our way.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    handle_signals()
+    try:
+        run_hydra()
+    except JobFailed as error:
+        return error.exit_code
+    except RunFailed as error:
+        return report_failure(error.failure, None, None, error.exit_code)
+    except Exception as error:
+        failure = describe_exception(error)
+        if isinstance(error, hydra.errors.HydraException):
+            failure = Failure("ConfigError", explain_composition(error, sys.argv[1:]))
+        return report_failure(failure, None, None)
+    return 0
+
+
+@hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")
+def run_hydra(config: DictConfig) -> None:
+    """One job: the whole run, or one of a sweep. A sweep goes on after a job that failed."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    run: RunConfig | None = None
+    try:
+        run = to_run_config(config)
+        report = execute(run, run_dir, choose_start(), torchrun.world_size())
+    except RunFailed as error:
+        raise JobFailed(report_failure(error.failure, run, run_dir, error.exit_code)) from None
+    except ValueError as error:
+        raise JobFailed(report_failure(describe_exception(error), run, run_dir)) from None
+    except OSError as error:
+        raise JobFailed(report_failure(describe_exception(error), run, run_dir)) from None
+    write_report(report, run_dir)
+
+
+def choose_start() -> Any:
+    """How this process gets its ranks.
+
+    Raises:
+        ConfigError: a sweep inside processes that torchrun already made ranks.
+    """
+    if not torchrun.is_rank():
+        return start_ranks
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError("a sweep starts ranks for each of its jobs: use `torchrun -m launcher -m ...`, one process.")
+    return torchrun.run_as_rank
+
+
+def write_report(report: dict[str, Any], run_dir: Path) -> None:
+    """report.json, and the same object as the last line on stdout."""
+    line = json.dumps(report)
+    (run_dir / "report.json").write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+
+
+def report_failure(failure: Failure, run: RunConfig | None, run_dir: Path | None, exit_code: int = 1) -> int:
+    """Says what failed, to people on stderr and to scripts on stdout."""
+    print_failure(failure)
+    report = failure_report(failure, run, run_dir)
+    try:
+        if run_dir is not None:
+            (run_dir / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # The folder may be what failed; the line on stdout says it all.
+    print(json.dumps(report), flush=True)
+    return exit_code
+
+
+def handle_signals() -> None:
+    """Signals that end a run raise, so that it ends in order; the elastic agent replaces this while ranks run."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise RunFailed(interrupted(number), 128 + number)
+
+    for sig in FORWARDED_SIGNALS:
+        signal.signal(sig, stop)

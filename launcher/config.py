@@ -1,0 +1,280 @@
+"""What a user can set: the typed form of conf/, checked as a whole.
+
+Hydra composes and type-checks single values; `RunConfig.problems` then lists every rule that the values break, so that
+one run shows all of them. Nothing here touches files, cards or the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+MAX_CARDS = 4
+
+
+class ConfigError(ValueError):
+    """Values that a user typed and that cannot be run; the message names the value, the rule and the knob."""
+
+
+class DType(str, Enum):
+    """Type of weights and activations; `auto` takes the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class TopologyKind(str, Enum):
+    auto = "auto"
+    single = "single"
+    dual_nvlink = "dual_nvlink"
+    dual_pcie = "dual_pcie"
+    triple = "triple"
+    quad = "quad"
+
+
+class TaskKind(str, Enum):
+    generate = "generate"
+    plan = "plan"
+    probe = "probe"
+
+
+class HardwareKind(str, Enum):
+    """Where facts about cards come from: this machine, a file under conf/hardware, or no cards at all."""
+
+    local = "local"
+    facts = "facts"
+    cpu = "cpu"
+
+
+class PeerAccess(str, Enum):
+    auto = "auto"
+    off = "off"
+
+
+@dataclass
+class ModelFacts:
+    """Shape of a dense decoder, for planning before its checkpoint is on this machine."""
+
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    max_positions: int = MISSING
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    dtype: str = "bfloat16"
+    # How the linears are stored: none, awq, gptq, compressed-tensors, fp8.
+    quantization: str = "none"
+    # Bits a weight of a linear takes with its scales and zeros.
+    linear_bits: float = 16.0
+
+
+@dataclass
+class ModelConfig:
+    # A local folder, pkg://PACKAGE/FOLDER for what ships with a package, or a hub name such as org/name.
+    path: str = MISSING
+    dtype: DType = DType.auto
+    # Used where the checkpoint itself is not on this machine.
+    shape: ModelFacts | None = None
+
+    @property
+    def name(self) -> str:
+        return PurePath(self.path).name
+
+    def problems(self) -> Iterator[str]:
+        if not self.path.strip():
+            yield "model.path is empty. Give a local folder or a hub name such as org/name."
+
+
+@dataclass
+class TopologyConfig:
+    kind: TopologyKind = TopologyKind.auto
+
+
+@dataclass
+class TaskConfig:
+    kind: TaskKind = TaskKind.generate
+
+
+@dataclass
+class WorkloadConfig:
+    # Tokens of a prompt that the plan counts with; null where the prompts themselves tell.
+    prompt_tokens: int | None = None
+    # Tokens to generate per prompt, at most.
+    output_tokens: int = 128
+    # Prompts that run together.
+    batch_size: int = 1
+
+    def problems(self) -> Iterator[str]:
+        for name, value in (
+            ("prompt_tokens", self.prompt_tokens),
+            ("output_tokens", self.output_tokens),
+            ("batch_size", self.batch_size),
+        ):
+            if value is not None and value < 1:
+                yield f"workload.{name}={value} must be at least 1."
+
+
+@dataclass
+class HardwareConfig:
+    kind: HardwareKind = HardwareKind.local
+    name: str = "local"
+    memory_gib: float = 0.0
+    memory_gb_per_sec: float = 0.0
+    pcie_generation: int = 0
+    pcie_lanes: int = 0
+    nvlink: bool = False
+    peer_access: bool = False
+
+
+@dataclass
+class LimitsConfig:
+    # Treat each card as if it had this much memory.
+    card_memory_gib: float | None = None
+    # `off`: behave as if cards could not reach each other's memory (RTX 4090s cannot).
+    peer_access: PeerAccess = PeerAccess.auto
+
+    def problems(self) -> Iterator[str]:
+        if self.card_memory_gib is not None and self.card_memory_gib <= 0:
+            yield f"limits.card_memory_gib={self.card_memory_gib} must be above 0."
+
+
+@dataclass
+class SamplingConfig:
+    # 0 is greedy.
+    temperature: float = 0.0
+    # 0 keeps every token.
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    # Texts that end an answer; they are cut off it.
+    stop: list[str] = field(default_factory=list)
+
+    def problems(self) -> Iterator[str]:
+        if self.temperature < 0:
+            yield f"sampling.temperature={self.temperature} must be 0 (greedy) or above."
+        if not 0 < self.top_p <= 1:
+            yield f"sampling.top_p={self.top_p} must be above 0 and at most 1."
+        if self.top_k < 0:
+            yield f"sampling.top_k={self.top_k} must be 0 (all tokens) or above."
+        if any(not text for text in self.stop):
+            yield "sampling.stop holds an empty text, which would end every answer at once."
+
+
+@dataclass
+class EngineConfig:
+    # Tokens a sequence may have, prompt and answer; null: what fits, at most 8192 and the model's own limit.
+    max_context: int | None = None
+    # Tokens of prompt that go through the model at a time; bounds the memory of activations.
+    prefill_chunk: int = 2048
+    # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
+    comm_share_steps: int = 16
+
+    def problems(self) -> Iterator[str]:
+        if self.max_context is not None and self.max_context < 2:
+            yield f"engine.max_context={self.max_context} must be at least 2: one token of prompt and one of answer."
+        if self.prefill_chunk < 1:
+            yield f"engine.prefill_chunk={self.prefill_chunk} must be at least 1."
+        if self.comm_share_steps < 0:
+            yield f"engine.comm_share_steps={self.comm_share_steps} must be 0 (do not measure) or above."
+
+
+@dataclass
+class ProbeConfig:
+    """Sizes and repeats of task=probe; sizes grow by factors of four."""
+
+    min_bytes: int = 1024
+    max_bytes: int = 64 * 1024 * 1024
+    repeats: int = 50
+
+    def problems(self) -> Iterator[str]:
+        if not 4 <= self.min_bytes <= self.max_bytes:
+            yield f"probe.min_bytes={self.min_bytes} must be from 4 to probe.max_bytes={self.max_bytes}."
+        if self.repeats < 1:
+            yield f"probe.repeats={self.repeats} must be at least 1."
+
+
+@dataclass
+class TimeoutsConfig:
+    # Self-test of the links before the model is loaded.
+    selftest_sec: float = 60.0
+    # Any single collective after that.
+    collective_sec: float = 300.0
+
+    def problems(self) -> Iterator[str]:
+        for name, value in (("selftest_sec", self.selftest_sec), ("collective_sec", self.collective_sec)):
+            if value <= 0:
+                yield f"timeouts.{name}={value} must be above 0."
+
+
+@dataclass
+class RunConfig:
+    # Cards (ranks) to use; null follows topology, or 1.
+    gpus: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    prompt: str = MISSING
+    # A .txt file (one prompt a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]}); replaces `prompt`.
+    prompts_file: str | None = None
+    # Where answers to prompts_file go; null: outputs.jsonl in the run folder.
+    output_file: str | None = None
+    # Keep the answers that output_file already has and do the rest.
+    resume: bool = False
+    # Wrap prompts in the model's chat template where it has one.
+    chat: bool = True
+
+    def problems(self) -> Iterator[str]:
+        """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
+        if self.gpus is not None and not 1 <= self.gpus <= MAX_CARDS:
+            yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
+        for section in (self.model, self.workload, self.limits, self.sampling, self.engine, self.probe, self.timeouts):
+            yield from section.problems()
+        if self.resume and self.prompts_file is None:
+            yield "resume=true needs prompts_file: a single prompt has nothing to resume."
+        if self.resume and self.output_file is None:
+            yield "resume=true needs output_file: the file of answers that is to be completed."
+        if self.task.kind != TaskKind.plan and self.hardware.kind == HardwareKind.facts:
+            yield (
+                f"hardware={self.hardware.name} describes cards for planning, but task={self.task.kind.value} runs. "
+                "Use hardware=local, or task=plan."
+            )
+        max_context = self.engine.max_context
+        needed = (self.workload.prompt_tokens or 1) + self.workload.output_tokens
+        if max_context is not None and needed > max_context:
+            yield (
+                f"workload.prompt_tokens + workload.output_tokens = {needed} exceeds engine.max_context="
+                f"{max_context}. Raise engine.max_context or lower workload.output_tokens."
+            )
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """The composed config as a checked RunConfig.
+
+    Raises:
+        ConfigError: one message with every broken rule.
+    """
+    run: Any = OmegaConf.to_object(config)
+    if not isinstance(run, RunConfig):
+        raise ConfigError("the primary config has no schema; its defaults list must start with /schema/run@_here_.")
+    problems = list(run.problems())
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return run

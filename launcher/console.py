@@ -1,0 +1,141 @@
+"""What a person sees: the plan, the report and failures, on stderr, so that stdout carries answers and JSON only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.config import RunConfig, TaskKind
+from launcher.failures import Failure
+from launcher.plan import Plan
+from launcher.plan_text import plan_tables
+from launcher.shape import ModelShape
+
+GIB = 2**30
+UNKNOWN = "-"
+
+
+def stderr_console() -> Console:
+    """Without a terminal (a batch job's log) lines are as long as tables need, not 80 columns."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=140)
+
+
+def print_plan(run: RunConfig, plan: Plan, shape: ModelShape) -> None:
+    if run.task.kind == TaskKind.probe:
+        return
+    for table in plan_tables(plan, shape):
+        stderr_console().print(table)
+
+
+def print_failure(failure: Failure) -> None:
+    console = stderr_console()
+    console.print(f"[bold red]{failure.type}[/]", end=" ")
+    console.print(failure.message, markup=False, highlight=False, soft_wrap=True)
+    if failure.hint:
+        console.print(failure.hint, markup=False, highlight=False, soft_wrap=True)
+    if failure.log and failure.log not in failure.message:
+        console.print(f"Log: {failure.log}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    console = stderr_console()
+    if report["task"] == TaskKind.probe.value:
+        console.print(links_table(report["inventory"]))
+        for transport, timings in (report.get("all_reduce") or {}).items():
+            console.print(all_reduce_table(transport, timings))
+    else:
+        console.print(speed_table(report))
+    console.print(cards_table(report["cards"]))
+    console.print(f"report: {report['run_dir']}/report.json", highlight=False, soft_wrap=True)
+
+
+def speed_table(report: dict[str, Any]) -> Table:
+    table = Table("measured", "", title=f"{report['model']} on {report['world_size']} x {report['device']}")
+    load, tpot = report["load"] or {}, report["tpot_ms"] or {}
+    rows = [
+        ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
+        ("time to first token", f"{number(report['ttft_ms'])} ms"),
+        ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
+        ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
+        ("share of communication", percent(report["comm_share"])),
+        ("tokens per joule", number(report["tokens_per_joule"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def cards_table(cards: list[dict[str, Any]]) -> Table:
+    """Memory predicted and measured, and what the card did meanwhile."""
+    names = (
+        "card",
+        "predicted GiB",
+        "peak GiB",
+        "power W",
+        "energy J",
+        "max C",
+        "SM MHz",
+        "PCIe",
+        "replays",
+        "throttled",
+    )
+    table = Table(*names)
+    for card in cards:
+        link = f"{card['pcie_generation'] or UNKNOWN} x{card['pcie_lanes'] or UNKNOWN}"
+        table.add_row(
+            card["name"],
+            gib(card["predicted_bytes"]),
+            gib(card["peak_bytes"]),
+            number(card["power_w"]),
+            number(card["energy_j"]),
+            number(card["temperature_c"]),
+            number(card["sm_clock_mhz"]),
+            link if card["pcie_generation"] else UNKNOWN,
+            number(card["pcie_replays"]),
+            ", ".join(card["throttle_reasons"]) or UNKNOWN,
+        )
+    sources = sorted({card["source"] for card in cards})
+    table.caption = f"peak: {', '.join(sources)}"
+    return table
+
+
+def links_table(inventory: dict[str, Any]) -> Table:
+    table = Table("cards", "link", "path", "NVLinks", "peer access", title="links")
+    for link in inventory["links"]:
+        access = {True: "yes", False: "no", None: UNKNOWN}[link["peer_access"]]
+        row = (f"{link['first']} - {link['second']}", link["kind"], link["path"], str(link["num_nvlinks"]), access)
+        table.add_row(*row)
+    if not inventory["cards"]:
+        table.caption = "no NVIDIA card found: ranks run on the CPU"
+    return table
+
+
+def all_reduce_table(transport: str, timings: list[dict[str, Any]]) -> Table:
+    table = Table("bytes", "p50 us", "p99 us", "GB/s", "exact sums", title=f"all-reduce through {transport}")
+    for timing in timings:
+        table.add_row(
+            f"{timing['num_bytes']:,}",
+            f"{timing['p50_us']:.1f}",
+            f"{timing['p99_us']:.1f}",
+            f"{timing['gb_per_sec']:.3f}",
+            "yes" if timing["exact"] else "NO",
+        )
+    return table
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; a dash for what was not measured."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def gib(num_bytes: int | None) -> str:
+    return UNKNOWN if num_bytes is None else f"{num_bytes / GIB:.2f}"
+
+
+def percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{share * 100:.1f} %"

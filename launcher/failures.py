@@ -1,0 +1,69 @@
+"""Failures as people and scripts need them: what happened, and what to change.
+
+The first rank that fails writes error.json in the run folder; ranks that fail after it, because their peer is gone,
+leave it alone. So the parent reports the cause and not one of its consequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ERROR_FILE = "error.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`type` is the exception's name, `hint` what the user can do about it (may be empty)."""
+
+    type: str
+    message: str
+    hint: str = ""
+    rank: int | None = None
+    log: str | None = None
+
+
+class RunFailed(Exception):
+    """A run that ended without its result; carries the failure and the exit code."""
+
+    def __init__(self, failure: Failure, exit_code: int = 1) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.exit_code = exit_code
+
+
+def describe_exception(error: BaseException, rank: int | None = None, log: str | None = None) -> Failure:
+    """The failure behind an exception, with a hint where the cause is one that users meet."""
+    return Failure(type(error).__name__, str(error) or repr(error), find_hint(error), rank, log)
+
+
+def find_hint(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "Free some space, or write elsewhere: output_file=FILE, hydra.run.dir=FOLDER."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return "Choose a folder that can be written: hydra.run.dir=FOLDER."
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return "Check the links with task=probe; limits.peer_access=off avoids broken peer access."
+    return ""
+
+
+def write_first_failure(run_dir: Path, failure: Failure) -> bool:
+    """Records `failure` if none is recorded yet; tells whether it was the first."""
+    with contextlib.suppress(OSError):
+        with (run_dir / ERROR_FILE).open("x", encoding="utf-8") as file:
+            json.dump(asdict(failure), file)
+        return True
+    return False
+
+
+def read_first_failure(run_dir: Path) -> Failure | None:
+    path = run_dir / ERROR_FILE
+    try:
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,56 @@
+"""What the parent tells the ranks: one file, job.json, with the config, the plan and the prompts, all typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from launcher.config import PeerAccess, RunConfig
+from launcher.plan import Plan
+from launcher.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is decided: ranks take everything from here and read no other configuration."""
+
+    run: RunConfig
+    plan: Plan
+    model_folder: str
+    run_dir: str
+    prompts: tuple[Prompt, ...]
+    host_cores: int
+
+    @property
+    def output_path(self) -> Path:
+        return Path(self.run.output_file or Path(self.run_dir) / "outputs.jsonl")
+
+
+def save_job(job: Job) -> Path:
+    path = Path(job.run_dir) / "job.json"
+    path.write_bytes(TypeAdapter(Job).dump_json(job, indent=1))
+    return path
+
+
+def load_job(path: Path) -> Job:
+    return TypeAdapter(Job).validate_json(path.read_bytes())
+
+
+def build_environment(job: Job) -> dict[str, str]:
+    """Environment variables that every rank of `job` needs before it imports torch."""
+    threads = max(1, job.host_cores // job.plan.world_size)
+    environment = {
+        # NVML counts cards in PCI order; without this CUDA may count them by speed.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # The parent has downloaded what is needed; a rank that goes to the network would hang a run offline.
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if job.plan.device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if job.run.limits.peer_access == PeerAccess.off:
+        environment["NCCL_P2P_DISABLE"] = "1"
+    return environment

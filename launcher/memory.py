@@ -1,0 +1,118 @@
+"""Bytes that a run takes on each rank, line by line, predicted from the shape of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
+from parallel.partition import split_by_grain, split_by_heads
+
+MIB = 1024**2
+
+# What a process takes before the first weight: CUDA context, kernels and cuBLAS workspace, or Python with torch and
+# transformers. Assumed, not measured: the report prints what a run took beside it.
+CONTEXT_BYTES = {"cuda": 550 * MIB, "cpu": 700 * MIB}
+# Buffers of the communicator on the card. Assumed, not measured.
+COMMUNICATOR_BYTES = {"nccl": 200 * MIB, "gloo": 0, "solo": 0}
+# Sampling works on float32 logits: the logits, their sorted copy with int64 positions, probabilities and their sums.
+SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8 + 4 + 4
+# transformers hands SDPA a mask of one byte an entry.
+MASK_BYTES = 1
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the bytes depend on, apart from the length of the context."""
+
+    shape: ModelShape
+    world_size: int
+    grain: int
+    dtype: str
+    device: str
+    transport: str
+    batch_size: int
+    prefill_chunk: int
+
+    def fixed_lines(self) -> tuple[dict[str, int], ...]:
+        """Lines that the context does not change: context, communicator, weights.*; one dict per rank."""
+        parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype)
+        base = {"context": CONTEXT_BYTES[self.device], "communicator": COMMUNICATOR_BYTES[self.transport]}
+        return tuple(base | {f"weights.{name}": size for name, size in part.items()} for part in parts)
+
+    def lines(self, max_context: int) -> tuple[dict[str, int], ...]:
+        """All lines for sequences of up to `max_context` tokens: the fixed ones, kv_cache, activations."""
+        return tuple(
+            fixed
+            | {
+                "kv_cache": self.batch_size * max_context * kv_bytes,
+                "activations": self._activations(rank, max_context),
+            }
+            for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
+        )
+
+    def kv_bytes_per_token(self) -> tuple[int, ...]:
+        """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""
+        element_bytes = DTYPE_BYTES[self.dtype]
+        heads = split_by_heads(self.shape.num_kv_heads, self.world_size, self.shape.num_kv_heads)
+        return tuple(self.shape.num_layers * 2 * num * self.shape.head_dim * element_bytes for num in heads)
+
+    def _activations(self, rank: int, max_context: int) -> int:
+        """Peak while the last chunk of prefill goes through a layer: what lives throughout, and the largest step.
+
+        Written for transformers' own modules and SDPA with a mask, in bytes; e is the size of an element.
+        """
+        e, shape = DTYPE_BYTES[self.dtype], self.shape
+        tokens = self._chunk_tokens(max_context)
+        queries = self._local(shape.num_heads)[rank] * shape.head_dim
+        keys = self._local(shape.num_kv_heads)[rank] * shape.head_dim
+        intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
+        # The residual stream and the block's input; the mask from each token to each position.
+        throughout = tokens * shape.hidden_size * 2 * e + tokens * max_context * MASK_BYTES
+        steps = {
+            # Norms are computed in float32: the input, its square, then the result in both types.
+            "norm": tokens * shape.hidden_size * (2 * 4 + 2 * e),
+            # q, k, v before and after rotary, and the output. Where there is a mask SDPA repeats keys and values for
+            # every query head, and turns the mask into numbers.
+            "attention": tokens * (3 * queries + 3 * keys) * e
+            + self.batch_size * max_context * queries * 2 * e
+            + tokens * max_context * e,
+            # Activated gate, up, and their product.
+            "mlp": tokens * 3 * intermediate * e,
+            # Logits of the last token alone: gathered from all ranks, joined, sampled.
+            "logits": self.batch_size * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
+        }
+        return throughout + max(steps.values())
+
+    def _chunk_tokens(self, max_context: int) -> int:
+        """Tokens of a prefill step: one column of the batch at least, the whole batch at most."""
+        columns = max(1, self.prefill_chunk // self.batch_size)
+        return self.batch_size * min(columns, max_context)
+
+    def _local(self, num_heads: int) -> tuple[int, ...]:
+        return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)
+
+
+def group_lines(lines: dict[str, int]) -> dict[str, int]:
+    """The lines with those of one group (weights.*) added up."""
+    groups: dict[str, int] = {}
+    for name, size in lines.items():
+        group = name.partition(".")[0]
+        groups[group] = groups.get(group, 0) + size
+    return groups
+
+
+def fits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> bool:
+    """Whether every rank stays inside its budget, in bytes."""
+    return all(sum(lines.values()) <= budget for lines, budget in zip(demand.lines(max_context), budgets, strict=True))
+
+
+def largest_context(demand: Demand, budgets: tuple[int, ...], limit: int) -> int:
+    """The most tokens, up to `limit`, that fit on every rank; 0 where none do. No line shrinks as the context grows."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(demand, budgets, middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,67 @@
+"""Where a model's files are: in a package, in a folder, or on the hub (downloaded once, then found in its cache)."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from launcher.config import ConfigError, ModelConfig
+
+PACKAGE_PREFIX = "pkg://"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# No .bin or .pt: they are pickles, which can run code when they are read.
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+TEXTS = ["*.json", "tokenizer.model", "*.jinja", "*.tiktoken"]
+
+
+def find_local_model(model: ModelConfig) -> Path | None:
+    """The folder of a model that is on this machine; None for a hub name that has not been downloaded whole.
+
+    Raises:
+        ConfigError: model.path is neither a folder nor a hub name.
+    """
+    if model.path.startswith(PACKAGE_PREFIX):
+        package, _, folder = model.path.removeprefix(PACKAGE_PREFIX).partition("/")
+        return Path(str(files(package))) / folder
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConfigError(f"model.path={model.path} is a file; give the folder that holds config.json and the weights.")
+    if not HUB_NAME.fullmatch(model.path):
+        raise ConfigError(f"model.path={model.path}: no such folder, and not a hub name such as org/name.")
+    return _find_in_hub_cache(model.path)
+
+
+def _find_in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=WEIGHTS + TEXTS, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def download_model(model: ModelConfig) -> Path:
+    """Downloads what is missing of a hub model, with progress bars, and returns its folder.
+
+    Raises:
+        ConfigError: the hub has no such model, refuses it, or cannot be reached (or HF_HUB_OFFLINE forbids it).
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(
+            f"model.path={model.path} is not on this machine and HF_HUB_OFFLINE forbids a download. Unset it, or give "
+            "the folder of a checkpoint: model.path=FOLDER."
+        )
+    try:
+        return Path(snapshot_download(model.path, allow_patterns=WEIGHTS + TEXTS))
+    except Exception as error:  # The hub's client raises many kinds; all mean that there is no model to run.
+        raise ConfigError(
+            f"model.path={model.path} could not be downloaded: {error}. Check the name, your network and, for gated "
+            "models, `hf auth login`; or give the folder of a checkpoint: model.path=FOLDER."
+        ) from error

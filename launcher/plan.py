@@ -1,0 +1,248 @@
+"""What a run will take and whether it fits, decided before anything is loaded.
+
+RunConfig + ModelShape + Inventory -> Plan. Every number in a plan is a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launcher.config import DType, RunConfig, TaskKind
+from launcher.hardware import Card, Inventory
+from launcher.memory import MIB, Demand, fits, largest_context
+from launcher.plan_refusal import refuse_memory
+from launcher.shape import LOADABLE_QUANTIZATIONS, LOADABLE_TEXT, ModelShape
+from launcher.topology import PlanError as PlanError
+from launcher.topology import plan_topology
+from launcher.topology import resolve_world_size as resolve_world_size
+from parallel.partition import choose_grain
+
+GIB = 1024**3
+DEFAULT_MAX_CONTEXT = 8192
+# A context that was cut to what fits is rounded down to this many tokens.
+CONTEXT_STEP = 16
+# The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
+# (capacities in public PyTorch out-of-memory messages).
+DRIVER_RESERVED_BYTES = 400 * MIB
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """One rank: its card (CUDA index; None on the CPU) and the predicted bytes on it, line by line."""
+
+    rank: int
+    card: int | None
+    name: str
+    lines: dict[str, int]
+    predicted_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    world_size: int
+    # "cuda" | "cpu"
+    device: str
+    # single, dual_nvlink, dual_pcie, triple or quad
+    topology: str
+    topology_reason: str
+    dtype: str
+    # Rows in which MLP and vocabulary are dealt over the ranks.
+    grain: int
+    max_context: int
+    max_context_reason: str
+    batch_size: int
+    # Of the rank that holds most, for one sequence.
+    kv_bytes_per_token: int
+    # Tokens of all sequences together that the memory left beside the other lines could hold.
+    kv_tokens_that_fit: int
+    cards: tuple[CardPlan, ...]
+    # Candidates; the self-test of a run chooses.
+    transports: tuple[str, ...]
+    # Reading the weights of a token once, at the card's published memory bandwidth; None where it is unknown.
+    tpot_floor_ms: float | None
+
+
+def plan_run(run: RunConfig, world_size: int, shape: ModelShape, inventory: Inventory) -> Plan:
+    """Decides topology, dtype, context and bytes per card.
+
+    Raises:
+        PlanError: the run cannot work here, or does not fit; the message says what would.
+        PartitionError: a dimension of the model is too small for that many ranks.
+    """
+    device = "cpu" if inventory.source == "none" else "cuda"
+    _check_loadable(run, shape)
+    _check_num_cards(world_size, inventory)
+    _check_heads(world_size, shape)
+    topology, topology_reason = plan_topology(run, world_size, inventory)
+    demand = Demand(
+        shape=shape,
+        world_size=world_size,
+        grain=choose_grain((shape.intermediate_size, shape.vocab_size), world_size),
+        dtype=_choose_dtype(run, shape, device),
+        device=device,
+        transport=plan_transports(world_size, device)[0],
+        batch_size=run.workload.batch_size,
+        prefill_chunk=run.engine.prefill_chunk,
+    )
+    budgets = _budgets(run, world_size, inventory)
+    max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
+    cards = _plan_cards(demand, budgets, max_context, inventory)
+    return Plan(
+        world_size=world_size,
+        device=device,
+        topology=topology,
+        topology_reason=topology_reason,
+        dtype=demand.dtype,
+        grain=demand.grain,
+        max_context=max_context,
+        max_context_reason=max_context_reason,
+        batch_size=demand.batch_size,
+        kv_bytes_per_token=max(demand.kv_bytes_per_token()),
+        kv_tokens_that_fit=_kv_tokens_that_fit(demand, cards),
+        cards=cards,
+        transports=plan_transports(world_size, device),
+        tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size]),
+    )
+
+
+def plan_transports(world_size: int, device: str) -> tuple[str, ...]:
+    """Candidates for the all-reduce, the plainest first."""
+    if world_size == 1:
+        return ("solo",)
+    return {"cuda": ("nccl",), "cpu": ("gloo",)}[device]
+
+
+def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
+    if run.task.kind != TaskKind.plan and shape.quantization not in LOADABLE_QUANTIZATIONS:
+        raise PlanError(
+            f"weights quantised as {shape.quantization} cannot be loaded yet; supported: {LOADABLE_TEXT}. "
+            "Set model.path to such a checkpoint, or task=plan to see what this one would take."
+        )
+
+
+def _check_num_cards(world_size: int, inventory: Inventory) -> None:
+    found = len(inventory.cards)
+    if inventory.source == "none" or world_size <= found:
+        return
+    raise PlanError(
+        f"gpus={world_size} but {found} card{'s' * (found != 1)} can be seen. Set gpus={found}, show more of them with "
+        "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
+    )
+
+
+def _check_heads(world_size: int, shape: ModelShape) -> None:
+    if shape.num_kv_heads < world_size:
+        raise PlanError(
+            f"the model has {shape.num_kv_heads} KV heads; over {world_size} ranks some would hold none. "
+            f"Use gpus={shape.num_kv_heads}."
+        )
+
+
+def _choose_dtype(run: RunConfig, shape: ModelShape, device: str) -> str:
+    dtype = shape.dtype if run.model.dtype == DType.auto else run.model.dtype.value
+    if dtype == DType.float16.value and device == "cpu":
+        raise PlanError("float16 is slow or missing on CPUs. Set model.dtype=float32 (or bfloat16).")
+    return dtype
+
+
+def _budgets(run: RunConfig, world_size: int, inventory: Inventory) -> tuple[int, ...]:
+    """Bytes that each rank may use."""
+    if inventory.source == "none":
+        share_bytes = inventory.host_memory_bytes // world_size
+        return (min(_known(share_bytes, _limit_bytes(run))),) * world_size
+    return tuple(_card_budget(run, card) for card in inventory.cards[:world_size])
+
+
+def _card_budget(run: RunConfig, card: Card) -> int:
+    sizes = list(_known(card.memory_bytes, _limit_bytes(run)))
+    if not sizes:
+        raise PlanError(f"the driver does not tell the memory of card {card.index} ({card.name}). "
+                        "Set limits.card_memory_gib.")  # fmt: skip
+    budget = min(sizes) - DRIVER_RESERVED_BYTES
+    # A plan is about the machine; a run has to live with what others have taken.
+    if run.task.kind == TaskKind.plan or card.free_bytes is None:
+        return budget
+    return min(budget, card.free_bytes)
+
+
+def _limit_bytes(run: RunConfig) -> int:
+    return round((run.limits.card_memory_gib or 0) * GIB)
+
+
+def _known(*sizes: int) -> Iterable[int]:
+    return (size for size in sizes if size)
+
+
+def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
+    """Tokens of a sequence and a sentence that says why so many."""
+    limit, limit_reason = _context_limit(demand.shape)
+    needed = (run.workload.prompt_tokens or 1) + run.workload.output_tokens
+    asked = run.engine.max_context
+    if asked is not None:
+        _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
+        if not fits(demand, budgets, asked):
+            raise refuse_memory(demand, budgets, inventory, asked)
+        return asked, "engine.max_context was set."
+    workload = f"workload.prompt_tokens + workload.output_tokens = {needed}"
+    _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
+    wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
+    most = largest_context(demand, budgets, wanted)
+    if most < needed:
+        raise refuse_memory(demand, budgets, inventory, needed)
+    if most < wanted:
+        return max(most // CONTEXT_STEP * CONTEXT_STEP, needed), "what fits beside the weights."
+    if wanted == limit:
+        return wanted, f"{limit_reason}."
+    return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
+
+
+def _context_limit(shape: ModelShape) -> tuple[int, str]:
+    """The most tokens the model takes here; full attention equals a sliding window up to the window's size."""
+    if shape.sliding_window is not None:
+        return (
+            shape.sliding_window,
+            f"the model's sliding window of {shape.sliding_window} tokens (attention is full here)",
+        )
+    return shape.max_positions, f"the model's limit of {shape.max_positions} positions"
+
+
+def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:
+    if tokens > limit:
+        raise PlanError(f"{what} exceeds {limit_reason}. {remedy}")
+
+
+def _plan_cards(
+    demand: Demand, budgets: tuple[int, ...], max_context: int, inventory: Inventory
+) -> tuple[CardPlan, ...]:
+    lines = demand.lines(max_context)
+    cards: list[Card | None] = list(inventory.cards[: demand.world_size]) or [None] * demand.world_size
+    return tuple(
+        CardPlan(
+            rank=rank,
+            card=card.index if card else None,
+            name=card.name if card else "CPU",
+            lines=lines[rank],
+            predicted_bytes=sum(lines[rank].values()),
+            budget_bytes=budgets[rank],
+        )
+        for rank, card in enumerate(cards)
+    )
+
+
+def _kv_tokens_that_fit(demand: Demand, cards: tuple[CardPlan, ...]) -> int:
+    left = (card.budget_bytes - card.predicted_bytes + card.lines["kv_cache"] for card in cards)
+    return min(size // per_token for size, per_token in zip(left, demand.kv_bytes_per_token(), strict=True))
+
+
+def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...]) -> float | None:
+    """Every token reads all weights but the embedding, of which it reads one row; a tied head is read as the head."""
+    times_ms = []
+    for card, lines in zip(cards, demand.fixed_lines(), strict=False):
+        unread = () if demand.shape.tied_embeddings else ("weights.embedding",)
+        num_bytes = sum(size for name, size in lines.items() if name.startswith("weights.") and name not in unread)
+        if card.memory_gb_per_sec is None:
+            return None
+        times_ms.append(num_bytes / (card.memory_gb_per_sec * 1e9) * 1e3)
+    return max(times_ms, default=None)

@@ -1,0 +1,93 @@
+"""What to say when a run does not fit: the sizes on every rank, and the nearest settings that would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from launcher.config import MAX_CARDS
+from launcher.hardware import Inventory
+from launcher.memory import Demand, fits, group_lines, largest_context
+from launcher.shape import LOADABLE_QUANTIZATIONS
+from launcher.topology import PlanError
+
+GIB = 1024**3
+# AWQ and GPTQ in groups of 128: 4 bits, a 16-bit scale and a 4-bit zero a group.
+FOUR_BIT_NAME = "awq"
+FOUR_BITS = 4 + (16 + 4) / 128
+
+
+def refuse_memory(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> PlanError:
+    """The error for a run whose sequences of `max_context` tokens do not fit, or whose weights alone do not."""
+    fixed = demand.fixed_lines()
+    weights_fit = all(sum(lines.values()) <= budget for lines, budget in zip(fixed, budgets, strict=True))
+    if weights_fit:
+        what = f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size} do"
+        remedies = [*_smaller_runs(demand, budgets, max_context), *_more_cards(demand, budgets, inventory, max_context)]
+    else:
+        what = f"the weights in {_format(demand)} do"
+        remedies = list(_more_cards(demand, budgets, inventory, max_context)) or list(
+            _four_bits(demand, budgets, inventory, max_context)
+        )
+    lines = demand.lines(max_context) if weights_fit else fixed
+    sizes = [_rank_text(rank, lines[rank], budgets[rank], inventory) for rank in range(demand.world_size)]
+    remedies = remedies or ["a smaller model, or more memory"]
+    return PlanError("\n".join([f"{what} not fit (predicted):", *sizes, f"What would fit: {'; or '.join(remedies)}."]))
+
+
+def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int) -> Iterator[str]:
+    """Settings that need no other hardware."""
+    most = largest_context(demand, budgets, max_context)
+    if most >= 2:
+        yield f"sequences of up to {most} tokens (engine.max_context={most})"
+    for batch_size in range(demand.batch_size - 1, 0, -1):
+        if fits(replace(demand, batch_size=batch_size), budgets, max_context):
+            yield f"workload.batch_size={batch_size}"
+            return
+
+
+def _more_cards(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> Iterator[str]:
+    """The smallest larger number of cards like the smallest one here."""
+    if demand.device == "cpu":
+        return
+    num_cards = _smallest_num_cards(demand, min(budgets), max_context, demand.world_size + 1)
+    if num_cards is not None:
+        more = "" if num_cards <= len(inventory.cards) else f" with {num_cards} such cards"
+        yield f"gpus={num_cards}{more}"
+
+
+def _four_bits(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> Iterator[str]:
+    """What a 4-bit checkpoint of the model would need, where no number of cards holds it as it is."""
+    if demand.device == "cpu" or demand.shape.quantization != "none":
+        return
+    smaller = replace(demand, shape=replace(demand.shape, quantization=FOUR_BIT_NAME, linear_bits=FOUR_BITS))
+    num_cards = _smallest_num_cards(smaller, min(budgets), max_context, 1)
+    none_as_it_is = f"in {_format(demand)} no number of such cards from 1 to {MAX_CARDS}"
+    if num_cards is None:
+        yield f"{none_as_it_is}, nor as a 4-bit checkpoint"
+        return
+    loadable = "" if FOUR_BIT_NAME in LOADABLE_QUANTIZATIONS else ", which can be planned but not loaded yet"
+    yield f"a 4-bit checkpoint of it on gpus={num_cards}{loadable} ({none_as_it_is})"
+
+
+def _smallest_num_cards(demand: Demand, budget: int, max_context: int, start: int) -> int | None:
+    for num_cards in range(start, min(MAX_CARDS, demand.shape.num_kv_heads) + 1):
+        transport = demand.transport if num_cards == 1 else "nccl"
+        if fits(replace(demand, world_size=num_cards, transport=transport), (budget,) * num_cards, max_context):
+            return num_cards
+    return None
+
+
+def _format(demand: Demand) -> str:
+    return demand.dtype if demand.shape.quantization == "none" else demand.shape.quantization
+
+
+def _rank_text(rank: int, lines: dict[str, int], budget: int, inventory: Inventory) -> str:
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in group_lines(lines).items() if size)
+    where = f"rank {rank} on the CPU"
+    free = ""
+    if inventory.cards:
+        card = inventory.cards[rank]
+        where = f"rank {rank} on card {card.index} ({card.name})"
+        free = " free" if card.free_bytes == budget else ""
+    return f"  {where}: {sum(lines.values()) / GIB:.2f} GiB of {budget / GIB:.2f}{free}: {parts}"

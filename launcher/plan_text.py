@@ -1,0 +1,52 @@
+"""A plan for reading: lines of text and tables. Everything in them is predicted and says so."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from launcher.plan import GIB, Plan
+from launcher.shape import ModelShape
+
+
+def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
+    """(label, value) pairs; labels of numbers that a run would measure end in "predicted"."""
+    weights = shape.quantization if shape.quantization != "none" else plan.dtype
+    floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
+    return [
+        ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
+        ("ranks", f"{plan.world_size} on {plan.device}"),
+        ("topology", f"{plan.topology}: {plan.topology_reason}"),
+        ("transports", ", ".join(plan.transports)),
+        ("context", f"{plan.max_context} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
+        ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
+        ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit}"),
+        ("time a token at batch 1, predicted", floor),
+    ]
+
+
+def plan_tables(plan: Plan, shape: ModelShape) -> tuple[Table, Table]:
+    """What was decided, and the memory of each rank."""
+    decided = Table(title="Plan", show_header=False)
+    for row in describe(plan, shape):
+        decided.add_row(*row)
+    return decided, plan_table(plan)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Memory of each rank, line by line, in GiB."""
+    names = ", ".join(dict.fromkeys(card.name for card in plan.cards))
+    table = Table(title=f"Memory in GiB, predicted ({names})")
+    table.add_column("", no_wrap=True)
+    for card in plan.cards:
+        where = "CPU" if card.card is None else f"card {card.card}"
+        table.add_column(f"rank {card.rank}\n{where}", justify="right")
+    for name in plan.cards[0].lines:
+        table.add_row(name, *(_gib(card.lines[name]) for card in plan.cards), end_section=name == "activations")
+    table.add_row("all, predicted", *(_gib(card.predicted_bytes) for card in plan.cards))
+    table.add_row("budget", *(_gib(card.budget_bytes) for card in plan.cards))
+    table.add_row("left, predicted", *(_gib(card.budget_bytes - card.predicted_bytes) for card in plan.cards))
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

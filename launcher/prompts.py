@@ -1,0 +1,100 @@
+"""Prompts from the command line or a file, and the file their answers go to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to answer: plain `text`, or chat `messages` (role and content), one of the two."""
+
+    index: int
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+
+
+def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
+    """The prompts of a run, in order.
+
+    Raises:
+        ConfigError: the file is missing, empty or has a line that is no prompt; the message names the line.
+    """
+    if run.prompts_file is None:
+        return (Prompt(0, text=run.prompt),)
+    path = Path(run.prompts_file)
+    readers = {".txt": read_text_lines, ".jsonl": read_json_lines}
+    if path.suffix not in readers:
+        raise ConfigError(f"prompts_file={path} must end in {' or '.join(readers)}.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts_file={path} cannot be read: {error}") from error
+    prompts = tuple(readers[path.suffix](path, lines))
+    if not prompts:
+        raise ConfigError(f"prompts_file={path} holds no prompt.")
+    return prompts
+
+
+def read_text_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
+    """One prompt a line; blank lines are no prompts."""
+    texts = [line for line in lines if line.strip()]
+    return (Prompt(index, text=text) for index, text in enumerate(texts))
+
+
+def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
+    """One object a line: {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}."""
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for index, (number, line) in enumerate(numbered):
+        try:
+            yield _parse_json_prompt(index, json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f'{path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
+            ) from error
+
+
+def _parse_json_prompt(index: int, value: dict[str, object]) -> Prompt:
+    if isinstance(value.get("prompt"), str):
+        return Prompt(index, text=str(value["prompt"]))
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of one or more")
+    return Prompt(index, messages=tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages))
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What an answer's line says about its prompt, so that a resumed run can tell that nothing moved."""
+    return prompt.text if prompt.text is not None else json.dumps(list(prompt.messages or ()), ensure_ascii=False)
+
+
+def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) -> tuple[Prompt, ...]:
+    """The prompts that `output` has no answer for; a half-written last line is cut off the file.
+
+    Raises:
+        ConfigError: the file exists and resume is off, or it answers other prompts.
+    """
+    if not output.exists() or output.is_char_device():
+        return prompts
+    if not resume:
+        raise ConfigError(f"output_file={output} exists. Add resume=true to complete it, or name another file.")
+    text = output.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    done = set()
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            answer = json.loads(line)
+            index, key = int(answer["index"]), answer["prompt"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"output_file={output}, line {number} is not an answer: {error!r}") from error
+        if index >= len(prompts) or prompt_key(prompts[index]) != key:
+            raise ConfigError(f"output_file={output}, line {number} answers another prompt than prompts_file has.")
+        done.add(index)
+    if complete != text:
+        output.write_text(complete, encoding="utf-8")
+    return tuple(prompt for prompt in prompts if prompt.index not in done)

@@ -1,0 +1,113 @@
+"""A rank that has joined its peers: device, process group, and a transport that has proved itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.events import EventWriter
+from launcher.failures import describe_exception, write_first_failure
+from launcher.job import Job
+from launcher.start import rank_log
+from parallel.communicator import Communicator, open_communicator
+from parallel.selftest import SelfTest, check_transport
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a task gets: the job, where it runs, and how it talks to its peers."""
+
+    job: Job
+    rank: int
+    device: torch.device
+    communicator: Communicator
+    selftests: tuple[SelfTest, ...]
+    events: EventWriter
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.job.run_dir)
+
+    def abort(self, error: Exception) -> None:
+        """Ends this rank from any thread, for when the main one hangs in a collective."""
+        abort_rank(self.run_dir, self.rank, error)
+
+    def transport_summary(self) -> dict[str, Any]:
+        """Which transport carries which sizes, and why."""
+        others = [test for test in self.selftests if test.name != self.communicator.name]
+        reason = "the only one for this device and number of ranks" if not others else "the fastest correct one"
+        return {"all_sizes": {"name": self.communicator.name, "reason": reason}}
+
+
+@contextmanager
+def joined_rank(job: Job, rank: int, events: EventWriter) -> Iterator[RankContext]:
+    """Joins the process group, tests the transports and opens the chosen one; leaves the group at the end."""
+    device = open_device(job, rank)
+    join_process_group(job, device)
+    try:
+        tests, communicator = [], None
+        for name in job.plan.transports:
+            opened = open_communicator(name, device, timeout_sec=job.run.timeouts.collective_sec)
+            tests.append(
+                check_transport(
+                    opened,
+                    device,
+                    timeout_sec=job.run.timeouts.selftest_sec,
+                    on_timeout=lambda error: abort_rank(Path(job.run_dir), rank, error),
+                )
+            )
+            communicator = communicator or opened
+        assert communicator is not None, "a plan names at least one transport"
+        yield RankContext(job, rank, device, communicator, tuple(tests), events)
+    finally:
+        dist.destroy_process_group()
+
+
+def abort_rank(run_dir: Path, rank: int, error: Exception) -> None:
+    write_first_failure(run_dir, describe_exception(error, rank, str(rank_log(run_dir, rank))))
+    os._exit(1)
+
+
+def open_device(job: Job, rank: int) -> torch.device:
+    """This rank's device, its memory limited as the run asks.
+
+    Raises:
+        RuntimeError: the plan wants cards and this torch cannot use them.
+    """
+    card = job.plan.cards[rank].card
+    if card is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"NVML lists cards, but torch {torch.__version__} cannot use CUDA. Install a CUDA build of torch, or "
+            "run on the CPU with hardware=cpu."
+        )
+    device = torch.device("cuda", card)
+    torch.cuda.set_device(device)
+    limit_gib = job.run.limits.card_memory_gib
+    if limit_gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total), device)
+    return device
+
+
+def join_process_group(job: Job, device: torch.device) -> None:
+    """Makes the default group, through which transports open theirs, and lets DeepSpeed use it."""
+    import deepspeed
+    import deepspeed.comm
+
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=job.run.timeouts.collective_sec))
+    # DeepSpeed would compile its shared-memory collectives for the CPU, which needs a compiler and LOCAL_SIZE.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)

@@ -1,0 +1,130 @@
+"""What a run found out, as one object: report.json in the run folder and the last line on stdout.
+
+Fields are added, never renamed; what was not measured is null, never zero; predictions stand under `predicted`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig
+from launcher.failures import Failure
+from launcher.hardware import Inventory
+from launcher.job import Job
+from launcher.plan import Plan
+from launcher.shape import ModelShape
+from launcher.telemetry import CardUsage, Telemetry
+
+PACKAGES = ("launch70b", "torch", "transformers", "deepspeed", "hydra-core", "safetensors")
+MEASURED = ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
+
+
+def build_report(job: Job, shape: ModelShape, inventory: Inventory, telemetry: Telemetry) -> dict[str, Any]:
+    """Joins what the plan predicted, the ranks measured and the sampler saw."""
+    results = read_results(Path(job.run_dir), job.plan.world_size)
+    report = base_report(job.run, job.plan, Path(job.run_dir))
+    report |= {name: results[0].get(name) for name in ("transport", "load", "ttft_ms", "tpot_ms", "comm_share")}
+    report |= {name: results[0][name] for name in ("decode_step_ms", "all_reduce", "outputs") if name in results[0]}
+    report["load"] = join_loads(results)
+    report |= speed(results[0], telemetry)
+    report["cards"] = [
+        card_report(planned.name, planned.predicted_bytes, usage, result.get("memory"))
+        for planned, usage, result in zip(job.plan.cards, telemetry.summary(), results, strict=True)
+    ]
+    report["inventory"] = asdict(inventory)
+    return report
+
+
+def read_results(run_dir: Path, world_size: int) -> list[dict[str, Any]]:
+    """Each rank's results, in rank order."""
+    return [json.loads((run_dir / "ranks" / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def base_report(run: RunConfig, plan: Plan, run_dir: Path) -> dict[str, Any]:
+    """The fields that every report has, with null where nothing has been measured yet."""
+    return {
+        "task": run.task.kind.value,
+        "model": run.model.name,
+        "world_size": plan.world_size,
+        "device": plan.device,
+        "topology": plan.topology,
+        "topology_reason": plan.topology_reason,
+        "dtype": plan.dtype,
+        "batch_size": plan.batch_size,
+        "max_context": plan.max_context,
+        **dict.fromkeys(
+            ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
+        ),
+        "cards": [],
+        "predicted": {
+            "tpot_floor_ms": plan.tpot_floor_ms,
+            "kv_tokens_that_fit": plan.kv_tokens_that_fit,
+            "cards": [{"name": card.name, "bytes": card.predicted_bytes, "lines": card.lines} for card in plan.cards],
+        },
+        "run_dir": str(run_dir),
+        "versions": versions(),
+    }
+
+
+def plan_report(run: RunConfig, plan: Plan, shape: ModelShape, run_dir: Path) -> dict[str, Any]:
+    return base_report(run, plan, run_dir) | {"shape": asdict(shape)}
+
+
+def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The load of all ranks as one: it lasts as long as the slowest, and reads what all read."""
+    loads = [result["load"] for result in results if result.get("load")]
+    if not loads:
+        return None
+    sec, total = max(load["sec"] for load in loads), sum(load["bytes_read"] for load in loads)
+    return {
+        "sec": sec,
+        "bytes_read": total,
+        "gb_per_sec": total / sec / 1e9,
+        "bytes_read_per_rank": [load["bytes_read"] for load in loads],
+    }
+
+
+def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
+    """Tokens per second and per joule over the whole generation, prefill included."""
+    span = result.get("generation")
+    if not span or not result["generated_tokens"]:
+        return {"tokens_per_sec": None, "tokens_per_joule": None}
+    tokens = result["generated_tokens"]
+    energy_j = telemetry.energy_between(span["start"], span["end"])
+    return {
+        "generated_tokens": tokens,
+        "tokens_per_sec": tokens / (span["end"] - span["start"]),
+        "tokens_per_joule": tokens / energy_j if energy_j else None,
+    }
+
+
+def card_report(name: str, predicted_bytes: int, usage: CardUsage, memory: dict[str, Any] | None) -> dict[str, Any]:
+    seen = asdict(usage)
+    seen.pop("name")
+    return {"name": name, "predicted_bytes": predicted_bytes, **seen, "memory": memory}
+
+
+def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None) -> dict[str, Any]:
+    """The line of a run that failed."""
+    return {
+        "task": run.task.kind.value if run else None,
+        "model": run.model.name if run else None,
+        "error": asdict(failure),
+        "run_dir": str(run_dir) if run_dir else None,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

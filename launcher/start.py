@@ -1,0 +1,123 @@
+"""Starts the ranks of a job through torch's elastic agent and waits for them.
+
+The agent ends every rank when one fails. It forwards the signals that end this process, and ranks die with it
+(`die_with_parent`), so nothing stays running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from launcher.failures import Failure, RunFailed, read_first_failure
+from launcher.job import Job
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+PR_SET_PDEATHSIG = 1
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank{rank}.log"
+
+
+def die_with_parent(sig: signal.Signals) -> None:
+    """Asks Linux to send `sig` to this process when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sig.value)
+
+
+def start_ranks(job: Job, job_file: Path) -> None:
+    """Runs all ranks of `job` as child processes; returns when all have ended well.
+
+    Raises:
+        RunFailed: a rank failed or died, or a signal ended the run; every rank has been stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    run_dir = Path(job.run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    # The agent reports each step of a shutdown; we say the same in one sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with restored_signal_handlers(), plain_environment():
+        try:
+            elastic_launch(launch_config(job), sys.executable)("-m", "launcher.worker", str(job_file))
+        except ChildFailedError as error:
+            rank, failed = min(error.failures.items(), key=lambda item: item[1].timestamp)
+            raise RunFailed(read_first_failure(run_dir) or rank_death(job, rank, failed.exitcode)) from None
+        except SignalException as error:
+            raise RunFailed(interrupted(error.sigval), 128 + error.sigval) from None
+
+
+def launch_config(job: Job) -> LaunchConfig:
+    """One machine, one attempt, a port that the OS chooses."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.plan.world_size,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        # Ranks redirect their own output (one file each), so the agent keeps no logs.
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+
+
+def rank_death(job: Job, rank: int, exit_code: int) -> Failure:
+    """A rank that ended without saying why."""
+    how = f"exited with code {exit_code}"
+    hint = "The end of its log may say more."
+    if exit_code < 0:
+        how = f"was killed by {signal.Signals(-exit_code).name}"
+    if exit_code == -signal.SIGKILL:
+        hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
+    card = job.plan.cards[rank]
+    where = f"card {card.card}, {card.name}" if card.card is not None else card.name
+    log = str(rank_log(Path(job.run_dir), rank))
+    return Failure("RankDied", f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}", hint, rank, log)
+
+
+def interrupted(sig: int) -> Failure:
+    return Failure("Interrupted", f"the run was ended by {signal.Signals(sig).name}; every rank was stopped.")
+
+
+@contextmanager
+def restored_signal_handlers() -> Iterator[None]:
+    """The agent installs handlers and leaves them; a sweep's next job must not inherit them."""
+    before = {sig: signal.getsignal(sig) for sig in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+@contextmanager
+def plain_environment() -> Iterator[None]:
+    """Hides the rank variables of a torchrun that started this process from the ranks that it starts."""
+    prefixes = ("TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_", "LOCAL_")
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    hidden = {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

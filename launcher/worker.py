@@ -1,0 +1,76 @@
+"""What one rank does, from its job file to its results. The only module of launcher that imports torch at its top.
+
+Run by the elastic agent as `python -m launcher.worker JOB`, or called by a process that torchrun made a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from launcher.events import EventWriter
+from launcher.failures import describe_exception, write_first_failure
+from launcher.job import Job, build_environment, load_job
+from launcher.start import die_with_parent, rank_log
+
+
+def main(job_file: Path) -> int:
+    """A rank that is a process of its own: ends with its parent, writes its own log, returns the exit code."""
+    die_with_parent(signal.SIGKILL)
+    # A rank blocked in a collective cannot run Python's handler; the default action ends it at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    rank = int(os.environ["RANK"])
+    log = rank_log(job_file.parent, rank)
+    redirect_output(log)
+    try:
+        run_rank(load_job(job_file))
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        write_first_failure(job_file.parent, describe_exception(error, rank, str(log)))
+        return 1
+
+
+def redirect_output(log: Path) -> None:
+    """Sends this process's stdout and stderr, those of C libraries too, to `log`."""
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def run_rank(job: Job) -> None:
+    """The life of a rank.
+
+    1. environment, before torch is imported      4. self-test of the links
+    2. its pid, for telemetry                      5. the task (model, cache, answers)
+    3. device and process group                    6. its results, as ranks/RANK.json
+    """
+    os.environ.update(build_environment(job))
+    run_dir, rank = Path(job.run_dir), int(os.environ["RANK"])
+    (run_dir / "ranks").mkdir(exist_ok=True)
+    (run_dir / "ranks" / f"{rank}.pid").write_text(str(os.getpid()))
+
+    from launcher.rank import joined_rank
+    from launcher.tasks import TASKS
+
+    with joined_rank(job, rank, EventWriter(run_dir, enabled=rank == 0)) as context:
+        results = TASKS[job.run.task.kind](context)
+        context.communicator.barrier()
+    write_results(run_dir, rank, results)
+
+
+def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:
+    target = run_dir / "ranks" / f"{rank}.json"
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(results), encoding="utf-8")
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,73 @@
+"""What ranks say to each other: the protocol every transport implements, and the factory that opens one.
+
+The engine and the sharded layers know only `Communicator`; which wires carry it is chosen once, at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """Collectives over the ranks of one run. Every rank calls the same methods in the same order."""
+
+    name: str
+    rank: int
+    world_size: int
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor` over the ranks, in place, and returns it. Any shape; every rank gets the same bits."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[...] on every rank -> [world_size, ...] on every rank. Shapes must be equal."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it and this rank's device has done its queued work."""
+        ...
+
+
+class ElidedAllReduce:
+    """A communicator whose all-reduce does nothing: what a step would cost if talking were free.
+
+    The values it leaves are wrong (each rank keeps its partial sum); it exists to be timed.
+    """
+
+    def __init__(self, inner: Communicator) -> None:
+        self.inner = inner
+        self.name = f"{inner.name} without all-reduce"
+        self.rank = inner.rank
+        self.world_size = inner.world_size
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self.inner.all_gather(tensor)
+
+    def barrier(self) -> None:
+        self.inner.barrier()
+
+
+def open_communicator(kind: str, device: torch.device, *, timeout_sec: float) -> Communicator:
+    """Opens transport `kind` ("nccl", "gloo" or "solo") over all ranks of the default process group.
+
+    Raises:
+        ValueError: an unknown kind; the message lists the known ones.
+    """
+    from parallel.transports import solo, torch_distributed
+
+    openers: dict[str, Callable[[torch.device, timedelta], Communicator]] = {
+        "nccl": torch_distributed.open_nccl,
+        "gloo": torch_distributed.open_gloo,
+        "solo": solo.open_solo,
+    }
+    if kind not in openers:
+        raise ValueError(f"transport {kind!r} is unknown; there are {', '.join(openers)}.")
+    return openers[kind](device, timedelta(seconds=timeout_sec))

@@ -1,0 +1,95 @@
+"""Picking the next token from vocabulary-sharded logits, the same one on every rank.
+
+Greedy needs one exchange of (value, index) per sequence. Sampling gathers the logits, filters them with transformers'
+own warpers and draws with one seeded generator per sequence, so that an answer depends on its prompt and its seed, not
+on what else is in the batch; every rank holds the same generators and so draws the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from parallel.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VocabularyShards:
+    """How many tokens of the vocabulary each rank holds, in rank order."""
+
+    sizes: tuple[int, ...]
+
+    def start(self, rank: int) -> int:
+        return sum(self.sizes[:rank])
+
+
+def greedy_tokens(logits: Tensor, shards: VocabularyShards, communicator: Communicator) -> Tensor:
+    """[batch, local vocabulary] -> token ids [batch]; the lowest id wins a tie, as in torch.argmax of the whole."""
+    values, indices = logits.float().max(dim=-1)
+    indices = indices + shards.start(communicator.rank)
+    # float64 holds a float32 logit and an index below 2**53 exactly, so one small message carries both.
+    best = communicator.all_gather(torch.stack([values.double(), indices.double()], dim=-1))
+    winner = best[..., 0].argmax(dim=0, keepdim=True)
+    return best[..., 1].gather(0, winner).squeeze(0).long()
+
+
+def gather_logits(logits: Tensor, shards: VocabularyShards, communicator: Communicator) -> Tensor:
+    """[batch, local vocabulary] on each rank -> [batch, vocabulary] on all; uneven shards are padded on the way."""
+    widest = max(shards.sizes)
+    padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[-1]))
+    gathered = communicator.all_gather(padded)
+    return torch.cat([part[..., :size] for part, size in zip(gathered, shards.sizes, strict=True)], dim=-1)
+
+
+def sampled_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
+    """[batch, vocabulary] -> ids [batch], drawn from the softmax after temperature, top-k and top-p in that order.
+
+    argmax(p / e) with e ~ Exp(1) draws from p (the exponential race, equal to the Gumbel-max trick).
+    """
+    scores = TemperatureLogitsWarper(params.temperature)(None, logits.float())
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    probabilities = scores.softmax(dim=-1)
+    races = torch.stack([torch.empty_like(row).exponential_(generator=g)
+                         for row, g in zip(probabilities, generators, strict=True)])  # fmt: skip
+    return (probabilities / races).argmax(dim=-1)
+
+
+class Sampler:
+    """Picks tokens for one batch; `prompt_indices` seed one generator per sequence."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        shards: VocabularyShards,
+        communicator: Communicator,
+        *,
+        prompt_indices: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.params = params
+        self.shards = shards
+        self.communicator = communicator
+        self.generators = [torch.Generator(device).manual_seed((params.seed << 32) + index) for index in prompt_indices]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """[batch, local vocabulary] -> token ids [batch], equal on every rank."""
+        if self.params.temperature == 0:
+            return greedy_tokens(logits, self.shards, self.communicator)
+        return sampled_tokens(gather_logits(logits, self.shards, self.communicator), self.params, self.generators)

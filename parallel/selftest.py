@@ -1,0 +1,121 @@
+"""Does a transport work, and how fast is it? Asked before any weight is loaded, with a limit on the time it may take.
+
+A transport that hangs cannot be interrupted from Python, so the limit ends the process; the message says what to try.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.communicator import Communicator
+
+# One token of a 70B (hidden 8192, bf16), the message of every decode step.
+DECODE_BYTES = 16 * 1024
+
+
+class TransportError(RuntimeError):
+    """A transport gave wrong sums or did not answer; the message names it and what to try."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """All-reduce times of one message size; bandwidth is message bytes over the median time."""
+
+    num_bytes: int
+    p50_us: float
+    p99_us: float
+    gb_per_sec: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    name: str
+    decode: Timing
+
+
+def check_transport(
+    communicator: Communicator,
+    device: torch.device,
+    *,
+    timeout_sec: float,
+    on_timeout: Callable[[TransportError], None],
+) -> SelfTest:
+    """Sums of small integers at several sizes, which every order of addition gives exactly, then the decode latency.
+
+    Args:
+        on_timeout: called from another thread when the test takes longer than `timeout_sec`; it must end the process.
+
+    Raises:
+        TransportError: a sum was wrong.
+    """
+    with deadline(communicator.name, timeout_sec, on_timeout):
+        for num_bytes in (4, 1024, DECODE_BYTES, 1024 * 1024):
+            if not sums_exactly(communicator, device, num_bytes):
+                raise TransportError(
+                    f"all-reduce of {num_bytes} bytes through {communicator.name} gave wrong sums on rank "
+                    f"{communicator.rank}. Broken peer access does this: try limits.peer_access=off, and task=probe."
+                )
+        return SelfTest(communicator.name, time_all_reduce(communicator, device, DECODE_BYTES, repeats=20))
+
+
+def sums_exactly(communicator: Communicator, device: torch.device, num_bytes: int) -> bool:
+    """Whether every element of a sum over the ranks is right, on fresh values; in float32."""
+    count = max(1, num_bytes // 4)
+    index = torch.arange(count, device=device, dtype=torch.float32)
+    # Every rank must know the others' values to know the sum, so rank 0's choice goes round.
+    seed = communicator.all_gather(torch.randint(1, 64, (1,)).float().to(device))[0, 0]
+    values = [(index * (rank + 1) + seed).remainder(251) for rank in range(communicator.world_size)]
+    expected = torch.stack(values).sum(dim=0)
+    return torch.equal(communicator.all_reduce(values[communicator.rank]), expected)
+
+
+def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes: int, *, repeats: int) -> Timing:
+    """Times single all-reduces of `num_bytes`, each from a common start to its result, and checks the sums once."""
+    message = torch.zeros(max(1, num_bytes // 4), device=device)
+    for _ in range(3):
+        communicator.all_reduce(message)
+    communicator.barrier()
+    times = [measure(lambda: communicator.all_reduce(message), device) for _ in range(repeats)]
+    p50 = statistics.median(times)
+    p99 = sorted(times)[min(len(times) - 1, int(len(times) * 0.99))]
+    exact = sums_exactly(communicator, device, num_bytes)
+    return Timing(num_bytes, p50 * 1e6, p99 * 1e6, num_bytes / p50 / 1e9, exact)
+
+
+def measure(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds of one call: by the card's own clock where there is one, so that launch gaps do not count twice."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+@contextmanager
+def deadline(name: str, timeout_sec: float, on_timeout: Callable[[TransportError], None]) -> Iterator[None]:
+    """Calls `on_timeout` from another thread if the body takes longer than `timeout_sec`."""
+    error = TransportError(
+        f"the self-test of {name} did not finish within {timeout_sec:g} s (timeouts.selftest_sec). Broken peer access "
+        "or a blocked port hangs like this: try limits.peer_access=off, and task=probe."
+    )
+    timer = threading.Timer(timeout_sec, on_timeout, args=(error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,89 @@
+"""A transformers model on the meta device, sharded by DeepSpeed AutoTP: shapes only, nothing allocated.
+
+`deepspeed.init_inference` is not used: it casts the rotary frequencies to bf16, refuses CUDA graphs with tensor
+parallelism and loads whole files on every rank. Its parts are: AutoTP replaces each linear that the model's own
+`tp_plan` names, on meta tensors, and freezes the sizes that every rank gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from parallel.communicator import Communicator
+from parallel.linear import adopt
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model whose parameters are on meta, and the full shapes that its checkpoint must have."""
+
+    module: PreTrainedModel
+    full_shapes: dict[str, tuple[int, ...]]
+
+
+def build_sharded_model(
+    config: PretrainedConfig, communicator: Communicator, *, dtype: torch.dtype, grain: int
+) -> ShardedModel:
+    """Builds and shards; buffers (the rotary frequencies) are real and stay float32.
+
+    Args:
+        grain: MLP and vocabulary are dealt in multiples of this many rows, so that a quantisation group stays whole.
+
+    Raises:
+        ValueError: the architecture has no tensor-parallel plan.
+    """
+    model = build_meta_model(config, dtype)
+    full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    apply_tensor_parallel(model, communicator, grain)
+    return ShardedModel(model, full_shapes)
+
+
+def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    return model.eval()
+
+
+def apply_tensor_parallel(model: PreTrainedModel, communicator: Communicator, grain: int) -> None:
+    """Replaces the linears, the head and the embedding of `model` by this rank's shards, in place."""
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig
+    from deepspeed.module_inject.layers import TensorParallel_Layer, VocabParallelEmbedding
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+
+    if not model.tp_plan:
+        raise ValueError(f"model_type={model.config.model_type!r} has no tensor-parallel plan in transformers.")
+    world_size = communicator.world_size
+    specs = AutoTPConfig(
+        tp_size=world_size, layer_specs=TPPlanConverter.convert(model.tp_plan), use_default_specs=False
+    )
+    autotp = AutoTP(
+        model, (), "", None, None, None,
+        partition_config=specs, vocab_parallel_lm_head=True, model_config=model.config, tp_grain_size=grain,
+    )  # fmt: skip
+    group = dist.group.WORLD
+    autotp.set_tensor_parallel_config(world_size, group)
+    autotp.update_linear_policies()
+    autotp._replace_module(model)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        # AutoTP shards a tied embedding with the head and leaves an untied one whole, 2.1 GB a card for Llama-70B.
+        # The head's name makes it deal the vocabulary in the same grains.
+        sharded = VocabParallelEmbedding(embedding, group, name="lm_head", tp_meta=autotp.tp_meta)
+        model.set_input_embeddings(sharded)
+    for layer in model.modules():
+        if isinstance(layer, TensorParallel_Layer):
+            adopt(layer, communicator)
