@@ -10,6 +10,7 @@ def run() -> int:
         return torchrun.follow()
     from launcher.cli import main
 
+    torchrun.follow_torchrun()
     try:
         return main()
     finally:

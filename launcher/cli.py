@@ -6,12 +6,11 @@ others wait for its job (launcher/torchrun.py).
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,16 +20,15 @@ from omegaconf import DictConfig
 
 from launcher import torchrun
 from launcher.config import ConfigError, RunConfig, to_run_config
-from launcher.console import print_failure
 from launcher.failures import Failure, RunFailed, describe_exception
+from launcher.outcome import report_failure, write_report
 from launcher.override_errors import explain_composition
-from launcher.report import failure_report
-from launcher.run import execute
+from launcher.run import StartRanks, execute
 from launcher.start import FORWARDED_SIGNALS, interrupted, start_ranks
 
 
 class JobFailed(Exception):
-    """A job of this process failed and has said so; carries the exit code."""
+    """A job of a sweep failed and has said so; carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"job failed with exit code {exit_code}")
@@ -66,15 +64,21 @@ def run_hydra(config: DictConfig) -> None:
         run = to_run_config(config)
         report = execute(run, run_dir, choose_start(), torchrun.world_size())
     except RunFailed as error:
-        raise JobFailed(report_failure(error.failure, run, run_dir, error.exit_code)) from None
-    except ValueError as error:
-        raise JobFailed(report_failure(describe_exception(error), run, run_dir)) from None
-    except OSError as error:
-        raise JobFailed(report_failure(describe_exception(error), run, run_dir)) from None
-    write_report(report, run_dir)
+        end_job(report_failure(error.failure, run, run_dir, error.exit_code))
+    except (ValueError, OSError) as error:
+        end_job(report_failure(describe_exception(error), run, run_dir))
+    else:
+        write_report(report, run_dir)
 
 
-def choose_start() -> Any:
+def end_job(exit_code: int) -> NoReturn:
+    """A single run ends here. A sweep has to hear of an exception: it goes on and fails at its end."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise JobFailed(exit_code)
+    sys.exit(exit_code)
+
+
+def choose_start() -> StartRanks:
     """How this process gets its ranks.
 
     Raises:
@@ -87,30 +91,13 @@ def choose_start() -> Any:
     return torchrun.run_as_rank
 
 
-def write_report(report: dict[str, Any], run_dir: Path) -> None:
-    """report.json, and the same object as the last line on stdout."""
-    line = json.dumps(report)
-    (run_dir / "report.json").write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
-
-
-def report_failure(failure: Failure, run: RunConfig | None, run_dir: Path | None, exit_code: int = 1) -> int:
-    """Says what failed, to people on stderr and to scripts on stdout."""
-    print_failure(failure)
-    report = failure_report(failure, run, run_dir)
-    try:
-        if run_dir is not None:
-            (run_dir / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
-    except OSError:
-        pass  # The folder may be what failed; the line on stdout says it all.
-    print(json.dumps(report), flush=True)
-    return exit_code
-
-
 def handle_signals() -> None:
     """Signals that end a run raise, so that it ends in order; the elastic agent replaces this while ranks run."""
 
     def stop(number: int, frame: object) -> NoReturn:
+        # Impatience must not interrupt the clean-up that the first signal began.
+        for sig in FORWARDED_SIGNALS:
+            signal.signal(sig, signal.SIG_IGN)
         raise RunFailed(interrupted(number), 128 + number)
 
     for sig in FORWARDED_SIGNALS:

@@ -47,6 +47,8 @@ def find_hint(error: BaseException) -> str:
         return "Choose a folder that can be written: hydra.run.dir=FOLDER."
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
+    if "Connection reset by peer" in str(error) or "Connection closed by peer" in str(error):
+        return "Another rank ended first; its log says why."
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return "Check the links with task=probe; limits.peer_access=off avoids broken peer access."
     return ""

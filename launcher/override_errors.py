@@ -39,8 +39,9 @@ def first_line(error: BaseException) -> str:
     """Hydra's message and the cause it wraps, without the hints for programmers below them."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
-    if "Could not find" in text and "Available options" in str(error):
-        text = " ".join(line.strip() for line in lines if line.strip())
+    if "Available options" in str(error):
+        options, _, _ = str(error).partition("Config search path")
+        text = " ".join(options.split())
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f" ({str(error.__cause__).splitlines()[0]})"
     return text

@@ -49,14 +49,12 @@ def start_ranks(job: Job, job_file: Path) -> None:
 
     run_dir = Path(job.run_dir)
     (run_dir / "logs").mkdir(exist_ok=True)
-    # The agent reports each step of a shutdown; we say the same in one sentence.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    quieten_agent()
     with restored_signal_handlers(), plain_environment():
         try:
             elastic_launch(launch_config(job), sys.executable)("-m", "launcher.worker", str(job_file))
         except ChildFailedError as error:
-            rank, failed = min(error.failures.items(), key=lambda item: item[1].timestamp)
-            raise RunFailed(read_first_failure(run_dir) or rank_death(job, rank, failed.exitcode)) from None
+            raise RunFailed(find_cause(job, {rank: f.exitcode for rank, f in error.failures.items()})) from None
         except SignalException as error:
             raise RunFailed(interrupted(error.sigval), 128 + error.sigval) from None
 
@@ -78,6 +76,27 @@ def launch_config(job: Job) -> LaunchConfig:
         # Ranks redirect their own output (one file each), so the agent keeps no logs.
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
+
+
+def quieten_agent() -> None:
+    """The agent reports each step of a shutdown, through loggers with levels of their own; we say it in a sentence."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def find_cause(job: Job, exit_codes: dict[int, int]) -> Failure:
+    """Why a run ended, from the exit codes of the ranks that failed (negative: the signal that killed them).
+
+    A rank that a signal killed could not say so, and its peers' complaints are consequences. SIGTERM is how the agent
+    itself stops the peers.
+    """
+    killed = {rank: code for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM}
+    first = read_first_failure(Path(job.run_dir))
+    if first is not None and not killed:
+        return first
+    rank, code = min((killed or exit_codes).items())
+    return rank_death(job, rank, code)
 
 
 def rank_death(job: Job, rank: int, exit_code: int) -> Failure:

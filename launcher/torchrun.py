@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import ConfigError
+from launcher.failures import RunFailed, describe_exception, read_first_failure, write_first_failure
 from launcher.job import Job
-from launcher.start import die_with_parent
+from launcher.outcome import report_failure
+from launcher.start import FORWARDED_SIGNALS, die_with_parent, interrupted
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -24,12 +29,20 @@ JOB_KEY = "launch70b/job"
 NO_JOB = "none"
 # Rank 0 may download a model first.
 WAIT_FOR_JOB = timedelta(hours=24)
+# A signal's handler has this long before the process ends without it.
+GRACE_SEC = 2.0
 
 
 def world_size() -> int | None:
     """Processes that torchrun started, None without torchrun."""
     value = os.environ.get("WORLD_SIZE")
     return int(value) if value else None
+
+
+def follow_torchrun() -> None:
+    """A process that torchrun started ends with it, in order if it is the parent of ranks."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM)
 
 
 def is_rank() -> bool:
@@ -56,15 +69,49 @@ def open_store() -> TCPStore:
 
 
 def run_as_rank(job: Job, job_file: Path) -> None:
-    """Rank 0: tells the others, then is a rank in this process, and waits until all have written their results."""
+    """Rank 0: tells the others, then is a rank in this process, and waits until all have written their results.
+
+    Raises:
+        RunFailed: this rank failed; torchrun then ends the others.
+    """
     from launcher.worker import run_rank
 
+    run_dir = Path(job.run_dir)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    end_if_blocked(lambda number: report_failure(interrupted(number), job.run, run_dir))
     open_store().set(JOB_KEY, str(job_file))
-    (job_file.parent / "logs").mkdir(exist_ok=True)
-    run_rank(job)
-    results = [Path(job.run_dir) / "ranks" / f"{rank}.json" for rank in range(job.plan.world_size)]
+    try:
+        run_rank(job)
+    except RunFailed:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        failure = describe_exception(error, rank=0)
+        first = write_first_failure(run_dir, failure)
+        raise RunFailed(failure if first else read_first_failure(run_dir) or failure) from None
+    results = [run_dir / "ranks" / f"{rank}.json" for rank in range(job.plan.world_size)]
     while not all(path.exists() for path in results):
         time.sleep(0.01)
+
+
+def end_if_blocked(on_end: Callable[[int], object]) -> None:
+    """Ends this process after a signal even where its main thread hangs in a collective.
+
+    Python runs handlers in the main thread only, which then gets its chance for GRACE_SEC; the byte that the
+    interpreter writes for each signal reaches this thread at once.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(receiver, 1)[0]) not in FORWARDED_SIGNALS:
+            pass
+        time.sleep(GRACE_SEC)
+        on_end(number)
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def release_followers() -> None:

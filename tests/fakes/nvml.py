@@ -123,7 +123,7 @@ class FakeNvml:
         return "580.159.04"
 
     def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
-        return 13000
+        return 12040
 
     def nvmlDeviceGetCount(self) -> int:
         return len(self.cards)
@@ -141,7 +141,7 @@ class FakeNvml:
         return handle.uuid
 
     def nvmlDeviceGetPciInfo(self, handle: FakeCard) -> types.SimpleNamespace:
-        # The real one gives ctypes' bytes, in upper case.
+        # The real one gives ctypes' bytes, and upper case here where it gives lower case for the far end of a link.
         return types.SimpleNamespace(busId=handle.bus_id.upper().encode())
 
     def nvmlDeviceGetMemoryInfo(self, handle: FakeCard) -> types.SimpleNamespace:
@@ -219,7 +219,7 @@ class FakeNvml:
         return int(link in handle.nvlinks)
 
     def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: FakeCard, link: int) -> types.SimpleNamespace:
-        return types.SimpleNamespace(busId=handle.nvlinks[link].upper().encode())
+        return types.SimpleNamespace(busId=handle.nvlinks[link].lower().encode())
 
 
 def two_rtx4090() -> FakeNvml:
@@ -244,6 +244,6 @@ def two_h200() -> FakeNvml:
             power_limit=700_000,
             nvlinks={link: f"00000000:a{link % 4}:00.0" for link in range(18)},
         )
-        for place, bus in enumerate(("1b", "43"))
+        for place, bus in enumerate(("1b", "c3"))
     ]
     return FakeNvml(cards, level=40)

@@ -21,8 +21,8 @@ from tests.fakes.nvml import MIB, FakeNvml, Script, two_rtx4090
 
 # Holds {num_bytes} of memory that is really there from the moment it prints, until its input ends.
 HOLD = "import sys; held = bytearray(b'x') * {num_bytes}; print('held', flush=True); sys.stdin.read()"
-# Has a child that does, and passes its output on.
-HOLD_IN_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+# Runs the program that its arguments begin with as a child.
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
 @pytest.fixture
@@ -219,6 +219,7 @@ def test_energy_between_is_the_area_under_power() -> None:
     tally = tally_of(*(Sample(t, 0, power_w=p) for t, p in ((0.0, 100.0), (1.0, 300.0), (3.0, 300.0), (4.0, 100.0))))
     assert tally.energy_between(0.0, 4.0) == pytest.approx(200.0 + 600.0 + 200.0)
     assert tally.energy_between(0.5, 3.5) == pytest.approx(125.0 + 600.0 + 125.0)
+    assert tally.energy_between(0.0, 0.5) == pytest.approx(75.0)
     assert tally.energy_between(1.25, 1.75) == pytest.approx(150.0)
     assert tally.energy_between(2.0, 2.0) == 0.0
     assert (tally.usage().power_w, tally.usage().peak_power_w) == (200.0, 300.0)
@@ -321,9 +322,9 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts processes that hold memory; they are ended with the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(num_bytes: int, *, in_child: bool = False) -> subprocess.Popen[str]:
+    def start(num_bytes: int, *, in_grandchild: bool = False) -> subprocess.Popen[str]:
         program = HOLD.format(num_bytes=num_bytes)
-        command = ["-c", HOLD_IN_CHILD, program] if in_child else ["-c", program]
+        command = ["-c", PARENT, PARENT, program] if in_grandchild else ["-c", program]
         process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -351,7 +352,7 @@ def test_resident_memory_of_ranks_and_their_children(
         wait_until(lambda: running.summary()[0].peak_bytes is not None)
         bare_bytes = running.summary()[0].peak_bytes
         write_pid(tmp_path, 0, hold(100_000_000).pid)
-        write_pid(tmp_path, 1, hold(100_000_000, in_child=True).pid)
+        write_pid(tmp_path, 1, hold(100_000_000, in_grandchild=True).pid)
         wait_until(lambda: (running.summary()[0].peak_bytes or 0) - (bare_bytes or 0) > 95_000_000)
         wait_until(lambda: (running.summary()[1].peak_bytes or 0) > 100_000_000)
     first, second = running.summary()

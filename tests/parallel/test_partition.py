@@ -64,7 +64,7 @@ def test_grain_is_halved_until_every_rank_gets_one(dims: tuple[int, ...], world_
 
 
 def test_dimension_smaller_than_the_ranks_is_refused() -> None:
-    with pytest.raises(PartitionError, match="a dimension of 3 cannot be dealt over 4 ranks. Use gpus=3"):
+    with pytest.raises(PartitionError, match=r"a dimension of 3 cannot be dealt over 4 ranks\. Use gpus=3"):
         choose_grain((3, 512), 4)
 
 
