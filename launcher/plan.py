@@ -76,16 +76,7 @@ def plan_run(run: RunConfig, world_size: int, shape: ModelShape, inventory: Inve
     _check_num_cards(world_size, inventory)
     _check_heads(world_size, shape)
     topology, topology_reason = plan_topology(run, world_size, inventory)
-    demand = Demand(
-        shape=shape,
-        world_size=world_size,
-        grain=choose_grain((shape.intermediate_size, shape.vocab_size), world_size),
-        dtype=_choose_dtype(run, shape, device),
-        device=device,
-        transport=plan_transports(world_size, device)[0],
-        batch_size=run.workload.batch_size,
-        prefill_chunk=run.engine.prefill_chunk,
-    )
+    demand = _demand(run, world_size, shape, device)
     budgets = _budgets(run, world_size, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
     cards = _plan_cards(demand, budgets, max_context, inventory)
@@ -112,6 +103,19 @@ def plan_transports(world_size: int, device: str) -> tuple[str, ...]:
     if world_size == 1:
         return ("solo",)
     return {"cuda": ("nccl",), "cpu": ("gloo",)}[device]
+
+
+def _demand(run: RunConfig, world_size: int, shape: ModelShape, device: str) -> Demand:
+    return Demand(
+        shape=shape,
+        world_size=world_size,
+        grain=choose_grain((shape.intermediate_size, shape.vocab_size), world_size),
+        dtype=_choose_dtype(run, shape, device),
+        device=device,
+        transport=plan_transports(world_size, device)[0],
+        batch_size=run.workload.batch_size,
+        prefill_chunk=run.engine.prefill_chunk,
+    )
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:

@@ -84,9 +84,14 @@ class Telemetry:
         self._thread.join(self._interval_sec + LAST_SAMPLE_SEC)
 
     def summary(self) -> tuple[CardUsage, ...]:
-        """What was measured so far, by index; callable during the run and after it."""
+        """What was measured so far, in the order of `card_indices`; callable during the run and after it.
+
+        Ranks that have a pid file but are not among `card_indices` follow in order.
+        """
+        announced = list(self._source.names())
         with self._lock:
-            return tuple(tally.usage() for _, tally in sorted(self._tallies.items()))
+            others = sorted(set(self._tallies) - set(announced))
+            return tuple(self._tallies[index].usage() for index in (*announced, *others))
 
     def energy_between(self, start_sec: float, end_sec: float) -> float | None:
         """Joules of all cards between two times in time.time() seconds.

@@ -46,13 +46,9 @@ def build_sharded_model(
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    finally:
-        torch.set_default_dtype(before)
+    # The dtype is named, or the config's own would win.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     return model.eval()
 

@@ -169,6 +169,11 @@ def test_old_and_new_drivers(
     assert [getattr(usage, field) for usage in usages] == [expected, expected]
 
 
+def test_summary_is_in_the_order_of_the_indices(inventory: Inventory, tmp_path: Path) -> None:
+    with Telemetry(tmp_path, inventory, (1, 0), interval_sec=30) as running:
+        assert [usage.index for usage in running.summary()] == [1, 0]
+
+
 def test_nvml_is_shut_down_again(fake: FakeNvml, inventory: Inventory, tmp_path: Path) -> None:
     sample_cards(fake, inventory, tmp_path)
     assert fake.num_sessions == 0
