@@ -6,8 +6,9 @@ one run shows all of them. Nothing here touches files, cards or the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 MAX_CARDS = 4
+# A generator's seed has 64 bits; the lower half tells prompts apart.
+MAX_SEED = 2**32 - 1
 
 
 class ConfigError(ValueError):
@@ -161,12 +164,14 @@ class SamplingConfig:
     stop: list[str] = field(default_factory=list)
 
     def problems(self) -> Iterator[str]:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             yield f"sampling.temperature={self.temperature} must be 0 (greedy) or above."
         if not 0 < self.top_p <= 1:
             yield f"sampling.top_p={self.top_p} must be above 0 and at most 1."
         if self.top_k < 0:
             yield f"sampling.top_k={self.top_k} must be 0 (all tokens) or above."
+        if not 0 <= self.seed <= MAX_SEED:
+            yield f"sampling.seed={self.seed} must be from 0 to {MAX_SEED}."
         if any(not text for text in self.stop):
             yield "sampling.stop holds an empty text, which would end every answer at once."
 
@@ -269,12 +274,26 @@ def to_run_config(config: DictConfig) -> RunConfig:
     """The composed config as a checked RunConfig.
 
     Raises:
-        ConfigError: one message with every broken rule.
+        ConfigError: one message with every broken rule, or with every key that has no value.
     """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError("\n".join(f"{key} has no value. Add {key}=VALUE." for key in missing))
     run: Any = OmegaConf.to_object(config)
     if not isinstance(run, RunConfig):
         raise ConfigError("the primary config has no schema; its defaults list must start with /schema/run@_here_.")
-    problems = list(run.problems())
+    problems = [f"{key} is unknown: no part of a run reads it." for key in unknown_keys(run)]
+    problems += run.problems()
     if problems:
         raise ConfigError("\n".join(problems))
     return run
+
+
+def unknown_keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Keys that +KEY=VALUE added to a section, which Hydra lets pass."""
+    names = {each.name for each in fields(section)}
+    for name, value in vars(section).items():
+        if name not in names:
+            yield prefix + name
+        elif is_dataclass(value):
+            yield from unknown_keys(value, f"{prefix}{name}.")

@@ -7,13 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launcher.config import RunConfig, TaskKind
+from launcher.config import TaskKind
 from launcher.failures import Failure
 from launcher.plan import Plan
-from launcher.plan_text import plan_tables
+from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
 
-GIB = 2**30
 UNKNOWN = "-"
 
 
@@ -23,9 +22,7 @@ def stderr_console() -> Console:
     return console if console.is_terminal else Console(stderr=True, width=140)
 
 
-def print_plan(run: RunConfig, plan: Plan, shape: ModelShape) -> None:
-    if run.task.kind == TaskKind.probe:
-        return
+def print_plan(plan: Plan, shape: ModelShape) -> None:
     for table in plan_tables(plan, shape):
         stderr_console().print(table)
 
@@ -70,35 +67,24 @@ def speed_table(report: dict[str, Any]) -> Table:
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:
     """Memory predicted and measured, and what the card did meanwhile."""
-    names = (
-        "card",
-        "predicted GiB",
-        "peak GiB",
-        "power W",
-        "energy J",
-        "max C",
-        "SM MHz",
-        "PCIe",
-        "replays",
-        "throttled",
-    )
-    table = Table(*names)
+    unit, unit_bytes = memory_unit(max(card["peak_bytes"] or 0 for card in cards))
+    names = (f"predicted {unit}", f"peak {unit}", "W", "J", "max C", "SM MHz", "PCIe", "replays", "throttled")
+    table = Table("card", *names)
     for card in cards:
-        link = f"{card['pcie_generation'] or UNKNOWN} x{card['pcie_lanes'] or UNKNOWN}"
+        link = f"{card['pcie_generation']} x{card['pcie_lanes']}" if card["pcie_generation"] else UNKNOWN
         table.add_row(
             card["name"],
-            gib(card["predicted_bytes"]),
-            gib(card["peak_bytes"]),
+            amount(card["predicted_bytes"], unit_bytes),
+            amount(card["peak_bytes"], unit_bytes),
             number(card["power_w"]),
             number(card["energy_j"]),
             number(card["temperature_c"]),
             number(card["sm_clock_mhz"]),
-            link if card["pcie_generation"] else UNKNOWN,
+            link,
             number(card["pcie_replays"]),
             ", ".join(card["throttle_reasons"]) or UNKNOWN,
         )
-    sources = sorted({card["source"] for card in cards})
-    table.caption = f"peak: {', '.join(sources)}"
+    table.caption = f"peak: {', '.join(sorted({card['source'] for card in cards}))}"
     return table
 
 
@@ -133,8 +119,8 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def gib(num_bytes: int | None) -> str:
-    return UNKNOWN if num_bytes is None else f"{num_bytes / GIB:.2f}"
+def amount(num_bytes: int | None, unit_bytes: int) -> str:
+    return UNKNOWN if num_bytes is None else f"{num_bytes / unit_bytes:.2f}"
 
 
 def percent(share: float | None) -> str:

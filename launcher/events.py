@@ -52,7 +52,8 @@ class EventFollower:
 
     def __init__(self, run_dir: Path, *, stdout: TextIO | None = None, console: Console | None = None) -> None:
         self._path = run_dir / EVENTS_FILE
-        self._path.touch()
+        # What an earlier run in this folder said is not said again.
+        self._path.write_bytes(b"")
         self._stdout = stdout or sys.stdout
         self._console = console or Console(stderr=True)
         self._stop = threading.Event()
@@ -80,13 +81,14 @@ class EventFollower:
             print(file=self._stdout, flush=True)
 
     def _follow(self) -> None:
-        with self._path.open(encoding="utf-8") as file:
-            pending = ""
+        # Bytes, because the end of what is there so far may be half a character.
+        with self._path.open("rb") as file:
+            pending = b""
             while True:
                 # Asked before the read, so that what was written before the stop is still shown.
                 stopping = self._stop.is_set()
                 pending += file.read()
-                *lines, pending = pending.split("\n")
+                *lines, pending = pending.split(b"\n")
                 for line in lines:
                     self._show(json.loads(line))
                 if stopping:

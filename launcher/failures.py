@@ -45,13 +45,20 @@ def find_hint(error: BaseException) -> str:
         return "Free some space, or write elsewhere: output_file=FILE, hydra.run.dir=FOLDER."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return "Choose a folder that can be written: hydra.run.dir=FOLDER."
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
     if "Connection reset by peer" in str(error) or "Connection closed by peer" in str(error):
         return "Another rank ended first; its log says why."
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return "Check the links with task=probe; limits.peer_access=off avoids broken peer access."
     return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch's error on a card, its error on the host, Python's own, and the system's (a file that cannot be mapped)."""
+    known = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    texts = ("can't allocate memory", "Cannot allocate memory")
+    return known or any(text in str(error) for text in texts)
 
 
 def write_first_failure(run_dir: Path, failure: Failure) -> bool:

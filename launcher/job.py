@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from launcher.config import PeerAccess, RunConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt
+from launcher.topology import Placement
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Job:
     """A run that is decided: ranks take everything from here and read no other configuration."""
 
     run: RunConfig
-    plan: Plan
-    model_folder: str
+    placement: Placement
     run_dir: str
-    prompts: tuple[Prompt, ...]
     host_cores: int
+    # What a task that loads a model needs besides; None and empty for the others.
+    plan: Plan | None = None
+    model_folder: str | None = None
+    prompts: tuple[Prompt, ...] = ()
 
     @property
     def output_path(self) -> Path:
@@ -40,7 +43,7 @@ def load_job(path: Path) -> Job:
 
 def build_environment(job: Job) -> dict[str, str]:
     """Environment variables that every rank of `job` needs before it imports torch."""
-    threads = max(1, job.host_cores // job.plan.world_size)
+    threads = max(1, job.host_cores // job.placement.world_size)
     environment = {
         # NVML counts cards in PCI order; without this CUDA may count them by speed.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -49,7 +52,7 @@ def build_environment(job: Job) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
     }
-    if job.plan.device == "cpu":
+    if job.placement.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if job.run.limits.peer_access == PeerAccess.off:
         environment["NCCL_P2P_DISABLE"] = "1"

@@ -9,11 +9,13 @@ from parallel.partition import split_by_grain, split_by_heads
 
 MIB = 1024**2
 
-# What a process takes before the first weight: CUDA context, kernels and cuBLAS workspace, or Python with torch and
-# transformers. Assumed, not measured: the report prints what a run took beside it.
-CONTEXT_BYTES = {"cuda": 550 * MIB, "cpu": 700 * MIB}
-# Buffers of the communicator on the card. Assumed, not measured.
-COMMUNICATOR_BYTES = {"nccl": 200 * MIB, "gloo": 0, "solo": 0}
+# What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
+# with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on
+# the CPU: 395 MiB resident measured with torch 2.13.
+CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 395 * MIB}
+# Buffers of the communicator on the card, measured on two H200 with NCCL 2.28: 382 MiB where it goes through host
+# memory, 838 MiB over NVLink.
+COMMUNICATOR_BYTES = {"nccl": 382 * MIB, "nccl over nvlink": 838 * MIB, "gloo": 0, "solo": 0}
 # Sampling works on float32 logits: the logits, their sorted copy with int64 positions, probabilities and their sums.
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8 + 4 + 4
 # transformers hands SDPA a mask of one byte an entry.
@@ -29,6 +31,7 @@ class Demand:
     grain: int
     dtype: str
     device: str
+    # A key of COMMUNICATOR_BYTES.
     transport: str
     batch_size: int
     prefill_chunk: int

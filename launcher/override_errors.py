@@ -1,4 +1,4 @@
-"""Every mistake on a command line at once: Hydra stops at the first, so each override is also tried alone."""
+"""Every mistake on a command line at once: Hydra stops at the first, so each override is also tried by itself."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
     """One message with what Hydra said and what it would have said of the other overrides."""
-    messages = [first_line(error)]
-    for override in arguments:
-        message = try_override(override)
-        if message is not None and message not in messages:
-            messages.append(message)
-    return "\n".join(messages)
+    overrides = [argument for argument in arguments if is_plain_override(argument)]
+    sound = [override for override in overrides if try_overrides([override]) is None]
+    # Some make sense only beside others: model.shape.num_layers needs a model that has a shape.
+    others = (try_overrides([*sound, override]) for override in overrides if override not in sound)
+    return "\n".join(dict.fromkeys([first_line(error), *(message for message in others if message)]))
 
 
-def try_override(override: str) -> str | None:
-    """What is wrong with one override by itself; None if nothing is, or if it is no plain override."""
+def is_plain_override(argument: str) -> bool:
+    """Whether an argument sets one value of this project's config: no flag, no sweep, no setting of Hydra's own."""
+    if argument.startswith("-"):
+        return False
     try:
-        parsed = OverridesParser.create().parse_override(override)
-        if parsed.is_sweep_override() or (parsed.key_or_group or "").startswith("hydra"):
-            return None
-        GlobalHydra.instance().clear()
+        parsed = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return True
+    return not parsed.is_sweep_override() and not (parsed.key_or_group or "").startswith("hydra")
+
+
+def try_overrides(overrides: Sequence[str]) -> str | None:
+    """What Hydra says of these overrides; None if it composes them."""
+    GlobalHydra.instance().clear()
+    try:
         with initialize_config_module("conf", version_base="1.3"):
-            compose("config", overrides=[override])
-    except (HydraException, OmegaConfBaseException) as error:
+            compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
         return first_line(error)
     return None
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launcher.config import DType, RunConfig, TaskKind
+from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import MIB, Demand, fits, largest_context
 from launcher.plan_refusal import refuse_memory
 from launcher.shape import LOADABLE_QUANTIZATIONS, LOADABLE_TEXT, ModelShape
-from launcher.topology import PlanError as PlanError
-from launcher.topology import plan_topology
-from launcher.topology import resolve_world_size as resolve_world_size
+from launcher.topology import Placement, PlanError
 from parallel.partition import choose_grain
 
 GIB = 1024**3
@@ -41,12 +39,7 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    world_size: int
-    # "cuda" | "cpu"
-    device: str
-    # single, dual_nvlink, dual_pcie, triple or quad
-    topology: str
-    topology_reason: str
+    placement: Placement
     dtype: str
     # Rows in which MLP and vocabulary are dealt over the ranks.
     grain: int
@@ -58,33 +51,26 @@ class Plan:
     # Tokens of all sequences together that the memory left beside the other lines could hold.
     kv_tokens_that_fit: int
     cards: tuple[CardPlan, ...]
-    # Candidates; the self-test of a run chooses.
-    transports: tuple[str, ...]
     # Reading the weights of a token once, at the card's published memory bandwidth; None where it is unknown.
     tpot_floor_ms: float | None
 
 
-def plan_run(run: RunConfig, world_size: int, shape: ModelShape, inventory: Inventory) -> Plan:
-    """Decides topology, dtype, context and bytes per card.
+def plan_run(run: RunConfig, placement: Placement, shape: ModelShape, inventory: Inventory) -> Plan:
+    """Decides dtype, context and bytes per card.
 
     Raises:
         PlanError: the run cannot work here, or does not fit; the message says what would.
         PartitionError: a dimension of the model is too small for that many ranks.
     """
-    device = "cpu" if inventory.source == "none" else "cuda"
+    world_size = placement.world_size
     _check_loadable(run, shape)
-    _check_num_cards(world_size, inventory)
     _check_heads(world_size, shape)
-    topology, topology_reason = plan_topology(run, world_size, inventory)
-    demand = _demand(run, world_size, shape, device)
+    demand = _demand(run, placement, shape)
     budgets = _budgets(run, world_size, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
-    cards = _plan_cards(demand, budgets, max_context, inventory)
+    cards = _plan_cards(demand, budgets, max_context, placement)
     return Plan(
-        world_size=world_size,
-        device=device,
-        topology=topology,
-        topology_reason=topology_reason,
+        placement=placement,
         dtype=demand.dtype,
         grain=demand.grain,
         max_context=max_context,
@@ -93,26 +79,21 @@ def plan_run(run: RunConfig, world_size: int, shape: ModelShape, inventory: Inve
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
         kv_tokens_that_fit=_kv_tokens_that_fit(demand, cards),
         cards=cards,
-        transports=plan_transports(world_size, device),
         tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size]),
     )
 
 
-def plan_transports(world_size: int, device: str) -> tuple[str, ...]:
-    """Candidates for the all-reduce, the plainest first."""
-    if world_size == 1:
-        return ("solo",)
-    return {"cuda": ("nccl",), "cpu": ("gloo",)}[device]
-
-
-def _demand(run: RunConfig, world_size: int, shape: ModelShape, device: str) -> Demand:
+def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
+    transport = placement.transports[0]
+    if placement.topology == TopologyKind.dual_nvlink.value:
+        transport += " over nvlink"
     return Demand(
         shape=shape,
-        world_size=world_size,
-        grain=choose_grain((shape.intermediate_size, shape.vocab_size), world_size),
-        dtype=_choose_dtype(run, shape, device),
-        device=device,
-        transport=plan_transports(world_size, device)[0],
+        world_size=placement.world_size,
+        grain=choose_grain((shape.intermediate_size, shape.vocab_size), placement.world_size),
+        dtype=_choose_dtype(run, shape, placement.device),
+        device=placement.device,
+        transport=transport,
         batch_size=run.workload.batch_size,
         prefill_chunk=run.engine.prefill_chunk,
     )
@@ -124,16 +105,6 @@ def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
             f"weights quantised as {shape.quantization} cannot be loaded yet; supported: {LOADABLE_TEXT}. "
             "Set model.path to such a checkpoint, or task=plan to see what this one would take."
         )
-
-
-def _check_num_cards(world_size: int, inventory: Inventory) -> None:
-    found = len(inventory.cards)
-    if inventory.source == "none" or world_size <= found:
-        return
-    raise PlanError(
-        f"gpus={world_size} but {found} card{'s' * (found != 1)} can be seen. Set gpus={found}, show more of them with "
-        "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
-    )
 
 
 def _check_heads(world_size: int, shape: ModelShape) -> None:
@@ -218,20 +189,13 @@ def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: 
 
 
 def _plan_cards(
-    demand: Demand, budgets: tuple[int, ...], max_context: int, inventory: Inventory
+    demand: Demand, budgets: tuple[int, ...], max_context: int, placement: Placement
 ) -> tuple[CardPlan, ...]:
-    lines = demand.lines(max_context)
-    cards: list[Card | None] = list(inventory.cards[: demand.world_size]) or [None] * demand.world_size
     return tuple(
-        CardPlan(
-            rank=rank,
-            card=card.index if card else None,
-            name=card.name if card else "CPU",
-            lines=lines[rank],
-            predicted_bytes=sum(lines[rank].values()),
-            budget_bytes=budgets[rank],
+        CardPlan(rank, card, name, lines, predicted_bytes=sum(lines.values()), budget_bytes=budget)
+        for rank, (card, name, lines, budget) in enumerate(
+            zip(placement.cards, placement.names, demand.lines(max_context), budgets, strict=True)
         )
-        for rank, card in enumerate(cards)
     )
 
 

@@ -14,9 +14,9 @@ def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
     floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
     return [
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
-        ("ranks", f"{plan.world_size} on {plan.device}"),
-        ("topology", f"{plan.topology}: {plan.topology_reason}"),
-        ("transports", ", ".join(plan.transports)),
+        ("ranks", f"{plan.placement.world_size} on {plan.placement.device}"),
+        ("topology", f"{plan.placement.topology}: {plan.placement.topology_reason}"),
+        ("transports", ", ".join(plan.placement.transports)),
         ("context", f"{plan.max_context} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit}"),
@@ -35,18 +35,28 @@ def plan_tables(plan: Plan, shape: ModelShape) -> tuple[Table, Table]:
 def plan_table(plan: Plan) -> Table:
     """Memory of each rank, line by line, in GiB."""
     names = ", ".join(dict.fromkeys(card.name for card in plan.cards))
-    table = Table(title=f"Memory in GiB, predicted ({names})")
+    unit, unit_bytes = memory_unit(max(card.predicted_bytes for card in plan.cards))
+    table = Table(title=f"Memory in {unit}, predicted ({names})")
     table.add_column("", no_wrap=True)
     for card in plan.cards:
         where = "CPU" if card.card is None else f"card {card.card}"
         table.add_column(f"rank {card.rank}\n{where}", justify="right")
     for name in plan.cards[0].lines:
-        table.add_row(name, *(_gib(card.lines[name]) for card in plan.cards), end_section=name == "activations")
-    table.add_row("all, predicted", *(_gib(card.predicted_bytes) for card in plan.cards))
-    table.add_row("budget", *(_gib(card.budget_bytes) for card in plan.cards))
-    table.add_row("left, predicted", *(_gib(card.budget_bytes - card.predicted_bytes) for card in plan.cards))
+        table.add_row(
+            name, *(_amount(card.lines[name], unit_bytes) for card in plan.cards), end_section=name == "activations"
+        )
+    table.add_row("all, predicted", *(_amount(card.predicted_bytes, unit_bytes) for card in plan.cards))
+    table.add_row("budget", *(_amount(card.budget_bytes, unit_bytes) for card in plan.cards))
+    table.add_row(
+        "left, predicted", *(_amount(card.budget_bytes - card.predicted_bytes, unit_bytes) for card in plan.cards)
+    )
     return table
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}"
+def memory_unit(largest_bytes: int) -> tuple[str, int]:
+    """Name and size of the unit in which sizes up to `largest_bytes` read well with two decimals."""
+    return ("GiB", GIB) if largest_bytes >= 2 * GIB else ("MiB", GIB // 1024)
+
+
+def _amount(num_bytes: int, unit_bytes: int) -> str:
+    return f"{num_bytes / unit_bytes:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
     if path.suffix not in readers:
         raise ConfigError(f"prompts_file={path} must end in {' or '.join(readers)}.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings and prompts may hold other line ends, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts_file={path} cannot be read: {error}") from error
     prompts = tuple(readers[path.suffix](path, lines))
@@ -77,24 +79,34 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
     """The prompts that `output` has no answer for; a half-written last line is cut off the file.
 
     Raises:
-        ConfigError: the file exists and resume is off, or it answers other prompts.
+        ConfigError: the file exists and resume is off, it cannot be written, or it answers other prompts.
     """
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ConfigError(f"output_file={output} cannot be written: {output.parent} must be a folder of yours.")
     if not output.exists() or output.is_char_device():
         return prompts
     if not resume:
         raise ConfigError(f"output_file={output} exists. Add resume=true to complete it, or name another file.")
-    text = output.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    done = set()
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            answer = json.loads(line)
-            index, key = int(answer["index"]), answer["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"output_file={output}, line {number} is not an answer: {error!r}") from error
-        if index >= len(prompts) or prompt_key(prompts[index]) != key:
-            raise ConfigError(f"output_file={output}, line {number} answers another prompt than prompts_file has.")
-        done.add(index)
-    if complete != text:
-        output.write_text(complete, encoding="utf-8")
+    written = output.read_bytes()
+    complete = written[: written.rfind(b"\n") + 1]
+    lines = complete.split(b"\n")[:-1]
+    done = {read_answer(output, number, line, prompts) for number, line in enumerate(lines, start=1)}
+    if complete != written:
+        output.write_bytes(complete)
     return tuple(prompt for prompt in prompts if prompt.index not in done)
+
+
+def read_answer(output: Path, number: int, line: bytes, prompts: tuple[Prompt, ...]) -> int:
+    """The index of the prompt that a line of `output` answers.
+
+    Raises:
+        ConfigError: the line is no answer, or answers another prompt than the one with that index.
+    """
+    try:
+        answer = json.loads(line)
+        index, key = int(answer["index"]), answer["prompt"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"output_file={output}, line {number} is not an answer: {error!r}") from error
+    if not 0 <= index < len(prompts) or prompt_key(prompts[index]) != key:
+        raise ConfigError(f"output_file={output}, line {number} answers another prompt than prompts_file has.")
+    return index

@@ -6,6 +6,7 @@ Fields are added, never renamed; what was not measured is null, never zero; pred
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,24 +17,24 @@ from launcher.failures import Failure
 from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.plan import Plan
-from launcher.shape import ModelShape
 from launcher.telemetry import CardUsage, Telemetry
 
 PACKAGES = ("launch70b", "torch", "transformers", "deepspeed", "hydra-core", "safetensors")
+MEASURED_BY_RANKS = ("transport", "ttft_ms", "tpot_ms", "comm_share", "decode_step_ms", "all_reduce", "outputs")
 MEASURED = ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
 
 
-def build_report(job: Job, shape: ModelShape, inventory: Inventory, telemetry: Telemetry) -> dict[str, Any]:
+def build_report(job: Job, inventory: Inventory, telemetry: Telemetry) -> dict[str, Any]:
     """Joins what the plan predicted, the ranks measured and the sampler saw."""
-    results = read_results(Path(job.run_dir), job.plan.world_size)
-    report = base_report(job.run, job.plan, Path(job.run_dir))
-    report |= {name: results[0].get(name) for name in ("transport", "load", "ttft_ms", "tpot_ms", "comm_share")}
-    report |= {name: results[0][name] for name in ("decode_step_ms", "all_reduce", "outputs") if name in results[0]}
+    results = read_results(Path(job.run_dir), job.placement.world_size)
+    report = base_report(job)
+    report |= {name: results[0][name] for name in MEASURED_BY_RANKS if name in results[0]}
     report["load"] = join_loads(results)
     report |= speed(results[0], telemetry)
+    usages = telemetry.summary()
     report["cards"] = [
-        card_report(planned.name, planned.predicted_bytes, usage, result.get("memory"))
-        for planned, usage, result in zip(job.plan.cards, telemetry.summary(), results, strict=True)
+        card_report(job, rank, usage, result.get("memory"))
+        for rank, (usage, result) in enumerate(zip(usages, results, strict=True))
     ]
     report["inventory"] = asdict(inventory)
     return report
@@ -44,34 +45,40 @@ def read_results(run_dir: Path, world_size: int) -> list[dict[str, Any]]:
     return [json.loads((run_dir / "ranks" / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def base_report(run: RunConfig, plan: Plan, run_dir: Path) -> dict[str, Any]:
-    """The fields that every report has, with null where nothing has been measured yet."""
-    return {
+def base_report(job: Job) -> dict[str, Any]:
+    """The fields that every report has, with null where nothing has been measured."""
+    run, placement, plan = job.run, job.placement, job.plan
+    report: dict[str, Any] = {
         "task": run.task.kind.value,
-        "model": run.model.name,
-        "world_size": plan.world_size,
-        "device": plan.device,
-        "topology": plan.topology,
-        "topology_reason": plan.topology_reason,
+        "model": run.model.name if plan else None,
+        "world_size": placement.world_size,
+        "device": placement.device,
+        "topology": placement.topology,
+        "topology_reason": placement.topology_reason,
+        "limits": asdict(run.limits),
+        **dict.fromkeys(MEASURED),
+        "cards": [],
+        "predicted": None,
+        "run_dir": job.run_dir,
+        "command": sys.argv[1:],
+        "versions": versions(),
+    }
+    return report if plan is None else report | planned(plan)
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """What the plan decided, and what it predicts."""
+    cards = [{"name": card.name, "predicted_bytes": card.predicted_bytes, "lines": card.lines} for card in plan.cards]
+    return {
         "dtype": plan.dtype,
         "batch_size": plan.batch_size,
         "max_context": plan.max_context,
-        **dict.fromkeys(
-            ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
-        ),
-        "cards": [],
         "predicted": {
             "tpot_floor_ms": plan.tpot_floor_ms,
             "kv_tokens_that_fit": plan.kv_tokens_that_fit,
-            "cards": [{"name": card.name, "bytes": card.predicted_bytes, "lines": card.lines} for card in plan.cards],
+            "cards": cards,
         },
-        "run_dir": str(run_dir),
-        "versions": versions(),
     }
-
-
-def plan_report(run: RunConfig, plan: Plan, shape: ModelShape, run_dir: Path) -> dict[str, Any]:
-    return base_report(run, plan, run_dir) | {"shape": asdict(shape)}
 
 
 def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -102,10 +109,13 @@ def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
     }
 
 
-def card_report(name: str, predicted_bytes: int, usage: CardUsage, memory: dict[str, Any] | None) -> dict[str, Any]:
+def card_report(job: Job, rank: int, usage: CardUsage, memory: dict[str, Any] | None) -> dict[str, Any]:
+    """One rank's card. `peak_bytes` is this run's own: what others held before it stands in `baseline_bytes`."""
     seen = asdict(usage)
-    seen.pop("name")
-    return {"name": name, "predicted_bytes": predicted_bytes, **seen, "memory": memory}
+    if usage.peak_bytes is not None:
+        seen["peak_bytes"] = usage.peak_bytes - (usage.baseline_bytes or 0)
+    predicted_bytes = job.plan.cards[rank].predicted_bytes if job.plan else None
+    return seen | {"name": job.placement.names[rank], "predicted_bytes": predicted_bytes, "memory": memory}
 
 
 def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None) -> dict[str, Any]:

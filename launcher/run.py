@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,22 @@ from launcher.events import EventFollower
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.model_files import download_model, find_local_model
-from launcher.plan import Plan, plan_run, resolve_world_size
+from launcher.plan import plan_run
 from launcher.prompts import prompts_to_do, read_prompts
-from launcher.report import build_report, plan_report
+from launcher.report import base_report, build_report
 from launcher.shape import ModelShape, shape_from_checkpoint, shape_from_facts
 from launcher.telemetry import Telemetry
+from launcher.topology import place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
 
 StartRanks = Callable[[Job, Path], None]
 
 
 @dataclass(frozen=True)
-class Decision:
-    """Everything that is settled before a rank starts. `folder` is None where facts stand in for a checkpoint."""
+class Model:
+    """A model that a run will load, or facts about one; `folder` is None for facts."""
 
-    plan: Plan
     shape: ModelShape
-    inventory: Inventory
     folder: Path | None
 
 
@@ -40,48 +39,46 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         ValueError: something the user typed cannot be run; nothing was started.
         RunFailed: ranks were started and one failed.
     """
-    decision = decide(run, env_world_size)
-    print_plan(run, decision.plan, decision.shape)
+    world_size = resolve_world_size(run, env_world_size)
+    inventory = read_inventory(run.hardware, world_size)
+    placement = place_ranks(run, world_size, inventory)
+    job = Job(run, placement, str(run_dir), inventory.host_cores)
+    if run.task.kind != TaskKind.probe:
+        model = find_model(run)
+        job = plan_model(job, model, inventory)
     if run.task.kind == TaskKind.plan:
-        return plan_report(run, decision.plan, decision.shape, run_dir)
-    job = build_job(run, run_dir, decision)
-    with (
-        Telemetry(run_dir, decision.inventory, used_cards(decision.plan)) as telemetry,
-        EventFollower(run_dir),
-    ):
+        return base_report(job)
+    cards = [card for card in placement.cards if card is not None]
+    with Telemetry(run_dir, inventory, cards) as telemetry, EventFollower(run_dir):
         start_ranks(job, save_job(job))
-    report = build_report(job, decision.shape, decision.inventory, telemetry)
+    report = build_report(job, inventory, telemetry)
     print_report(report)
     return report
 
 
-def decide(run: RunConfig, env_world_size: int | None) -> Decision:
-    """Finds the model and the cards and plans the run; what cannot work is refused here, in seconds."""
-    world_size = resolve_world_size(run, env_world_size)
-    inventory = read_inventory(run.hardware, world_size)
+def find_model(run: RunConfig) -> Model:
+    """Finds (or downloads) the checkpoint and reads its shape; facts do where task=plan has no checkpoint.
+
+    Raises:
+        ValueError: no such model, or its files are missing, truncated or of a kind that is not read.
+    """
     folder = find_local_model(run.model)
-    use_facts = folder is None and run.task.kind == TaskKind.plan and run.model.shape is not None
-    if folder is None and not use_facts:
-        folder = download_model(run.model)
-    if folder is None:
-        assert run.model.shape is not None
-        shape = shape_from_facts(run.model.shape)
-    else:
-        shape = shape_from_checkpoint(folder)
-        read_checkpoint(folder)
-    return Decision(plan_run(run, world_size, shape, inventory), shape, inventory, folder)
+    if folder is None and run.task.kind == TaskKind.plan and run.model.shape is not None:
+        return Model(shape_from_facts(run.model.shape), None)
+    folder = folder or download_model(run.model)
+    read_checkpoint(folder)
+    return Model(shape_from_checkpoint(folder), folder)
 
 
-def build_job(run: RunConfig, run_dir: Path, decision: Decision) -> Job:
-    assert decision.folder is not None, "only task=plan does without a checkpoint"
-    job = Job(run, decision.plan, str(decision.folder), str(run_dir), (), decision.inventory.host_cores)
+def plan_model(job: Job, model: Model, inventory: Inventory) -> Job:
+    """`job` with the plan for its model, which is printed, and its prompts; what cannot work is refused here."""
+    run = job.run
+    plan = plan_run(run, job.placement, model.shape, inventory)
+    print_plan(plan, model.shape)
+    job = replace(job, plan=plan, model_folder=str(model.folder) if model.folder else None)
     if run.task.kind != TaskKind.generate:
         return job
     prompts = read_prompts(run)
     if run.prompts_file is not None:
         prompts = prompts_to_do(prompts, job.output_path, resume=run.resume)
-    return Job(run, decision.plan, job.model_folder, str(run_dir), prompts, job.host_cores)
-
-
-def used_cards(plan: Plan) -> list[int]:
-    return [card.card for card in plan.cards if card.card is not None]
+    return replace(job, prompts=prompts)

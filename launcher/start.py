@@ -67,7 +67,7 @@ def launch_config(job: Job) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=job.plan.world_size,
+        nproc_per_node=job.placement.world_size,
         run_id=uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -107,8 +107,8 @@ def rank_death(job: Job, rank: int, exit_code: int) -> Failure:
         how = f"was killed by {signal.Signals(-exit_code).name}"
     if exit_code == -signal.SIGKILL:
         hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
-    card = job.plan.cards[rank]
-    where = f"card {card.card}, {card.name}" if card.card is not None else card.name
+    card, name = job.placement.cards[rank], job.placement.names[rank]
+    where = name if card is None else f"card {card}, {name}"
     log = str(rank_log(Path(job.run_dir), rank))
     return Failure("RankDied", f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}", hint, rank, log)
 

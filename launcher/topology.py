@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from launcher.config import MAX_CARDS, PeerAccess, RunConfig, TopologyKind
 from launcher.hardware import Card, Inventory
 
@@ -23,6 +25,23 @@ PLAIN_TOPOLOGY = {
 
 class PlanError(ValueError):
     """A run that cannot work on this machine; the message names the value, the rule and what would work."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the ranks of a run are and over which links they talk: what every task needs, with a model or without."""
+
+    world_size: int
+    # "cuda" | "cpu"
+    device: str
+    # single, dual_nvlink, dual_pcie, triple or quad
+    topology: str
+    topology_reason: str
+    # CUDA index of each rank's card; None on the CPU.
+    cards: tuple[int | None, ...]
+    names: tuple[str, ...]
+    # Candidates; the self-test of a run chooses.
+    transports: tuple[str, ...]
 
 
 def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
@@ -49,6 +68,44 @@ def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
             f"`torchrun --nproc-per-node {world_size} -m launcher gpus={world_size}`."
         )
     return world_size
+
+
+def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placement:
+    """Gives each rank a card (or the CPU) and names the links.
+
+    Raises:
+        PlanError: too few cards, or a topology that this machine does not have.
+    """
+    device = "cpu" if inventory.source == "none" else "cuda"
+    _check_num_cards(world_size, inventory)
+    topology, reason = plan_topology(run, world_size, inventory)
+    cards = inventory.cards[:world_size]
+    return Placement(
+        world_size=world_size,
+        device=device,
+        topology=topology,
+        topology_reason=reason,
+        cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
+        names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
+        transports=plan_transports(world_size, device),
+    )
+
+
+def plan_transports(world_size: int, device: str) -> tuple[str, ...]:
+    """Candidates for the all-reduce, the plainest first."""
+    if world_size == 1:
+        return ("solo",)
+    return {"cuda": ("nccl",), "cpu": ("gloo",)}[device]
+
+
+def _check_num_cards(world_size: int, inventory: Inventory) -> None:
+    found = len(inventory.cards)
+    if inventory.source == "none" or world_size <= found:
+        return
+    raise PlanError(
+        f"gpus={world_size} but {found} card{'s' * (found != 1)} can be seen. Set gpus={found}, show more of them with "
+        "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
+    )
 
 
 def plan_topology(run: RunConfig, world_size: int, inventory: Inventory) -> tuple[str, str]:

@@ -89,7 +89,7 @@ def run_as_rank(job: Job, job_file: Path) -> None:
         failure = describe_exception(error, rank=0)
         first = write_first_failure(run_dir, failure)
         raise RunFailed(failure if first else read_first_failure(run_dir) or failure) from None
-    results = [run_dir / "ranks" / f"{rank}.json" for rank in range(job.plan.world_size)]
+    results = [run_dir / "ranks" / f"{rank}.json" for rank in range(job.placement.world_size)]
     while not all(path.exists() for path in results):
         time.sleep(0.01)
 

@@ -19,6 +19,8 @@ class Communicator(Protocol):
     name: str
     rank: int
     world_size: int
+    # Whether its collectives can be captured in a CUDA graph.
+    capturable: bool
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums `tensor` over the ranks, in place, and returns it. Any shape; every rank gets the same bits."""
@@ -44,6 +46,7 @@ class ElidedAllReduce:
         self.name = f"{inner.name} without all-reduce"
         self.rank = inner.rank
         self.world_size = inner.world_size
+        self.capturable = inner.capturable
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

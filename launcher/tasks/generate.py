@@ -63,12 +63,13 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 
 
 def load_model(context: RankContext) -> LoadedModel:
-    job, folder = context.job, context.job.model_folder
+    job, folder, plan = context.job, context.job.model_folder, context.job.plan
+    assert folder is not None and plan is not None, "the parent plans a model for this task"
     model = build_sharded_model(
         AutoConfig.from_pretrained(folder),
         context.communicator,
-        dtype=getattr(torch, job.plan.dtype),
-        grain=job.plan.grain,
+        dtype=getattr(torch, plan.dtype),
+        grain=plan.grain,
     )
     load = load_checkpoint(
         model,
@@ -79,7 +80,7 @@ def load_model(context: RankContext) -> LoadedModel:
     engine = Engine(
         model.module,
         context.device,
-        max_context=job.plan.max_context,
+        max_context=plan.max_context,
         prefill_chunk=job.run.engine.prefill_chunk,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)

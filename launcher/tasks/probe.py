@@ -22,7 +22,7 @@ def probed_transports(context: RankContext) -> list[str]:
     """The run's own candidates, and gloo as the yardstick that works everywhere."""
     if context.communicator.world_size == 1:
         return []
-    return list(dict.fromkeys([*context.job.plan.transports, "gloo"]))
+    return list(dict.fromkeys([*context.job.placement.transports, "gloo"]))
 
 
 def open_transport(context: RankContext, name: str) -> Communicator:

@@ -12,6 +12,7 @@ class Solo:
     name = "solo"
     rank = 0
     world_size = 1
+    capturable = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

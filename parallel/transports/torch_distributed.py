@@ -18,6 +18,7 @@ class TorchDistributed:
         self.device = device
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.capturable = name == "nccl"
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)

@@ -22,10 +22,10 @@ from launcher.config import (
 )
 from launcher.hardware import Card, Inventory, Link, read_inventory
 from launcher.memory import Demand
-from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, PlanError, plan_run, resolve_world_size
+from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, plan_run
 from launcher.plan_text import describe, plan_tables
 from launcher.shape import ModelShape, shape_from_facts
-from launcher.topology import plan_topology
+from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 LLAMA_70B = shape_from_facts(
@@ -69,7 +69,8 @@ def run_of(**changes: Any) -> RunConfig:
 
 
 def plan(shape: ModelShape, inventory: Inventory, world_size: int = 1, **changes: Any) -> Plan:
-    return plan_run(run_of(**changes), world_size, shape, inventory)
+    run = run_of(**changes)
+    return plan_run(run, place_ranks(run, world_size, inventory), shape, inventory)
 
 
 def refused(shape: ModelShape, inventory: Inventory, world_size: int = 1, **changes: Any) -> str:
@@ -189,15 +190,15 @@ def test_too_few_cards_names_cuda_visible_devices() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_without_cards_ranks_run_on_the_cpu(world_size: int) -> None:
     decided = plan(TINY, CPU, world_size)
-    assert (decided.device, decided.tpot_floor_ms) == ("cpu", None)
-    assert decided.transports == (("gloo",) if world_size > 1 else ("solo",))
+    assert (decided.placement.device, decided.tpot_floor_ms) == ("cpu", None)
+    assert decided.placement.transports == (("gloo",) if world_size > 1 else ("solo",))
     assert [(card.card, card.name) for card in decided.cards] == [(None, "CPU")] * world_size
     assert {card.budget_bytes for card in decided.cards} == {64 * GIB // world_size}
 
 
 def test_cards_talk_through_nccl_and_one_alone_through_nothing() -> None:
-    assert plan(TINY, cards_of(2), 2).transports == ("nccl",)
-    assert plan(TINY, cards_of(2), 1).transports == ("solo",)
+    assert plan(TINY, cards_of(2), 2).placement.transports == ("nccl",)
+    assert plan(TINY, cards_of(2), 1).placement.transports == ("solo",)
 
 
 def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:
@@ -207,7 +208,7 @@ def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:
 
 def test_quantised_weights_are_planned_but_not_run() -> None:
     shape = replace(TINY, quantization="awq", linear_bits=4.25)
-    assert plan(shape, cards_of(1)).world_size == 1
+    assert plan(shape, cards_of(1)).placement.world_size == 1
     message = refused(shape, cards_of(1), task=TaskConfig(TaskKind.generate))
     assert "quantised as awq cannot be loaded yet; supported: bf16, fp16 and fp32 safetensors" in message
 
@@ -272,7 +273,7 @@ def test_memory_that_others_hold_counts_for_a_run_but_not_for_a_plan() -> None:
 def test_card_that_hides_its_memory_asks_for_a_limit() -> None:
     hidden = cards_of(1, memory_bytes=0)
     assert "limits.card_memory_gib" in refused(TINY, hidden)
-    assert plan(TINY, hidden, limits=LimitsConfig(card_memory_gib=8)).world_size == 1
+    assert plan(TINY, hidden, limits=LimitsConfig(card_memory_gib=8)).placement.world_size == 1
 
 
 def test_no_line_shrinks_as_the_context_grows() -> None:
@@ -372,7 +373,7 @@ def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
     assert f"rank 1 on card 1 ({RTX_4090}): " in message
     assert "weights 18.52, kv_cache 7.32" in message
-    assert "workload.batch_size=2" in message
+    assert "workload.batch_size=1" in message
     assert "gpus=3 with 3 such cards" in message
     advised = int(message.split("engine.max_context=")[1].split(")")[0])
     assert plan(LLAMA_70B_AWQ, cards_of(2), 2, **(changes | {"engine__max_context": advised})).max_context == advised
@@ -398,7 +399,7 @@ def test_70b_bf16_fits_no_number_of_4090s(facts: HardwareConfig) -> None:
 
 def test_70b_awq_fits_two_4090s(facts: HardwareConfig) -> None:
     decided = plan(LLAMA_70B_AWQ, read_inventory(facts, 2), 2)
-    assert decided.topology == "dual_pcie"
+    assert decided.placement.topology == "dual_pcie"
     assert decided.max_context == 8192
     # 160 KiB a token: what is left of 24 GB beside 18.5 GiB of weights holds some 26 thousand.
     assert 20_000 < decided.kv_tokens_that_fit < 32_000
