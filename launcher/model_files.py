@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
 
 from launcher.config import ConfigError, ModelConfig
+from parallel.checkpoint.headers import INDEX_NAME
 
 PACKAGE_PREFIX = "pkg://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
 # No .bin or .pt: they are pickles, which can run code when they are read.
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 TEXTS = ["*.json", "tokenizer.model", "*.jinja", "*.tiktoken"]
@@ -22,8 +25,7 @@ def find_local_model(model: ModelConfig) -> Path | None:
         ConfigError: model.path is neither a folder nor a hub name.
     """
     if model.path.startswith(PACKAGE_PREFIX):
-        package, _, folder = model.path.removeprefix(PACKAGE_PREFIX).partition("/")
-        return Path(str(files(package))) / folder
+        return _find_in_package(model.path)
     path = Path(model.path).expanduser()
     if path.is_dir():
         return path
@@ -34,6 +36,17 @@ def find_local_model(model: ModelConfig) -> Path | None:
     return _find_in_hub_cache(model.path)
 
 
+def _find_in_package(path: str) -> Path:
+    package, _, name = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        folder = Path(str(files(package))) / name
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: {error}. Write pkg://PACKAGE/FOLDER.") from error
+    if not folder.is_dir():
+        raise ConfigError(f"model.path={path}: package {package} has no folder {name}.")
+    return folder
+
+
 def _find_in_hub_cache(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -42,7 +55,16 @@ def _find_in_hub_cache(name: str) -> Path | None:
         folder = Path(snapshot_download(name, allow_patterns=WEIGHTS + TEXTS, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if any(folder.glob("*.safetensors")) else None
+    return folder if _has_all_weights(folder) else None
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Whether a download came to its end: every file of the index is there, or weights that need no index."""
+    names = [file.name for file in folder.glob("*.safetensors")]
+    if (folder / INDEX_NAME).is_file():
+        index = json.loads((folder / INDEX_NAME).read_bytes())
+        return set(index["weight_map"].values()) <= set(names)
+    return bool(names) and not any(SHARD_NAME.search(name) for name in names)
 
 
 def download_model(model: ModelConfig) -> Path:

@@ -84,7 +84,7 @@ def plan_run(run: RunConfig, placement: Placement, shape: ModelShape, inventory:
 
 
 def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
-    transport = placement.transports[0]
+    transport = placement.transport
     if placement.topology == TopologyKind.dual_nvlink.value:
         transport += " over nvlink"
     return Demand(

@@ -16,7 +16,7 @@ def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
         ("ranks", f"{plan.placement.world_size} on {plan.placement.device}"),
         ("topology", f"{plan.placement.topology}: {plan.placement.topology_reason}"),
-        ("transports", ", ".join(plan.placement.transports)),
+        ("transport", plan.placement.transport),
         ("context", f"{plan.max_context} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit}"),

@@ -61,7 +61,9 @@ def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
             ) from error
 
 
-def _parse_json_prompt(index: int, value: dict[str, object]) -> Prompt:
+def _parse_json_prompt(index: int, value: object) -> Prompt:
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
     if isinstance(value.get("prompt"), str):
         return Prompt(index, text=str(value["prompt"]))
     messages = value["messages"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class RankContext:
     rank: int
     device: torch.device
     communicator: Communicator
-    selftests: tuple[SelfTest, ...]
+    # None for one rank, which has no links to test.
+    selftest: SelfTest | None
     events: EventWriter
 
     @property
@@ -40,42 +41,36 @@ class RankContext:
 
     def abort(self, error: Exception) -> None:
         """Ends this rank from any thread, for when the main one hangs in a collective."""
-        abort_rank(self.run_dir, self.rank, error)
+        log = str(rank_log(self.run_dir, self.rank))
+        write_first_failure(self.run_dir, describe_exception(error, self.rank, log))
+        os._exit(1)
 
     def transport_summary(self) -> dict[str, Any]:
-        """Which transport carries which sizes, and why."""
-        others = [test for test in self.selftests if test.name != self.communicator.name]
-        reason = "the only one for this device and number of ranks" if not others else "the fastest correct one"
-        return {"all_sizes": {"name": self.communicator.name, "reason": reason}}
+        """Which transport carries which sizes, why, and what its self-test measured."""
+        why = (
+            "one rank has no links"
+            if self.selftest is None
+            else f"the one for {self.communicator.world_size} ranks on this device"
+        )
+        measured = None if self.selftest is None else self.selftest.decode.p50_us
+        return {"all_sizes": {"name": self.communicator.name, "reason": why, "decode_all_reduce_us": measured}}
 
 
 @contextmanager
 def joined_rank(job: Job, rank: int, events: EventWriter) -> Iterator[RankContext]:
-    """Joins the process group, tests the transports and opens the chosen one; leaves the group at the end."""
+    """Joins the process group, opens the transport and tests it; leaves the group at the end."""
     device = open_device(job, rank)
     join_process_group(job, device)
     try:
-        tests, communicator = [], None
-        for name in job.placement.transports:
-            opened = open_communicator(name, device, timeout_sec=job.run.timeouts.collective_sec)
-            tests.append(
-                check_transport(
-                    opened,
-                    device,
-                    timeout_sec=job.run.timeouts.selftest_sec,
-                    on_timeout=lambda error: abort_rank(Path(job.run_dir), rank, error),
-                )
-            )
-            communicator = communicator or opened
-        assert communicator is not None, "a plan names at least one transport"
-        yield RankContext(job, rank, device, communicator, tuple(tests), events)
+        timeouts = job.run.timeouts
+        communicator = open_communicator(job.placement.transport, device, timeout_sec=timeouts.collective_sec)
+        context = RankContext(job, rank, device, communicator, None, events)
+        if communicator.world_size > 1:
+            test = check_transport(communicator, device, timeout_sec=timeouts.selftest_sec, on_timeout=context.abort)
+            context = replace(context, selftest=test)
+        yield context
     finally:
         dist.destroy_process_group()
-
-
-def abort_rank(run_dir: Path, rank: int, error: Exception) -> None:
-    write_first_failure(run_dir, describe_exception(error, rank, str(rank_log(run_dir, rank))))
-    os._exit(1)
 
 
 def open_device(job: Job, rank: int) -> torch.device:

@@ -40,8 +40,8 @@ class Placement:
     # CUDA index of each rank's card; None on the CPU.
     cards: tuple[int | None, ...]
     names: tuple[str, ...]
-    # Candidates; the self-test of a run chooses.
-    transports: tuple[str, ...]
+    # What carries the collectives: nccl, gloo or solo.
+    transport: str
 
 
 def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
@@ -87,15 +87,12 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         topology_reason=reason,
         cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
         names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
-        transports=plan_transports(world_size, device),
+        transport=plan_transport(world_size, device),
     )
 
 
-def plan_transports(world_size: int, device: str) -> tuple[str, ...]:
-    """Candidates for the all-reduce, the plainest first."""
-    if world_size == 1:
-        return ("solo",)
-    return {"cuda": ("nccl",), "cpu": ("gloo",)}[device]
+def plan_transport(world_size: int, device: str) -> str:
+    return "solo" if world_size == 1 else {"cuda": "nccl", "cpu": "gloo"}[device]
 
 
 def _check_num_cards(world_size: int, inventory: Inventory) -> None:

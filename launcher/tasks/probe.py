@@ -19,10 +19,10 @@ def run_probe(context: RankContext) -> dict[str, Any]:
 
 
 def probed_transports(context: RankContext) -> list[str]:
-    """The run's own candidates, and gloo as the yardstick that works everywhere."""
+    """The run's own, and gloo as the yardstick that works everywhere."""
     if context.communicator.world_size == 1:
         return []
-    return list(dict.fromkeys([*context.job.placement.transports, "gloo"]))
+    return list(dict.fromkeys([context.job.placement.transport, "gloo"]))
 
 
 def open_transport(context: RankContext, name: str) -> Communicator:

@@ -7,6 +7,7 @@ on what else is in the batch; every rank holds the same generators and so draws 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,12 @@ def sampled_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[
     return (probabilities / races).argmax(dim=-1)
 
 
+def sequence_seed(seed: int, prompt_index: int) -> int:
+    """Of 64 bits, each of which depends on both: torch's generator for the CPU takes the lower 32 and drops the rest."""
+    digest = hashlib.blake2b(f"{seed} {prompt_index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Sampler:
     """Picks tokens for one batch; `prompt_indices` seed one generator per sequence."""
 
@@ -86,7 +93,9 @@ class Sampler:
         self.params = params
         self.shards = shards
         self.communicator = communicator
-        self.generators = [torch.Generator(device).manual_seed((params.seed << 32) + index) for index in prompt_indices]
+        self.generators = [
+            torch.Generator(device).manual_seed(sequence_seed(params.seed, index)) for index in prompt_indices
+        ]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[batch, local vocabulary] -> token ids [batch], equal on every rank."""
