@@ -10,7 +10,7 @@ from rich.table import Table
 from launcher.config import TaskKind
 from launcher.failures import Failure
 from launcher.plan import Plan
-from launcher.plan_text import memory_unit, plan_tables
+from launcher.plan_text import GIB, memory_unit, plan_tables
 from launcher.shape import ModelShape
 
 UNKNOWN = "-"
@@ -40,13 +40,21 @@ def print_failure(failure: Failure) -> None:
 def print_report(report: dict[str, Any]) -> None:
     console = stderr_console()
     if report["task"] == TaskKind.probe.value:
-        console.print(links_table(report["inventory"]))
+        print_inventory(console, report["inventory"])
         for transport, timings in (report.get("all_reduce") or {}).items():
             console.print(all_reduce_table(transport, timings))
     else:
         console.print(speed_table(report))
     console.print(cards_table(report["cards"]))
     console.print(f"report: {report['run_dir']}/report.json", highlight=False, soft_wrap=True)
+
+
+def print_inventory(console: Console, inventory: dict[str, Any]) -> None:
+    if not inventory["cards"]:
+        console.print(f"no NVIDIA card found: ranks run on the CPU ({inventory['host_cores']} cores)")
+        return
+    console.print(inventory_table(inventory))
+    console.print(links_table(inventory))
 
 
 def speed_table(report: dict[str, Any]) -> Table:
@@ -88,14 +96,26 @@ def cards_table(cards: list[dict[str, Any]]) -> Table:
     return table
 
 
+def inventory_table(inventory: dict[str, Any]) -> Table:
+    table = Table("card", "name", "memory GiB", "GB/s", "PCIe", "power limit W", title="cards")
+    for card in inventory["cards"]:
+        table.add_row(
+            str(card["index"]),
+            card["name"],
+            amount(card["memory_bytes"], GIB),
+            number(card["memory_gb_per_sec"]),
+            f"{card['pcie_generation'] or UNKNOWN} x{card['pcie_lanes'] or UNKNOWN}",
+            number(card["power_limit_w"]),
+        )
+    return table
+
+
 def links_table(inventory: dict[str, Any]) -> Table:
     table = Table("cards", "link", "path", "NVLinks", "peer access", title="links")
     for link in inventory["links"]:
         access = {True: "yes", False: "no", None: UNKNOWN}[link["peer_access"]]
         row = (f"{link['first']} - {link['second']}", link["kind"], link["path"], str(link["num_nvlinks"]), access)
         table.add_row(*row)
-    if not inventory["cards"]:
-        table.caption = "no NVIDIA card found: ranks run on the CPU"
     return table
 
 

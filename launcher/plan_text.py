@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launcher.plan import GIB, Plan
+from launcher.plan import Plan
 from launcher.shape import ModelShape
+
+
+GIB = 2**30
 
 
 def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
