@@ -5,16 +5,20 @@ import sys
 
 def run() -> int:
     from launcher import torchrun
+    from launcher.start import end_rank
 
     if torchrun.is_follower():
-        return torchrun.follow()
+        end_rank(torchrun.follow())
     from launcher.cli import main
 
     torchrun.follow_torchrun()
     try:
-        return main()
+        exit_code = main()
     finally:
         torchrun.release_followers()
+    if torchrun.is_rank():
+        end_rank(exit_code)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.outcome import report_failure, write_report
 from launcher.override_errors import explain_composition
 from launcher.run import StartRanks, execute
-from launcher.start import FORWARDED_SIGNALS, interrupted, start_ranks
+from launcher.start import FORWARDED_SIGNALS, SIGNAL_EXIT_CODE, interrupted, start_ranks
 
 
 class JobFailed(Exception):
@@ -43,6 +43,8 @@ def main() -> int:
     handle_signals()
     try:
         run_hydra()
+    except SystemExit as error:
+        return int(error.code or 0)
     except JobFailed as error:
         return error.exit_code
     except RunFailed as error:
@@ -72,8 +74,8 @@ def run_hydra(config: DictConfig) -> None:
 
 
 def end_job(exit_code: int) -> NoReturn:
-    """A single run ends here. A sweep has to hear of an exception: it goes on and fails at its end."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    """A single run ends here, and so does a sweep after a signal; otherwise it goes on and fails at its end."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN and exit_code < SIGNAL_EXIT_CODE:
         raise JobFailed(exit_code)
     sys.exit(exit_code)
 
@@ -82,8 +84,9 @@ def choose_start() -> StartRanks:
     """How this process gets its ranks.
 
     Raises:
-        ConfigError: a sweep inside processes that torchrun already made ranks.
+        ConfigError: a sweep inside processes that torchrun already made ranks, or ranks that it cannot serve.
     """
+    torchrun.check_environment()
     if not torchrun.is_rank():
         return start_ranks
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -98,7 +101,7 @@ def handle_signals() -> None:
         # Impatience must not interrupt the clean-up that the first signal began.
         for sig in FORWARDED_SIGNALS:
             signal.signal(sig, signal.SIG_IGN)
-        raise RunFailed(interrupted(number), 128 + number)
+        raise RunFailed(interrupted(number), SIGNAL_EXIT_CODE + number)
 
     for sig in FORWARDED_SIGNALS:
         signal.signal(sig, stop)

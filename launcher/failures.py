@@ -47,7 +47,7 @@ def find_hint(error: BaseException) -> str:
         return "Choose a folder that can be written: hydra.run.dir=FOLDER."
     if is_out_of_memory(error):
         return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
-    if "Connection reset by peer" in str(error) or "Connection closed by peer" in str(error):
+    if is_lost_connection(error):
         return "Another rank ended first; its log says why."
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return "Check the links with task=probe; limits.peer_access=off avoids broken peer access."
@@ -59,6 +59,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     known = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     texts = ("can't allocate memory", "Cannot allocate memory")
     return known or any(text in str(error) for text in texts)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a peer ended in the middle of a collective: then the cause is with the peer."""
+    return any(f"Connection {end} by peer" in str(error) for end in ("closed", "reset"))
 
 
 def write_first_failure(run_dir: Path, failure: Failure) -> bool:

@@ -7,7 +7,6 @@ from rich.table import Table
 from launcher.plan import Plan
 from launcher.shape import ModelShape
 
-
 GIB = 2**30
 
 

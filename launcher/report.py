@@ -20,7 +20,16 @@ from launcher.plan import Plan
 from launcher.telemetry import CardUsage, Telemetry
 
 PACKAGES = ("launch70b", "torch", "transformers", "deepspeed", "hydra-core", "safetensors")
-MEASURED_BY_RANKS = ("transport", "ttft_ms", "tpot_ms", "comm_share", "decode_step_ms", "all_reduce", "outputs")
+MEASURED_BY_RANKS = (
+    "transport",
+    "warm_up_sec",
+    "ttft_ms",
+    "tpot_ms",
+    "comm_share",
+    "decode_step_ms",
+    "all_reduce",
+    "outputs",
+)
 MEASURED = ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
 
 

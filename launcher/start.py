@@ -14,16 +14,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from uuid import uuid4
 
-from launcher.failures import Failure, RunFailed, read_first_failure
+from launcher.failures import ERROR_FILE, Failure, RunFailed, read_first_failure
 from launcher.job import Job
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# Shells add the number of the signal that ended a process to this.
+SIGNAL_EXIT_CODE = 128
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,10 +33,28 @@ def rank_log(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank{rank}.log"
 
 
+def prepare_run_dir(run_dir: Path) -> None:
+    """Makes room for what ranks write, and removes what those of an earlier run in this folder left."""
+    (run_dir / "logs").mkdir(exist_ok=True)
+    for old in (run_dir / ERROR_FILE, *(run_dir / "ranks").glob("*")):
+        old.unlink(missing_ok=True)
+
+
 def die_with_parent(sig: signal.Signals) -> None:
     """Asks Linux to send `sig` to this process when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sig.value)
+
+
+def end_rank(exit_code: int) -> NoReturn:
+    """Ends a process that was a rank without the destructors of torch's threads.
+
+    They abort it now and then ("terminate called without an active exception", torch 2.13 with gloo), and then a rank
+    that did its work would look like one that died.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def start_ranks(job: Job, job_file: Path) -> None:
@@ -47,8 +67,7 @@ def start_ranks(job: Job, job_file: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    run_dir = Path(job.run_dir)
-    (run_dir / "logs").mkdir(exist_ok=True)
+    prepare_run_dir(Path(job.run_dir))
     quieten_agent()
     with restored_signal_handlers(), plain_environment():
         try:
@@ -56,7 +75,7 @@ def start_ranks(job: Job, job_file: Path) -> None:
         except ChildFailedError as error:
             raise RunFailed(find_cause(job, {rank: f.exitcode for rank, f in error.failures.items()})) from None
         except SignalException as error:
-            raise RunFailed(interrupted(error.sigval), 128 + error.sigval) from None
+            raise RunFailed(interrupted(error.sigval), SIGNAL_EXIT_CODE + error.sigval) from None
 
 
 def launch_config(job: Job) -> LaunchConfig:
@@ -99,13 +118,13 @@ def find_cause(job: Job, exit_codes: dict[int, int]) -> Failure:
     return rank_death(job, rank, code)
 
 
-def rank_death(job: Job, rank: int, exit_code: int) -> Failure:
-    """A rank that ended without saying why."""
-    how = f"exited with code {exit_code}"
+def rank_death(job: Job, rank: int, exit_code: int | None) -> Failure:
+    """A rank that ended without saying why; `exit_code` is None where only its parent knows it."""
+    how = "died" if exit_code is None else f"exited with code {exit_code}"
     hint = "The end of its log may say more."
-    if exit_code < 0:
+    if exit_code is not None and exit_code < 0:
         how = f"was killed by {signal.Signals(-exit_code).name}"
-    if exit_code == -signal.SIGKILL:
+    if exit_code in (None, -signal.SIGKILL):
         hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
     card, name = job.placement.cards[rank], job.placement.names[rank]
     where = name if card is None else f"card {card}, {name}"

@@ -6,6 +6,7 @@ it there. So Hydra runs once, and one run folder is made.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,10 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import ConfigError
-from launcher.failures import RunFailed, describe_exception, read_first_failure, write_first_failure
+from launcher.failures import (
+    Failure,
+    RunFailed,
+    describe_exception,
+    is_lost_connection,
+    read_first_failure,
+    write_first_failure,
+)
 from launcher.job import Job
 from launcher.outcome import report_failure
-from launcher.start import FORWARDED_SIGNALS, die_with_parent, interrupted
+from launcher.peers import GONE, find_dead_peer, wait_for_dead_peer
+from launcher.start import (
+    FORWARDED_SIGNALS,
+    SIGNAL_EXIT_CODE,
+    die_with_parent,
+    interrupted,
+    prepare_run_dir,
+    rank_log,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -29,66 +45,112 @@ JOB_KEY = "launch70b/job"
 NO_JOB = "none"
 # Rank 0 may download a model first.
 WAIT_FOR_JOB = timedelta(hours=24)
+# Torchrun's store is in this machine and answers at once.
+STORE_TIMEOUT = timedelta(seconds=5)
 # A signal's handler has this long before the process ends without it.
 GRACE_SEC = 2.0
 
 
 def world_size() -> int | None:
-    """Processes that torchrun started, None without torchrun."""
+    """The number of processes that WORLD_SIZE tells, None where it is not set.
+
+    Raises:
+        ConfigError: it is no number.
+    """
     value = os.environ.get("WORLD_SIZE")
+    if value and not value.isdecimal():
+        raise ConfigError(f"WORLD_SIZE={value} must be a whole number. Unset it; torchrun sets it where it is needed.")
     return int(value) if value else None
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_environment() -> None:
+    """Whether the variables of this process describe a start that works.
+
+    Raises:
+        ConfigError: WORLD_SIZE without torchrun, or ranks that are spread over machines.
+    """
+    num_processes = world_size() or 1
+    if num_processes > 1 and not started_by_torchrun():
+        raise ConfigError(
+            f"WORLD_SIZE={num_processes} is set, but torchrun did not start this process. Unset it, or use "
+            f"`torchrun --nproc-per-node {num_processes} -m launcher`."
+        )
+    if is_rank() and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise ConfigError(
+            f"WORLD_SIZE={num_processes} spans machines; tensor parallelism here stays in one machine. "
+            "Use torchrun --nnodes 1."
+        )
 
 
 def follow_torchrun() -> None:
     """A process that torchrun started ends with it, in order if it is the parent of ranks."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if started_by_torchrun():
         die_with_parent(signal.SIGTERM)
 
 
 def is_rank() -> bool:
-    return (world_size() or 1) > 1
+    return started_by_torchrun() and (world_size() or 1) > 1
 
 
 def is_follower() -> bool:
     return is_rank() and os.environ.get("RANK") != "0"
 
 
-def open_store() -> TCPStore:
-    """Torchrun's store.
-
-    Raises:
-        ConfigError: the ranks are spread over machines.
-    """
+def open_store(timeout: timedelta) -> TCPStore:
+    """Torchrun's store."""
     from torch._C._distributed_c10d import TCPStore
 
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} spans machines; tensor parallelism here stays in one machine."
-        )
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT_FOR_JOB)
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
 
 
 def run_as_rank(job: Job, job_file: Path) -> None:
     """Rank 0: tells the others, then is a rank in this process, and waits until all have written their results.
 
     Raises:
-        RunFailed: this rank failed; torchrun then ends the others.
+        RunFailed: a rank failed or died, or a signal ended this one; torchrun then ends the others.
+    """
+    run_dir, torchrun_pid = Path(job.run_dir), os.getppid()
+    prepare_run_dir(run_dir)
+
+    def find_cause(failure: Failure) -> Failure:
+        """Torchrun ends all ranks when one has failed; a signal that comes from elsewhere is a cause itself."""
+        dead = find_dead_peer(job, GONE) if os.getppid() == torchrun_pid else None
+        return read_first_failure(run_dir) or dead or failure
+
+    end_if_blocked(lambda number: report_failure(find_cause(interrupted(number)), job.run, run_dir))
+    open_store(STORE_TIMEOUT).set(JOB_KEY, str(job_file))
+    try:
+        lead_ranks(job)
+    except RunFailed as error:
+        raise RunFailed(find_cause(error.failure), error.exit_code) from None
+
+
+def lead_ranks(job: Job) -> None:
+    """Rank 0's own part, its errors and what libraries print recorded as those of every rank are.
+
+    Raises:
+        RunFailed: this rank failed, or a signal ended it.
     """
     from launcher.worker import run_rank
 
     run_dir = Path(job.run_dir)
-    (run_dir / "logs").mkdir(exist_ok=True)
-    end_if_blocked(lambda number: report_failure(interrupted(number), job.run, run_dir))
-    open_store().set(JOB_KEY, str(job_file))
+    log = rank_log(run_dir, 0)
     try:
-        run_rank(job)
+        with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+            run_rank(job)
     except RunFailed:
         raise
     except Exception as error:
-        traceback.print_exc()
-        failure = describe_exception(error, rank=0)
-        first = write_first_failure(run_dir, failure)
-        raise RunFailed(failure if first else read_first_failure(run_dir) or failure) from None
+        with contextlib.suppress(OSError), log.open("a") as file:
+            traceback.print_exc(file=file)
+        dead = wait_for_dead_peer(job) if is_lost_connection(error) else None
+        failure = dead or describe_exception(error, 0, str(log))
+        write_first_failure(run_dir, failure)
+        raise RunFailed(read_first_failure(run_dir) or failure) from None
     results = [run_dir / "ranks" / f"{rank}.json" for rank in range(job.placement.world_size)]
     while not all(path.exists() for path in results):
         time.sleep(0.01)
@@ -109,22 +171,27 @@ def end_if_blocked(on_end: Callable[[int], object]) -> None:
             pass
         time.sleep(GRACE_SEC)
         on_end(number)
-        os._exit(128 + number)
+        os._exit(SIGNAL_EXIT_CODE + number)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def release_followers() -> None:
     """Rank 0 at its end: those that still wait for a job get to know that none will come."""
-    if is_rank() and not open_store().check([JOB_KEY]):
-        open_store().set(JOB_KEY, NO_JOB)
+    if not is_rank():
+        return
+    # RuntimeError: torchrun has ended, and its processes end with it.
+    with contextlib.suppress(RuntimeError):
+        store = open_store(STORE_TIMEOUT)
+        if not store.check([JOB_KEY]):
+            store.set(JOB_KEY, NO_JOB)
 
 
 def follow() -> int:
     """Every other rank: waits for the job and runs its part. Returns the exit code."""
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    job_file = open_store().get(JOB_KEY).decode()
+    job_file = open_store(WAIT_FOR_JOB).get(JOB_KEY).decode()
     if job_file == NO_JOB:
         return 0
     from launcher.worker import main

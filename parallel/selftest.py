@@ -61,11 +61,18 @@ def check_transport(
     with deadline(communicator.name, timeout_sec, on_timeout):
         for num_bytes in (4, 1024, DECODE_BYTES, 1024 * 1024):
             if not sums_exactly(communicator, device, num_bytes):
-                raise TransportError(
-                    f"all-reduce of {num_bytes} bytes through {communicator.name} gave wrong sums on rank "
-                    f"{communicator.rank}. Broken peer access does this: try limits.peer_access=off, and task=probe."
-                )
-        return SelfTest(communicator.name, time_all_reduce(communicator, device, DECODE_BYTES, repeats=20))
+                raise wrong_sums(communicator, num_bytes)
+        decode = time_all_reduce(communicator, device, DECODE_BYTES, repeats=20)
+        if not decode.exact:
+            raise wrong_sums(communicator, DECODE_BYTES)
+        return SelfTest(communicator.name, decode)
+
+
+def wrong_sums(communicator: Communicator, num_bytes: int) -> TransportError:
+    return TransportError(
+        f"all-reduce of {num_bytes} bytes through {communicator.name} gave wrong sums on rank {communicator.rank}. "
+        "Broken peer access does this: try limits.peer_access=off, and task=probe."
+    )
 
 
 def sums_exactly(communicator: Communicator, device: torch.device, num_bytes: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,16 +13,18 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from launcher.config import SamplingConfig
+from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
+from launcher.tasks.measure import communication, latencies, memory
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
-from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, BatchResult, StopRules, generate_batch, time_steps
+from parallel.engine.generate import Answer, BatchResult, StopRules, generate_batch
 from parallel.engine.sampling import Sampler, SamplingParams
-from parallel.linear import swapped_communicator
 from parallel.shard import build_sharded_model
+
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         ValueError: a prompt that does not fit the cache, or chat messages for a model without a chat template.
         RuntimeError: ranks picked different tokens.
     """
-    loaded = load_model(context)
-    prompts = context.job.prompts
-    token_ids = encode_prompts(loaded.tokenizer, prompts, use_chat=context.job.run.chat)
-    check_lengths(prompts, token_ids, loaded.engine.max_context)
+    job = context.job
+    assert job.model_folder is not None and job.plan is not None, "the parent plans a model for this task"
+    tokenizer = AutoTokenizer.from_pretrained(job.model_folder)
+    # Before the weights: a prompt that cannot be answered is told in seconds.
+    token_ids = encode_prompts(tokenizer, job.prompts, use_chat=job.run.chat)
+    check_lengths(job.prompts, token_ids, job.plan.max_context)
+    loaded = load_model(context, job.model_folder, job.plan, tokenizer)
+    warm_up_sec = warm_up(loaded.engine, token_ids[: job.run.workload.batch_size])
     started = time.time()
     outputs, batches = answer_prompts(context, loaded, token_ids)
     ended = time.time()
     return {
         "transport": context.transport_summary(),
         "load": {**asdict(loaded.load), "gb_per_sec": loaded.load.bytes_read / loaded.load.sec / 1e9},
+        "warm_up_sec": warm_up_sec,
         **latencies(batches),
         "generated_tokens": sum(len(answer.token_ids) for batch in batches for answer in batch.answers),
         "generation": {"start": started, "end": ended},
@@ -62,9 +68,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     }
 
 
-def load_model(context: RankContext) -> LoadedModel:
-    job, folder, plan = context.job, context.job.model_folder, context.job.plan
-    assert folder is not None and plan is not None, "the parent plans a model for this task"
+def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+    run = context.job.run
     model = build_sharded_model(
         AutoConfig.from_pretrained(folder),
         context.communicator,
@@ -81,13 +86,12 @@ def load_model(context: RankContext) -> LoadedModel:
         model.module,
         context.device,
         max_context=plan.max_context,
-        prefill_chunk=job.run.engine.prefill_chunk,
+        prefill_chunk=run.engine.prefill_chunk,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     rules = StopRules(
-        max_tokens=job.run.workload.output_tokens,
+        max_tokens=run.workload.output_tokens,
         eos_ids=eos_token_ids(folder, tokenizer),
-        texts=tuple(job.run.sampling.stop),
+        texts=tuple(run.sampling.stop),
     )
     return LoadedModel(engine, tokenizer, rules, load)
 
@@ -125,6 +129,16 @@ def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]],
             f"{shown}{', ...' if len(long) > 4 else ''}; prompt and answer must fit engine.max_context={max_context}. "
             "Raise engine.max_context or shorten the prompts."
         )
+
+
+def warm_up(engine: Engine, token_ids: Sequence[Sequence[int]]) -> float:
+    """The start of the first prompts once through the model, untimed: first calls load kernels. Returns the seconds."""
+    if not token_ids:
+        return 0.0
+    start = time.perf_counter()
+    engine.prefill([ids[:WARM_UP_TOKENS] for ids in token_ids])
+    engine.decode(torch.zeros(len(token_ids), dtype=torch.long, device=engine.device)).cpu()
+    return time.perf_counter() - start
 
 
 def answer_prompts(
@@ -189,40 +203,3 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Appends and flushes, so that a crash loses no answer that was done."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def latencies(batches: Sequence[BatchResult]) -> dict[str, Any]:
-    """Medians over batches (first token) and over all further steps; null where there was no such step."""
-    steps = sorted(ms for batch in batches for ms in batch.step_ms)
-    p99 = steps[min(len(steps) - 1, int(len(steps) * 0.99))] if steps else None
-    return {
-        "ttft_ms": statistics.median(batch.ttft_ms for batch in batches) if batches else None,
-        "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99},
-    }
-
-
-def communication(context: RankContext, engine: Engine, batches: Sequence[BatchResult]) -> dict[str, Any]:
-    """Share of a decode step that its all-reduces take: the same step timed with them and without."""
-    num_steps = context.job.run.engine.comm_share_steps
-    if context.communicator.world_size == 1 or num_steps == 0 or not batches:
-        return {"comm_share": 0.0 if context.communicator.world_size == 1 else None, "decode_step_ms": None}
-    tokens, times = batches[-1].last_tokens, {}
-    for name, communicator in (("with", context.communicator), ("without", ElidedAllReduce(context.communicator))):
-        context.communicator.barrier()
-        with swapped_communicator(engine.model, communicator):
-            # The first steps after a change of path are slower.
-            times[name] = statistics.median(time_steps(engine, tokens, num_steps + 2)[2:])
-    share = max(0.0, 1 - times["without"] / times["with"])
-    return {"comm_share": share, "decode_step_ms": {"measured": times["with"], "without_all_reduce": times["without"]}}
-
-
-def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
-    """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
-    weights = sum(p.nbytes for p in {id(p): p for p in engine.model.parameters()}.values())
-    on_card = device.type == "cuda"
-    return {
-        "weights_bytes": weights,
-        "kv_cache_bytes": engine.cache.num_bytes(),
-        "allocated_peak_bytes": torch.cuda.max_memory_allocated(device) if on_card else None,
-        "reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if on_card else None,
-    }

@@ -52,7 +52,7 @@ def load_checkpoint(
     done = 0
     for file, names in group_by_file(wanted).items():
         for name in names:
-            # One handle per tensor: closing it unmaps what was touched, which for a slice of columns is the whole tensor.
+            # A handle per tensor: closing it unmaps what was touched, which for a slice of columns is the whole tensor.
             with safe_open(file, framework="pt") as handle:
                 stored = read_local(handle, name, *owners[name][0], device)
             done += stored.nbytes

@@ -73,7 +73,7 @@ def sampled_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[
 
 
 def sequence_seed(seed: int, prompt_index: int) -> int:
-    """Of 64 bits, each of which depends on both: torch's generator for the CPU takes the lower 32 and drops the rest."""
+    """64 bits that all depend on both numbers: torch's generator for the CPU takes the lower 32 and drops the rest."""
     digest = hashlib.blake2b(f"{seed} {prompt_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

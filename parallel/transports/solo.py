@@ -12,10 +12,10 @@ class Solo:
     name = "solo"
     rank = 0
     world_size = 1
-    capturable = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.capturable = device.type == "cuda"
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

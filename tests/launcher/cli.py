@@ -1,0 +1,171 @@
+"""Runs the command line as a user does, in processes of its own, and reads what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PYTHON = (sys.executable, "-m", "launcher")
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "-m", "launcher")
+# A short run on any machine: ranks on the CPU, few tokens, communication hardly measured.
+SHORT = ("hardware=cpu", "workload.output_tokens=8", "engine.comm_share_steps=1")
+# Far above what a run takes on two busy cores, so that only one that hangs reaches it.
+LIMIT_SEC = 120.0
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def torchrun(num_processes: int) -> tuple[str, ...]:
+    """The launcher in as many processes as there are ranks."""
+    return (TORCHRUN[0], "--nproc-per-node", str(num_processes), *TORCHRUN[1:])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left: its exit code and its output."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """The JSON lines on stdout, one a job."""
+        return [json.loads(line) for line in self.stdout.splitlines() if line.startswith('{"task"')]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The last line on stdout, whatever it is: scripts read no other."""
+        lines = self.stdout.splitlines()
+        assert lines, self.stderr
+        report: dict[str, Any] = json.loads(lines[-1])
+        return report
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of a run that failed as it should: exit code 1, JSON last, the same message for people."""
+        assert self.returncode == 1, self
+        assert "Traceback" not in self.stderr, self.stderr
+        error: dict[str, Any] = self.report["error"]
+        assert error["message"] in self.stderr
+        return error
+
+
+def environment(env: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's variables without a trace of torchrun or of the hub, and with those of `env`."""
+    hidden = ("TORCHELASTIC_", "HF_", "CUDA_VISIBLE_DEVICES")
+    kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith(hidden)}
+    return kept | (env or {})
+
+
+@dataclass
+class Running:
+    """A run that goes on while the test looks at it."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of the run: the run folder is in their command lines. Zombies have none."""
+        return [process for process in psutil.process_iter() if str(self.folder) in " ".join(command_line(process))]
+
+    def rank(self, rank: int) -> psutil.Process:
+        return psutil.Process(int((self.folder / "ranks" / f"{rank}.pid").read_text()))
+
+    def wait_for(self, path: str, text: str = "") -> None:
+        """Returns when a file of the run folder is there and holds `text`."""
+        file = self.folder / path
+
+        def is_there() -> bool:
+            assert self.process.poll() is None, self.output("stderr") + self.output("stdout")
+            return file.exists() and text in file.read_text(encoding="utf-8", errors="replace")
+
+        wait_until(is_there, f"{text!r} in {file}")
+
+    def finish(self, timeout_sec: float = LIMIT_SEC) -> Result:
+        returncode = self.process.wait(timeout_sec)
+        return Result(returncode, self.output("stdout"), self.output("stderr"))
+
+    def output(self, name: str) -> str:
+        return Path(f"{self.folder}.{name}").read_text(encoding="utf-8")
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def wait_until(is_true: Callable[[], bool], what: str, timeout_sec: float = LIMIT_SEC) -> None:
+    end = time.monotonic() + timeout_sec
+    while not is_true():
+        assert time.monotonic() < end, f"waited {timeout_sec} s in vain for {what}"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(
+    *args: str,
+    folder: Path,
+    launcher: Sequence[str] = PYTHON,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    limits: Callable[[], None] | None = None,
+    sweep: bool = False,
+) -> Iterator[Running]:
+    """Starts a run in `folder` (of a job, or of a sweep); its output goes beside it. Nothing of it survives the test.
+
+    Args:
+        limits: called in the new process before the program starts, for resource limits.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"
+    with Path(f"{folder}.stdout").open("w") as out, Path(f"{folder}.stderr").open("w") as err:
+        process = subprocess.Popen(
+            [*launcher, *args, place],
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=cwd or folder.parent,
+            env=environment(env),
+            start_new_session=True,
+            preexec_fn=limits,
+        )
+    running = Running(process, folder)
+    try:
+        yield running
+    finally:
+        process.kill()
+        for left in running.processes():
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(LIMIT_SEC)
+
+
+def run(*args: str, folder: Path, **options: Any) -> Result:
+    """Runs to the end; see `started`."""
+    with started(*args, folder=folder, **options) as running:
+        return running.finish()
+
+
+def run_together(folder: Path, *commands: Sequence[str], **options: Any) -> list[Result]:
+    """Runs several command lines at the same time, number N in `folder`/N."""
+    with ExitStack() as stack:
+        contexts = [started(*args, folder=folder / str(n), **options) for n, args in enumerate(commands)]
+        return [running.finish() for running in [stack.enter_context(each) for each in contexts]]
+
+
+def texts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,188 @@
+"""However a run is ended, nothing of it stays, and it says what ended it: every process, exit code and cause."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launcher.cli import LIMIT_SEC, PYTHON, SHORT, TORCHRUN, Result, Running, started, torchrun, wait_until
+
+# It takes a second on a free machine; a run that waits for something takes minutes.
+GONE_SEC = 20.0
+SHM = Path("/dev/shm")
+# An answer that goes on until the run is ended.
+ENDLESS = (*SHORT, "workload.output_tokens=1000")
+FIRST_TEXT = ("events.jsonl", '"kind": "text"')
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run of two ranks is ended. `when`: a file of the run folder and what it must hold by then."""
+
+    end: Callable[[Running], None]
+    launcher: tuple[str, ...] = PYTHON
+    when: tuple[str, str] = FIRST_TEXT
+    args: tuple[str, ...] = ("gpus=2",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    result: Result
+    gone_sec: float
+    folder: Path
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error in the last line on stdout, which is also what the run folder says."""
+        assert self.result.returncode != 0
+        report = self.result.report
+        assert json.loads((self.folder / "report.json").read_text()) == report
+        error: dict[str, Any] = report["error"]
+        assert error["message"] in self.result.stderr
+        return error
+
+
+def send(sig: signal.Signals) -> Callable[[Running], None]:
+    """To the process that the user started."""
+    return lambda running: running.process.send_signal(sig)
+
+
+def send_twice(sig: signal.Signals) -> Callable[[Running], None]:
+    """A user who does not wait for the first to take effect."""
+
+    def end(running: Running) -> None:
+        running.process.send_signal(sig)
+        time.sleep(0.2)
+        running.process.send_signal(sig)
+
+    return end
+
+
+def kill_rank(rank: int) -> Callable[[Running], None]:
+    return lambda running: running.rank(rank).kill()
+
+
+def kill_parent_of_ranks(running: Running) -> None:
+    """Of three generations, torchrun, parent and ranks, the middle one."""
+    parent = running.rank(0).parent()
+    assert parent is not None and parent.pid != running.process.pid
+    parent.kill()
+
+
+SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+STARTING = ("ranks/0.pid", "")
+ENDINGS = {
+    "python, SIGINT": Ending(send(SIGINT)),
+    "python, SIGINT twice": Ending(send_twice(SIGINT)),
+    "python, SIGTERM while ranks start": Ending(send(SIGTERM), when=STARTING),
+    "python, rank 1 killed": Ending(kill_rank(1)),
+    "python, killed": Ending(send(SIGKILL)),
+    "python, killed while ranks start": Ending(send(SIGKILL), when=STARTING),
+    "torchrun, SIGINT": Ending(send(SIGINT), TORCHRUN),
+    "torchrun, rank 0 killed": Ending(kill_rank(0), TORCHRUN),
+    "torchrun, killed": Ending(send(SIGKILL), TORCHRUN),
+    "torchrun, parent of ranks killed": Ending(kill_parent_of_ranks, TORCHRUN),
+    "torchrun of two, SIGTERM": Ending(send(SIGTERM), torchrun(2)),
+    "torchrun of two, SIGINT": Ending(send(SIGINT), torchrun(2)),
+    "torchrun of two, rank 1 killed": Ending(kill_rank(1), torchrun(2)),
+    "torchrun of two, rank 0 killed": Ending(kill_rank(0), torchrun(2)),
+    "torchrun of two, killed": Ending(send(SIGKILL), torchrun(2)),
+    "sweep, SIGTERM": Ending(send(SIGTERM), when=("0/events.jsonl", '"text"'), args=("-m", "gpus=1,2")),
+}
+# So many at a time keep two cores busy and do not starve each other.
+GROUP_SIZE = 4
+GROUPS = [list(ENDINGS)[start : start + GROUP_SIZE] for start in range(0, len(ENDINGS), GROUP_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every ending, in groups that run at the same time."""
+    return {}
+
+
+@pytest.fixture
+def ended(outcomes: dict[str, Outcome], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    """The outcome of an ending; its whole group is run when the first of them is asked for."""
+
+    def end(name: str) -> Outcome:
+        if name not in outcomes:
+            group = next(group for group in GROUPS if name in group)
+            outcomes.update(end_group(group, tmp_path_factory.mktemp("signals")))
+        return outcomes[name]
+
+    return end
+
+
+def end_group(names: list[str], folder: Path) -> dict[str, Outcome]:
+    with ExitStack() as stack:
+        running = {}
+        for number, name in enumerate(names):
+            ending = ENDINGS[name]
+            context = started(
+                *ending.args, *ENDLESS, folder=folder / str(number), launcher=ending.launcher, sweep="-m" in ending.args
+            )
+            running[name] = stack.enter_context(context)
+        for name in names:
+            running[name].wait_for(*ENDINGS[name].when)
+        return {name: end_run(running[name], ENDINGS[name].end) for name in names}
+
+
+def end_run(running: Running, end: Callable[[Running], None]) -> Outcome:
+    start = time.monotonic()
+    end(running)
+    result = running.finish()
+    wait_until(lambda: not running.processes(), f"the end of {running.processes()}")
+    return Outcome(result, time.monotonic() - start, running.folder)
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_all_processes_of_the_run_end_soon_and_the_exit_code_says_so(
+    ended: Callable[[str], Outcome], name: str
+) -> None:
+    outcome = ended(name)
+    assert outcome.gone_sec < GONE_SEC
+    assert outcome.result.returncode != 0
+
+
+@pytest.mark.parametrize("name", [name for name in ENDINGS if "SIG" in name and "sweep" not in name])
+def test_signal_that_ended_the_run_is_named(ended: Callable[[str], Outcome], name: str) -> None:
+    error = ended(name).error
+    sig = "SIGTERM" if "SIGTERM" in name else "SIGINT"
+    assert (error["type"], error["message"]) == ("Interrupted", f"the run was ended by {sig}; every rank was stopped.")
+
+
+@pytest.mark.parametrize("name", ["python, rank 1 killed", "torchrun, rank 0 killed", "torchrun of two, rank 1 killed"])
+def test_rank_that_was_killed_is_named_with_its_card_and_its_log(ended: Callable[[str], Outcome], name: str) -> None:
+    outcome = ended(name)
+    rank = int(name.partition("rank ")[2][0])
+    assert (outcome.error["type"], outcome.error["rank"]) == ("RankDied", rank)
+    assert f"rank {rank} (CPU) " in outcome.error["message"]
+    assert outcome.error["log"] == str(outcome.folder / "logs" / f"rank{rank}.log")
+    assert outcome.error["log"] in outcome.error["message"]
+    assert Path(outcome.error["log"]).exists()
+
+
+@pytest.mark.parametrize("name", ["python, SIGINT", "python, SIGINT twice", "python, SIGTERM while ranks start"])
+def test_exit_code_is_that_of_a_shell(ended: Callable[[str], Outcome], name: str) -> None:
+    assert ended(name).result.returncode == 128 + (SIGTERM if "SIGTERM" in name else SIGINT)
+
+
+def test_sweep_does_not_go_on_after_a_signal(ended: Callable[[str], Outcome]) -> None:
+    outcome = ended("sweep, SIGTERM")
+    assert outcome.result.returncode == 128 + SIGTERM
+    assert [report["error"]["type"] for report in outcome.result.reports] == ["Interrupted"]
+    assert not (outcome.folder / "1").exists()
+
+
+def test_no_shared_memory_is_left(ended: Callable[[str], Outcome]) -> None:
+    before = set(SHM.iterdir()) if SHM.is_dir() else set()
+    assert before

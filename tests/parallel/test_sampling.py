@@ -1,0 +1,193 @@
+"""Picking tokens: greedy by the lowest id, draws by the exact probabilities, and the same token on every rank."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
+from parallel.engine.generate import StopRules, generate_batch
+from parallel.engine.sampling import (
+    Sampler,
+    SamplingParams,
+    VocabularyShards,
+    gather_logits,
+    greedy_tokens,
+    sampled_tokens,
+    sequence_seed,
+)
+from parallel.transports.solo import Solo
+from tests.parallel.ranks import CPU, demo_tokenizer, load, run_on_ranks, sampler
+from tests.parallel.small_models import prompts_of
+
+UNEVEN = {1: (11,), 2: (6, 5), 3: (3, 7, 1), 4: (4, 1, 2, 4)}
+SAMPLING = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=5)
+LOGITS = torch.tensor([2.0, 0.1, 1.2, -0.7, 1.6, 0.4, 1.1, -3.0, 0.9, -1.5])
+
+
+def tied_logits() -> Tensor:
+    """[300, 11] of few different values, so that most rows have several largest, in one shard and over shards."""
+    return torch.randint(0, 3, (300, 11), generator=torch.Generator().manual_seed(0)).float()
+
+
+def local_part(logits: Tensor, communicator: Communicator) -> tuple[Tensor, VocabularyShards]:
+    shards = VocabularyShards(UNEVEN[communicator.world_size])
+    return logits.split(shards.sizes, dim=-1)[communicator.rank], shards
+
+
+def pick_greedy(communicator: Communicator, logits: Tensor) -> Tensor:
+    return greedy_tokens(*local_part(logits, communicator), communicator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
+def test_greedy_ties_go_to_the_lowest_id_of_all_shards(world_size: int, dtype: torch.dtype) -> None:
+    logits = tied_logits().to(dtype)
+    lowest = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    for tokens in run_on_ranks(pick_greedy, world_size, logits):
+        assert torch.equal(tokens, lowest)
+
+
+def gather(communicator: Communicator, logits: Tensor) -> Tensor:
+    return gather_logits(*local_part(logits, communicator), communicator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
+def test_gathered_logits_are_the_whole_in_order(world_size: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for gathered in run_on_ranks(gather, world_size, logits):
+        assert gathered.dtype == dtype
+        assert torch.equal(gathered, logits)
+
+
+def exact_probabilities(params: SamplingParams) -> list[float]:
+    """By the definitions: softmax at the temperature, then the top_k likeliest, then the fewest that reach top_p."""
+    weights = (LOGITS.double() / params.temperature).exp().tolist()
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    kept = order[: params.top_k] if params.top_k else order
+    total = sum(weights[token] for token in kept)
+    nucleus, reached = [], 0.0
+    for token in kept:
+        if reached >= params.top_p:
+            break
+        nucleus.append(token)
+        reached += weights[token] / total
+    total = sum(weights[token] for token in nucleus)
+    return [weights[token] / total if token in nucleus else 0.0 for token in range(len(weights))]
+
+
+def assert_frequencies(tokens: Tensor, params: SamplingParams) -> None:
+    """Each count within five standard deviations of the binomial distribution; what has no probability never drawn."""
+    counts = tokens.flatten().bincount(minlength=len(LOGITS)).tolist()
+    for count, p in zip(counts, exact_probabilities(params), strict=True):
+        assert abs(count - tokens.numel() * p) <= 5 * (tokens.numel() * p * (1 - p)) ** 0.5, counts
+
+
+def draw(params: SamplingParams, prompt_indices: Sequence[int], num_steps: int) -> Tensor:
+    """[step, prompt] tokens of prompts that all see LOGITS at every step."""
+    sample = Sampler(params, VocabularyShards((len(LOGITS),)), Solo(CPU), prompt_indices=prompt_indices, device=CPU)
+    return torch.stack([sample(LOGITS.expand(len(prompt_indices), -1)) for _ in range(num_steps)])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=1.7),
+        SamplingParams(temperature=1.0, top_k=4),
+        SamplingParams(temperature=1.0, top_k=1),
+        SamplingParams(temperature=1.0, top_k=1000),
+        SamplingParams(temperature=1.0, top_p=0.7),
+        SamplingParams(temperature=2.0, top_p=0.6),
+        SamplingParams(temperature=1.0, top_p=0.01),
+        SamplingParams(temperature=1.5, top_k=5, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_frequencies_are_the_exact_probabilities(params: SamplingParams) -> None:
+    assert_frequencies(draw(params, range(100), 200), params)
+
+
+def test_first_draws_of_many_prompts_are_independent() -> None:
+    """Generators seeded by neighbouring numbers must not draw alike."""
+    params = SamplingParams(temperature=1.0)
+    assert_frequencies(draw(params, range(5000), 1), params)
+    assert_frequencies(torch.stack([draw(SamplingParams(1.0, seed=seed), [0], 1) for seed in range(5000)]), params)
+
+
+def test_temperature_close_to_zero_is_greedy() -> None:
+    assert set(draw(SamplingParams(temperature=1e-4), range(20), 5).flatten().tolist()) == {0}
+
+
+def test_seed_changes_the_draws() -> None:
+    """torch's generator for the CPU takes 32 bits of a seed: all parts of ours must reach them."""
+    draws = [tuple(draw(SamplingParams(1.0, seed=seed), [3], 40).flatten().tolist()) for seed in (0, 1, 2, -1, 2**40)]
+    assert len(set(draws)) == len(draws)
+    assert draws[1] == tuple(draw(SamplingParams(1.0, seed=1), [3], 40).flatten().tolist())
+
+
+def test_prompt_index_changes_the_draws() -> None:
+    draws = draw(SamplingParams(temperature=1.0), range(50), 40).T.tolist()
+    assert len(set(map(tuple, draws))) == 50
+
+
+def test_seeds_fit_torch_and_differ_in_their_lower_half() -> None:
+    seeds = [sequence_seed(seed, index) for seed in (-(2**70), -1, 0, 1, 2**32, 2**70) for index in range(100)]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+def test_draws_do_not_depend_on_the_other_rows() -> None:
+    params = SamplingParams(temperature=1.0)
+    together = draw(params, [4, 7, 9], 30)
+    assert torch.equal(together[:, 1:2], draw(params, [7], 30))
+    assert torch.equal(together[:, [2, 0]], draw(params, [9, 4], 30))
+
+
+def test_certain_token_is_drawn_whatever_the_race() -> None:
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, 5] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    assert {int(sampled_tokens(logits, SamplingParams(1.0), [generator])) for _ in range(200)} == {5}
+
+
+def sample_steps(communicator: Communicator, logits: Tensor, params: SamplingParams) -> Tensor:
+    """[step, batch] tokens from logits [step, batch, vocabulary]."""
+    local, shards = local_part(logits, communicator)
+    sample = Sampler(params, shards, communicator, prompt_indices=range(logits.shape[1]), device=CPU)
+    return torch.stack([sample(step) for step in local])
+
+
+def test_all_ranks_draw_the_token_that_one_rank_alone_draws() -> None:
+    logits = torch.randn(40, 6, 11, generator=torch.Generator().manual_seed(0))
+    alone = run_on_ranks(sample_steps, 1, logits, SAMPLING)[0]
+    assert len(set(alone.flatten().tolist())) > 5
+    for world_size in (2, 3):
+        for tokens in run_on_ranks(sample_steps, world_size, logits, SAMPLING):
+            assert torch.equal(tokens, alone)
+
+
+def sampled_answers(communicator: Communicator, folder: Path, batches: list[list[int]]) -> list[list[list[int]]]:
+    """Token ids of the answers to batches of the model's prompts, given by their indices."""
+    engine = Engine(load(communicator, folder), CPU, max_context=64, prefill_chunk=16)
+    prompts, answers = prompts_of("llama"), []
+    for batch in batches:
+        sample = sampler(engine, communicator, SAMPLING, batch)
+        result = generate_batch(engine, [prompts[index] for index in batch], sample, demo_tokenizer(), StopRules(12))
+        answers.append([answer.token_ids for answer in result.answers])
+    return answers
+
+
+@pytest.mark.parametrize("world_size", (1, 2))
+def test_batch_mates_do_not_change_an_answer(folders: dict[str, Path], world_size: int) -> None:
+    batches = [[0, 1, 2, 3], [0], [3], [2, 1]]
+    for together, first, last, middle in run_on_ranks(sampled_answers, world_size, folders["llama"], batches):
+        assert [*first, *last] == [together[0], together[3]]
+        assert middle == [together[2], together[1]]
+        assert len({tuple(tokens) for tokens in together}) == 4

@@ -1,0 +1,41 @@
+"""The load benchmark on the demo model: what it prints adds up."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.checkpoint.headers import read_checkpoint
+from tools.bench_load import main, process_memory, sampled_memory
+
+DEMO = Path(__file__).parents[2] / "launcher" / "models" / "demo"
+MIB = 2**20
+
+
+def test_bytes_of_the_ranks_add_up_and_memory_follows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(DEMO), "--ranks", "1", "2"])
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    checkpoint = read_checkpoint(DEMO)
+    norm_bytes = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name.endswith("norm.weight"))
+    for run, num_ranks in zip(result["runs"], (1, 2), strict=True):
+        assert run["num_ranks"] == len(run["ranks"]) == num_ranks
+        total = sum(load["bytes_read"] for load in run["ranks"])
+        assert total == checkpoint.total_bytes + (num_ranks - 1) * norm_bytes
+        for load in run["ranks"]:
+            assert load["gb_per_sec"] == pytest.approx(load["bytes_read"] / load["sec"] / 1e9)
+            assert load["peak_anonymous_bytes"] >= load["anonymous_bytes"]
+            # Small tensors may come from memory that the process already had.
+            assert abs(load["anonymous_bytes"] - load["bytes_read"]) < load["bytes_read"] * 0.2 + 2 * MIB
+    assert [re.findall(r"\d+", line)[:2] for line in table[1:]] == [["1", "0"], ["2", "0"], ["2", "1"]]
+
+
+def test_sampled_peak_sees_memory_that_is_gone_again() -> None:
+    before = process_memory()
+    with sampled_memory() as peak:
+        blocks = [torch.ones(MIB) for _ in range(64)]
+        del blocks
+    assert peak["RssAnon"] - before["RssAnon"] > 150 * MIB
+    assert process_memory()["RssAnon"] - before["RssAnon"] < 100 * MIB

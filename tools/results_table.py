@@ -1,0 +1,93 @@
+"""Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
+
+The input is one JSON object, {name of a run: its report.json, ...}. Tables under results/ are made by this alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+UNKNOWN = "-"
+RUN_COLUMNS = (
+    "run", "cards", "dtype", "load s", "GB/s", "TTFT ms", "ms/token p50", "p99", "tokens/s", "communication",
+    "tokens/J", "predicted MiB", "peak MiB",
+)  # fmt: skip
+
+
+def main(path: Path) -> None:
+    reports = json.loads(path.read_text(encoding="utf-8"))
+    print(render(path.stem, reports), end="")
+
+
+def render(title: str, reports: dict[str, Any]) -> str:
+    """The whole page: where it ran, generation runs, all-reduce timings, and the command of each run."""
+    first = next(iter(reports.values()))
+    runs = {name: report for name, report in reports.items() if report["task"] == "generate"}
+    probes = {name: report for name, report in reports.items() if report["task"] == "probe"}
+    parts = [f"# {title}", place(first), table(RUN_COLUMNS, [run_row(name, report) for name, report in runs.items()])]
+    parts += [probe_section(name, report) for name, report in probes.items()]
+    commands = [f"- {name}: `launcher {' '.join(report['command'])}`" for name, report in reports.items()]
+    parts += ["## Commands", "\n".join(commands)]
+    return "\n\n".join(parts) + "\n"
+
+
+def place(report: dict[str, Any]) -> str:
+    """Cards, driver and versions."""
+    inventory = report["inventory"]
+    names = ", ".join(card["name"] for card in inventory["cards"]) or f"CPU, {inventory['host_cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    driver = f", driver {inventory['driver']}" if inventory["driver"] else ""
+    return f"Measured on {names}{driver}; {versions}. Memory is of the fullest card."
+
+
+def run_row(name: str, report: dict[str, Any]) -> list[str]:
+    load, tpot = report["load"] or {}, report["tpot_ms"] or {}
+    cards = report["cards"]
+    share = report["comm_share"]
+    return [
+        name,
+        f"{report['world_size']} x {report['device']}",
+        report["dtype"],
+        number(load.get("sec")),
+        number(load.get("gb_per_sec")),
+        number(report["ttft_ms"]),
+        number(tpot.get("p50")),
+        number(tpot.get("p99")),
+        number(report["tokens_per_sec"]),
+        UNKNOWN if share is None else f"{share * 100:.0f} %",
+        number(report["tokens_per_joule"]),
+        number(max(card["predicted_bytes"] for card in cards) / MIB),
+        number(max(card["peak_bytes"] for card in cards) / MIB),
+    ]
+
+
+def probe_section(name: str, report: dict[str, Any]) -> str:
+    """All-reduce times of every transport side by side, one row per message size."""
+    timings = report["all_reduce"]
+    columns = ["bytes"] + [f"{transport} {what}" for transport in timings for what in ("p50 us", "p99 us", "GB/s")]
+    rows = []
+    for same_size in zip(*timings.values(), strict=True):
+        assert all(timing["exact"] for timing in same_size), f"{name} holds wrong sums"
+        cells = [number(timing[key]) for timing in same_size for key in ("p50_us", "p99_us", "gb_per_sec")]
+        rows.append([f"{same_size[0]['num_bytes']:,}", *cells])
+    return f"## {name}\n\n{table(columns, rows)}"
+
+
+def table(columns: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
