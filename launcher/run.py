@@ -48,8 +48,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         job = plan_model(job, model, inventory)
     if run.task.kind == TaskKind.plan:
         return base_report(job)
-    cards = [card for card in placement.cards if card is not None]
-    with Telemetry(run_dir, inventory, cards) as telemetry, EventFollower(run_dir):
+    watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
+    with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
         start_ranks(job, save_job(job))
     report = build_report(job, inventory, telemetry)
     print_report(report)

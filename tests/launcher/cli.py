@@ -54,7 +54,8 @@ class Result:
     def error(self) -> dict[str, Any]:
         """The error of a run that failed as it should: exit code 1, JSON last, the same message for people."""
         assert self.returncode == 1, self
-        assert "Traceback" not in self.stderr, self.stderr
+        # Torchrun shows one of its own.
+        assert "Traceback" not in self.stderr or "torchrun" in self.stderr, self.stderr
         error: dict[str, Any] = self.report["error"]
         assert error["message"] in self.stderr
         return error
@@ -126,13 +127,15 @@ def started(
     """Starts a run in `folder` (of a job, or of a sweep); its output goes beside it. Nothing of it survives the test.
 
     Args:
+        args: the command line; one that sets hydra.run.dir itself has its way.
         limits: called in the new process before the program starts, for resource limits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"
+    place = f"hydra.{'sweep' if sweep else 'run'}.dir="
+    places = [] if any(arg.startswith(place) for arg in args) else [f"{place}{folder}"]
     with Path(f"{folder}.stdout").open("w") as out, Path(f"{folder}.stderr").open("w") as err:
         process = subprocess.Popen(
-            [*launcher, *args, place],
+            [*launcher, *args, *places],
             stdout=out,
             stderr=err,
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,23 @@ def test_all_that_was_written_is_shown_when_the_follower_is_left(tmp_path: Path)
         for text in texts:
             writer.text(text)
     assert out.getvalue() == "".join(texts) + "\n"
+
+
+def test_word_at_the_last_moment_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 writes after the follower's last read and just before the stop."""
+    shown, out, _ = follower(tmp_path)
+    writer = EventWriter(tmp_path, enabled=True)
+
+    class LastMoment(threading.Event):
+        def is_set(self) -> bool:
+            if super().is_set():
+                writer.text("last")
+            return super().is_set()
+
+    monkeypatch.setattr(shown, "_stop", LastMoment())
+    with shown:
+        writer.text("first, ")
+    assert out.getvalue().startswith("first, last")
 
 
 def test_half_a_line_waits_for_its_rest_even_inside_a_character(tmp_path: Path) -> None:

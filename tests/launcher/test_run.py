@@ -154,6 +154,13 @@ def test_job_that_fails_stops_no_other_and_shows_in_the_exit_code(results: dict[
     assert tokens_of(first) == tokens_of(last) == tokens_of(results["python"].report)
 
 
+def test_stdout_of_a_sweep_is_answers_and_reports_in_turn(results: dict[str, Result]) -> None:
+    first, failed, last = results[SWEEP].reports
+    expected = [first["outputs"][0]["text"], first, failed, last["outputs"][0]["text"], last]
+    parts = [part if isinstance(part, str) else json.dumps(part) for part in expected]
+    assert results[SWEEP].stdout == "\n".join(parts) + "\n"
+
+
 def test_one_rank_has_no_communication(results: dict[str, Result]) -> None:
     first = results[SWEEP].reports[0]
     assert (first["topology"], first["transport"]["all_sizes"]["name"]) == ("single", "solo")
