@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
+from parallel.kernels.held import dequantized_bytes, held_bits
 from parallel.partition import split_by_grain, split_by_heads
 
 MIB = 1024**2
@@ -38,7 +39,7 @@ class Demand:
 
     def fixed_lines(self) -> tuple[dict[str, int], ...]:
         """Lines that the context does not change: context, communicator, weights.*; one dict per rank."""
-        parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype)
+        parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype, linear_bits=self._held_bits())
         base = {"context": CONTEXT_BYTES[self.device], "communicator": COMMUNICATOR_BYTES[self.transport]}
         return tuple(base | {f"weights.{name}": size for name, size in part.items()} for part in parts)
 
@@ -52,6 +53,12 @@ class Demand:
             }
             for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
         )
+
+    def _held_bits(self) -> float | None:
+        """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
+        if self.shape.scheme is None:
+            return None
+        return held_bits(self.shape.scheme, self.device, self.dtype, self.shape.hidden_size)
 
     def kv_bytes_per_token(self) -> tuple[int, ...]:
         """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""
@@ -83,11 +90,20 @@ class Demand:
             # turns the mask into numbers.
             "attention": (tokens * (2 * queries + max_context) + self.batch_size * max_context * 2 * repeated) * e,
             # Activated gate, up, and their product, beside the residual stream.
-            "mlp": tokens * (3 * intermediate + shape.hidden_size) * e,
+            "mlp": tokens * (3 * intermediate + shape.hidden_size) * e
+            + self._dequantized(tokens, intermediate * shape.hidden_size),
+            # Queries, keys and values, or the output, of a linear that is dequantised for them.
+            "projection": tokens * (queries + 2 * keys) * e + self._dequantized(tokens, queries * shape.hidden_size),
             # Logits of the last token alone: gathered from all ranks, joined, sampled.
             "logits": self.batch_size * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
         }
         return throughout + max(steps.values())
+
+    def _dequantized(self, num_rows: int, numel: int) -> int:
+        """Bytes of a weight that a product of so many rows dequantises for itself."""
+        if self.shape.scheme is None:
+            return 0
+        return dequantized_bytes(self.shape.scheme, self.device, self.dtype, DTYPE_BYTES[self.dtype], num_rows, numel)
 
     def _chunk_tokens(self, max_context: int) -> int:
         """Tokens of a prefill step: one column of the batch at least, the whole batch at most."""

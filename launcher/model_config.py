@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.formats.config import read_scheme
+from parallel.checkpoint.formats.scheme import FormatError
+
 # What distinguishes the families: a fact, or the name of the config.json field that says it.
 FAMILIES: dict[str, dict[str, bool | str]] = {
     "llama": {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
@@ -56,7 +59,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
         **{name: _flag(config, flag) for name, flag in FAMILIES[model_type].items()},
         "sliding_window": _sliding_window(file, config),
         "dtype": _dtype(file, config),
-        "quantization": _quantization(config),
+        **_quantization(config),
     }
 
 
@@ -133,10 +136,15 @@ def _dtype(file: Path, config: dict[str, Any]) -> str:
     return (value or "").removeprefix("torch.")
 
 
-def _quantization(config: dict[str, Any]) -> str:
-    """The name of the weight format. Older compressed-tensors files spell the section compression_config."""
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The name of the weight format and how it stores weights, or why it cannot be loaded.
+
+    Older compressed-tensors files spell the section compression_config.
+    """
     section = config.get("quantization_config") or config.get("compression_config")
-    if not section:
-        return "none"
     method = section.get("quant_method") if isinstance(section, dict) else None
-    return str(method or "unknown")
+    name = str(method or "unknown") if section else "none"
+    try:
+        return {"quantization": name, "scheme": read_scheme(section), "not_loadable": ""}
+    except FormatError as error:
+        return {"quantization": name, "scheme": None, "not_loadable": str(error)}

@@ -12,7 +12,7 @@ from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import MIB, Demand, fits, largest_context
 from launcher.plan_refusal import refuse_memory
-from launcher.shape import LOADABLE_QUANTIZATIONS, LOADABLE_TEXT, ModelShape
+from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from parallel.partition import choose_grain
 
@@ -100,10 +100,10 @@ def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
-    if run.task.kind != TaskKind.plan and shape.quantization not in LOADABLE_QUANTIZATIONS:
+    if run.task.kind != TaskKind.plan and shape.not_loadable:
         raise PlanError(
-            f"weights quantised as {shape.quantization} cannot be loaded yet; supported: {LOADABLE_TEXT}. "
-            "Set model.path to such a checkpoint, or task=plan to see what this one would take."
+            f"weights quantised as {shape.quantization}: {shape.not_loadable} "
+            "Set model.path to another checkpoint of the model, or task=plan to see what this one would take."
         )
 
 
@@ -117,6 +117,9 @@ def _check_heads(world_size: int, shape: ModelShape) -> None:
 
 def _choose_dtype(run: RunConfig, shape: ModelShape, device: str) -> str:
     dtype = shape.dtype if run.model.dtype == DType.auto else run.model.dtype.value
+    if run.model.dtype == DType.auto and shape.scheme is not None and dtype == DType.float16.value:
+        # AWQ and GPTQ files say float16 whatever the model was trained in; the kernels of cards and CPUs want bfloat16.
+        return DType.bfloat16.value
     if dtype == DType.float16.value and device == "cpu":
         raise PlanError("float16 is slow or missing on CPUs. Set model.dtype=float32 (or bfloat16).")
     return dtype

@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.config import MAX_CARDS
 from launcher.hardware import Inventory
 from launcher.memory import Demand, fits, group_lines, largest_context
-from launcher.shape import LOADABLE_QUANTIZATIONS
+from launcher.shape import TYPICAL_SCHEMES
 from launcher.topology import PlanError
 
 GIB = 1024**3
@@ -60,14 +60,16 @@ def _four_bits(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, m
     """What a 4-bit checkpoint of the model would need, where no number of cards holds it as it is."""
     if demand.device == "cpu" or demand.shape.quantization != "none":
         return
-    smaller = replace(demand, shape=replace(demand.shape, quantization=FOUR_BIT_NAME, linear_bits=FOUR_BITS))
+    four_bits = replace(
+        demand.shape, quantization=FOUR_BIT_NAME, linear_bits=FOUR_BITS, scheme=TYPICAL_SCHEMES[FOUR_BIT_NAME]
+    )
+    smaller = replace(demand, shape=four_bits)
     num_cards = _smallest_num_cards(smaller, min(budgets), max_context, 1)
     none_as_it_is = f"in {_format(demand)} no number of such cards from 1 to {MAX_CARDS}"
     if num_cards is None:
         yield f"{none_as_it_is}, nor as a 4-bit checkpoint"
         return
-    loadable = "" if FOUR_BIT_NAME in LOADABLE_QUANTIZATIONS else ", which can be planned but not loaded yet"
-    yield f"a 4-bit checkpoint of it on gpus={num_cards}{loadable} ({none_as_it_is})"
+    yield f"a 4-bit checkpoint of it on gpus={num_cards} ({none_as_it_is})"
 
 
 def _smallest_num_cards(demand: Demand, budget: int, max_context: int, start: int) -> int | None:

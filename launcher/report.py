@@ -101,6 +101,8 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         "bytes_read": total,
         "gb_per_sec": total / sec / 1e9,
         "bytes_read_per_rank": [load["bytes_read"] for load in loads],
+        # Of the first rank: how many quantised linears got which kernel, and why.
+        "kernels": loads[0].get("kernels", {}),
     }
 
 

@@ -46,7 +46,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     if run.task.kind != TaskKind.probe:
         model = find_model(run)
         job = plan_model(job, model, inventory)
-    if run.task.kind == TaskKind.plan:
+    if run.task.kind == TaskKind.plan or is_complete(job):
         return base_report(job)
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
     with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
@@ -54,6 +54,11 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     report = build_report(job, inventory, telemetry)
     print_report(report)
     return report
+
+
+def is_complete(job: Job) -> bool:
+    """Whether a resumed run finds every answer already there."""
+    return job.run.task.kind == TaskKind.generate and not job.prompts
 
 
 def find_model(run: RunConfig) -> Model:

@@ -6,22 +6,33 @@ A shape comes from a checkpoint's config.json, or from facts in the config for a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launcher.config import ModelFacts
 from launcher.model_config import SUPPORTED as SUPPORTED
 from launcher.model_config import ShapeError as ShapeError
 from launcher.model_config import read_model_config
+from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
+from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint
 from parallel.partition import split_by_grain, split_by_heads
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Weight formats that a run can load; the others can be planned.
-LOADABLE_QUANTIZATIONS = ("none",)
-LOADABLE_TEXT = "bf16, fp16 and fp32 safetensors"
+# How the formats of `model.shape.quantization` store weights unless config.json says otherwise. These can be loaded; a
+# name that is not here can be planned.
+TYPICAL_SCHEMES = {
+    "awq": Scheme("awq", "awq", bits=4, group_size=128, has_zeros=True),
+    "gptq": Scheme("gptq", "gptq", bits=4, group_size=128),
+    "compressed-tensors": Scheme("compressed-tensors", "pack-quantized", bits=4, group_size=128),
+    "fp8": Scheme("compressed-tensors", "float-quantized", bits=8, group_size=None, is_float=True),
+}
+# Bits of a weight with its scales, above which those formats are taken to have 8 bits.
+MOST_BITS_OF_FOUR = 6.0
 EMBEDDING_NAME = "model.embed_tokens.weight"
+HEAD_NAMES = ("lm_head.weight", "lm_head.bias")
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,8 @@ class ModelShape:
     """A dense decoder in numbers.
 
     `sliding_window` is set where some layer attends to that many tokens only and `max_positions` is larger.
-    `linear_bits` is what a weight of the layers' linears takes with its scales and zeros.
+    `linear_bits` is what a weight of the layers' linears takes in the checkpoint, with its scales and zeros. `scheme`
+    is how they are stored (None: as numbers, or in a way that cannot be loaded, which `not_loadable` then explains).
     """
 
     model_type: str
@@ -51,6 +63,8 @@ class ModelShape:
     quantization: str
     linear_bits: float
     source: str
+    scheme: Scheme | None = None
+    not_loadable: str = ""
 
     @property
     def num_linear_weights(self) -> int:
@@ -74,8 +88,12 @@ def shape_from_checkpoint(folder: Path) -> ModelShape:
     shape = ModelShape(**fields, linear_bits=unquantized_bits, source="checkpoint")
     if shape.quantization == "none":
         return shape
-    linear_bits = 8 * _linear_bytes(read_checkpoint(folder)) / shape.num_linear_weights
-    return ModelShape(**fields, linear_bits=linear_bits, source="checkpoint")
+    checkpoint = read_checkpoint(folder)
+    return replace(
+        shape,
+        linear_bits=8 * _linear_bytes(checkpoint) / shape.num_linear_weights,
+        not_loadable=shape.not_loadable or _not_loadable(checkpoint),
+    )
 
 
 def shape_from_facts(facts: ModelFacts) -> ModelShape:
@@ -99,15 +117,31 @@ def shape_from_facts(facts: ModelFacts) -> ModelShape:
         qk_norm=False,
         sliding_window=None,
         source="facts",
+        **typical_quantization(facts.quantization, facts.linear_bits),
     )
 
 
-def part_bytes(shape: ModelShape, world_size: int, grain: int, dtype: str) -> tuple[dict[str, int], ...]:
+def typical_quantization(name: str, linear_bits: float) -> dict[str, Any]:
+    """`scheme` and `not_loadable` of a shape of which only the format's name and the bits of a weight are known."""
+    if name == "none":
+        return {"scheme": None, "not_loadable": ""}
+    if name not in TYPICAL_SCHEMES:
+        return {"scheme": None, "not_loadable": f"supported: {SUPPORTED_FORMATS}."}
+    scheme = TYPICAL_SCHEMES[name]
+    if scheme.bits == 4 and linear_bits > MOST_BITS_OF_FOUR:
+        scheme = replace(scheme, bits=8, group_size=None)
+    return {"scheme": scheme, "not_loadable": ""}
+
+
+def part_bytes(
+    shape: ModelShape, world_size: int, grain: int, dtype: str, *, linear_bits: float | None = None
+) -> tuple[dict[str, int], ...]:
     """Bytes of weights on each rank, by part: embedding, head, attention, mlp, norms; biases go with their linears.
 
     Embedding, head and MLP are dealt by `grain`, attention by key/value heads. Norms and the biases of row-parallel
-    linears (output and down projections) are whole on every rank. Quantised linears take `shape.linear_bits` a weight;
-    all else, and unquantised linears, are stored in `dtype` (float32, bfloat16 or float16).
+    linears (output and down projections) are whole on every rank. Quantised linears take `linear_bits` a weight, by
+    default those of the checkpoint; all else, and unquantised linears, are stored in `dtype` (float32, bfloat16 or
+    float16).
     A tied head is the embedding and adds nothing.
 
     Returns:
@@ -117,7 +151,8 @@ def part_bytes(shape: ModelShape, world_size: int, grain: int, dtype: str) -> tu
         PartitionError: `world_size` or `grain` is below 1.
     """
     element_bytes = DTYPE_BYTES[dtype]
-    linear_bits = 8 * element_bytes if shape.quantization == "none" else shape.linear_bits
+    if linear_bits is None:
+        linear_bits = 8 * element_bytes if shape.quantization == "none" else shape.linear_bits
     queries = split_by_heads(shape.num_heads * shape.head_dim, world_size, shape.num_kv_heads)
     keys = split_by_heads(shape.num_kv_heads * shape.head_dim, world_size, shape.num_kv_heads)
     intermediate = split_by_grain(shape.intermediate_size, world_size, grain)
@@ -170,3 +205,9 @@ def _linear_bytes(checkpoint: Checkpoint) -> int:
         for name, entry in checkpoint.tensors.items()
         if (".self_attn." in name or ".mlp." in name) and not name.endswith(".bias") and "_norm." not in name
     )
+
+
+def _not_loadable(checkpoint: Checkpoint) -> str:
+    """What the headers tell, and config.json may not: a head that is quantised too."""
+    parts = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in HEAD_NAMES]
+    return f"{parts[0]} in the checkpoint: a quantised lm_head cannot be loaded." if parts else ""

@@ -46,11 +46,11 @@ def die_with_parent(sig: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sig.value)
 
 
-def end_rank(exit_code: int) -> NoReturn:
-    """Ends a process that was a rank without the destructors of torch's threads.
+def end_process(exit_code: int) -> NoReturn:
+    """Ends this process without waiting for torch's threads, in a rank and in its parent.
 
-    They abort some ("terminate called without an active exception", 1 of 36 ranks on two busy cores, torch 2.13 with
-    gloo), and then a rank that did its work looks like one that died.
+    Their destructors abort some ranks that did their work ("terminate called without an active exception", 1 of 36 on
+    two busy cores, torch 2.13 with gloo), and the elastic agent can leave threads that never end when a signal ends it.
     """
     sys.stdout.flush()
     sys.stderr.flush()

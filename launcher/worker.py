@@ -16,7 +16,7 @@ from typing import Any
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
-from launcher.start import die_with_parent, end_rank, rank_log
+from launcher.start import die_with_parent, end_process, rank_log
 
 
 def main(job_file: Path) -> int:
@@ -73,4 +73,4 @@ def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    end_rank(main(Path(sys.argv[1])))
+    end_process(main(Path(sys.argv[1])))

@@ -26,9 +26,13 @@ Slices = tuple[slice, ...]
 
 
 class ShardedLayer(TensorParallel_Layer):
-    """What all our sharded layers share: the communicator and the range of the split dimension this rank owns."""
+    """What all our sharded layers share: the communicator and the range of the split dimension this rank owns.
+
+    `packed` multiplies by a quantised weight (parallel/kernels); where it is set, `weight` is None.
+    """
 
     communicator: Communicator
+    packed: nn.Module | None
 
     def local_range(self) -> slice:
         start = sum(self._partition_sizes[: self.tp_index])
@@ -38,12 +42,19 @@ class ShardedLayer(TensorParallel_Layer):
         """Slices of the full checkpoint tensor that this rank holds for `parameter` ("weight" or "bias")."""
         return (self.local_range(),)
 
+    def multiply(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out], with this rank's weight in whatever form it has."""
+        if self.packed is None:
+            return F.linear(hidden, self.weight, bias)
+        output: Tensor = self.packed(hidden)
+        return output if bias is None else output.add_(bias)
+
 
 class ColumnParallelLinear(ShardedLayer, LinearLayer):
     """[..., in] -> [..., local out]: weight [local out, in], no communication."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias)
+        return self.multiply(hidden, self.bias)
 
 
 class RowParallelLinear(ShardedLayer, LinearAllreduce):
@@ -53,7 +64,7 @@ class RowParallelLinear(ShardedLayer, LinearAllreduce):
         return (slice(None), self.local_range()) if parameter == "weight" else (slice(None),)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output = self.communicator.all_reduce(F.linear(hidden, self.weight))
+        output = self.communicator.all_reduce(self.multiply(hidden))
         return output if self.bias is None else output.add_(self.bias)
 
 
@@ -83,6 +94,9 @@ OURS = {
     VocabParallelEmbedding: VocabularyEmbedding,
 }
 
+# Those whose weights checkpoints quantise.
+LINEARS = (ColumnParallelLinear, RowParallelLinear)
+
 
 def adopt(layer: TensorParallel_Layer, communicator: Communicator) -> None:
     """Turns a layer that AutoTP built into ours. The class differs in its forward only, so the object stays.
@@ -95,6 +109,7 @@ def adopt(layer: TensorParallel_Layer, communicator: Communicator) -> None:
         raise ValueError(f"AutoTP made {layer.name} a {type(layer).__name__}; only {names} are supported.")
     layer.__class__ = OURS[type(layer)]
     layer.communicator = communicator
+    layer.packed = None
 
 
 @contextmanager

@@ -14,16 +14,23 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from parallel.checkpoint.formats.config import read_scheme
+from parallel.checkpoint.formats.scheme import Scheme
 from parallel.communicator import Communicator
-from parallel.linear import adopt
+from parallel.linear import LINEARS, adopt
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """A model whose parameters are on meta, and the full shapes that its checkpoint must have."""
+    """A model whose parameters are on meta, and the full shapes that its checkpoint must have.
+
+    `scheme` is how the checkpoint stores the weights of `linears` (of all of them or some); None: as numbers.
+    """
 
     module: PreTrainedModel
     full_shapes: dict[str, tuple[int, ...]]
+    scheme: Scheme | None
+    linears: tuple[str, ...]
 
 
 def build_sharded_model(
@@ -36,11 +43,14 @@ def build_sharded_model(
 
     Raises:
         ValueError: the architecture has no tensor-parallel plan.
+        FormatError: the config's quantization_config cannot be loaded.
     """
+    scheme = read_scheme(getattr(config, "quantization_config", None) or getattr(config, "compression_config", None))
     model = build_meta_model(config, dtype)
     full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     apply_tensor_parallel(model, communicator, grain)
-    return ShardedModel(model, full_shapes)
+    linears = tuple(f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, LINEARS))
+    return ShardedModel(model, full_shapes, scheme, linears)
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -133,8 +133,6 @@ def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]],
 
 def warm_up(engine: Engine, token_ids: Sequence[Sequence[int]]) -> float:
     """The start of the first prompts once through the model, untimed: first calls load kernels. Returns the seconds."""
-    if not token_ids:
-        return 0.0
     start = time.perf_counter()
     engine.prefill([ids[:WARM_UP_TOKENS] for ids in token_ids])
     engine.decode(torch.zeros(len(token_ids), dtype=torch.long, device=engine.device)).cpu()

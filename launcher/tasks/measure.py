@@ -12,7 +12,7 @@ from launcher.rank import RankContext
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import BatchResult, time_steps
-from parallel.linear import swapped_communicator
+from parallel.linear import ShardedLayer, swapped_communicator
 
 
 def latencies(batches: Sequence[BatchResult]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def latencies(batches: Sequence[BatchResult]) -> dict[str, Any]:
     steps = sorted(ms for batch in batches for ms in batch.step_ms)
     p99 = steps[min(len(steps) - 1, int(len(steps) * 0.99))] if steps else None
     return {
-        "ttft_ms": statistics.median(batch.ttft_ms for batch in batches) if batches else None,
+        "ttft_ms": statistics.median(batch.ttft_ms for batch in batches),
         "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99},
     }
 
@@ -28,8 +28,10 @@ def latencies(batches: Sequence[BatchResult]) -> dict[str, Any]:
 def communication(context: RankContext, engine: Engine, batches: Sequence[BatchResult]) -> dict[str, Any]:
     """Share of a decode step that its all-reduces take: the same step timed with them and without."""
     num_steps = context.job.run.engine.comm_share_steps
-    if context.communicator.world_size == 1 or num_steps == 0 or not batches:
-        return {"comm_share": 0.0 if context.communicator.world_size == 1 else None, "decode_step_ms": None}
+    if context.communicator.world_size == 1:
+        return {"comm_share": 0.0}
+    if num_steps == 0:
+        return {"comm_share": None}
     tokens, times = batches[-1].last_tokens, {}
     for name, communicator in (("with", context.communicator), ("without", ElidedAllReduce(context.communicator))):
         context.communicator.barrier()
@@ -43,6 +45,8 @@ def communication(context: RankContext, engine: Engine, batches: Sequence[BatchR
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
     weights = sum(p.nbytes for p in {id(p): p for p in engine.model.parameters()}.values())
+    packed = [layer.packed for layer in engine.model.modules() if isinstance(layer, ShardedLayer) and layer.packed]
+    weights += sum(buffer.nbytes for kernel in packed for buffer in kernel.buffers())
     on_card = device.type == "cuda"
     return {
         "weights_bytes": weights,

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
+from parallel.checkpoint.formats.scheme import Slices
+from parallel.checkpoint.headers import Checkpoint, TensorEntry
+from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
+from parallel.checkpoint.quantized import local_box, local_tensors, read_linear
+from parallel.checkpoint.read import is_finite as is_finite
+from parallel.checkpoint.read import read_slices, sliced_bytes
 from parallel.linear import ShardedLayer
 from parallel.shard import ShardedModel
-
-# Checkpoints of older transformers carry these; models compute them.
-COMPUTED = ("rotary_emb.inv_freq",)
-
-Owners = dict[str, list[tuple[nn.Module, str]]]
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What one rank's load cost. Bytes are those of its slices, as stored."""
+    """What one rank's load cost. Bytes are those of its slices, as stored.
+
+    `kernels`: how many quantised linears got which kernel, and why.
+    """
 
     bytes_read: int
     sec: float
+    kernels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One parameter, or one quantised linear: the file that it begins in, its bytes, and what reads it.
+
+    `run` returns the kernel of a quantised linear.
+    """
+
+    file: Path
+    num_bytes: int
+    run: Callable[[], str | None]
 
 
 def load_checkpoint(
@@ -39,107 +55,68 @@ def load_checkpoint(
 ) -> LoadResult:
     """Reads this rank's slices to `device`, in the model's dtype, and puts them in place of the meta parameters.
 
+    Quantised linears stay packed, in the layout of the kernel that multiplies by them.
+
     Args:
-        on_progress: called after each tensor with the bytes read so far and in all, both of this rank.
+        on_progress: called after each parameter with the bytes read so far and in all, both of this rank.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or holds a NaN or infinity; the message names it.
     """
     start = time.perf_counter()
-    wanted = match_tensors(model, checkpoint)
-    owners = parameter_owners(model.module)
-    total = sum(local_bytes(owners[name][0], wanted[name]) for name in wanted)
-    done = 0
-    for file, names in group_by_file(wanted).items():
-        for name in names:
-            # A handle per tensor: closing it unmaps what was touched, which for a slice of columns is the whole tensor.
-            with safe_open(file, framework="pt") as handle:
-                stored = read_local(handle, name, *owners[name][0], device)
-            done += stored.nbytes
-            place(owners[name], stored, name, file)
-            on_progress(done, total)
+    matches = match_tensors(model, checkpoint)
+    steps = sorted([*plain_steps(model, matches, device), *quantized_steps(model, matches, device)], key=by_file)
+    total = sum(step.num_bytes for step in steps)
+    done, kernels = 0, Counter[str]()
+    for step in steps:
+        kernel = step.run()
+        if kernel is not None:
+            kernels[kernel] += 1
+        done += step.num_bytes
+        on_progress(done, total)
     move_buffers(model.module, device)
-    return LoadResult(bytes_read=done, sec=time.perf_counter() - start)
+    return LoadResult(bytes_read=done, sec=time.perf_counter() - start, kernels=dict(kernels))
 
 
-def match_tensors(model: ShardedModel, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """The checkpoint's entry for each distinct parameter, checked against the shape that the config promises."""
-    tied = tied_names(model.module)
-    wanted, problems = {}, []
-    for name, shape in model.full_shapes.items():
-        entry = checkpoint.tensors.get(name)
-        if entry is None:
-            if name not in tied or not any(twin in checkpoint.tensors for twin in tied[name]):
-                problems.append(f"{name} is missing")
-        elif entry.shape != shape:
-            problems.append(f"{name} in {entry.file.name} is {list(entry.shape)}, config.json makes it {list(shape)}")
-        elif not any(twin in wanted for twin in tied.get(name, ())):
-            wanted[name] = entry
-    unknown = [n for n in checkpoint.tensors if n not in model.full_shapes and not n.endswith(COMPUTED)]
-    problems += [f"{name} in {checkpoint.tensors[name].file.name} is not part of the model" for name in unknown]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise CheckpointError(f"{checkpoint.folder} does not match its config.json: {shown}.")
-    return wanted
+def by_file(step: Step) -> Path:
+    return step.file
 
 
-def parameter_owners(module: nn.Module) -> Owners:
-    """Every place that holds each parameter, by each of its names: tied weights have several."""
-    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    names: list[tuple[str, int]] = []
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for attribute, parameter in owner.named_parameters(recurse=False):
-            if (owner, attribute) not in places[id(parameter)]:
-                places[id(parameter)].append((owner, attribute))
-            names.append((f"{prefix}.{attribute}" if prefix else attribute, id(parameter)))
-    return {name: places[key] for name, key in names}
+def plain_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:
+    owners = parameter_owners(model.module)
+    for name, entry in matches.plain.items():
+        module, attribute = owners[name][0]
+        slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
+        yield Step(
+            entry.file, sliced_bytes(entry, slices), partial(read_parameter, owners[name], entry, slices, device)
+        )
 
 
-def tied_names(module: nn.Module) -> dict[str, set[str]]:
-    """For each parameter that several names share, the other names."""
-    by_id: defaultdict[int, set[str]] = defaultdict(set)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        by_id[id(parameter)].add(name)
-    return {name: group - {name} for group in by_id.values() if len(group) > 1 for name in group}
+def quantized_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:
+    for name, entries in matches.quantized.items():
+        assert model.scheme is not None
+        layer = model.module.get_submodule(name)
+        shape = model.full_shapes[f"{name}.weight"]
+        box = local_box(layer, shape)
+        tensors = local_tensors(entries, model.scheme, shape[1], box)
+        first = next(iter(tensors.values()))[0]
+        num_bytes = sum(sliced_bytes(entry, slices) for entry, slices in tensors.values())
+        yield Step(first.file, num_bytes, partial(read_linear, layer, tensors, model.scheme, box, device))
 
 
-def group_by_file(entries: dict[str, TensorEntry]) -> dict[Path, list[str]]:
-    files: defaultdict[Path, list[str]] = defaultdict(list)
-    for name, entry in entries.items():
-        files[entry.file].append(name)
-    return dict(sorted(files.items()))
+def read_parameter(
+    owners: list[tuple[nn.Module, str]], entry: TensorEntry, slices: Slices, device: torch.device
+) -> None:
+    place(owners, read_slices(entry, slices, device), entry.name)
 
 
-def local_bytes(owner: tuple[nn.Module, str], entry: TensorEntry) -> int:
-    """Bytes of this rank's part, in the checkpoint's dtype."""
-    module, attribute = owner
-    full = 1
-    for size in entry.shape:
-        full *= size
-    return entry.num_bytes * getattr(module, attribute).numel() // full
-
-
-def read_local(handle: safe_open, name: str, module: nn.Module, attribute: str, device: torch.device) -> Tensor:
-    """A copy on `device`: what safetensors gives on the CPU is a view of the mapped file."""
-    stored = handle.get_slice(name)
-    view = stored[module.local_slices(attribute)] if isinstance(module, ShardedLayer) else stored[:]
-    return view.to(device, copy=True)
-
-
-def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str, file: Path) -> None:
-    """Checks the values and sets the parameter everywhere it is held."""
-    if not is_finite(stored):
-        raise CheckpointError(f"{name} in {file} holds NaN or infinity. Download the file again.")
+def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str) -> None:
+    """Sets the parameter everywhere it is held."""
     meta = getattr(*owners[0])
     assert tuple(meta.shape) == tuple(stored.shape), f"{name}: {meta.shape=} {stored.shape=}"
     parameter = nn.Parameter(stored.to(meta.dtype).contiguous(), requires_grad=False)
     for module, attribute in owners:
         setattr(module, attribute, parameter)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which a NaN takes over: 25 GB/s on one core and no memory; isfinite reads bf16 at 0.7 GB/s."""
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 DEMO = Path(__file__).parents[2] / "launcher" / "models" / "demo"
-NUM_NEW_TOKENS = 16
+NUM_NEW_TOKENS = 14
+# Of those, how many the ranks are fed one by one, for the logits of each step.
+NUM_FORCED_TOKENS = 5
 
 # Four KV heads are dealt 2, 1, 1 over three ranks; the other sizes divide by no number of ranks, nor by a grain.
 COMMON = {

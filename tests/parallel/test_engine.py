@@ -72,7 +72,21 @@ def test_chunks_do_not_change_the_logits(folders: dict[str, Path]) -> None:
         torch.testing.assert_close(logits, outcomes[-1][0], rtol=0, atol=1e-4)
 
 
-def timed_and_untimed(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor, int, list[float]]:
+def next_positions(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor]:
+    engine = make_engine(communicator, folder, prefill_chunk=32)
+    engine.prefill(prompts_of("llama"))
+    after_prefill = engine.next_positions
+    engine.decode(torch.tensor([1, 2, 3, 4]))
+    return after_prefill, engine.next_positions
+
+
+def test_positions_count_a_prompts_own_tokens_and_no_padding(folders: dict[str, Path]) -> None:
+    after_prefill, after_decode = run_on_ranks(next_positions, 1, folders["llama"])[0]
+    assert after_prefill.tolist() == [[3], [17], [9], [30]]
+    assert after_decode.tolist() == [[4], [18], [10], [31]]
+
+
+def timed_and_untimed(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor, set[int], list[float]]:
     logits = []
     for num_steps in (0, 3):
         engine = make_engine(communicator, folder)
@@ -81,14 +95,15 @@ def timed_and_untimed(communicator: Communicator, folder: Path) -> tuple[Tensor,
         engine.decode(tokens)
         times = time_steps(engine, tokens, num_steps)
         logits.append(engine.decode(torch.tensor([1, 2, 3, 4])))
-    return *logits, engine.cache.get_seq_length(), times
+    assert engine.attention_mask is not None
+    return *logits, {engine.cache.get_seq_length(), engine.attention_mask.shape[-1]}, times
 
 
 @pytest.mark.parametrize("world_size", (1, 2))
 def test_timed_steps_leave_the_sequences_as_they_were(folders: dict[str, Path], world_size: int) -> None:
-    for untimed, timed, length, times in run_on_ranks(timed_and_untimed, world_size, folders["llama"]):
+    for untimed, timed, lengths, times in run_on_ranks(timed_and_untimed, world_size, folders["llama"]):
         torch.testing.assert_close(timed, untimed, rtol=0, atol=1e-6)
-        assert length == 30 + 2
+        assert lengths == {30 + 2}
         assert len(times) == 3
         assert min(times) > 0
 

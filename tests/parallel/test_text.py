@@ -91,6 +91,11 @@ def test_stop_text_over_several_tokens_is_cut(
     assert stream_text(tokenizer, text, stop) == (shown, True)
 
 
+def test_earliest_of_two_stop_texts_in_one_token_wins(tokenizer: Tokenizer) -> None:
+    assert len(encode(tokenizer, "return")) == 1
+    assert stream_text(tokenizer, "return", ("urn", "tur")) == ("re", True)
+
+
 @pytest.mark.parametrize("text", ["one\n\ntwo", "End of the ans", "the End of the answ and more"])
 def test_beginning_of_a_stop_text_is_shown_once_it_turns_out_to_be_none(tokenizer: Tokenizer, text: str) -> None:
     assert stream_text(tokenizer, text, ("\n\n\n", "End of the answer")) == (text, False)

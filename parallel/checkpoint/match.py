@@ -1,0 +1,128 @@
+"""What the loader will read: the checkpoint's tensors for each parameter, checked against names and shapes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from parallel.checkpoint.formats.registry import format_of
+from parallel.checkpoint.formats.scheme import Part, Scheme, is_expected, stored_shape
+from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
+from parallel.shard import ShardedModel
+
+# Checkpoints of older transformers carry these; models compute them.
+COMPUTED = ("rotary_emb.inv_freq",)
+PLAIN_DTYPES = ("F16", "BF16", "F32")
+
+Owners = dict[str, list[tuple[nn.Module, str]]]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """`plain`: parameter -> its tensor. `quantized`: linear -> the tensors that stand for its weight, by part."""
+
+    plain: dict[str, TensorEntry]
+    quantized: dict[str, dict[str, TensorEntry]]
+
+
+def match_tensors(model: ShardedModel, checkpoint: Checkpoint) -> Matches:
+    """The tensors of each distinct parameter, checked against the shapes that the config promises.
+
+    A linear is quantised where the checkpoint has tensors of the scheme for it: formats spell the exceptions in many
+    ways, and the names cannot be wrong about what is there.
+
+    Raises:
+        CheckpointError: tensors are missing, too many, or of another shape or dtype; the message names them.
+    """
+    problems: list[str] = []
+    quantized = match_quantized(model, checkpoint, problems)
+    plain = match_plain(model, checkpoint, quantized, problems)
+    known = {entry.name for entries in quantized.values() for entry in entries.values()} | set(model.full_shapes)
+    unknown = [name for name in checkpoint.tensors if name not in known and not name.endswith(COMPUTED)]
+    problems += [f"{name} in {checkpoint.tensors[name].file.name} is not part of the model" for name in unknown]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise CheckpointError(f"{checkpoint.folder} does not match its config.json: {shown}.")
+    return Matches(plain, quantized)
+
+
+def match_plain(
+    model: ShardedModel, checkpoint: Checkpoint, quantized: dict[str, dict[str, TensorEntry]], problems: list[str]
+) -> dict[str, TensorEntry]:
+    tied = tied_names(model.module)
+    wanted: dict[str, TensorEntry] = {}
+    for name, shape in model.full_shapes.items():
+        entry = checkpoint.tensors.get(name)
+        if name.removesuffix(".weight") in quantized:
+            continue
+        if entry is None:
+            if name not in tied or not any(twin in checkpoint.tensors for twin in tied[name]):
+                problems.append(f"{name} is missing")
+        elif entry.shape != shape:
+            problems.append(f"{name} in {entry.file.name} is {list(entry.shape)}, config.json makes it {list(shape)}")
+        elif entry.dtype not in PLAIN_DTYPES:
+            problems.append(f"{name} in {entry.file.name} is {entry.dtype}, and nothing says how to read that")
+        elif not any(twin in wanted for twin in tied.get(name, ())):
+            wanted[name] = entry
+    return wanted
+
+
+def match_quantized(
+    model: ShardedModel, checkpoint: Checkpoint, problems: list[str]
+) -> dict[str, dict[str, TensorEntry]]:
+    """Linears that the checkpoint has in the model's scheme."""
+    if model.scheme is None:
+        return {}
+    parts = format_of(model.scheme).parts(model.scheme)
+    matches = {}
+    for name in model.linears:
+        linear = name.removesuffix(".weight")
+        entries = {part.name: checkpoint.tensors[f"{linear}.{part.name}"]
+                   for part in parts if f"{linear}.{part.name}" in checkpoint.tensors}  # fmt: skip
+        # A lone weight is a linear that was left as it is.
+        if set(entries) <= {"weight"} and name in checkpoint.tensors:
+            continue
+        num_out, num_in = model.full_shapes[name]
+        problems += part_problems(parts, model.scheme, linear, entries, num_out, num_in)
+        matches[linear] = entries
+    return matches
+
+
+def part_problems(
+    parts: tuple[Part, ...], scheme: Scheme, linear: str, entries: dict[str, TensorEntry], num_out: int, num_in: int
+) -> Iterator[str]:
+    for part in parts:
+        entry = entries.get(part.name)
+        if entry is None:
+            if part.required:
+                yield f"{linear}.{part.name} is missing"
+            continue
+        where = f"{entry.name} in {entry.file.name} is"
+        if not is_expected(part, entry.shape, scheme, num_out, num_in):
+            wanted = list(stored_shape(part, scheme, num_out, num_in)) if part.axes else "one number"
+            yield f"{where} {list(entry.shape)}, config.json makes it {wanted}"
+        elif entry.dtype not in part.dtypes:
+            yield f"{where} {entry.dtype}, and must be {' or '.join(part.dtypes)}"
+
+
+def parameter_owners(module: nn.Module) -> Owners:
+    """Every place that holds each parameter, by each of its names: tied weights have several."""
+    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    names: list[tuple[str, int]] = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            if (owner, attribute) not in places[id(parameter)]:
+                places[id(parameter)].append((owner, attribute))
+            names.append((f"{prefix}.{attribute}" if prefix else attribute, id(parameter)))
+    return {name: places[key] for name, key in names}
+
+
+def tied_names(module: nn.Module) -> dict[str, set[str]]:
+    """For each parameter that several names share, the other names."""
+    by_id: defaultdict[int, set[str]] = defaultdict(set)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        by_id[id(parameter)].add(name)
+    return {name: group - {name} for group in by_id.values() if len(group) > 1 for name in group}

@@ -1,0 +1,45 @@
+"""Which multiplication a quantised weight gets: the first of `KERNELS` that takes it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from parallel.kernels import dequantize, tinygemm, w4a16
+from parallel.quantized import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`refusal` says why a kernel cannot take a weight (None: it can); `build` packs the weight for it."""
+
+    refusal: Callable[[QuantizedWeight, torch.dtype], str | None]
+    build: Callable[[QuantizedWeight], nn.Module]
+
+
+# Fastest first; the last one takes everything. parallel/kernels/held.py predicts what each holds.
+KERNELS = {
+    "w4a16": Kernel(w4a16.refusal, w4a16.W4A16Linear),
+    "tinygemm": Kernel(tinygemm.refusal, tinygemm.TinygemmLinear),
+    "dequantize": Kernel(dequantize.refusal, dequantize.DequantizeLinear),
+}
+
+
+def choose_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[str, str]:
+    """The name of the kernel for activations of `dtype`, and the reason."""
+    refusals: list[str] = []
+    for name, kernel in KERNELS.items():
+        why_not = kernel.refusal(weight, dtype)
+        if why_not is None:
+            return name, "; ".join(refusals) or "the fastest"
+        refusals.append(f"not {name}: {why_not}")
+    raise AssertionError(f"no kernel takes {weight.bits} bits; there are {', '.join(KERNELS)}")
+
+
+def pack_linear(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    """The module that multiplies by `weight`, and a line that says which kernel it is and why."""
+    name, reason = choose_kernel(weight, dtype)
+    return KERNELS[name].build(weight), f"{name} ({reason})"

@@ -1,0 +1,53 @@
+"""What each kernel keeps in memory for a weight, and takes beside it while it works; without torch, for plans."""
+
+from __future__ import annotations
+
+from parallel.checkpoint.formats.scheme import Scheme
+
+# Above this many rows tinygemm's weight is dequantised for F.linear: the time of tinygemm grows with every row (10.1 ms
+# a step at one row, 24.2 at 8, 40.4 at 16: one rank's linears of Llama-70B at TP2, H200, torch 2.11), that of F.linear
+# does not. Where the two cross has not been measured.
+MAX_TINYGEMM_ROWS = 16
+# Weights that are dequantised at a time: large enough to keep a card busy, small beside the weight itself.
+BLOCK_ELEMENTS = 8 * 1024**2
+# Bytes that a dequantised block takes beside its place in the result: values unpacked, and numbers before rounding.
+# dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
+BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0}
+# w4a16: its kernel for many rows writes nothing but the result.
+# The own kernel: groups of 128 with a float32 scale, and up to 64 rows.
+W4A16_GROUP_SIZE = 128
+W4A16_BITS_PER_GROUP = 32
+MAX_W4A16_ROWS = 64
+# bf16 scale and shift.
+TINYGEMM_BITS_PER_GROUP = 32
+SCALE_BITS = 16
+ZERO_BITS = 8
+# A single scale for many inputs is repeated for each group of the largest size that tinygemm knows.
+LARGEST_TINYGEMM_GROUP = 256
+
+
+def predict_kernel(scheme: Scheme, device: str, dtype: str) -> str:
+    """The kernel that linears of usual shapes get (parallel/kernels/choice.py decides, tensor by tensor)."""
+    if device != "cuda" or dtype != "bfloat16" or scheme.bits != 4:
+        return "dequantize"
+    return "tinygemm" if scheme.group_size and scheme.group_size % W4A16_GROUP_SIZE else "w4a16"
+
+
+def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
+    """Bits in memory for one weight of a linear with `num_in` inputs, with its share of scales and zeros."""
+    group_size = scheme.group_size or num_in
+    kernel = predict_kernel(scheme, device, dtype)
+    if kernel == "w4a16":
+        return scheme.bits + W4A16_BITS_PER_GROUP / W4A16_GROUP_SIZE
+    if kernel == "tinygemm":
+        return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(group_size, LARGEST_TINYGEMM_GROUP)
+    per_group = SCALE_BITS + (ZERO_BITS if scheme.has_zeros else 0)
+    return scheme.bits + per_group / group_size
+
+
+def dequantized_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:
+    """Bytes that a product of `num_rows` rows takes for its dequantised weight of `numel` elements; 0: none."""
+    kernel = predict_kernel(scheme, device, dtype)
+    if num_rows <= {"w4a16": MAX_W4A16_ROWS, "tinygemm": MAX_TINYGEMM_ROWS}.get(kernel, 0):
+        return 0
+    return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]

@@ -1,0 +1,120 @@
+"""torch's own int4 multiplication on cards: activations in bf16, weights packed for tensor cores of sm_80 and later.
+
+It computes weight = (value - 8) * scale + shift with bf16 scales and shifts, so that shift = (8 - zero) * scale. The
+layout is that of aten/src/ATen/native/cuda/int4mm.cu (matrix_to_m16n8k16_Bint4_layout).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.kernels.dequantize import pack_pairs
+from parallel.kernels.held import MAX_TINYGEMM_ROWS
+from parallel.quantized import QuantizedWeight, by_blocks
+
+GROUP_SIZES = (256, 128, 64, 32)
+# Tiles of 16 inputs that lie together; most first: fewer, longer reads.
+INNER_TILES = (8, 4, 2)
+OUTPUTS_PER_TILE = 8
+
+
+class TinygemmLinear(nn.Module):
+    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group (bf16 scale and shift).
+
+    `order`: where the inputs are regrouped (act order), the input that each column multiplies.
+    """
+
+    packed: Tensor
+    scales_and_shifts: Tensor
+    order: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        group_size = find_group_size(weight)
+        assert group_size is not None, "refusal() comes first"
+        order = None if weight.group_of is None else weight.group_of.argsort(stable=True)
+        values = weight.values if order is None else weight.values[:, order]
+        groups = (weight.groups() if order is None else weight.groups()[order])[::group_size]
+        self.group_size, self.num_out = group_size, weight.shape[0]
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(
+            pack_pairs(values), inner_tiles(weight.shape[1])
+        ))  # fmt: skip
+        self.register_buffer("scales_and_shifts", scales_and_shifts(weight, groups))
+        in_order = order is None or torch.equal(order, torch.arange(len(order), device=order.device))
+        self.register_buffer("order", None if in_order else order)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.order is not None:
+            hidden = hidden[..., self.order]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if len(rows) > MAX_TINYGEMM_ROWS:
+            return F.linear(hidden, self.dequantize())
+        output: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scales_and_shifts)
+        return output.view(*hidden.shape[:-1], self.num_out)
+
+    def dequantize(self) -> Tensor:
+        """[out, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
+        shape = (self.num_out, self.scales_and_shifts.shape[0] * self.group_size)
+        return by_blocks(shape, torch.bfloat16, self.packed.device, self.dequantize_rows, OUTPUTS_PER_TILE)
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        values = unpack_tiles(self.packed[rows.start // OUTPUTS_PER_TILE : rows.stop // OUTPUTS_PER_TILE])
+        # [groups, rows, 2] -> scales and shifts of [rows, groups, 1].
+        scales, shifts = self.scales_and_shifts[:, rows].permute(2, 1, 0).unsqueeze(-1)
+        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16) - 8
+        # Rounded once, as in the kernel.
+        return torch.addcmul(shifts, centred, scales).flatten(1)
+
+
+def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    """Why tinygemm cannot take this weight, in a few words; None: it can."""
+    num_out, num_in = weight.shape
+    checks = {
+        "not on a card": weight.values.device.type == "cuda",
+        f"{weight.bits} bits": weight.bits == 4,
+        f"activations in {str(dtype).removeprefix('torch.')}": dtype == torch.bfloat16,
+        f"{num_out} outputs": num_out % OUTPUTS_PER_TILE == 0 and num_out > 0,
+        f"{num_in} inputs": num_in % (16 * min(INNER_TILES)) == 0 and num_in > 0,
+    }
+    failed = [reason for reason, passed in checks.items() if not passed]
+    return failed[0] if failed else "irregular groups" if find_group_size(weight) is None else None
+
+
+def find_group_size(weight: QuantizedWeight) -> int | None:
+    """The largest group size it knows into which the groups can be cut, once inputs are sorted by group."""
+    groups = weight.groups().sort().values
+    for size in GROUP_SIZES:
+        if len(groups) % size == 0:
+            blocks = groups.view(-1, size)
+            if bool((blocks[:, 0] == blocks[:, -1]).all()):
+                return size
+    return None
+
+
+def inner_tiles(num_in: int) -> int:
+    return next(tiles for tiles in INNER_TILES if num_in % (16 * tiles) == 0)
+
+
+def scales_and_shifts(weight: QuantizedWeight, groups: Tensor) -> Tensor:
+    """[len(groups), out, 2] bf16, for the groups in this order."""
+    # A single scale stands for whatever group.
+    groups = groups.clamp(max=weight.scales.shape[1] - 1)
+    scales = weight.scales.float()
+    shifts = torch.zeros_like(scales) if weight.zeros is None else (8 - weight.zeros.float()) * scales
+    both = torch.stack([scales, shifts], dim=-1)[:, groups]
+    return both.transpose(0, 1).to(torch.bfloat16).contiguous()
+
+
+def unpack_tiles(packed: Tensor) -> Tensor:
+    """[tiles, super tiles, 32, words] int32, as the kernel reads it -> [tiles * 8, in] uint8.
+
+    A lane of 32 = 4 * output + pair has, for every two tiles of 16 inputs, one word: bytes (odd input of the pair,
+    second tile), and in the two halves of a byte inputs that are 8 apart.
+    """
+    num_tiles, num_super, lanes, num_words = packed.shape
+    pairs = packed.contiguous().view(torch.uint8).view(num_tiles, num_super, lanes // 4, 4, num_words, 2, 2)
+    values = torch.stack([pairs & 15, pairs >> 4], dim=-1)
+    # tile, super, output, pair, word, odd, second, half -> tile, output, super, word, second, half, pair, odd
+    return values.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(num_tiles * OUTPUTS_PER_TILE, -1)

@@ -1,0 +1,86 @@
+"""quantization_config of real checkpoints: what is read from it, and what is refused, with the reason."""
+
+from typing import Any
+
+import pytest
+
+from parallel.checkpoint.formats.config import READERS, read_scheme
+from parallel.checkpoint.formats.scheme import FormatError, Scheme
+from tests.parallel.packers import AWQ, BY_CHANNEL, GROUPED, compressed, gptq_config
+
+FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "scheme"),
+    [
+        (None, None),
+        ({}, None),
+        (AWQ, Scheme("awq", "awq", 4, 32, has_zeros=True)),
+        (AWQ | {"version": "GEMM", "group_size": 128, "modules_to_not_convert": None},
+         Scheme("awq", "awq", 4, 128, has_zeros=True)),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, Scheme("awq", "awq", 4, 64, has_zeros=True)),
+        (gptq_config(), Scheme("gptq", "gptq", 4, 32, has_zeros=True, zeros_less_one=True)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True},
+         Scheme("gptq", "gptq", 4, 128, act_order=True, zeros_less_one=True)),
+        (gptq_config(checkpoint_format="gptq_v2", bits=8, sym=True), Scheme("gptq", "gptq", 8, 32)),
+        (gptq_config(group_size=-1, desc_act=True, sym=True), Scheme("gptq", "gptq", 4, None, zeros_less_one=True)),
+        (compressed("pack-quantized", **GROUPED), Scheme("compressed-tensors", "pack-quantized", 4, 32)),
+        (compressed("pack-quantized", **GROUPED, symmetric=False, actorder="static"),
+         Scheme("compressed-tensors", "pack-quantized", 4, 32, has_zeros=True)),
+        (compressed("pack-quantized", **GROUPED, actorder="group"),
+         Scheme("compressed-tensors", "pack-quantized", 4, 32, act_order=True)),
+        (compressed("pack-quantized", **BY_CHANNEL), Scheme("compressed-tensors", "pack-quantized", 8, None)),
+        (compressed("float-quantized", {"dynamic": True}, **FLOAT),
+         Scheme("compressed-tensors", "float-quantized", 8, None, is_float=True)),
+        (compressed("float-quantized", **FLOAT | {"strategy": "tensor"}),
+         Scheme("compressed-tensors", "float-quantized", 8, None, is_float=True, per_tensor=True)),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"},
+         Scheme("fp8", "float-quantized", 8, None, is_float=True, per_tensor=True)),
+    ],
+)  # fmt: skip
+def test_section_says_how_weights_are_stored(section: dict[str, Any] | None, scheme: Scheme | None) -> None:
+    assert read_scheme(section) == scheme
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["quant_method='bitsandbytes'", *READERS]),
+        ({"quant_method": None}, ["quant_method=None"]),
+        ("awq", ["quantization_config='awq'"]),
+        (AWQ | {"version": "gemv"}, ["version='gemv'", "gemm"]),
+        (AWQ | {"version": "marlin"}, ["version='marlin'"]),
+        (AWQ | {"zero_point": False}, ["zero_point=False"]),
+        (AWQ | {"bits": 3}, ["bits=3", "AWQ (4 bits"]),
+        (AWQ | {"group_size": 0}, ["group_size=0", "-1"]),
+        (gptq_config(bits=3), ["bits=3", "only 4, 8"]),
+        (gptq_config(bits=True), ["bits=True"]),
+        (gptq_config(checkpoint_format="marlin"), ["checkpoint_format='marlin'", "gptq_v2"]),
+        (gptq_config(is_marlin_format=True), ["is_marlin_format=True"]),
+        (gptq_config(dynamic={"-:.*down.*": {}}), ["dynamic=", "by layer"]),
+        (compressed("nvfp4-pack-quantized", **GROUPED), ["format='nvfp4-pack-quantized'", "pack-quantized"]),
+        (compressed("marlin-24", **GROUPED), ["format='marlin-24'"]),
+        (compressed("pack-quantized", **GROUPED | {"num_bits": 3}), ["weights.num_bits=3"]),
+        (compressed("float-quantized", **FLOAT | {"strategy": "block"}), ["weights.strategy='block'"]),
+        (compressed("pack-quantized", **GROUPED) | {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
+        (compressed("pack-quantized", **GROUPED) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+         ["sparsity_config.format='sparse-24-bitmask'"]),
+        (compressed("pack-quantized", **GROUPED) | {"transform_config": {"config_groups": {}}}, ["transform_config"]),
+        (compressed("pack-quantized", **GROUPED) | {"config_groups": {}}, ["no config_groups"]),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ["weight_block_size=[128, 128]", "per tensor"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_refused_with_field_and_value(section: Any, words: list[str]) -> None:
+    with pytest.raises(FormatError) as caught:
+        read_scheme(section)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_groups_of_layers_that_differ_are_refused() -> None:
+    section = compressed("pack-quantized", **GROUPED)
+    other = compressed("pack-quantized", **BY_CHANNEL)["config_groups"]["group_0"]
+    with pytest.raises(FormatError, match="more ways than one"):
+        read_scheme(section | {"config_groups": section["config_groups"] | {"group_1": other}})
+    same = section["config_groups"] | {"group_1": section["config_groups"]["group_0"]}
+    assert read_scheme(section | {"config_groups": same}) == read_scheme(section)

@@ -1,0 +1,178 @@
+"""The quantised formats that tools write: what config.json says, which tensors a linear becomes, and their values.
+
+Rounding is to the nearest, in groups: quick, and a little worse than what AWQ and GPTQ choose.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.checkpoint.formats.config import read_scheme
+from parallel.checkpoint.formats.registry import format_of
+from parallel.checkpoint.formats.scheme import Part, Scheme, stored_shape
+from tools.stored import Tensor as StoredTensor
+
+GROUP_SIZE = 128
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+FLOAT8_MAX = 448.0
+TORCH_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """weight = (values - zeros) * scales: [out, in] uint8, [out, groups] float32, [out, groups] uint8."""
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True)
+class Writer:
+    """`pack` makes the stored tensors of a linear, by part, in any float dtype; `config` is quantization_config."""
+
+    config: dict[str, Any]
+    pack: Callable[[Tensor, Scheme], dict[str, Tensor]]
+    scale_dtype: str
+
+    @property
+    def scheme(self) -> Scheme:
+        scheme = read_scheme(self.config)
+        assert scheme is not None
+        return scheme
+
+    def tensors(self, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype, in safetensors' spelling, and shape of each stored tensor of a linear [num_out, num_in]."""
+        parts = format_of(self.scheme).parts(self.scheme)
+        return {
+            part.name: (self.dtype_of(part), stored_shape(part, self.scheme, num_out, num_in))
+            for part in parts
+            if part.required or part.name in ("g_idx", "weight_shape")
+        }
+
+    def dtype_of(self, part: Part) -> str:
+        return self.scale_dtype if self.scale_dtype in part.dtypes else part.dtypes[-1 if "shape" in part.name else 0]
+
+    def stored(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors of a linear whose weight is `weight`, [out, in]."""
+        packed = self.pack(weight.float(), self.scheme)
+        wanted = self.tensors(*weight.shape)
+        return {name: packed[name].to(TORCH_DTYPES[dtype]).contiguous() for name, (dtype, _) in wanted.items()}
+
+
+def quantized_tensors(name: str, dtype: str, shape: tuple[int, ...], writer: Writer) -> Iterator[StoredTensor]:
+    """What a parameter of a plain checkpoint becomes."""
+    if not is_linear(name):
+        yield StoredTensor(name, dtype, shape)
+        return
+    num_out, num_in = shape
+    for part, (part_dtype, part_shape) in writer.tensors(num_out, num_in).items():
+        yield StoredTensor(f"{name.removesuffix('.weight')}.{part}", part_dtype, part_shape)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a parameter is the weight of a linear that formats quantise."""
+    return name.endswith(tuple(f".{linear}.weight" for linear in LINEARS))
+
+
+def round_weight(weight: Tensor, bits: int, group_size: int | None, *, symmetric: bool) -> Rounded:
+    """To the nearest of 2**bits levels for each group; symmetric ones have their zero in the middle."""
+    groups = weight.split(group_size or weight.shape[1], dim=1)
+    largest, top = 2**bits - 1, 2 ** (bits - 1)
+    scales, zeros, values = [], [], []
+    for group in groups:
+        if symmetric:
+            scale = (group.abs().amax(dim=1, keepdim=True) / (top - 0.5)).clamp(min=1e-8)
+            zero = torch.full_like(scale, top)
+        else:
+            low, high = group.amin(dim=1, keepdim=True).clamp(max=0), group.amax(dim=1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / largest).clamp(min=1e-8)
+            zero = (-low / scale).round()
+        # As every format can store it, so that values are the nearest for the scale that will be read.
+        scale = scale.bfloat16().float()
+        scales.append(scale)
+        zeros.append(zero)
+        values.append((group / scale + zero).round().clamp(0, largest))
+    return Rounded(torch.cat(values, dim=1).byte(), torch.cat(scales, dim=1), torch.cat(zeros, dim=1).byte())
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """[rows, n] uint8 -> [rows, ceil(n * bits / 32)] int32, the first value in the lowest bits; padded with zeros."""
+    per_word = 32 // bits
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word)).long()
+    shifts = torch.arange(per_word) * bits
+    words = (padded.unflatten(1, (-1, per_word)) << shifts).sum(dim=-1)
+    return words.to(torch.int32)
+
+
+def pack_awq(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    rounded = round_weight(weight, scheme.bits, scheme.group_size, symmetric=False)
+
+    def by_input(values: Tensor) -> Tensor:
+        return pack_words(values.t().unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1), scheme.bits)
+
+    return {"qweight": by_input(rounded.values), "qzeros": by_input(rounded.zeros), "scales": rounded.scales.t()}
+
+
+def pack_gptq(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    rounded = round_weight(weight, scheme.bits, scheme.group_size, symmetric=not scheme.has_zeros)
+    stored_zeros = (rounded.zeros - int(scheme.zeros_less_one)) & (2**scheme.bits - 1)
+    return {
+        "qweight": pack_words(rounded.values, scheme.bits).t(),
+        "qzeros": pack_words(stored_zeros.t(), scheme.bits),
+        "scales": rounded.scales.t(),
+        "g_idx": torch.arange(weight.shape[1]) // (scheme.group_size or weight.shape[1]),
+    }
+
+
+def pack_compressed(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    rounded = round_weight(weight, scheme.bits, scheme.group_size, symmetric=not scheme.has_zeros)
+    return {
+        "weight_packed": pack_words(rounded.values, scheme.bits),
+        "weight_scale": rounded.scales,
+        "weight_zero_point": pack_words(rounded.zeros.t(), scheme.bits).t(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def pack_float8(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    scale = (weight.abs().amax(dim=1, keepdim=True) / FLOAT8_MAX).clamp(min=1e-8)
+    return {"weight": (weight / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX), "weight_scale": scale}
+
+
+def compressed_config(layout: str, **weights: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"symmetric": True, "actorder": None} | weights}
+        },
+    }
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq"}  # fmt: skip
+W4A16 = compressed_config("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP_SIZE)
+W8A16 = compressed_config("pack-quantized", num_bits=8, type="int", strategy="channel", group_size=None)
+FP8 = compressed_config("float-quantized", num_bits=8, type="float", strategy="channel", group_size=None)
+WRITERS = {
+    "awq": Writer(AWQ, pack_awq, "F16"),
+    "gptq": Writer(GPTQ, pack_gptq, "F16"),
+    "w4a16": Writer(W4A16, pack_compressed, "BF16"),
+    "w8a16": Writer(W8A16, pack_compressed, "BF16"),
+    "fp8": Writer(FP8, pack_float8, "BF16"),
+}
