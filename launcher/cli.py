@@ -22,9 +22,9 @@ from launcher import torchrun
 from launcher.config import ConfigError, RunConfig, to_run_config
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.outcome import report_failure, write_report
-from launcher.override_errors import explain_composition
+from launcher.override_errors import explain_composition, quoting_hint
 from launcher.run import StartRanks, execute
-from launcher.start import FORWARDED_SIGNALS, SIGNAL_EXIT_CODE, interrupted, start_ranks
+from launcher.start import FORWARDED_SIGNALS, SIGNAL_EXIT_CODE, ignore_signals, interrupted, start_ranks
 
 
 class JobFailed(Exception):
@@ -52,7 +52,8 @@ def main() -> int:
     except Exception as error:
         failure = describe_exception(error)
         if isinstance(error, hydra.errors.HydraException):
-            failure = Failure("ConfigError", explain_composition(error, sys.argv[1:]))
+            message = explain_composition(error, sys.argv[1:])
+            failure = Failure("ConfigError", message, quoting_hint(message))
         return report_failure(failure, None, None)
     return 0
 
@@ -98,9 +99,7 @@ def handle_signals() -> None:
     """Signals that end a run raise, so that it ends in order; the elastic agent replaces this while ranks run."""
 
     def stop(number: int, frame: object) -> NoReturn:
-        # Impatience must not interrupt the clean-up that the first signal began.
-        for sig in FORWARDED_SIGNALS:
-            signal.signal(sig, signal.SIG_IGN)
+        ignore_signals()
         raise RunFailed(interrupted(number), SIGNAL_EXIT_CODE + number)
 
     for sig in FORWARDED_SIGNALS:

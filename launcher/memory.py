@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.kernels.held import dequantized_bytes, held_bits
+from parallel.kernels.held import dequantized_bytes, held_bits, stored_bits
 from parallel.partition import split_by_grain, split_by_heads
 
 MIB = 1024**2
@@ -19,6 +19,10 @@ CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 395 * MIB}
 COMMUNICATOR_BYTES = {"nccl": 382 * MIB, "nccl over nvlink": 838 * MIB, "gloo": 0, "solo": 0}
 # Sampling works on float32 logits: the logits, their sorted copy with int64 positions, probabilities and their sums.
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8 + 4 + 4
+# Bits of the weights that a quantised checkpoint leaves as they are, and the share of them from which they count:
+# smaller ones are group indices and symmetric zeros.
+PLAIN_BITS = 16
+LEAST_PLAIN = 0.01
 # transformers hands SDPA a mask of one byte an entry.
 MASK_BYTES = 1
 
@@ -58,7 +62,11 @@ class Demand:
         """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
         if self.shape.scheme is None:
             return None
-        return held_bits(self.shape.scheme, self.device, self.dtype, self.shape.hidden_size)
+        held = held_bits(self.shape.scheme, self.device, self.dtype, self.shape.hidden_size)
+        stored = stored_bits(self.shape.scheme, self.shape.hidden_size)
+        # What the checkpoint takes beyond its format is linears that it leaves as they are, in 16 bits.
+        plain = max(0.0, (self.shape.linear_bits - stored) / (PLAIN_BITS - stored))
+        return held + plain * (8 * DTYPE_BYTES[self.dtype] - held) if plain > LEAST_PLAIN else held
 
     def kv_bytes_per_token(self) -> tuple[int, ...]:
         """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""

@@ -20,9 +20,17 @@ def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
     return "\n".join(dict.fromkeys([first_line(error), *(message for message in others if message)]))
 
 
+def quoting_hint(message: str) -> str:
+    """How to write a value that Hydra's grammar cannot read; empty where that is not the trouble."""
+    grammar = ("mismatched input", "extraneous input", "no viable alternative", "token recognition error")
+    if not any(text in message for text in grammar):
+        return ""
+    return "Quote a value with special characters twice, \"prompt='f(x) = ...'\", or use prompts_file=FILE."
+
+
 def is_plain_override(argument: str) -> bool:
     """Whether an argument sets one value of this project's config: no flag, no sweep, no setting of Hydra's own."""
-    if argument.startswith("-"):
+    if argument.startswith("-") or "=" not in argument:
         return False
     try:
         parsed = OverridesParser.create().parse_override(argument)

@@ -46,8 +46,10 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     if run.task.kind != TaskKind.probe:
         model = find_model(run)
         job = plan_model(job, model, inventory)
-    if run.task.kind == TaskKind.plan or is_complete(job):
+    if run.task.kind == TaskKind.plan:
         return base_report(job)
+    if is_complete(job):
+        return base_report(job) | {"outputs": []}
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
     with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
         start_ranks(job, save_job(job))

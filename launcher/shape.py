@@ -32,6 +32,8 @@ TYPICAL_SCHEMES = {
 # Bits of a weight with its scales, above which those formats are taken to have 8 bits.
 MOST_BITS_OF_FOUR = 6.0
 EMBEDDING_NAME = "model.embed_tokens.weight"
+# One of these belongs to every quantised linear.
+QUANTIZED_PARTS = (".qweight", ".weight_packed", ".weight_scale")
 HEAD_NAMES = ("lm_head.weight", "lm_head.bias")
 
 
@@ -208,6 +210,10 @@ def _linear_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _not_loadable(checkpoint: Checkpoint) -> str:
-    """What the headers tell, and config.json may not: a head that is quantised too."""
+    """What only the headers tell: weights that are not quantised after all, or a head that is too."""
     parts = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in HEAD_NAMES]
-    return f"{parts[0]} in the checkpoint: a quantised lm_head cannot be loaded." if parts else ""
+    if parts:
+        return f"{parts[0]} in the checkpoint: a quantised lm_head cannot be loaded."
+    if not any(name.endswith(QUANTIZED_PARTS) for name in checkpoint.tensors):
+        return "the checkpoint has no quantised tensor, whatever quantization_config says; remove it from config.json."
+    return ""

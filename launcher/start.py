@@ -46,6 +46,12 @@ def die_with_parent(sig: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sig.value)
 
 
+def ignore_signals() -> None:
+    """For a process that is ending: a second signal must not interrupt its clean-up nor hide the first cause."""
+    for sig in FORWARDED_SIGNALS:
+        signal.signal(sig, signal.SIG_IGN)
+
+
 def end_process(exit_code: int) -> NoReturn:
     """Ends this process without waiting for torch's threads, in a rank and in its parent.
 

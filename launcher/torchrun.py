@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -33,6 +34,7 @@ from launcher.start import (
     FORWARDED_SIGNALS,
     SIGNAL_EXIT_CODE,
     die_with_parent,
+    ignore_signals,
     interrupted,
     prepare_run_dir,
     rank_log,
@@ -121,11 +123,20 @@ def run_as_rank(job: Job, job_file: Path) -> None:
         dead = find_dead_peer(job, GONE) if os.getppid() == torchrun_pid else None
         return read_first_failure(run_dir) or dead or failure
 
-    end_if_blocked(lambda number: report_failure(find_cause(interrupted(number)), job.run, run_dir))
+    stdout = sys.stdout
+
+    def report_signal(number: int) -> None:
+        # The main thread, which hangs, may have sent stdout to its log.
+        with contextlib.redirect_stdout(stdout):
+            report_failure(find_cause(interrupted(number)), job.run, run_dir)
+
+    end_if_blocked(report_signal)
     open_store(STORE_TIMEOUT).set(JOB_KEY, str(job_file))
     try:
         lead_ranks(job)
     except RunFailed as error:
+        # Torchrun's, which hears of a failed rank about now.
+        ignore_signals()
         raise RunFailed(find_cause(error.failure), error.exit_code) from None
 
 

@@ -1,6 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object, {name of a run: its report.json, ...}. Tables under results/ are made by this alone.
+The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears printed. Tables under
+results/ are made by this alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,24 @@ RUN_COLUMNS = (
 
 
 def main(path: Path) -> None:
-    reports = json.loads(path.read_text(encoding="utf-8"))
-    print(render(path.stem, reports), end="")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    draw = render_linears if "linears" in result else render
+    print(draw(path.stem, result), end="")
+
+
+def render_linears(title: str, result: dict[str, Any]) -> str:
+    """The page of tools/bench_linears: milliseconds by kernel and number of rows."""
+    columns = ("TP", "kernel", "rows", "ms, 80 layers", "GB/s", "of copy")
+    rows = [
+        [str(row["tp"]), row["kernel"], str(row["rows"]), number(row["ms_80_layers"]), number(row["gb_per_sec"]),
+         f"{row['share_of_copy']:.0%}"]
+        for row in result["linears"]
+    ]  # fmt: skip
+    where = (
+        f"Measured on one {result['card']} with torch {result['torch']}, copy {number(result['copy_gb_per_sec'])} GB/s."
+    )
+    commands = "\n".join(f"- `{command}`" for command in result["commands"])
+    return "\n\n".join([f"# {title}", where, table(columns, rows), "## Commands", commands]) + "\n"
 
 
 def render(title: str, reports: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.checkpoint.formats.scheme import Slices
-from parallel.checkpoint.headers import Checkpoint, TensorEntry
+from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
 from parallel.checkpoint.quantized import local_box, local_tensors, read_linear
 from parallel.checkpoint.read import is_finite as is_finite
@@ -65,6 +65,8 @@ def load_checkpoint(
     """
     start = time.perf_counter()
     matches = match_tensors(model, checkpoint)
+    for entry in matches.surplus_biases:
+        check_zero(entry)
     steps = sorted([*plain_steps(model, matches, device), *quantized_steps(model, matches, device)], key=by_file)
     total = sum(step.num_bytes for step in steps)
     done, kernels = 0, Counter[str]()
@@ -117,6 +119,15 @@ def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str) -> Non
     parameter = nn.Parameter(stored.to(meta.dtype).contiguous(), requires_grad=False)
     for module, attribute in owners:
         setattr(module, attribute, parameter)
+
+
+def check_zero(entry: TensorEntry) -> None:
+    """Raises CheckpointError: a bias that the model has no place for is more than zeros."""
+    if read_slices(entry, (), torch.device("cpu")).any():
+        raise CheckpointError(
+            f"{entry.name} in {entry.file} is not zero, and the model has no such bias. "
+            "Take the config.json that belongs to the weights."
+        )
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -22,10 +22,14 @@ Owners = dict[str, list[tuple[nn.Module, str]]]
 
 @dataclass(frozen=True)
 class Matches:
-    """`plain`: parameter -> its tensor. `quantized`: linear -> the tensors that stand for its weight, by part."""
+    """`plain`: parameter -> its tensor. `quantized`: linear -> the tensors that stand for its weight, by part.
+
+    `surplus_biases`: of quantised linears that have none in the model. AutoGPTQ writes such, all zero.
+    """
 
     plain: dict[str, TensorEntry]
     quantized: dict[str, dict[str, TensorEntry]]
+    surplus_biases: list[TensorEntry]
 
 
 def match_tensors(model: ShardedModel, checkpoint: Checkpoint) -> Matches:
@@ -42,11 +46,13 @@ def match_tensors(model: ShardedModel, checkpoint: Checkpoint) -> Matches:
     plain = match_plain(model, checkpoint, quantized, problems)
     known = {entry.name for entries in quantized.values() for entry in entries.values()} | set(model.full_shapes)
     unknown = [name for name in checkpoint.tensors if name not in known and not name.endswith(COMPUTED)]
+    biases = [name for name in unknown if name.endswith(".bias") and name.removesuffix(".bias") in quantized]
+    unknown = [name for name in unknown if name not in biases]
     problems += [f"{name} in {checkpoint.tensors[name].file.name} is not part of the model" for name in unknown]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise CheckpointError(f"{checkpoint.folder} does not match its config.json: {shown}.")
-    return Matches(plain, quantized)
+    return Matches(plain, quantized, [checkpoint.tensors[name] for name in biases])
 
 
 def match_plain(
@@ -88,6 +94,8 @@ def match_quantized(
         num_out, num_in = model.full_shapes[name]
         problems += part_problems(parts, model.scheme, linear, entries, num_out, num_in)
         matches[linear] = entries
+    if not matches:
+        problems.append(f"no linear has the tensors of {model.scheme.method}, which quantization_config promises")
     return matches
 
 

@@ -33,6 +33,13 @@ def predict_kernel(scheme: Scheme, device: str, dtype: str) -> str:
     return "tinygemm" if scheme.group_size and scheme.group_size % W4A16_GROUP_SIZE else "w4a16"
 
 
+def stored_bits(scheme: Scheme, num_in: int) -> float:
+    """Bits in the checkpoint for one weight of a linear with `num_in` inputs, with its share of scales and zeros."""
+    # GPTQ has zeros in its files even where they are all the same.
+    zero_bits = scheme.bits if scheme.has_zeros or scheme.layout == "gptq" else 0
+    return scheme.bits + (SCALE_BITS + zero_bits) / (scheme.group_size or num_in)
+
+
 def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
     """Bits in memory for one weight of a linear with `num_in` inputs, with its share of scales and zeros."""
     group_size = scheme.group_size or num_in

@@ -206,11 +206,11 @@ def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:
     assert message == "the model has 2 KV heads; over 4 ranks some would hold none. Use gpus=2."
 
 
-def test_quantised_weights_are_planned_but_not_run() -> None:
-    shape = replace(TINY, quantization="awq", linear_bits=4.25)
+def test_quantised_weights_that_cannot_be_loaded_are_planned_but_not_run() -> None:
+    shape = replace(TINY, quantization="quanto", linear_bits=4.25, not_loadable="quanto is unknown.")
     assert plan(shape, cards_of(1)).placement.world_size == 1
     message = refused(shape, cards_of(1), task=TaskConfig(TaskKind.generate))
-    assert "quantised as awq cannot be loaded yet; supported: bf16, fp16 and fp32 safetensors" in message
+    assert message.startswith("weights quantised as quanto: quanto is unknown. Set model.path")
 
 
 def test_dtype_is_the_checkpoints_unless_set() -> None:

@@ -125,6 +125,7 @@ def test_load_is_as_long_as_the_slowest_rank_and_reads_what_all_read(tmp_path: P
         "bytes_read": 400,
         "gb_per_sec": pytest.approx(1e-7),
         "bytes_read_per_rank": [100, 300],
+        "kernels": {},
     }
 
 

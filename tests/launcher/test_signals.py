@@ -75,6 +75,20 @@ def kill_rank(rank: int) -> Callable[[Running], None]:
     return lambda running: running.rank(rank).kill()
 
 
+def send_in_a_collective(sig: signal.Signals) -> Callable[[Running], None]:
+    """Rank 0 waits for rank 1, which stands still, and cannot run a handler; rank 1 moves again three seconds later."""
+
+    def end(running: Running) -> None:
+        rank = running.rank(1)
+        rank.suspend()
+        time.sleep(0.5)
+        running.process.send_signal(sig)
+        time.sleep(3)
+        rank.resume()
+
+    return end
+
+
 SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ENDINGS = {
     "python, SIGINT twice": Ending(send_twice(SIGINT)),
@@ -84,7 +98,7 @@ ENDINGS = {
     "torchrun, SIGINT": Ending(send(SIGINT), TORCHRUN),
     "torchrun, rank 0 killed": Ending(kill_rank(0), TORCHRUN),
     "torchrun, killed": Ending(send(SIGKILL), TORCHRUN),
-    "torchrun of two, SIGTERM": Ending(send(SIGTERM), torchrun(2)),
+    "torchrun of two, SIGTERM": Ending(send_in_a_collective(SIGTERM), torchrun(2)),
     "torchrun of two, rank 1 killed": Ending(kill_rank(1), torchrun(2)),
     "torchrun of two, rank 1 killed at its start": Ending(kill_rank(1), torchrun(2), STARTING),
     "torchrun of two, killed": Ending(send(SIGKILL), torchrun(2)),

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import HashStore
 
 from launcher import torchrun
+from launcher.cli import handle_signals
 from launcher.config import ConfigError, PeerAccess
-from launcher.failures import Failure, read_first_failure, write_first_failure
-from launcher.job import build_environment, load_job, save_job
+from launcher.failures import Failure, RunFailed, read_first_failure, write_first_failure
+from launcher.job import Job, build_environment, load_job, save_job
 from launcher.peers import GONE, GONE_OR_ZOMBIE, find_dead_peer, wait_for_dead_peer
 from launcher.prompts import Prompt
 from launcher.start import (
@@ -106,6 +108,30 @@ def test_peer_with_results_or_with_an_unfinished_pid_file_is_not_dead(tmp_path: 
     (tmp_path / "ranks" / "1.json").write_text("{}")
     (tmp_path / "ranks" / "2.pid").write_text("")
     assert find_dead_peer(job, GONE_OR_ZOMBIE) is None
+
+
+def test_signal_of_torchrun_does_not_hide_the_failure_it_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchrun ends rank 0 because of rank 1's failure, just while rank 0 looks for what broke its connection."""
+    told = Failure("CheckpointError", "bad file", rank=1)
+
+    def lead_ranks(job: Job) -> None:
+        raise RunFailed(COMPLAINT)
+
+    def read_first(run_dir: Path) -> Failure:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return told
+
+    monkeypatch.setattr(torchrun, "lead_ranks", lead_ranks)
+    monkeypatch.setattr(torchrun, "read_first_failure", read_first)
+    monkeypatch.setattr(torchrun, "open_store", lambda timeout: HashStore())
+    monkeypatch.setattr(torchrun, "end_if_blocked", lambda on_end: None)
+    with restored_signal_handlers():
+        handle_signals()
+        with pytest.raises(RunFailed) as caught:
+            torchrun.run_as_rank(make_job(tmp_path), tmp_path / "job.json")
+    assert caught.value.failure == told
 
 
 def test_peer_that_told_its_failure_is_not_waited_for(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def draw(
     group_of = np.arange(num_in) // group
     if act_order:
         random.shuffle(group_of)
-    scales = random.integers(64, 128, (num_out, num_groups)) * 2.0**-14 * 16 / 2**bits
+    scales = random.integers(64, 128, (num_out, num_groups)) * 2.0**-12 * 16 / 2**bits
     zeros = random.integers(0, 2**bits, (num_out, num_groups))
     if symmetric:
         zeros[:] = 2 ** (bits - 1)
@@ -113,6 +113,23 @@ def int_quantized(linear: Drawn, config: dict[str, Any]) -> Stored:
     }
 
 
+@dataclass(frozen=True)
+class DrawnFloat8:
+    """values [out, in] e4m3; scales [out, 1], or [1] for all."""
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.values.double() * self.scales.double()
+
+
+def float_quantized(linear: DrawnFloat8, config: dict[str, Any]) -> Stored:
+    stored = {"weight": linear.values, "weight_scale": linear.scales}
+    return stored if linear.scales.numel() > 1 else stored | {"input_scale": torch.tensor([0.125])}
+
+
 def floats(values: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
     stored = torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
     assert torch.equal(stored.double(), torch.from_numpy(values)), "scales must be exact"
@@ -131,15 +148,24 @@ class Case:
     """A way of storing linears: `config` is quantization_config, `store` makes the tensors of a drawn linear."""
 
     config: dict[str, Any]
-    store: Callable[[Drawn, dict[str, Any]], Stored]
+    store: Callable[[Any, dict[str, Any]], Stored]
     bits: int = 4
     group: int | None = 32
     symmetric: bool = False
     act_order: bool = False
 
-    def drawn(self, shape: tuple[int, int], seed: int) -> Drawn:
+    def drawn(self, shape: tuple[int, int], seed: int) -> Any:
         group = self.group or shape[1]
         return draw(shape, self.bits, group, seed, symmetric=self.symmetric, act_order=self.act_order)
+
+
+@dataclass(frozen=True)
+class Float8Case(Case):
+    def drawn(self, shape: tuple[int, int], seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        values = (100 * torch.randn(shape, generator=generator)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scales = torch.rand(shape[0], 1, generator=generator) / 500 + 1e-3
+        return DrawnFloat8(values, scales[0] if self.group is None else scales)
 
 
 def gptq_config(**changes: Any) -> dict[str, Any]:
@@ -168,4 +194,9 @@ CASES = {
     "w8a8": Case(
         compressed("int-quantized", ACTIVATIONS, **BY_CHANNEL), int_quantized, bits=8, group=None, symmetric=True
     ),
+}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+FLOAT8_CASES = {
+    "fp8 by channel": Float8Case(compressed("float-quantized", ACTIVATIONS, **FLOAT8), float_quantized, group=1),
+    "fp8 by tensor": Float8Case({"quant_method": "fp8", "activation_scheme": "static"}, float_quantized, group=None),
 }

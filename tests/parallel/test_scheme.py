@@ -1,11 +1,14 @@
 """quantization_config of real checkpoints: what is read from it, and what is refused, with the reason."""
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 
 from parallel.checkpoint.formats.config import READERS, read_scheme
-from parallel.checkpoint.formats.scheme import FormatError, Scheme
+from parallel.checkpoint.formats.registry import format_of
+from parallel.checkpoint.formats.scheme import Box, FormatError, Scheme, part_slices, stored_shape
+from parallel.partition import split_by_grain
 from tests.parallel.packers import AWQ, BY_CHANNEL, GROUPED, compressed, gptq_config
 
 FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
@@ -84,3 +87,18 @@ def test_groups_of_layers_that_differ_are_refused() -> None:
         read_scheme(section | {"config_groups": section["config_groups"] | {"group_1": other}})
     same = section["config_groups"] | {"group_1": section["config_groups"]["group_0"]}
     assert read_scheme(section | {"config_groups": same}) == read_scheme(section)
+
+
+@pytest.mark.parametrize(("num_in", "world_size"), [(29568, 2), (29568, 3), (28672, 4), (8192, 3)])
+def test_grains_of_a_group_cut_no_group_and_no_word(num_in: int, world_size: int) -> None:
+    """Qwen2.5-72B's MLP is 231 groups wide: two ranks take 116 and 115."""
+    scheme = read_scheme(gptq_config(group_size=128))
+    assert scheme is not None
+    ends = [0, *accumulate(split_by_grain(num_in, world_size, 128))]
+    boxes = [Box((0, 64), bounds) for bounds in pairwise(ends)]
+    for part in format_of(scheme).parts(scheme):
+        along = [index for index, (axis, _) in enumerate(part.axes) if axis in ("in", "group")]
+        slices = [part_slices(part, scheme, num_in, box)[along[0]] for box in boxes]
+        stored = stored_shape(part, scheme, 64, num_in)[along[0]]
+        assert [piece.start for piece in slices] == [0, *(piece.stop for piece in slices[:-1])]
+        assert slices[-1].stop == stored

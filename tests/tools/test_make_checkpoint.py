@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.shape import SUPPORTED, part_bytes, shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
+from parallel.communicator import Communicator
+from tests.parallel.ranks import load, run_on_ranks
 from tools.make_checkpoint import BLOCK_ELEMENTS, FULL_ATTENTION, TOKENIZER, main
+from tools.quantization import WRITERS
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -118,3 +121,37 @@ def test_more_than_the_disk_holds_is_refused_before_writing(tmp_path: Path, monk
     with pytest.raises(SystemExit, match="GiB free, the checkpoint takes"):
         main(["--out", str(tmp_path / "new")])
     assert not list((tmp_path / "new").iterdir())
+
+
+def logits_on_two_ranks(communicator: Communicator, folders: list[Path]) -> list[torch.Tensor]:
+    """Of this rank's part of the vocabulary, in bf16."""
+    with torch.inference_mode():
+        return [load(communicator, folder, torch.bfloat16)(torch.arange(24).view(2, 12)).logits for folder in folders]
+
+
+def test_quantised_ones_load_on_two_ranks_and_are_as_large_as_planned(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in WRITERS]
+    for name, folder in zip(WRITERS, folders, strict=True):
+        main(["--out", str(folder), "--quantization", name, "--hidden-size", "128", "--intermediate-size", "384"])
+        shape = shape_from_checkpoint(folder)
+        assert shape.scheme == WRITERS[name].scheme
+        (parts,) = part_bytes(shape, 1, 128, shape.dtype)
+        # What the plan rounds up: a byte for the attention and for the MLP.
+        assert read_checkpoint(folder).total_bytes == pytest.approx(sum(parts.values()), abs=2)
+    for logits in (logits for rank in run_on_ranks(logits_on_two_ranks, 2, folders) for logits in rank):
+        assert logits.isfinite().all()
+        assert 0.01 < logits.float().std() < 10
+
+
+def test_quantised_weights_spread_like_plain_ones(tmp_path: Path) -> None:
+    for name in WRITERS:
+        main(["--out", str(tmp_path / name), "--quantization", name, "--hidden-size", "128", "--num-layers", "1"])
+    for weight in run_on_ranks(first_weights, 1, [tmp_path / name for name in WRITERS])[0]:
+        assert weight.std() == pytest.approx(0.02, rel=0.1)
+        # Values from 0 to 15 about a zero of 8 are half a step low.
+        assert weight.mean().abs() < 0.003
+
+
+def first_weights(communicator: Communicator, folders: list[Path]) -> list[torch.Tensor]:
+    modules = [load(communicator, folder) for folder in folders]
+    return [module.get_submodule("model.layers.0.mlp.gate_proj").packed.dequantize(torch.float32) for module in modules]

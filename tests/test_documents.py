@@ -1,0 +1,49 @@
+"""Documents that cannot rot: generated pages are what their data gives, commands compose, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from launcher.config import RunConfig, to_run_config
+from tools.results_table import render, render_linears
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_page_beside_a_result_is_the_one_its_data_gives(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    draw = render_linears if "linears" in result else render
+    made = draw(path.stem, result)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == made, f"python -m tools.results_table {path}"
+
+
+def test_readme_shows_commands() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_readme_composes(command: str) -> None:
+    ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
+    arguments = [argument for argument in shlex.split(command, comments=True) if argument != "-m"]
+    sweeps = [argument.split(",")[0] if re.search(r"=\d+(,\d+)+$", argument) else argument for argument in arguments]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        to_run_config(compose("config", overrides=sweeps))
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "results").glob("*.md")), ids=str)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
