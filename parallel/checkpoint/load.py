@@ -16,8 +16,7 @@ from parallel.checkpoint.formats.scheme import Slices
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
 from parallel.checkpoint.quantized import local_box, local_tensors, read_linear
-from parallel.checkpoint.read import is_finite as is_finite
-from parallel.checkpoint.read import read_slices, sliced_bytes
+from parallel.checkpoint.read import is_finite, read_slices, sliced_bytes
 from parallel.linear import ShardedLayer
 from parallel.shard import ShardedModel
 
@@ -113,10 +112,17 @@ def read_parameter(
 
 
 def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str) -> None:
-    """Sets the parameter everywhere it is held."""
+    """Sets the parameter everywhere it is held.
+
+    Raises:
+        CheckpointError: a value is too large for the model's dtype.
+    """
     meta = getattr(*owners[0])
     assert tuple(meta.shape) == tuple(stored.shape), f"{name}: {meta.shape=} {stored.shape=}"
-    parameter = nn.Parameter(stored.to(meta.dtype).contiguous(), requires_grad=False)
+    values = stored.to(meta.dtype).contiguous()
+    if meta.dtype == torch.float16 and stored.dtype != torch.float16 and not is_finite(values):
+        raise CheckpointError(f"{name} holds values beyond float16's 65504. Set model.dtype=bfloat16.")
+    parameter = nn.Parameter(values, requires_grad=False)
     for module, attribute in owners:
         setattr(module, attribute, parameter)
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel.checkpoint.headers import CheckpointError, read_checkpoint
-from parallel.checkpoint.load import LoadResult, is_finite, load_checkpoint
+from parallel.checkpoint.load import LoadResult, load_checkpoint, place
+from parallel.checkpoint.read import is_finite
 from parallel.communicator import Communicator
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from tests.parallel.ranks import CPU, ModelRun, build, run_on_ranks
@@ -262,3 +263,10 @@ def test_rotary_frequencies_of_old_checkpoints_are_ignored(folders: dict[str, Pa
     new_outcome, old_outcome = run_on_ranks(load_values, 1, [folders["llama"], old])[0]
     assert new_outcome[0].keys() == old_outcome[0].keys()
     assert new_outcome[1].bytes_read == old_outcome[1].bytes_read
+
+
+def test_values_beyond_float16_are_refused_where_the_model_is_float16() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False, device="meta", dtype=torch.float16)
+    place([(layer, "weight")], torch.tensor([[1.0, 65504.0]]), "x.weight")
+    with pytest.raises(CheckpointError, match=r"x\.weight holds values beyond float16.*model\.dtype=bfloat16"):
+        place([(layer, "weight")], torch.tensor([[1.0, 1e5]]), "x.weight")
