@@ -81,6 +81,8 @@ def open_device(job: Job, rank: int) -> torch.device:
     """
     card = job.placement.cards[rank]
     if card is None:
+        # Where torchrun made this process a rank, torch was imported before OMP_NUM_THREADS was set.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError(

@@ -130,10 +130,12 @@ def card_report(job: Job, rank: int, usage: CardUsage, memory: dict[str, Any] | 
 
 
 def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None) -> dict[str, Any]:
-    """The line of a run that failed."""
+    """The line of a run that failed: every field of a report, null as far as it never came to it."""
     return {
         "task": run.task.kind.value if run else None,
         "model": run.model.name if run else None,
+        **dict.fromkeys(("world_size", "device", "topology", *MEASURED, "predicted", "outputs")),
+        "cards": [],
         "error": asdict(failure),
         "run_dir": str(run_dir) if run_dir else None,
         "versions": versions(),
