@@ -1,6 +1,6 @@
 """Quantise a bf16, fp16 or fp32 checkpoint by rounding to the nearest, tensor by tensor, in bounded memory.
 
-    python -m tools.quantize_checkpoint launcher/models/demo /tmp/demo-awq --format awq
+    python -m tools.quantize_checkpoint launcher/models/demo demo-awq --format awq
 
 Embedding, head, norms and biases stay as they are. Meant for tests and demonstrations: AWQ and GPTQ choose better
 values than the nearest ones.

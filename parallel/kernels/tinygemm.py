@@ -6,11 +6,14 @@ layout is that of aten/src/ATen/native/cuda/int4mm.cu (matrix_to_m16n8k16_Bint4_
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.kernels.dequantize import pack_pairs
+from parallel.kernels.grouping import group_inputs
 from parallel.kernels.held import MAX_TINYGEMM_ROWS
 from parallel.quantized import QuantizedWeight, by_blocks
 
@@ -34,16 +37,13 @@ class TinygemmLinear(nn.Module):
         super().__init__()
         group_size = find_group_size(weight)
         assert group_size is not None, "refusal() comes first"
-        order = None if weight.group_of is None else weight.group_of.argsort(stable=True)
-        values = weight.values if order is None else weight.values[:, order]
-        groups = (weight.groups() if order is None else weight.groups()[order])[::group_size]
+        grouped = group_inputs(weight, group_size)
         self.group_size, self.num_out = group_size, weight.shape[0]
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(
-            pack_pairs(values), inner_tiles(weight.shape[1])
+            pack_pairs(grouped.values), inner_tiles(weight.shape[1])
         ))  # fmt: skip
-        self.register_buffer("scales_and_shifts", scales_and_shifts(weight, groups))
-        in_order = order is None or torch.equal(order, torch.arange(len(order), device=order.device))
-        self.register_buffer("order", None if in_order else order)
+        self.register_buffer("scales_and_shifts", scales_and_shifts(weight, grouped.groups))
+        self.register_buffer("order", grouped.order)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.order is not None:
@@ -79,7 +79,29 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         f"{num_in} inputs": num_in % (16 * min(INNER_TILES)) == 0 and num_in > 0,
     }
     failed = [reason for reason, passed in checks.items() if not passed]
-    return failed[0] if failed else "irregular groups" if find_group_size(weight) is None else None
+    if not failed and find_group_size(weight) is None:
+        failed = ["irregular groups"]
+    return failed[0] if failed else layout_problem(weight.values.device)
+
+
+@cache
+def layout_problem(device: torch.device) -> str | None:
+    """Whether `unpack_tiles` takes apart what the operator multiplies by; asked once of each card.
+
+    The layout is torch's own business and may change. Rows of the identity make the operator show its weights, which
+    scales of powers of two and no shifts leave exact.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    for tiles in INNER_TILES:
+        num_in = 16 * tiles * 3
+        values = torch.randint(0, 16, (64, num_in), generator=generator, device=device, dtype=torch.uint8)
+        weight = QuantizedWeight(values, 4, torch.full((64, 1), 0.25, device=device), None, num_in)
+        layer = TinygemmLinear(weight)
+        identity = torch.eye(num_in, dtype=torch.bfloat16, device=device)
+        shown = torch.ops.aten._weight_int4pack_mm(identity, layer.packed, layer.group_size, layer.scales_and_shifts)
+        if not torch.equal(shown.t(), layer.dequantize()):
+            return "its layout is another one in this torch"
+    return None
 
 
 def find_group_size(weight: QuantizedWeight) -> int | None:

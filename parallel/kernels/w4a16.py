@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.kernels.grouping import group_inputs
 from parallel.kernels.held import MAX_W4A16_ROWS as MAX_ROWS
 from parallel.kernels.held import W4A16_GROUP_SIZE as GROUP_SIZE
 from parallel.quantized import QuantizedWeight
@@ -69,12 +70,10 @@ class W4A16Linear(nn.Module):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.num_out, self.num_in = weight.shape
-        order = sorted_inputs(weight)
-        values = weight.values if order is None else weight.values[:, order]
-        groups = (weight.groups() if order is None else weight.groups()[order])[::GROUP_SIZE]
-        self.register_buffer("packed", pack_values(values))
-        self.register_buffer("scales", pack_scales(weight, groups))
-        self.register_buffer("order", order)
+        grouped = group_inputs(weight, GROUP_SIZE)
+        self.register_buffer("packed", pack_values(grouped.values))
+        self.register_buffer("scales", pack_scales(weight, grouped.groups))
+        self.register_buffer("order", grouped.order)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.order is not None:
@@ -109,14 +108,6 @@ def fits_groups(weight: QuantizedWeight) -> bool:
     """Whether each 128 inputs share a scale, once they are sorted by group."""
     blocks = weight.groups().sort().values.view(-1, GROUP_SIZE)
     return bool((blocks[:, 0] == blocks[:, -1]).all())
-
-
-def sorted_inputs(weight: QuantizedWeight) -> Tensor | None:
-    """The order that brings the inputs of a group together; None where they are."""
-    if weight.group_of is None:
-        return None
-    order = weight.group_of.argsort(stable=True)
-    return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
 
 
 def pack_values(values: Tensor) -> Tensor:
