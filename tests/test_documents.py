@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
-from tools.results_table import render, render_linears
+from tools.results_table import choose_render
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,8 +24,7 @@ COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README, flags
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_page_beside_a_result_is_the_one_its_data_gives(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
-    draw = render_linears if "linears" in result else render
-    made = draw(path.stem, result)
+    made = choose_render(result)(path.stem, result)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == made, f"python -m tools.results_table {path}"
 
 

@@ -1,6 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears printed. Tables under
+The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears or
+tools/bench_load printed. Tables under
 results/ are made by this alone.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,38 @@ RUN_COLUMNS = (
 
 def main(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
-    draw = render_linears if "linears" in result else render
-    print(draw(path.stem, result), end="")
+    print(choose_render(result)(path.stem, result), end="")
+
+
+def choose_render(result: dict[str, Any]) -> Callable[[str, dict[str, Any]], str]:
+    """The page for what a file holds: tools/bench_linears, tools/bench_load, or reports of runs."""
+    renders = {"linears": render_linears, "runs": render_loads}
+    return next((draw for key, draw in renders.items() if key in result), render)
+
+
+def render_loads(title: str, result: dict[str, Any]) -> str:
+    """The page of tools/bench_load: what each rank read and held."""
+    columns = ("ranks", "rank", "read MB", "seconds", "GB/s", "peak anonymous MB above the start", "peak mapped MB")
+    rows = [
+        [
+            str(run["num_ranks"]),
+            str(rank),
+            number(load["bytes_read"] / 1e6),
+            number(load["sec"]),
+            number(load["gb_per_sec"]),
+            number(load["peak_anonymous_bytes"] / 1e6),
+            number(load["peak_file_bytes"] / 1e6),
+        ]
+        for run in result["runs"]
+        for rank, load in enumerate(run["ranks"])
+    ]
+    where = f"Measured on a CPU of two cores, page cache warm: {result['folder']}."
+    return page(title, where, table(columns, rows), result["commands"])
+
+
+def page(title: str, where: str, body: str, commands: list[str]) -> str:
+    listed = "\n".join(f"- `{command}`" for command in commands)
+    return "\n\n".join([f"# {title}", where, body, "## Commands", listed]) + "\n"
 
 
 def render_linears(title: str, result: dict[str, Any]) -> str:
@@ -36,8 +68,7 @@ def render_linears(title: str, result: dict[str, Any]) -> str:
     where = (
         f"Measured on one {result['card']} with torch {result['torch']}, copy {number(result['copy_gb_per_sec'])} GB/s."
     )
-    commands = "\n".join(f"- `{command}`" for command in result["commands"])
-    return "\n\n".join([f"# {title}", where, table(columns, rows), "## Commands", commands]) + "\n"
+    return page(title, where, table(columns, rows), result["commands"])
 
 
 def render(title: str, reports: dict[str, Any]) -> str:
