@@ -1,8 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears or
-tools/bench_load printed. Tables under
-results/ are made by this alone.
+The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears or tools/bench_load
+printed. Tables under results/ are made by this alone.
 """
 
 from __future__ import annotations
