@@ -10,8 +10,9 @@ from rich.table import Table
 from launcher.config import TaskKind
 from launcher.failures import Failure
 from launcher.plan import Plan
-from launcher.plan_text import GIB, memory_unit, plan_tables
+from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
+from launcher.units import GIB
 
 UNKNOWN = "-"
 

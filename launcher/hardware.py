@@ -10,8 +10,7 @@ from typing import Any
 
 from launcher import host, nvml
 from launcher.config import ConfigError, HardwareConfig, HardwareKind
-
-GIB = 1024**3
+from launcher.units import GIB
 
 # NVML's nvmlGpuTopologyLevel_t: the nearest thing that two cards' PCIe paths share.
 PATHS = {

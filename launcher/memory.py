@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
+from launcher.units import MIB
 from parallel.kernels.held import dequantized_bytes, held_bits, stored_bits
 from parallel.partition import split_by_grain, split_by_heads
-
-MIB = 1024**2
 
 # What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
 # with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
-from launcher.memory import MIB, Demand, fits, largest_context
+from launcher.memory import Demand, fits, largest_context
 from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
+from launcher.units import GIB, MIB
 from parallel.partition import choose_grain
 
-GIB = 1024**3
 DEFAULT_MAX_CONTEXT = 8192
 # A context that was cut to what fits is rounded down to this many tokens.
 CONTEXT_STEP = 16

@@ -10,8 +10,8 @@ from launcher.hardware import Inventory
 from launcher.memory import Demand, fits, group_lines, largest_context
 from launcher.shape import TYPICAL_SCHEMES
 from launcher.topology import PlanError
+from launcher.units import GIB
 
-GIB = 1024**3
 # AWQ and GPTQ in groups of 128: 4 bits, a 16-bit scale and a 4-bit zero a group.
 FOUR_BIT_NAME = "awq"
 FOUR_BITS = 4 + (16 + 4) / 128

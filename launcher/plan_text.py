@@ -6,8 +6,7 @@ from rich.table import Table
 
 from launcher.plan import Plan
 from launcher.shape import ModelShape
-
-GIB = 2**30
+from launcher.units import GIB, MIB
 
 
 def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
@@ -57,7 +56,7 @@ def plan_table(plan: Plan) -> Table:
 
 def memory_unit(largest_bytes: int) -> tuple[str, int]:
     """Name and size of the unit in which sizes up to `largest_bytes` read well with two decimals."""
-    return ("GiB", GIB) if largest_bytes >= 2 * GIB else ("MiB", GIB // 1024)
+    return ("GiB", GIB) if largest_bytes >= 2 * GIB else ("MiB", MIB)
 
 
 def _amount(num_bytes: int, unit_bytes: int) -> str:

@@ -17,10 +17,10 @@ from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job
 from launcher.start import rank_log
+from launcher.units import GIB
 from parallel.communicator import Communicator, open_communicator
 from parallel.selftest import SelfTest, check_transport
-
-GIB = 2**30
+from parallel.shard import share_process_group
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ def open_device(job: Job, rank: int) -> torch.device:
 
 def join_process_group(job: Job, device: torch.device) -> None:
     """Makes the default group, through which transports open theirs, and lets DeepSpeed use it."""
-    import deepspeed
-    import deepspeed.comm
-
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=job.run.timeouts.collective_sec))
-    # DeepSpeed would compile its shared-memory collectives for the CPU, which needs a compiler and LOCAL_SIZE.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    share_process_group(device)

@@ -45,7 +45,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     job = Job(run, placement, str(run_dir), inventory.host_cores)
     if run.task.kind != TaskKind.probe:
         model = find_model(run)
-        job = plan_model(job, model, inventory)
+        job = prepare_job(job, model, inventory)
     if run.task.kind == TaskKind.plan:
         return base_report(job)
     if is_complete(job):
@@ -73,11 +73,10 @@ def find_model(run: RunConfig) -> Model:
     if folder is None and run.task.kind == TaskKind.plan and run.model.shape is not None:
         return Model(shape_from_facts(run.model.shape), None)
     folder = folder or download_model(run.model)
-    read_checkpoint(folder)
-    return Model(shape_from_checkpoint(folder), folder)
+    return Model(shape_from_checkpoint(folder, read_checkpoint(folder)), folder)
 
 
-def plan_model(job: Job, model: Model, inventory: Inventory) -> Job:
+def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     """`job` with the plan for its model, which is printed, and its prompts; what cannot work is refused here."""
     run = job.run
     plan = plan_run(run, job.placement, model.shape, inventory)

@@ -75,8 +75,11 @@ class ModelShape:
         return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
 
 
-def shape_from_checkpoint(folder: Path) -> ModelShape:
-    """The shape in config.json; headers are read too where it leaves the dtype open or the weights are quantised.
+def shape_from_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) -> ModelShape:
+    """The shape in config.json; headers count too where it leaves the dtype open or the weights are quantised.
+
+    Args:
+        checkpoint: the headers, where they have been read already.
 
     Raises:
         ShapeError: config.json is missing or invalid, lacks a field, or its model_type is not in SUPPORTED.
@@ -84,13 +87,13 @@ def shape_from_checkpoint(folder: Path) -> ModelShape:
     """
     file = folder / "config.json"
     fields = read_model_config(file)
-    fields["dtype"] = fields["dtype"] or _stored_dtype(file, read_checkpoint(folder))
+    fields["dtype"] = fields["dtype"] or _stored_dtype(file, checkpoint or read_checkpoint(folder))
     _check(fields, str(file))
     unquantized_bits = 8.0 * DTYPE_BYTES[fields["dtype"]]
     shape = ModelShape(**fields, linear_bits=unquantized_bits, source="checkpoint")
     if shape.quantization == "none":
         return shape
-    checkpoint = read_checkpoint(folder)
+    checkpoint = checkpoint or read_checkpoint(folder)
     return replace(
         shape,
         linear_bits=8 * _linear_bytes(checkpoint) / shape.num_linear_weights,

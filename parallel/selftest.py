@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.timing import p99
 
 # One token of a 70B (hidden 8192, bf16), the message of every decode step.
 DECODE_BYTES = 16 * 1024
@@ -100,9 +101,8 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
     times = [measure() for _ in range(repeats)]
     communicator.barrier()
     p50 = statistics.median(times)
-    p99 = sorted(times)[min(len(times) - 1, int(len(times) * 0.99))]
     exact = sums_exactly(communicator, device, num_bytes)
-    return Timing(num_bytes, p50 * 1e6, p99 * 1e6, num_bytes / p50 / 1e9, exact)
+    return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
 
 
 def call_timer(communicator: Communicator, message: Tensor) -> Callable[[], float]:

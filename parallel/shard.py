@@ -20,6 +20,16 @@ from parallel.communicator import Communicator
 from parallel.linear import LINEARS, adopt
 
 
+def share_process_group(device: torch.device) -> None:
+    """Lets DeepSpeed use torch's default process group, which must exist."""
+    import deepspeed
+    import deepspeed.comm
+
+    # It would compile its shared-memory collectives for the CPU, which needs a compiler and LOCAL_SIZE.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
 @dataclass(frozen=True)
 class ShardedModel:
     """A model whose parameters are on meta, and the full shapes that its checkpoint must have.

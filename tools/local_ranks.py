@@ -127,12 +127,11 @@ def rank_main(
 @contextmanager
 def joined(rank: int, world_size: int, store: Path, timeout_sec: float) -> Iterator[Any]:
     """What launcher/rank.py does for a rank on the CPU, without a job and without a port."""
-    import deepspeed
-    import deepspeed.comm
     import torch
     import torch.distributed as dist
 
     from parallel.communicator import open_communicator
+    from parallel.shard import share_process_group
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -142,10 +141,10 @@ def joined(rank: int, world_size: int, store: Path, timeout_sec: float) -> Itera
         world_size=world_size,
         timeout=timedelta(seconds=timeout_sec),
     )
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.comm.init_distributed(dist_backend="gloo", verbose=False)
+    device = torch.device("cpu")
+    share_process_group(device)
     try:
         kind = "solo" if world_size == 1 else "gloo"
-        yield open_communicator(kind, torch.device("cpu"), timeout_sec=timeout_sec)
+        yield open_communicator(kind, device, timeout_sec=timeout_sec)
     finally:
         dist.destroy_process_group()

@@ -13,15 +13,15 @@ from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import BatchResult, time_steps
 from parallel.linear import ShardedLayer, swapped_communicator
+from parallel.timing import p99
 
 
 def latencies(batches: Sequence[BatchResult]) -> dict[str, Any]:
     """Medians over batches (first token) and over all further steps; null where there was no such step."""
-    steps = sorted(ms for batch in batches for ms in batch.step_ms)
-    p99 = steps[min(len(steps) - 1, int(len(steps) * 0.99))] if steps else None
+    steps = [ms for batch in batches for ms in batch.step_ms]
     return {
         "ttft_ms": statistics.median(batch.ttft_ms for batch in batches),
-        "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99},
+        "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99(steps) if steps else None},
     }
 
 

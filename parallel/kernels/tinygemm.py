@@ -9,11 +9,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.kernels.dequantize import pack_pairs
-from parallel.kernels.grouping import group_inputs
+from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_TINYGEMM_ROWS
 from parallel.quantized import QuantizedWeight, by_blocks
 
@@ -23,36 +22,26 @@ INNER_TILES = (8, 4, 2)
 OUTPUTS_PER_TILE = 8
 
 
-class TinygemmLinear(nn.Module):
-    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group (bf16 scale and shift).
-
-    `order`: where the inputs are regrouped (act order), the input that each column multiplies.
-    """
+class TinygemmLinear(GroupedLinear):
+    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group (bf16 scale and shift)."""
 
     packed: Tensor
     scales_and_shifts: Tensor
-    order: Tensor | None
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        super().__init__()
         group_size = find_group_size(weight)
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
-        self.group_size, self.num_out = group_size, weight.shape[0]
+        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_TINYGEMM_ROWS)
+        self.group_size = group_size
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(
             pack_pairs(grouped.values), inner_tiles(weight.shape[1])
         ))  # fmt: skip
         self.register_buffer("scales_and_shifts", scales_and_shifts(weight, grouped.groups))
-        self.register_buffer("order", grouped.order)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.order is not None:
-            hidden = hidden[..., self.order]
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) > MAX_TINYGEMM_ROWS:
-            return F.linear(hidden, self.dequantize())
-        output: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scales_and_shifts)
-        return output.view(*hidden.shape[:-1], self.num_out)
+    def multiply(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scales_and_shifts)
+        return product
 
     def dequantize(self) -> Tensor:
         """[out, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
@@ -98,8 +87,7 @@ def layout_problem(device: torch.device) -> str | None:
         weight = QuantizedWeight(values, 4, torch.full((64, 1), 0.25, device=device), None, num_in)
         layer = TinygemmLinear(weight)
         identity = torch.eye(num_in, dtype=torch.bfloat16, device=device)
-        shown = torch.ops.aten._weight_int4pack_mm(identity, layer.packed, layer.group_size, layer.scales_and_shifts)
-        if not torch.equal(shown.t(), layer.dequantize()):
+        if not torch.equal(layer.multiply(identity).t(), layer.dequantize()):
             return "its layout is another one in this torch"
     return None
 

@@ -12,10 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.kernels.grouping import group_inputs
+from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_W4A16_ROWS as MAX_ROWS
 from parallel.kernels.held import W4A16_GROUP_SIZE as GROUP_SIZE
 from parallel.quantized import QuantizedWeight
@@ -57,31 +56,23 @@ class Launch:
         return [f"-DNT={self.token_tiles}", f"-DRT={self.row_tiles}", f"-DWARPS={self.warps}", f"-DDEPTH={self.depth}"]
 
 
-class W4A16Linear(nn.Module):
-    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group: a float32 scale, the zero in its last bits.
-
-    `order`: where the inputs are regrouped (act order), the input that each column multiplies.
-    """
+class W4A16Linear(GroupedLinear):
+    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group: a float32 scale that ends in the zero."""
 
     packed: Tensor
     scales: Tensor
-    order: Tensor | None
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        super().__init__()
-        self.num_out, self.num_in = weight.shape
         grouped = group_inputs(weight, GROUP_SIZE)
+        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
         self.register_buffer("packed", pack_values(grouped.values))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
-        self.register_buffer("order", grouped.order)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.order is not None:
-            hidden = hidden[..., self.order]
-        rows = hidden.reshape(-1, self.num_in)
-        if len(rows) > MAX_ROWS:
-            return F.linear(hidden, dequantize_w4(self.packed, self.scales))
-        return w4a16(rows, self.packed, self.scales).view(*hidden.shape[:-1], self.num_out)
+    def multiply(self, rows: Tensor) -> Tensor:
+        return w4a16(rows, self.packed, self.scales)
+
+    def dequantize(self) -> Tensor:
+        return dequantize_w4(self.packed, self.scales)
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

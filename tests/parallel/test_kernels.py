@@ -10,6 +10,7 @@ from parallel.checkpoint.formats.config import read_scheme
 from parallel.kernels import tinygemm
 from parallel.kernels.choice import KERNELS, choose_kernel, pack_linear
 from parallel.kernels.dequantize import DequantizeLinear, pack_pairs
+from parallel.kernels.grouping import GroupedLinear
 from parallel.kernels.held import held_bits
 from parallel.quantized import QuantizedWeight
 from tests.parallel.packers import CASES, Drawn, draw
@@ -144,3 +145,29 @@ def test_predicted_bits_are_those_that_the_reference_holds(name: str) -> None:
 
 def test_pairs_have_the_even_value_in_the_high_half() -> None:
     assert pack_pairs(torch.tensor([[1, 2, 3]], dtype=torch.uint8)).tolist() == [[0x12, 0x30]]
+
+
+# What kernels of regrouped inputs share
+
+
+class ByHand(GroupedLinear):
+    """A grouped linear whose kernel and dequantised weight differ by a factor, to show which of them ran."""
+
+    def __init__(self, columns: Tensor, order: Tensor | None) -> None:
+        super().__init__(len(columns), order, max_rows=4)
+        self.columns = columns
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return rows @ self.columns.t()
+
+    def dequantize(self) -> Tensor:
+        return 2 * self.columns
+
+
+@pytest.mark.parametrize(("num_rows", "factor"), [(4, 1), (5, 2)])
+def test_few_rows_go_to_the_kernel_and_more_through_the_weight(num_rows: int, factor: int) -> None:
+    columns, order = torch.randn(3, 8), torch.randperm(8)
+    hidden = torch.randn(1, num_rows, 8)
+    output = ByHand(columns, order)(hidden)
+    assert output.shape == (1, num_rows, 3)
+    assert torch.allclose(output, factor * hidden[..., order] @ columns.t(), atol=1e-5)
