@@ -19,9 +19,10 @@ from launcher.rank import RankContext
 from launcher.tasks.measure import communication, latencies, memory
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
-from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, BatchResult, StopRules, generate_batch
-from parallel.engine.sampling import Sampler, SamplingParams
+from parallel.engine import generate
+from parallel.engine.engine import Engine, EngineLimits
+from parallel.engine.generate import Answer, Result, StopRules
+from parallel.engine.sampling import SamplingParams
 from parallel.shard import build_sharded_model
 
 WARM_UP_TOKENS = 64
@@ -51,20 +52,21 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     token_ids = encode_prompts(tokenizer, job.prompts, use_chat=job.run.chat)
     check_lengths(job.prompts, token_ids, job.plan.max_context)
     loaded = load_model(context, job.model_folder, job.plan, tokenizer)
-    warm_up_sec = warm_up(loaded.engine, token_ids[: job.run.workload.batch_size])
+    warm_up_sec = warm_up(loaded)
     started = time.time()
-    outputs, batches = answer_prompts(context, loaded, token_ids)
+    result = answer_prompts(context, loaded, token_ids)
     ended = time.time()
+    check_same_tokens(context, result.answers)
     return {
         "transport": context.transport_summary(),
         "load": {**asdict(loaded.load), "gb_per_sec": loaded.load.bytes_read / loaded.load.sec / 1e9},
         "warm_up_sec": warm_up_sec,
-        **latencies(batches),
-        "generated_tokens": sum(len(answer.token_ids) for batch in batches for answer in batch.answers),
+        **latencies(result),
+        "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
-        **communication(context, loaded.engine, batches),
+        **communication(context, loaded.engine, longest_contexts(token_ids, result)),
         "memory": memory(context.device, loaded.engine),
-        "outputs": outputs,
+        "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
     }
 
 
@@ -84,9 +86,10 @@ def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrai
     )
     engine = Engine(
         model.module,
+        context.communicator,
         context.device,
-        max_context=plan.max_context,
-        prefill_chunk=run.engine.prefill_chunk,
+        EngineLimits(plan.max_context, run.workload.batch_size, run.engine.prefill_chunk),
+        sampling=sampling_params(run.sampling),
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
@@ -131,54 +134,51 @@ def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]],
         )
 
 
-def warm_up(engine: Engine, token_ids: Sequence[Sequence[int]]) -> float:
-    """The start of the first prompts once through the model, untimed: first calls load kernels. Returns the seconds."""
+def warm_up(loaded: LoadedModel) -> float:
+    """A few tokens through every row, untimed: first calls load kernels. Returns the seconds."""
     start = time.perf_counter()
-    engine.prefill([ids[:WARM_UP_TOKENS] for ids in token_ids])
-    engine.decode(torch.zeros(len(token_ids), dtype=torch.long, device=engine.device)).cpu()
+    limits = loaded.engine.limits
+    prompt = [0] * min(WARM_UP_TOKENS, limits.max_context - 1)
+    prompts = [generate.Prompt(row, prompt) for row in range(limits.batch_size)]
+    generate.generate(loaded.engine, prompts, loaded.tokenizer.backend_tokenizer, StopRules(max_tokens=2))
     return time.perf_counter() - start
 
 
-def answer_prompts(
-    context: RankContext, loaded: LoadedModel, token_ids: list[list[int]]
-) -> tuple[list[dict[str, Any]], list[BatchResult]]:
-    """Runs the prompts in batches, in order; answers to a file are written as each batch ends."""
-    job, batches, outputs = context.job, [], []
-    size = job.run.workload.batch_size
-    for start in range(0, len(token_ids), size):
-        batch = job.prompts[start : start + size]
-        result = answer_batch(context, loaded, batch, token_ids[start : start + size])
-        batches.append(result)
-        lines = [output_line(prompt, answer) for prompt, answer in zip(batch, result.answers, strict=True)]
-        outputs += lines
-        if context.rank == 0 and job.run.prompts_file is not None:
-            append_lines(job.output_path, lines)
-            context.events.progress("answering", start + len(batch), len(token_ids), "prompts")
-    return outputs, batches
+def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[list[int]]) -> Result:
+    """Answers all prompts; those to a file are written as each ends."""
+    job, events = context.job, context.events
+    single = job.run.prompts_file is None
+    num_done = 0
 
+    def show_text(row: int, text: str) -> None:
+        if single:
+            events.text(text)
 
-def answer_batch(
-    context: RankContext, loaded: LoadedModel, prompts: Sequence[Prompt], token_ids: list[list[int]]
-) -> BatchResult:
-    single = context.job.run.prompts_file is None
-    sampler = Sampler(
-        sampling_params(context.job.run.sampling),
-        loaded.engine.vocabulary_shards,
-        context.communicator,
-        prompt_indices=[prompt.index for prompt in prompts],
-        device=context.device,
-    )
-    result = generate_batch(
+    def show_prefill(done: int, total: int) -> None:
+        if single:
+            events.progress("prefill", done, total, "tokens")
+
+    def keep_answer(row: int, answer: Answer) -> None:
+        nonlocal num_done
+        num_done += 1
+        if context.rank == 0 and not single:
+            append_lines(job.output_path, [output_line(job.prompts[row], answer)])
+            events.progress("answering", num_done, len(token_ids), "prompts")
+
+    return generate.generate(
         loaded.engine,
-        token_ids,
-        sampler,
+        [generate.Prompt(prompt.index, ids) for prompt, ids in zip(job.prompts, token_ids, strict=True)],
         loaded.tokenizer.backend_tokenizer,
         loaded.rules,
-        on_text=lambda row, text: context.events.text(text) if single else None,
-        on_prefill=lambda done, total: context.events.progress("prefill", done, total, "tokens") if single else None,
+        on_text=show_text,
+        on_prefill=show_prefill,
+        on_answer=keep_answer,
     )
-    check_same_tokens(context, result.answers)
-    return result
+
+
+def longest_contexts(token_ids: Sequence[list[int]], result: Result) -> list[int]:
+    """Tokens of each sequence at its end, prompt and answer."""
+    return [len(ids) + len(answer.token_ids) for ids, answer in zip(token_ids, result.answers, strict=True)]
 
 
 def sampling_params(sampling: SamplingConfig) -> SamplingParams:

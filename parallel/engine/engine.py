@@ -1,118 +1,156 @@
-"""One rank's model and cache: prompts in, next-token logits out. Sequences of a batch may differ in length."""
+"""One rank's model, cache and rows: chunks of prompts in, then a token a step for every row, without waiting for any.
+
+All ranks make the same calls in the same order, on the same tokens; nothing else keeps them together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.cache import KVCache
-from parallel.engine.sampling import VocabularyShards
+from parallel.communicator import Communicator
+from parallel.engine.decoder import Attend, Decoder, Tokens
+from parallel.engine.graphs import StepGraphs
+from parallel.engine.pages import PAGE_SIZE, PageAllocator, PagedKV, allocate_pages, gather_kv
+from parallel.engine.rows import Rows, to_device
+from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
+from parallel.engine.sequence import Sequence
+from parallel.kernels.paged_attention import paged_attention, prefill_attention
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine has room for: tokens of a sequence, sequences at a time, tokens of prompts in one pass."""
+
+    max_context: int
+    batch_size: int
+    prefill_chunk: int
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return math.ceil(self.max_context / PAGE_SIZE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache."""
+
+    sequence: Sequence
+    start: int
+    end: int
 
 
 class Engine:
-    """Runs a sharded model over one batch of sequences at a time.
+    """Runs a loaded, sharded model; it takes over the model's weights (see Decoder)."""
 
-    Shorter prompts are padded on the left, so that all sequences end, and go on, in the same column.
-    """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device, *, max_context: int, prefill_chunk: int) -> None:
-        self.model = model
-        self.device = device
-        self.max_context = max_context
-        self.prefill_chunk = prefill_chunk
-        self.cache = KVCache(model.config.num_hidden_layers, max_context)
-        self.attention_mask: Tensor | None = None
-        self.next_positions = torch.zeros(0)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        communicator: Communicator,
+        device: torch.device,
+        limits: EngineLimits,
+        *,
+        sampling: SamplingParams | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.device, self.limits = model, device, limits
+        self.decoder = Decoder(model, limits.max_context)
+        self.dtype = model.lm_head.weight.dtype
+        # Page 0 is nobody's: rows without a sequence write there.
+        num_pages = 1 + limits.batch_size * limits.pages_per_sequence
+        heads = (self.decoder.num_kv_heads, self.decoder.head_dim)
+        self.caches = allocate_pages(self.decoder.num_layers, num_pages, *heads, kv_dtype or self.dtype, device)
+        self.pages = PageAllocator(num_pages)
+        shards = VocabularyShards(tuple(model.lm_head._partition_sizes))
+        self.sampler = Sampler(sampling or SamplingParams(), shards, communicator)
+        self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
+        self.order: list[Sequence] = []
+        # The first tokens of answers whose sequences wait for a row.
+        self.fresh: dict[Sequence, Tensor] = {}
+        self.run_step = self.step_rows if device.type == "cpu" else StepGraphs(self.step_rows, limits.batch_size).run
 
     @property
-    def vocabulary_shards(self) -> VocabularyShards:
-        return VocabularyShards(tuple(self.model.lm_head._partition_sizes))
+    def communicator(self) -> Communicator:
+        return self.sampler.communicator
 
     @torch.inference_mode()
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], *, on_progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Tensor:
-        """Takes token ids of new sequences, in chunks, and returns logits [batch, local vocabulary] after the last.
+    def prefill(self, parts: Ordered[Part]) -> Tensor:
+        """Takes parts of prompts through the model. Returns logits [n, local vocabulary] after those that are whole now.
 
-        Raises:
-            ValueError: a prompt is empty or does not leave room for one token of answer.
+        The parts follow what is in the cache, and their sequences have pages.
         """
-        longest = self._check(prompts)
-        ids, mask = pad_left(prompts, longest, self.device)
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        # Without padding attention needs no mask, which lets torch choose its fastest kernels.
-        padded = bool((mask == 0).any())
-        self.cache = self._fresh_cache(len(prompts))
-        columns = max(1, self.prefill_chunk // len(prompts))
-        logits = torch.empty(0)
-        for start in range(0, longest, columns):
-            end = min(start + columns, longest)
-            self.attention_mask = mask[:, :end] if padded else None
-            logits = self._forward(ids[:, start:end], positions[:, start:end])
-            on_progress(end, longest)
-        self.next_positions = positions[:, -1:] + 1
-        return logits
+        hidden = self.decoder(self._tokens(parts), self._attend(parts), self.caches)
+        for part in parts:
+            part.sequence.num_prefilled = part.end
+        ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
+        whole = [row for row, part in enumerate(parts) if part.sequence.is_prefilled]
+        return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Takes the newest token of each sequence, [batch], and returns logits [batch, local vocabulary]."""
-        if self.attention_mask is not None:
-            ones = self.attention_mask.new_ones(len(tokens), 1)
-            self.attention_mask = torch.cat([self.attention_mask, ones], dim=-1)
-        logits = self._forward(tokens.unsqueeze(-1), self.next_positions)
-        self.next_positions = self.next_positions + 1
-        return logits
+    def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
+        """Draws the first token of each answer from `logits` [n, local vocabulary]: [n]. They join at the next step."""
+        keys, positions = torch.tensor([[s.key, len(s.prompt)] for s in sequences]).unbind(1)
+        tokens = self.sampler(logits, to_device(keys, self.device), to_device(positions, self.device))
+        for sequence, token in zip(sequences, tokens.unbind(), strict=True):
+            sequence.num_sampled = 1
+            self.fresh[sequence] = token
+        return tokens
 
     @torch.inference_mode()
-    def repeat_step(self, tokens: Tensor) -> None:
-        """Takes the newest cached step again: for timing. Lengths stay; the newest keys and values become `tokens`'."""
-        length, mask, positions = self.cache.get_seq_length(), self.attention_mask, self.next_positions
-        self.cache.rewind(length - 1)
-        self.attention_mask = None if mask is None else mask[:, :-1]
-        self.next_positions = positions - 1
-        self.decode(tokens)
-        assert self.cache.get_seq_length() == length
+    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+        """One token more for each of `sequences`, [n], in their order. Those with no place here lose their rows."""
+        if list(sequences) != self.order:
+            self.arrange(sequences)
+        self.run_step(len(sequences))
+        for sequence in sequences:
+            sequence.num_sampled += 1
+        return self.rows.tokens[: len(sequences)]
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    @torch.inference_mode()
+    def step_rows(self, num_rows: int) -> None:
+        """The step itself, for the first rows: reads and advances `rows`, and nothing of the host."""
+        rows = self.rows.first(num_rows)
+        rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1))
 
-    def _fresh_cache(self, batch_size: int) -> KVCache:
-        """The cache emptied, its storage kept where the batch size is the same."""
-        first = self.cache.layers[0]
-        if first.is_initialized and first.keys.shape[0] != batch_size:
-            return KVCache(len(self.cache.layers), self.max_context)
-        self.cache.rewind(0)
-        return self.cache
+    def row_logits(self, rows: Rows) -> Tensor:
+        lengths = rows.lengths()
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> int:
-        lengths = [len(prompt) for prompt in prompts]
-        if min(lengths) == 0:
-            raise ValueError(f"prompt {lengths.index(0)} has no tokens.")
-        if max(lengths) >= self.max_context:
-            raise ValueError(
-                f"a prompt of {max(lengths)} tokens leaves no room in engine.max_context={self.max_context}. "
-                "Raise engine.max_context or shorten the prompt."
-            )
-        return max(lengths)
+        def attend(query: Tensor, cache: PagedKV) -> Tensor:
+            return paged_attention(query, cache.keys, cache.values, rows.block_table, lengths, self.decoder.scale)
 
+        return self.decoder.logits(self.decoder(rows.inputs(), attend, self.caches))
 
-def pad_left(prompts: Sequence[Sequence[int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, each [batch, length]; the mask is 0 over padding."""
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    def _tokens(self, parts: Ordered[Part]) -> Tokens:
+        ids = [token for part in parts for token in part.sequence.prompt[part.start : part.end]]
+        places = [(part.sequence.pages, position) for part in parts for position in range(part.start, part.end)]
+        positions = [position for _, position in places]
+        slots = [pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for pages, position in places]
+        return Tokens(*to_device(torch.tensor([ids, positions, slots]), self.device).unbind(0))
+
+    def _attend(self, parts: Ordered[Part]) -> Attend:
+        tables = [to_device(torch.tensor(part.sequence.pages), self.device) for part in parts]
+
+        def attend(query: Tensor, cache: PagedKV) -> Tensor:
+            outputs = []
+            chunks = query.split([part.end - part.start for part in parts])
+            for part, table, chunk in zip(parts, tables, chunks, strict=True):
+                keys, values = gather_kv(cache, table, part.end, query.dtype)
+                outputs.append(prefill_attention(chunk, keys, values, self.decoder.scale))
+            return torch.cat(outputs)
+
+        return attend
+
+    def arrange(self, sequences: Ordered[Sequence]) -> None:
+        """Gives each sequence its row; the newest tokens come from the rows they had or from the end of their prefill."""
+        rows = {sequence: row for row, sequence in enumerate(self.order)}
+        fresh = [sequence for sequence in sequences if sequence not in rows]
+        num_rows = self.limits.batch_size
+        sources = rows | {sequence: num_rows + at for at, sequence in enumerate(fresh)}
+        tokens = torch.cat([self.rows.tokens, *(self.fresh.pop(sequence).view(1) for sequence in fresh)])
+        self.rows.arrange(sequences, [sources[sequence] for sequence in sequences], tokens)
+        self.order = list(sequences)

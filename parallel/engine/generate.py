@@ -1,17 +1,18 @@
-"""Generation of one batch: prefill, then one token a step until every sequence has ended."""
+"""Generation: prompts to answers, many at a time, the host always one pass behind the device."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from parallel.engine.engine import Engine
-from parallel.engine.sampling import Sampler
+from parallel.engine.engine import Engine, Part
+from parallel.engine.pending import Pending
+from parallel.engine.scheduler import Scheduler
+from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.text import TextStream
 
 
@@ -26,7 +27,7 @@ class StopRules:
 
 @dataclass
 class Answer:
-    """One sequence's answer. `finish_reason` is eos, stop, length, or context where the cache was full."""
+    """One prompt's answer. `finish_reason` is eos, stop, length, or context where max_context was full."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -34,54 +35,148 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class BatchResult:
-    """Answers in prompt order, time to the first token and of each further step."""
+class Prompt:
+    """Token ids, and the index that seeds the answer's draws."""
+
+    index: int
+    token_ids: list[int]
+
+
+@dataclass
+class Result:
+    """Answers in prompt order. `ttft_ms`: from each prompt's admission to its first token on the host; `step_ms`: of
+    each decode step, from the tokens before to its own on the host, with what was prefilled between them."""
 
     answers: list[Answer]
-    last_tokens: Tensor
-    ttft_ms: float
-    step_ms: list[float]
+    ttft_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
 
 
-def generate_batch(
+@dataclass
+class Opened:
+    """An answer under way: its place in the result, what shows its text, and when its prompt was admitted."""
+
+    row: int
+    answer: Answer
+    stream: TextStream
+    room: int
+    admitted: float = 0.0
+
+
+def generate(
     engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
+    prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     rules: StopRules,
     *,
     on_text: Callable[[int, str], None] = lambda row, text: None,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
-) -> BatchResult:
-    """Answers `prompts` (token ids). Times run from the call until each token is on the host.
+    on_answer: Callable[[int, Answer], None] = lambda row, answer: None,
+) -> Result:
+    """Answers `prompts`, as many at a time as the engine has rows.
 
     Args:
-        on_text: called with (row, text) as soon as text of a row may be shown.
-        on_prefill: called with the columns of the prompts that are done, and all of them.
+        on_text: called with (row, text) as soon as text of a prompt's answer may be shown.
+        on_prefill: called with the tokens of prompts that are done, and all of them.
+        on_answer: called with (row, answer) when one has ended.
 
     Raises:
-        ValueError: a prompt that does not fit the cache.
+        ValueError: a prompt is empty or does not leave room for one token of answer.
     """
-    answers = [Answer() for _ in prompts]
-    streams = [TextStream(tokenizer, rules.texts) for _ in prompts]
-    longest = max(len(prompt) for prompt in prompts)
-    start = time.perf_counter()
-    tokens = sampler(engine.prefill(prompts, on_progress=on_prefill))
-    step_ms: list[float] = []
-    while True:
-        ids = tokens.tolist()
+    check_lengths(prompts, engine.limits.max_context)
+    run = Generation(engine, prompts, tokenizer, rules, on_text, on_prefill, on_answer)
+    while run.go_on():
+        pass
+    return run.result
+
+
+def check_lengths(prompts: Sequence[Prompt], max_context: int) -> None:
+    for row, prompt in enumerate(prompts):
+        if not prompt.token_ids:
+            raise ValueError(f"prompt {row} has no tokens.")
+        if len(prompt.token_ids) >= max_context:
+            raise ValueError(
+                f"a prompt of {len(prompt.token_ids)} tokens leaves no room in engine.max_context={max_context}. "
+                "Raise engine.max_context or shorten the prompt."
+            )
+
+
+class Generation:
+    """One call of `generate`: a pass is queued on the device, then the tokens of the one before are looked at."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        tokenizer: Tokenizer,
+        rules: StopRules,
+        on_text: Callable[[int, str], None],
+        on_prefill: Callable[[int, int], None],
+        on_answer: Callable[[int, Answer], None],
+    ) -> None:
+        self.engine, self.rules = engine, rules
+        self.on_text, self.on_prefill, self.on_answer = on_text, on_prefill, on_answer
+        self.opened: dict[EngineSequence, Opened] = {}
+        for row, prompt in enumerate(prompts):
+            room = engine.limits.max_context - len(prompt.token_ids)
+            sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room))
+            self.opened[sequence] = Opened(row, Answer(), TextStream(tokenizer, rules.texts), room)
+        self.result = Result([each.answer for each in self.opened.values()])
+        self.scheduler = Scheduler(engine, self.opened)
+        self.pending: deque[Pending] = deque()
+        self.last_arrival = 0.0
+
+    def go_on(self) -> bool:
+        """Queues what comes next and takes what has arrived, but for the newest; False once nothing is left."""
+        queued = self.queue()
+        while self.pending and (len(self.pending) > 1 or not queued):
+            self.take(self.pending.popleft())
+        return queued or bool(self.pending)
+
+    def queue(self) -> bool:
+        """Queues a chunk of prompts and a step, where there is something for them to do."""
         now = time.perf_counter()
-        step_ms.append((now - start) * 1e3)
-        start = now
-        room = engine.max_context - longest - len(step_ms)
-        for row, token in enumerate(ids):
-            if answers[row].finish_reason is None:
-                shown = take_token(answers[row], streams[row], token, rules, room)
-                if shown:
-                    on_text(row, shown)
-        if all(answer.finish_reason for answer in answers):
-            return BatchResult(answers, tokens, step_ms[0], step_ms[1:])
-        tokens = sampler(engine.decode(tokens))
+        for sequence in self.scheduler.admit():
+            self.opened[sequence].admitted = now
+        parts = self.scheduler.next_parts()
+        if parts:
+            self.prefill(parts)
+        running = list(self.scheduler.running)
+        if running:
+            self.pending.append(Pending.fetch(running, self.engine.step(running), is_step=True))
+            self.scheduler.retire_sampled()
+        return bool(parts or running)
+
+    def prefill(self, parts: Sequence[Part]) -> None:
+        logits = self.engine.prefill(parts)
+        started = self.scheduler.start_running()
+        if started:
+            first_tokens = self.engine.start_answers(started, logits)
+            self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
+            self.scheduler.retire_sampled()
+        self.on_prefill(sum(s.num_prefilled for s in self.opened), sum(len(s.prompt) for s in self.opened))
+
+    def take(self, pending: Pending) -> None:
+        tokens, now = pending.wait(), time.perf_counter()
+        if pending.is_step:
+            self.result.step_ms.append((now - self.last_arrival) * 1e3)
+        self.last_arrival = now
+        for sequence, token in zip(pending.sequences, tokens, strict=True):
+            opened = self.opened[sequence]
+            # What was computed before the host saw that the answer had ended is dropped.
+            if opened.answer.finish_reason is None:
+                if not opened.answer.token_ids:
+                    self.result.ttft_ms.append((now - opened.admitted) * 1e3)
+                self.take_token(sequence, opened, token)
+
+    def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:
+        room = opened.room - len(opened.answer.token_ids) - 1
+        shown = take_token(opened.answer, opened.stream, token, self.rules, room)
+        if shown:
+            self.on_text(opened.row, shown)
+        if opened.answer.finish_reason is not None:
+            self.scheduler.retire(sequence)
+            self.on_answer(opened.row, opened.answer)
 
 
 def take_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:
@@ -100,15 +195,3 @@ def take_token(answer: Answer, stream: TextStream, token: int, rules: StopRules,
         shown += stream.finish()
     answer.text += shown
     return shown
-
-
-def time_steps(engine: Engine, tokens: Tensor, num_steps: int) -> list[float]:
-    """Milliseconds of each of `num_steps` decode steps that leave the sequences as they were."""
-    times = []
-    for _ in range(num_steps):
-        start = time.perf_counter()
-        engine.repeat_step(tokens)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times

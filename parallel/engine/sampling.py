@@ -1,14 +1,14 @@
 """Picking the next token from vocabulary-sharded logits, the same one on every rank.
 
 Greedy needs one exchange of (value, index) per sequence. Sampling gathers the logits, filters them with transformers'
-own warpers and draws with one seeded generator per sequence, so that an answer depends on its prompt and its seed, not
-on what else is in the batch; every rank holds the same generators and so draws the same token.
+own warpers and draws with noise that is a function of the sequence's seed and position, so that an answer depends on its
+prompt and its seed, not on what else is in the batch; every rank computes the same noise and so draws the same token.
+All of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.communicator import Communicator
+from parallel.engine.noise import exponential_noise, signed
 
 
 @dataclass(frozen=True)
@@ -56,49 +57,42 @@ def gather_logits(logits: Tensor, shards: VocabularyShards, communicator: Commun
     return torch.cat([part[..., :size] for part, size in zip(gathered, shards.sizes, strict=True)], dim=-1)
 
 
-def sampled_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
+def sampled_tokens(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
     """[batch, vocabulary] -> ids [batch], drawn from the softmax after temperature, top-k and top-p in that order.
 
-    argmax(p / e) with e ~ Exp(1) draws from p (the exponential race, equal to the Gumbel-max trick).
+    argmax(p / e) with e ~ Exp(1), which is `noise` [batch, vocabulary], draws from p (the exponential race, equal to the
+    Gumbel-max trick).
     """
     scores = TemperatureLogitsWarper(params.temperature)(None, logits.float())
     if params.top_k:
         scores = TopKLogitsWarper(params.top_k)(None, scores)
     if params.top_p < 1:
         scores = TopPLogitsWarper(params.top_p)(None, scores)
-    probabilities = scores.softmax(dim=-1)
-    races = torch.stack([torch.empty_like(row).exponential_(generator=g)
-                         for row, g in zip(probabilities, generators, strict=True)])  # fmt: skip
-    return (probabilities / races).argmax(dim=-1)
+    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
-def sequence_seed(seed: int, prompt_index: int) -> int:
-    """64 bits that all depend on both numbers: torch's generator for the CPU takes the lower 32 and drops the rest."""
+def sequence_key(seed: int, prompt_index: int) -> int:
+    """The key of a sequence's noise: 64 bits that all depend on both numbers, as int64 holds them."""
     digest = hashlib.blake2b(f"{seed} {prompt_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return signed(int.from_bytes(digest, "little"))
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """Picks tokens for one batch; `prompt_indices` seed one generator per sequence."""
+    """Picks tokens for the rows of a step."""
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        shards: VocabularyShards,
-        communicator: Communicator,
-        *,
-        prompt_indices: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        self.params = params
-        self.shards = shards
-        self.communicator = communicator
-        self.generators = [
-            torch.Generator(device).manual_seed(sequence_seed(params.seed, index)) for index in prompt_indices
-        ]
+    params: SamplingParams
+    shards: VocabularyShards
+    communicator: Communicator
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[batch, local vocabulary] -> token ids [batch], equal on every rank."""
+    def __call__(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+        """[batch, local vocabulary] -> token ids [batch], equal on every rank.
+
+        Args:
+            keys: [batch] int64, `sequence_key` of each row.
+            positions: [batch] int64, where in its sequence each row's new token will stand.
+        """
         if self.params.temperature == 0:
             return greedy_tokens(logits, self.shards, self.communicator)
-        return sampled_tokens(gather_logits(logits, self.shards, self.communicator), self.params, self.generators)
+        whole = gather_logits(logits, self.shards, self.communicator)
+        return sampled_tokens(whole, self.params, exponential_noise(keys, positions, whole.shape[-1]))

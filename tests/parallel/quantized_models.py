@@ -14,10 +14,10 @@ from transformers import Qwen2Config
 from parallel.checkpoint.headers import CheckpointError, read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
+from parallel.engine.engine import Engine, EngineLimits
 from parallel.engine.sampling import gather_logits
 from tests.parallel.packers import CASES, FLOAT8_CASES, Case
-from tests.parallel.ranks import CPU, build
+from tests.parallel.ranks import CPU, build, forced_logits
 from tests.parallel.small_models import COMMON, load_whole, write_model
 
 # Heads of 12: a rank's keys end within AWQ's words of 8, its part of o_proj within a group of 32. The MLP is dealt in
@@ -81,17 +81,18 @@ def run_quantized(communicator: Communicator, folders: list[Path]) -> list[Quant
 def run_one(communicator: Communicator, folder: Path) -> QuantizedRun:
     model = build(communicator, folder)
     load = load_checkpoint(model, read_checkpoint(folder), CPU)
-    engine = Engine(model.module, CPU, max_context=32, prefill_chunk=64)
-    steps = [engine.prefill(PROMPTS), engine.decode(torch.tensor(NEXT))]
     module = model.module
+    held_bytes = {
+        name: sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()) if t.dim() > 1)
+        for name, layer in module.named_modules()
+        if name.endswith("_proj")
+    }
+    engine = Engine(module, communicator, CPU, EngineLimits(max_context=32, batch_size=2, prefill_chunk=64))
+    steps = forced_logits(engine, PROMPTS, [[token] for token in NEXT])
     return QuantizedRun(
-        logits=torch.stack([gather_logits(step, engine.vocabulary_shards, communicator) for step in steps]),
+        logits=torch.stack([gather_logits(step, engine.sampler.shards, communicator) for step in steps]),
         load=load,
-        held_bytes={
-            name: sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()) if t.dim() > 1)
-            for name, layer in module.named_modules()
-            if name.endswith("_proj")
-        },
+        held_bytes=held_bytes,
         on_meta=[name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta],
     )
 

@@ -14,9 +14,11 @@ from transformers import AutoConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, StopRules, generate_batch
-from parallel.engine.sampling import Sampler, SamplingParams, gather_logits
+from parallel.engine.engine import Engine, EngineLimits, Part
+from parallel.engine.generate import Answer, Prompt, StopRules, generate
+from parallel.engine.sampling import SamplingParams, gather_logits
+from parallel.engine.scheduler import pages_for
+from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.small_models import DEMO
@@ -52,12 +54,50 @@ def load(communicator: Communicator, folder: Path, dtype: torch.dtype = torch.fl
     return model.module
 
 
-def greedy_sampler(engine: Engine, communicator: Communicator, batch_size: int) -> Sampler:
-    return sampler(engine, communicator, SamplingParams(), range(batch_size))
+def make_engine(
+    communicator: Communicator,
+    folder: Path,
+    *,
+    max_context: int = 64,
+    batch_size: int = 4,
+    prefill_chunk: int = 32,
+    sampling: SamplingParams | None = None,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+) -> Engine:
+    limits = EngineLimits(max_context, batch_size, prefill_chunk)
+    return Engine(load(communicator, folder, dtype), communicator, CPU, limits, sampling=sampling, kv_dtype=kv_dtype)
 
 
-def sampler(engine: Engine, communicator: Communicator, params: SamplingParams, indices: Sequence[int]) -> Sampler:
-    return Sampler(params, engine.vocabulary_shards, communicator, prompt_indices=indices, device=CPU)
+def numbered(prompts: Sequence[list[int]]) -> list[Prompt]:
+    return [Prompt(index, ids) for index, ids in enumerate(prompts)]
+
+
+def forced_logits(engine: Engine, prompts: Sequence[list[int]], forced: Sequence[Sequence[int]]) -> Tensor:
+    """[step, prompt, local vocabulary]: after each prompt, and then after each of its forced tokens in turn."""
+    sequences = [EngineSequence(row, prompt, max_tokens=len(forced[row]) + 1) for row, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        sequence.pages = engine.pages.allocate(pages_for(sequence))
+    steps = [torch.cat([prefill_whole(engine, sequence) for sequence in sequences])]
+    for tokens in zip(*forced, strict=True):
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.num_sampled += 1
+            engine.fresh[sequence] = torch.tensor(token)
+        engine.order = []
+        engine.arrange(sequences)
+        with torch.inference_mode():
+            steps.append(engine.row_logits(engine.rows.first(len(sequences))))
+    for sequence in sequences:
+        engine.pages.release(sequence.pages)
+    return torch.stack(steps)
+
+
+def prefill_whole(engine: Engine, sequence: EngineSequence) -> Tensor:
+    """[1, local vocabulary] after the prompt, which goes through in chunks."""
+    size = engine.limits.prefill_chunk
+    for start in range(0, len(sequence.prompt), size):
+        logits = engine.prefill([Part(sequence, start, min(start + size, len(sequence.prompt)))])
+    return logits
 
 
 def demo_tokenizer() -> Tokenizer:
@@ -72,24 +112,29 @@ def run_model(
     result = load_checkpoint(
         model, read_checkpoint(folder), CPU, on_progress=lambda done, total: progress.append((done, total))
     )
-    # Chunks of 8 columns for four prompts: the longest takes several, and in the first one the shortest are padding.
-    engine = Engine(model.module, CPU, max_context=64, prefill_chunk=32)
-    steps = [engine.prefill(prompts)]
-    for tokens in zip(*forced, strict=True):
-        steps.append(engine.decode(torch.tensor(tokens)))
-    logits = [gather_logits(step, engine.vocabulary_shards, communicator) for step in steps]
-    answers = generate_batch(
-        engine, prompts, greedy_sampler(engine, communicator, len(prompts)), demo_tokenizer(), rules
-    ).answers
     module = model.module
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    shares_head = module.get_input_embeddings().weight is module.lm_head.weight
+    # Chunks of 8 tokens: long prompts take several passes, and some passes hold parts of several prompts.
+    engine = Engine(model.module, communicator, CPU, EngineLimits(max_context=64, batch_size=3, prefill_chunk=8))
+    shards = engine.sampler.shards
+    logits = torch.cat(
+        [
+            torch.stack([gather_logits(step, shards, communicator) for step in forced_logits(engine, [p], [f])])
+            for p, f in zip(prompts, forced, strict=True)
+        ],
+        dim=1,
+    )
+    # One row fewer than prompts: the last joins when another has ended.
+    answers = generate(engine, numbered(prompts), demo_tokenizer(), rules).answers
     return ModelRun(
         load=result,
         progress=progress,
-        shapes={name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)},
+        shapes=shapes,
         full_shapes=model.full_shapes,
         on_meta=[name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta],
-        shares_head=module.get_input_embeddings().weight is module.lm_head.weight,
-        logits=torch.stack(logits),
+        shares_head=shares_head,
+        logits=logits,
         answers=answers,
-        vocabulary=engine.vocabulary_shards.sizes,
+        vocabulary=shards.sizes,
     )

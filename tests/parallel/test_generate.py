@@ -1,6 +1,6 @@
 """When an answer ends, what its text is, and that the rows of a batch do not disturb each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -11,10 +11,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, BatchResult, StopRules, generate_batch
-from parallel.engine.sampling import Sampler
-from tests.parallel.ranks import CPU, demo_tokenizer, greedy_sampler, load, run_on_ranks
+from parallel.engine.engine import Engine, EngineLimits, Part
+from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
+from parallel.engine.pages import PageAllocator
+from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
+from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.transports.solo import Solo
+from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, load_whole, prompts_of
 
 EOS = 1
@@ -23,25 +26,39 @@ TOKENIZER = demo_tokenizer()
 
 @dataclass
 class ScriptedEngine:
-    """An engine and sampler whose tokens are written beforehand: row i says scripts[i], then only 'x'."""
+    """An engine whose tokens are written beforehand: the prompt of index i is answered scripts[i], then only 'x'."""
 
     scripts: Sequence[Sequence[int]]
-    max_context: int = 1000
-    fed: list[list[int]] = field(default_factory=list)
-    taken: int = 0
+    limits: EngineLimits
+    stepped: list[list[int]] = field(default_factory=list)
+    most_rows: int = 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]], *, on_progress: Callable[[int, int], None]) -> Tensor:
-        on_progress(max(map(len, prompts)), max(map(len, prompts)))
+    def __post_init__(self) -> None:
+        self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)
+        self.sampler = Sampler(SamplingParams(), VocabularyShards((10,)), Solo(CPU))
+
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
+        assert sum(part.end - part.start for part in parts) <= self.limits.prefill_chunk
+        for part in parts:
+            assert part.start == part.sequence.num_prefilled
+            part.sequence.num_prefilled = part.end
         return torch.empty(0)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.fed.append(tokens.tolist())
-        return torch.empty(0)
+    def start_answers(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Tensor:
+        return self.next_tokens(sequences)
 
-    def sample(self, logits: Tensor) -> Tensor:
-        filler = TOKENIZER.token_to_id("x")
-        self.taken += 1
-        return torch.tensor([([*script, *[filler] * self.taken])[self.taken - 1] for script in self.scripts])
+    def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        self.stepped.append([sequence.index for sequence in sequences])
+        assert len(sequences) <= self.limits.batch_size
+        return self.next_tokens(sequences)
+
+    def next_tokens(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        filler, tokens = TOKENIZER.token_to_id("x"), []
+        for sequence in sequences:
+            script = self.scripts[sequence.index]
+            tokens.append(script[sequence.num_sampled] if sequence.num_sampled < len(script) else filler)
+            sequence.num_sampled += 1
+        return torch.tensor(tokens)
 
 
 def encode(text: str) -> list[int]:
@@ -49,18 +66,25 @@ def encode(text: str) -> list[int]:
 
 
 def answer_scripts(
-    scripts: Sequence[Sequence[int]], rules: StopRules, *, max_context: int = 1000, prompt_lengths: Sequence[int] = ()
-) -> tuple[BatchResult, list[tuple[int, str]], ScriptedEngine]:
+    scripts: Sequence[Sequence[int]],
+    rules: StopRules,
+    *,
+    max_context: int = 1000,
+    prompt_lengths: Sequence[int] = (),
+    batch_size: int = 8,
+    prefill_chunk: int = 64,
+) -> tuple[Result, list[tuple[int, str]], ScriptedEngine]:
     """The result, all pieces of text as they were shown, and the engine."""
-    engine, shown = ScriptedEngine(scripts, max_context), []
-    result = generate_batch(
+    engine, shown = ScriptedEngine(scripts, EngineLimits(max_context, batch_size, prefill_chunk)), []
+    lengths = prompt_lengths or [1] * len(scripts)
+    result = generate(
         cast(Engine, engine),
-        [[0] * length for length in prompt_lengths or [1] * len(scripts)],
-        cast(Sampler, engine.sample),
+        [Prompt(index, [0] * length) for index, length in enumerate(lengths)],
         cast(Tokenizer, TOKENIZER),
         rules,
         on_text=lambda row, text: shown.append((row, text)),
     )
+    assert engine.pages.num_free == batch_size * engine.limits.pages_per_sequence, "pages were not given back"
     return result, shown, engine
 
 
@@ -120,12 +144,11 @@ def test_text_held_back_for_a_stop_text_is_shown_at_the_end(end: list[int], reas
 
 @pytest.mark.parametrize("room", (1, 2, 5))
 def test_full_context_ends_an_answer(room: int) -> None:
-    """Prompt and answer together fill max_context, counted from the longest prompt of the batch."""
-    ids = encode("one two three four five six seven")
-    result, _, engine = answer_scripts([ids, ids], StopRules(99), max_context=30 + room, prompt_lengths=(30, 7))
-    assert [found.token_ids for found in result.answers] == [ids[:room], ids[:room]]
+    """Prompt and answer together fill max_context; a shorter prompt leaves more room."""
+    ids = encode("one two three four five six seven eight nine")
+    result, _, _ = answer_scripts([ids, ids], StopRules(99), max_context=30 + room, prompt_lengths=(30, 29))
+    assert [found.token_ids for found in result.answers] == [ids[:room], ids[: room + 1]]
     assert {found.finish_reason for found in result.answers} == {"context"}
-    assert len(engine.fed) == room - 1
 
 
 def test_length_is_the_reason_where_the_context_ends_with_it() -> None:
@@ -142,24 +165,62 @@ def test_rows_end_on_their_own_and_the_batch_with_the_last() -> None:
     assert result.answers[0].token_ids == short
     for row, found in enumerate(result.answers):
         assert "".join(text for of_row, text in shown if of_row == row) == found.text
-    assert len(result.answers[2].token_ids) == 9 == 1 + len(result.step_ms)
-    assert result.ttft_ms > 0
-    assert min(result.step_ms) > 0
+    assert len(result.answers[2].token_ids) == 9
+    assert len(result.ttft_ms) == 3
+    assert min(*result.ttft_ms, *result.step_ms) > 0
 
 
-def test_each_step_is_fed_the_tokens_of_the_one_before() -> None:
+def test_answer_of_known_length_takes_no_step_too_many() -> None:
+    result, _, engine = answer_scripts([encode("one two three four"), encode("a b")], StopRules(4))
+    assert engine.stepped == [[0, 1]] * 3
+    assert len(result.step_ms) == 3
+
+
+def test_host_is_one_step_behind_an_end_of_sequence() -> None:
+    """The step that was queued before the host saw the end is the only one wasted."""
+    _, _, engine = answer_scripts([[*encode("no"), EOS]], StopRules(99, frozenset({EOS})))
+    assert engine.stepped == [[0]] * (len(encode("no")) + 1)
+
+
+def test_sequences_join_when_others_leave() -> None:
+    """Two rows for five prompts: the waiting ones are answered as rows come free, each as it would be alone."""
+    texts = ["one two three four five six", "a", "b c", "seven eight nine ten", "d"]
+    scripts = [[*encode(text), EOS] for text in texts]
+    result, _, engine = answer_scripts(
+        scripts, StopRules(50, frozenset({EOS})), batch_size=2, prompt_lengths=(3, 70, 1, 5, 64), prefill_chunk=8
+    )
+    assert [found.text for found in result.answers] == texts
+    assert {tuple(sorted(set(rows))) for rows in engine.stepped} <= {(i,) for i in range(5)} | {
+        (i, j) for i in range(5) for j in range(i + 1, 5)
+    }
+    assert any(len(rows) == 2 for rows in engine.stepped)
+
+
+def test_prompt_waits_for_pages_too() -> None:
+    """Rows enough for all, pages for one long answer at a time."""
     scripts = [encode("one two three"), encode("four five six")]
-    result, _, engine = answer_scripts(scripts, StopRules(3))
-    assert engine.fed == [list(tokens) for tokens in zip(*scripts, strict=False)][:2]
-    assert result.last_tokens.tolist() == [script[2] for script in scripts]
+    engine = ScriptedEngine(scripts, EngineLimits(max_context=128, batch_size=2, prefill_chunk=200))
+    engine.pages = PageAllocator(1 + 2)
+    prompts = [Prompt(index, [0] * 120) for index in range(2)]
+    result = generate(cast(Engine, engine), prompts, cast(Tokenizer, TOKENIZER), StopRules(3))
+    assert [found.token_ids for found in result.answers] == [script[:3] for script in scripts]
+    assert all(len(rows) == 1 for rows in engine.stepped)
+
+
+@pytest.mark.parametrize(("lengths", "words"), [((2, 0), "prompt 1 has no tokens"), ((1, 40), "engine.max_context=40")])
+def test_prompt_that_is_empty_or_too_long_is_refused(lengths: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        answer_scripts([[5], [5]], StopRules(3), max_context=40, prompt_lengths=lengths)
 
 
 def answer_demo(communicator: Communicator, rules: StopRules) -> tuple[list[Answer], list[tuple[int, int]]]:
-    engine, progress = Engine(load(communicator, DEMO), CPU, max_context=128, prefill_chunk=16), []
-    prompts = prompts_of("demo")
-    sample = greedy_sampler(engine, communicator, len(prompts))
-    result = generate_batch(
-        engine, prompts, sample, demo_tokenizer(), rules, on_prefill=lambda *columns: progress.append(columns)
+    engine, progress = make_engine(communicator, DEMO, max_context=128, batch_size=2, prefill_chunk=16), []
+    result = generate(
+        engine,
+        numbered(prompts_of("demo")),
+        demo_tokenizer(),
+        rules,
+        on_prefill=lambda *tokens: progress.append(tokens),
     )
     return result.answers, progress
 
@@ -176,5 +237,6 @@ def test_demo_model_answers_as_generate_does_up_to_its_end_of_sequence(folders: 
         for found in answers:
             assert found.finish_reason == ("eos" if found.token_ids[-1] == EOS else "length")
             assert found.text == demo_tokenizer().decode(found.token_ids)
-        longest = max(map(len, prompts_of("demo")))
-        assert progress == [(min(done, longest), longest) for done in range(4, longest + 4, 4)]
+        total = sum(map(len, prompts_of("demo")))
+        assert progress[-1] == (total, total)
+        assert all(0 < after - before <= 16 for (before, _), (after, _) in zip(progress, progress[1:], strict=False))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate_batch
+from parallel.engine.generate import Prompt, StopRules, generate
+from parallel.engine.noise import exponential_noise
 from parallel.engine.sampling import (
     Sampler,
     SamplingParams,
@@ -17,10 +17,10 @@ from parallel.engine.sampling import (
     gather_logits,
     greedy_tokens,
     sampled_tokens,
-    sequence_seed,
+    sequence_key,
 )
 from parallel.transports.solo import Solo
-from tests.parallel.ranks import CPU, demo_tokenizer, load, run_on_ranks, sampler
+from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, run_on_ranks
 from tests.parallel.small_models import prompts_of
 
 UNEVEN = {1: (11,), 2: (6, 5), 3: (3, 7, 1), 4: (4, 1, 2, 4)}
@@ -87,10 +87,15 @@ def assert_frequencies(tokens: Tensor, params: SamplingParams) -> None:
         assert abs(count - tokens.numel() * p) <= 5 * (tokens.numel() * p * (1 - p)) ** 0.5, counts
 
 
+def keys_of(params: SamplingParams, prompt_indices: Sequence[int]) -> Tensor:
+    return torch.tensor([sequence_key(params.seed, index) for index in prompt_indices])
+
+
 def draw(params: SamplingParams, prompt_indices: Sequence[int], num_steps: int) -> Tensor:
     """[step, prompt] tokens of prompts that all see LOGITS at every step."""
-    sample = Sampler(params, VocabularyShards((len(LOGITS),)), Solo(CPU), prompt_indices=prompt_indices, device=CPU)
-    return torch.stack([sample(LOGITS.expand(len(prompt_indices), -1)) for _ in range(num_steps)])
+    sample = Sampler(params, VocabularyShards((len(LOGITS),)), Solo(CPU))
+    keys, logits = keys_of(params, prompt_indices), LOGITS.expand(len(prompt_indices), -1)
+    return torch.stack([sample(logits, keys, torch.full_like(keys, step)) for step in range(num_steps)])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,6 @@ def test_temperature_close_to_zero_is_greedy() -> None:
 
 
 def test_seed_changes_the_draws() -> None:
-    """torch's generator for the CPU takes 32 bits of a seed: all parts of ours must reach them."""
     draws = [tuple(draw(SamplingParams(1.0, seed=seed), [3], 40).flatten().tolist()) for seed in (0, 1, 2, -1, 2**40)]
     assert len(set(draws)) == len(draws)
     assert draws[1] == tuple(draw(SamplingParams(1.0, seed=1), [3], 40).flatten().tolist())
@@ -136,11 +140,26 @@ def test_prompt_index_changes_the_draws() -> None:
     assert len(set(map(tuple, draws))) == 50
 
 
-def test_seeds_fit_torch_and_differ_in_their_lower_half() -> None:
-    seeds = [sequence_seed(seed, index) for seed in (-(2**70), -1, 0, 1, 2**32, 2**70) for index in range(2000)]
-    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
-    for seed in seeds:
-        torch.Generator().manual_seed(seed)
+def test_keys_differ_and_fit_int64() -> None:
+    keys = [sequence_key(seed, index) for seed in (-(2**70), -1, 0, 1, 2**32, 2**70) for index in range(2000)]
+    assert len(set(keys)) == len(keys)
+    assert torch.tensor(keys).dtype == torch.int64
+    assert min(keys) < 0 < max(keys)
+
+
+def test_noise_is_exponential_and_independent_between_keys_steps_and_tokens() -> None:
+    """Moments of Exp(1) within five standard errors, its distribution by Kolmogorov and Smirnov, no correlation."""
+    noise = exponential_noise(torch.arange(40).repeat_interleave(40), torch.arange(40).repeat(40), 500).double()
+    count = noise.numel()
+    assert abs(noise.mean() - 1) < 5 / count**0.5
+    assert abs(noise.var() - 1) < 5 * (8 / count) ** 0.5
+    steps = torch.arange(count) / count
+    assert (1 - torch.exp(-noise.flatten().sort().values) - steps).abs().max() < 2.0 / count**0.5
+    assert noise.min() > 0
+    centred = (noise - 1).view(40, 40, 500)
+    pairs = [(centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])]
+    for left, right in pairs:
+        assert abs((left * right).mean()) < 5 / left.numel() ** 0.5
 
 
 def test_draws_do_not_depend_on_the_other_rows() -> None:
@@ -151,17 +170,17 @@ def test_draws_do_not_depend_on_the_other_rows() -> None:
 
 
 def test_certain_token_is_drawn_whatever_the_race() -> None:
-    logits = torch.full((1, 8), -torch.inf)
-    logits[0, 5] = 0.0
-    generator = torch.Generator().manual_seed(0)
-    assert {int(sampled_tokens(logits, SamplingParams(1.0), [generator])) for _ in range(200)} == {5}
+    logits = torch.full((200, 8), -torch.inf)
+    logits[:, 5] = 0.0
+    noise = exponential_noise(torch.arange(200), torch.zeros(200, dtype=torch.int64), 8)
+    assert set(sampled_tokens(logits, SamplingParams(1.0), noise).tolist()) == {5}
 
 
 def sample_steps(communicator: Communicator, logits: Tensor, params: SamplingParams) -> Tensor:
     """[step, batch] tokens from logits [step, batch, vocabulary]."""
     local, shards = local_part(logits, communicator)
-    sample = Sampler(params, shards, communicator, prompt_indices=range(logits.shape[1]), device=CPU)
-    return torch.stack([sample(step) for step in local])
+    sample, keys = Sampler(params, shards, communicator), keys_of(params, range(logits.shape[1]))
+    return torch.stack([sample(step, keys, torch.full_like(keys, at)) for at, step in enumerate(local)])
 
 
 def test_all_ranks_draw_the_token_that_one_rank_alone_draws() -> None:
@@ -175,11 +194,10 @@ def test_all_ranks_draw_the_token_that_one_rank_alone_draws() -> None:
 
 def sampled_answers(communicator: Communicator, folder: Path, batches: list[list[int]]) -> list[list[list[int]]]:
     """Token ids of the answers to batches of the model's prompts, given by their indices."""
-    engine = Engine(load(communicator, folder), CPU, max_context=64, prefill_chunk=16)
+    engine = make_engine(communicator, folder, prefill_chunk=16, batch_size=3, sampling=SAMPLING)
     prompts, answers = prompts_of("llama"), []
     for batch in batches:
-        sample = sampler(engine, communicator, SAMPLING, batch)
-        result = generate_batch(engine, [prompts[index] for index in batch], sample, demo_tokenizer(), StopRules(12))
+        result = generate(engine, [Prompt(index, prompts[index]) for index in batch], demo_tokenizer(), StopRules(12))
         answers.append([answer.token_ids for answer in result.answers])
     return answers
 

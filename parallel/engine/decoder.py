@@ -1,0 +1,106 @@
+"""The forward pass of a sharded transformers model, over the tokens of many sequences at once.
+
+The model's own modules keep their weights; this calls them with as few launches as they need: q, k and v in one linear,
+gate and up in one, residual sums within norms, rotation within the write to the cache. It knows the families of
+launcher/model_config.py, whose layers differ in biases and in norms of queries and keys only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from parallel.engine.merged import merge_linears
+from parallel.engine.pages import PagedKV
+from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
+
+# query [tokens, local heads, head_dim], the layer's cache -> the same shape
+Attend = Callable[[Tensor, PagedKV], Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass takes: ids, positions in their sequences and slots in the cache, each [tokens] int64."""
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
+class Decoder:
+    """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone."""
+
+    def __init__(self, model: PreTrainedModel, max_context: int) -> None:
+        config = model.config
+        self.model = model
+        self.eps = config.rms_norm_eps
+        self.head_dim = model.model.layers[0].self_attn.head_dim
+        query, key = (local_outputs(model.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj"))
+        self.num_heads, self.num_kv_heads = query // self.head_dim, key // self.head_dim
+        self.scale = self.head_dim**-0.5
+        self.num_layers = config.num_hidden_layers
+        for layer in model.model.layers:
+            merge_layer(layer)
+            if model.device.type == "cuda":
+                # What a layer's parts held makes room for the next layer's whole.
+                torch.cuda.empty_cache()
+        # One tensor for cosines, one for sines: [max_context, head_dim / 2] float32.
+        self.cos, self.sin = rotary_tables(model.model.rotary_emb, max_context)
+
+    def __call__(self, tokens: Tokens, attend: Attend, caches: Sequence[PagedKV]) -> Tensor:
+        """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
+        residual = self.model.model.embed_tokens(tokens.ids)
+        update = torch.zeros(0)
+        for index, (layer, cache) in enumerate(zip(self.model.model.layers, caches, strict=True)):
+            norm = layer.input_layernorm.weight
+            normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
+            update = self._attention(layer.self_attn, normed, tokens, attend, cache)
+            normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
+            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed)))
+        return residual.add_(update)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, local vocabulary]"""
+        logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
+        return logits
+
+    def _attention(self, attention: nn.Module, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
+        if self.num_heads == 0:
+            # More ranks than KV heads: nothing to do here but to add zeros to the sum.
+            return attention.o_proj(normed.new_empty(len(normed), 0))
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        query = rotary_and_cache(
+            attention.qkv(normed),
+            self.cos,
+            self.sin,
+            tokens.positions,
+            tokens.slots,
+            cache.keys,
+            cache.values,
+            self.num_heads,
+            self.num_kv_heads,
+            None if query_norm is None else query_norm.weight,
+            None if key_norm is None else key_norm.weight,
+            self.eps,
+        )
+        return attention.o_proj(attend(query, cache).flatten(1))
+
+
+def local_outputs(attention: nn.Module, name: str) -> int:
+    """How many outputs of a column-parallel projection this rank has."""
+    layer = getattr(attention, name)
+    return int(layer._partition_sizes[layer.tp_index])
+
+
+def merge_layer(layer: nn.Module) -> None:
+    """Merges the projections of a decoder layer, in place."""
+    attention, mlp = layer.self_attn, layer.mlp
+    attention.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    mlp.gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+    for parent, names in ((attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj"))):
+        for name in names:
+            delattr(parent, name)

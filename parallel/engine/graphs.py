@@ -1,0 +1,44 @@
+"""The decode step captured as CUDA graphs, one for each number of rows that is worth its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+# A step of other numbers of rows runs the next larger graph, its last rows empty.
+SIZES = (1, 2, 4, 8, 16, 32)
+# Before a capture, the step runs this often outside of it: kernels are compiled and libraries set themselves up.
+NUM_WARM_UPS = 2
+
+
+class StepGraphs:
+    """`run_step(num_rows)`, captured at once for all sizes. The rows must hold no sequence, since steps are run for it."""
+
+    def __init__(self, run_step: Callable[[int], None], max_rows: int) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others fit into its memory.
+        sizes = sorted(graph_sizes(max_rows), reverse=True)
+        self.graphs = {size: capture(partial(run_step, size), pool) for size in sizes}
+
+    def run(self, num_rows: int) -> None:
+        self.graphs[min(size for size in self.graphs if size >= num_rows)].replay()
+
+
+@torch.inference_mode()
+def capture(run: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+    """What `run` does on the card, as a graph; it is run before, too."""
+    for _ in range(NUM_WARM_UPS):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (the watchdog of NCCL) may talk to the card meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+def graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """Those up to `max_rows`, and `max_rows` itself."""
+    return (*(size for size in SIZES if size < max_rows), max_rows)

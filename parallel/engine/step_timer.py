@@ -1,0 +1,58 @@
+"""The decode step timed by itself, with its all-reduces or without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
+from parallel.engine.graphs import capture
+from parallel.engine.scheduler import pages_for
+from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.linear import swapped_communicator
+
+# The first steps after a change of path are slower.
+NUM_WARM_UPS = 2
+
+
+def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
+    """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted.
+
+    Layers talk through `communicator`; on a card the step is captured with it. The engine must have no sequences open;
+    what lies in their pages is attended to as it is.
+    """
+    sequences = [EngineSequence(index, [0] * (length - 1), max_tokens=2) for index, length in enumerate(contexts)]
+    for sequence in sequences:
+        sequence.pages = engine.pages.allocate(pages_for(sequence))
+        sequence.num_sampled = 1
+        engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
+    try:
+        with torch.inference_mode(), swapped_communicator(engine.model, communicator):
+            engine.arrange(sequences)
+            return _time(engine, len(sequences), num_steps)
+    finally:
+        for sequence in sequences:
+            engine.pages.release(sequence.pages)
+
+
+def _time(engine: Engine, num_rows: int, num_steps: int) -> list[float]:
+    """Every step starts from the same positions."""
+    positions = engine.rows.positions.clone()
+
+    def step() -> None:
+        engine.rows.positions.copy_(positions)
+        engine.step_rows(num_rows)
+
+    run = capture(step).replay if engine.device.type == "cuda" else step
+    return [_milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+
+
+def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
