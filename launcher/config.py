@@ -56,6 +56,13 @@ class HardwareKind(str, Enum):
     cpu = "cpu"
 
 
+class KVDType(str, Enum):
+    """Type of keys and values in the cache; `auto` is the activations' own."""
+
+    auto = "auto"
+    fp8 = "fp8"
+
+
 class PeerAccess(str, Enum):
     auto = "auto"
     off = "off"
@@ -180,6 +187,8 @@ class SamplingConfig:
 class EngineConfig:
     # Tokens a sequence may have, prompt and answer; null: what fits, at most 8192 and the model's own limit.
     max_context: int | None = None
+    # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
+    kv_dtype: KVDType = KVDType.auto
     # Tokens of prompt that go through the model at a time; bounds the memory of activations.
     prefill_chunk: int = 2048
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
+from parallel.engine.limits import PAGE_SIZE, EngineLimits
 from parallel.kernels.held import dequantized_bytes, held_bits, stored_bits
 from parallel.partition import split_by_grain, split_by_heads
 
@@ -24,6 +26,7 @@ PLAIN_BITS = 16
 LEAST_PLAIN = 0.01
 # transformers hands SDPA a mask of one byte an entry.
 MASK_BYTES = 1
+FP8_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Demand:
     world_size: int
     grain: int
     dtype: str
+    # As engine.kv_dtype: auto or fp8.
+    kv_dtype: str
     device: str
     # A key of COMMUNICATOR_BYTES.
     transport: str
@@ -51,7 +56,7 @@ class Demand:
         return tuple(
             fixed
             | {
-                "kv_cache": self.batch_size * max_context * kv_bytes,
+                "kv_cache": EngineLimits(max_context, self.batch_size, self.prefill_chunk).num_pages * PAGE_SIZE * kv_bytes,
                 "activations": self._activations(rank, max_context),
             }
             for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
@@ -69,7 +74,7 @@ class Demand:
 
     def kv_bytes_per_token(self) -> tuple[int, ...]:
         """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""
-        element_bytes = DTYPE_BYTES[self.dtype]
+        element_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
         heads = split_by_heads(self.shape.num_kv_heads, self.world_size, self.shape.num_kv_heads)
         return tuple(self.shape.num_layers * 2 * num * self.shape.head_dim * element_bytes for num in heads)
 

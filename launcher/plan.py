@@ -92,6 +92,7 @@ def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
         world_size=placement.world_size,
         grain=choose_grain((shape.intermediate_size, shape.vocab_size), placement.world_size),
         dtype=_choose_dtype(run, shape, placement.device),
+        kv_dtype=run.engine.kv_dtype.value,
         device=placement.device,
         transport=transport,
         batch_size=run.workload.batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launcher.config import MAX_CARDS
+from launcher.config import MAX_CARDS, KVDType
 from launcher.hardware import Inventory
 from launcher.memory import Demand, fits, group_lines, largest_context
 from launcher.shape import TYPICAL_SCHEMES
@@ -40,6 +40,8 @@ def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int) ->
     most = largest_context(demand, budgets, max_context)
     if most >= 2:
         yield f"sequences of up to {most} tokens (engine.max_context={most})"
+    if demand.kv_dtype != KVDType.fp8.value and fits(replace(demand, kv_dtype=KVDType.fp8.value), budgets, max_context):
+        yield "engine.kv_dtype=fp8"
     for batch_size in range(demand.batch_size - 1, 0, -1):
         if fits(replace(demand, batch_size=batch_size), budgets, max_context):
             yield f"workload.batch_size={batch_size}"

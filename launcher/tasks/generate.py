@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from launcher.config import SamplingConfig
+from launcher.config import KVDType, SamplingConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
@@ -20,7 +20,8 @@ from launcher.tasks.measure import communication, latencies, memory
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.engine import generate
-from parallel.engine.engine import Engine, EngineLimits
+from parallel.engine.engine import Engine
+from parallel.engine.limits import EngineLimits
 from parallel.engine.generate import Answer, Result, StopRules
 from parallel.engine.sampling import SamplingParams
 from parallel.shard import build_sharded_model
@@ -90,6 +91,7 @@ def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrai
         context.device,
         EngineLimits(plan.max_context, run.workload.batch_size, run.engine.prefill_chunk),
         sampling=sampling_params(run.sampling),
+        kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,

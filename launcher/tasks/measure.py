@@ -46,10 +46,12 @@ def communication(context: RankContext, engine: Engine, contexts: Sequence[int])
 
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
-    tensors = {id(tensor): tensor for tensor in (*engine.model.parameters(), *engine.model.buffers())}
+    # The rotary frequencies are no weights.
+    buffers = (buffer for name, buffer in engine.model.named_buffers() if "rotary_emb" not in name)
+    weights = {id(tensor): tensor for tensor in (*engine.model.parameters(), *buffers)}
     on_card = device.type == "cuda"
     return {
-        "weights_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "weights_bytes": sum(tensor.nbytes for tensor in weights.values()),
         "kv_cache_bytes": sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(device) if on_card else None,
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if on_card else None,

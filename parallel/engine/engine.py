@@ -5,7 +5,6 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
@@ -16,24 +15,12 @@ from transformers import PreTrainedModel
 from parallel.communicator import Communicator
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.graphs import StepGraphs
-from parallel.engine.pages import PAGE_SIZE, PageAllocator, PagedKV, allocate_pages, gather_kv
+from parallel.engine.limits import PAGE_SIZE, EngineLimits
+from parallel.engine.pages import PageAllocator, PagedKV, allocate_pages, gather_kv
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
 from parallel.engine.sequence import Sequence
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine has room for: tokens of a sequence, sequences at a time, tokens of prompts in one pass."""
-
-    max_context: int
-    batch_size: int
-    prefill_chunk: int
-
-    @property
-    def pages_per_sequence(self) -> int:
-        return math.ceil(self.max_context / PAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -61,11 +48,9 @@ class Engine:
         self.model, self.device, self.limits = model, device, limits
         self.decoder = Decoder(model, limits.max_context)
         self.dtype = model.lm_head.weight.dtype
-        # Page 0 is nobody's: rows without a sequence write there.
-        num_pages = 1 + limits.batch_size * limits.pages_per_sequence
         heads = (self.decoder.num_kv_heads, self.decoder.head_dim)
-        self.caches = allocate_pages(self.decoder.num_layers, num_pages, *heads, kv_dtype or self.dtype, device)
-        self.pages = PageAllocator(num_pages)
+        self.caches = allocate_pages(self.decoder.num_layers, limits.num_pages, *heads, kv_dtype or self.dtype, device)
+        self.pages = PageAllocator(limits.num_pages)
         shards = VocabularyShards(tuple(model.lm_head._partition_sizes))
         self.sampler = Sampler(sampling or SamplingParams(), shards, communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)

@@ -2,7 +2,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-PAGE_SIZE = 64
+from parallel.engine.limits import PAGE_SIZE
 @dataclass(frozen=True)
 class PagedKV:
     keys: Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Tokens
-from parallel.engine.pages import PAGE_SIZE
+from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Sequence
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pages import PAGE_SIZE
+from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 

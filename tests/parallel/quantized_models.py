@@ -14,7 +14,8 @@ from transformers import Qwen2Config
 from parallel.checkpoint.headers import CheckpointError, read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, EngineLimits
+from parallel.engine.engine import Engine
+from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import gather_logits
 from tests.parallel.packers import CASES, FLOAT8_CASES, Case
 from tests.parallel.ranks import CPU, build, forced_logits

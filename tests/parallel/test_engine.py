@@ -9,7 +9,7 @@ from torch import Tensor
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.graphs import graph_sizes
-from parallel.engine.pages import PAGE_SIZE
+from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sampling import gather_logits
 from parallel.engine.step_timer import time_steps
 from parallel.partition import split_by_heads

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, EngineLimits, Part
+from parallel.engine.engine import Engine, Part
+from parallel.engine.limits import EngineLimits
 from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
 from parallel.engine.pages import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
