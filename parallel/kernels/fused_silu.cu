@@ -1,0 +1,22 @@
+// out = bf16(silu(gate)) * up, where a row holds the gates, then the ups. A thread takes 16 bytes of each.
+
+#include "bf16.cuh"
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// silu is rounded before the product, as transformers does.
+__device__ __forceinline__ u32 silu_mul_pair(u32 gate, u32 up) {
+  const u32 active = pack(silu(low(gate)), silu(high(gate)));
+  return pack(low(active) * low(up), high(active) * high(up));
+}
+
+// pieces: of 16 bytes in a row of the result; row_stride in pieces.
+extern "C" __global__ void __launch_bounds__(256)
+silu_mul(const uint4* __restrict__ gate_up, uint4* __restrict__ out, int pieces, int row_stride) {
+  const size_t row = blockIdx.x;
+  const int at = blockIdx.y * blockDim.x + threadIdx.x;
+  if (at >= pieces) return;
+  const uint4 gate = __ldg(gate_up + row * row_stride + at), up = __ldg(gate_up + row * row_stride + pieces + at);
+  out[row * pieces + at] = make_uint4(silu_mul_pair(gate.x, up.x), silu_mul_pair(gate.y, up.y),
+                                      silu_mul_pair(gate.z, up.z), silu_mul_pair(gate.w, up.w));
+}

@@ -1,0 +1,69 @@
+"""What of starting kernels shows without a card: parameters in memory, sources, and compiled kernels on disk."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from parallel.kernels import binaries, launch
+
+
+def test_parameters_lie_as_in_a_struct_of_c() -> None:
+    class Members(ctypes.Structure):
+        _fields_ = (("a", ctypes.c_int), ("b", ctypes.c_void_p), ("c", ctypes.c_float), ("d", ctypes.c_longlong))
+
+    assert launch.offsets("iPfq") == [getattr(Members, name).offset for name in "abcd"]
+
+
+def test_sources_hold_what_they_include() -> None:
+    for path in launch.FOLDER.glob("*.cu"):
+        assert "#include" not in launch.read_source(path.name)
+    assert "u32 pack(" in launch.read_source("fused_silu.cu")
+
+
+def test_a_kernel_is_made_once(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "kernel.cubin"
+    made: list[int] = []
+
+    def make() -> bytes:
+        made.append(1)
+        return b"code" * 1000
+
+    assert binaries.read_or_make(path, make) == binaries.read_or_make(path, make) == b"code" * 1000
+    assert len(made) == 1 and [file.name for file in path.parent.iterdir()] == ["kernel.cubin"]
+
+
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:-1], lambda old: old[:-1] + b"x"])
+def test_what_is_damaged_on_disk_is_made_again(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "kernel.cubin"
+    binaries.write_whole(path, b"code")
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    assert binaries.read_or_make(path, lambda: b"new") == b"new"
+    assert binaries.read_whole(path) == b"new"
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert binaries.read_or_make(tmp_path / "file" / "kernel.cubin", lambda: b"code") == b"code"
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert binaries.read_or_make(tmp_path / "kernel.cubin", lambda: b"code") == b"code"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_the_cache_and_what_tells_kernels_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(binaries, "nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(binaries, "compile_binary", lambda *parts: repr(parts).encode())
+    kinds = [("s", "k", ("-DA=1",), "89"), ("t", "k", ("-DA=1",), "89"), ("s", "l", ("-DA=1",), "89")]
+    kinds += [("s", "k", ("-DA=2",), "89"), ("s", "k", ("-DA=1",), "90")]
+    for _ in range(2):
+        assert [binaries.read_or_compile(*kind) for kind in kinds] == [repr(kind).encode() for kind in kinds]
+    assert len(list((tmp_path / "launch70b" / "kernels").iterdir())) == len(kinds)
