@@ -100,8 +100,8 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {
         "sec": sec,
         # Of the slowest rank: what held it up. The rest is copies to the card.
-        "disk_wait_sec": slowest.get("disk_wait_sec"),
-        "decode_sec": slowest.get("decode_sec"),
+        "disk_wait_sec": slowest["disk_wait_sec"],
+        "decode_sec": slowest["decode_sec"],
         "bytes_read": total,
         "gb_per_sec": total / sec / 1e9,
         "bytes_read_per_rank": [load["bytes_read"] for load in loads],

@@ -113,4 +113,4 @@ def fill(file: int, chunk: Chunk, offset: int, target: Bytes) -> None:
 
 def new_bytes(num_bytes: int) -> Bytes:
     """Memory that goes back to the system once it is let go, where malloc would keep it."""
-    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
+    return np.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)

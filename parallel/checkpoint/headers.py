@@ -86,10 +86,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     ranges = {name: _byte_range(file, name, fields) for name, fields in header.items()}
     _check_tiling(file, ranges.values(), data_start)
+    sizes = {name: (fields["dtype"], tuple(fields["shape"])) for name, fields in header.items()}
     return {
-        name: TensorEntry(
-            name, file, header[name]["dtype"], tuple(header[name]["shape"]), data_start + begin, end - begin
-        )
+        name: TensorEntry(name, file, *sizes[name], data_start + begin, end - begin)
         for name, (begin, end) in ranges.items()
     }
 
