@@ -95,9 +95,13 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     loads = [result["load"] for result in results if result.get("load")]
     if not loads:
         return None
-    sec, total = max(load["sec"] for load in loads), sum(load["bytes_read"] for load in loads)
+    slowest, total = max(loads, key=lambda load: load["sec"]), sum(load["bytes_read"] for load in loads)
+    sec = slowest["sec"]
     return {
         "sec": sec,
+        # Of the slowest rank: what held it up. The rest is copies to the card.
+        "disk_wait_sec": slowest["disk_wait_sec"],
+        "decode_sec": slowest["decode_sec"],
         "bytes_read": total,
         "gb_per_sec": total / sec / 1e9,
         "bytes_read_per_rank": [load["bytes_read"] for load in loads],

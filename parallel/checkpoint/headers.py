@@ -34,12 +34,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: where it is and what it is. `dtype` in safetensors' spelling, such as BF16."""
+    """One tensor: where it is and what it is. `dtype` in safetensors' spelling, such as BF16.
+
+    Its bytes start at `offset` of the file.
+    """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
     num_bytes: int
 
 
@@ -82,9 +86,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     ranges = {name: _byte_range(file, name, fields) for name, fields in header.items()}
     _check_tiling(file, ranges.values(), data_start)
+    sizes = {name: (fields["dtype"], tuple(fields["shape"])) for name, fields in header.items()}
     return {
-        name: TensorEntry(name, file, fields["dtype"], tuple(fields["shape"]), ranges[name][1] - ranges[name][0])
-        for name, fields in header.items()
+        name: TensorEntry(name, file, *sizes[name], data_start + begin, end - begin)
+        for name, (begin, end) in ranges.items()
     }
 
 

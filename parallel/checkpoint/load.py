@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,37 +12,51 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.formats.scheme import Slices
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
-from parallel.checkpoint.quantized import local_box, local_tensors, read_linear
-from parallel.checkpoint.read import is_finite, read_slices, sliced_bytes
+from parallel.checkpoint.quantized import local_box, local_slices, place_linear
+from parallel.checkpoint.read import TensorSlice, check_finite, is_finite
+from parallel.checkpoint.read_ahead import LIMIT_BYTES, ReadAhead
 from parallel.linear import ShardedLayer
 from parallel.shard import ShardedModel
+
+Stored = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LoadResult:
     """What one rank's load cost. Bytes are those of its slices, as stored.
 
-    `kernels`: how many quantised linears got which kernel, and why.
+    `disk_wait_sec`: of `sec`, waiting for bytes; `decode_sec`: checking, converting, decoding and packing them. The
+    rest is copies to the device. `kernels`: how many quantised linears got which kernel, and why.
     """
 
     bytes_read: int
     sec: float
+    disk_wait_sec: float
+    decode_sec: float
     kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One parameter, or one quantised linear: the file that it begins in, its bytes, and what reads it.
+    """One parameter, or one quantised linear: what to read, and what to do with it.
 
-    `run` returns the kernel of a quantised linear.
+    `place` gets what `reads` names, on the device; it returns the kernel of a quantised linear.
     """
 
-    file: Path
-    num_bytes: int
-    run: Callable[[], str | None]
+    reads: dict[str, TensorSlice]
+    place: Callable[[Stored], str | None]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(wanted.num_bytes for wanted in self.reads.values())
+
+    @property
+    def position(self) -> tuple[Path, int]:
+        """Where it begins: its file, and the byte."""
+        first = next(iter(self.reads.values())).entry
+        return first.file, first.offset
 
 
 def load_checkpoint(
@@ -51,6 +65,7 @@ def load_checkpoint(
     device: torch.device,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    read_ahead_bytes: int = LIMIT_BYTES,
 ) -> LoadResult:
     """Reads this rank's slices to `device`, in the model's dtype, and puts them in place of the meta parameters.
 
@@ -58,57 +73,58 @@ def load_checkpoint(
 
     Args:
         on_progress: called after each parameter with the bytes read so far and in all, both of this rank.
+        read_ahead_bytes: of host memory for what is read ahead of its use.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or holds a NaN or infinity; the message names it.
+        CheckpointError: a tensor is missing, has another shape, cannot be read, or holds a NaN or infinity; the message
+            names it.
     """
     start = time.perf_counter()
     matches = match_tensors(model, checkpoint)
-    for entry in matches.surplus_biases:
-        check_zero(entry)
-    steps = sorted([*plain_steps(model, matches, device), *quantized_steps(model, matches, device)], key=by_file)
+    check_zeros(matches.surplus_biases, read_ahead_bytes)
+    steps = sorted([*plain_steps(model, matches), *quantized_steps(model, matches)], key=lambda step: step.position)
     total = sum(step.num_bytes for step in steps)
-    done, kernels = 0, Counter[str]()
-    for step in steps:
-        kernel = step.run()
-        if kernel is not None:
-            kernels[kernel] += 1
-        done += step.num_bytes
-        on_progress(done, total)
+    done, decode_sec, kernels = 0, 0.0, Counter[str]()
+    with ReadAhead((wanted for step in steps for wanted in step.reads.values()), device, read_ahead_bytes) as reader:
+        for step in steps:
+            stored = {name: reader.take(wanted) for name, wanted in step.reads.items()}
+            begin = time.perf_counter()
+            kernel = place_step(step, stored)
+            decode_sec += time.perf_counter() - begin
+            if kernel is not None:
+                kernels[kernel] += 1
+            done += step.num_bytes
+            on_progress(done, total)
     move_buffers(model.module, device)
-    return LoadResult(bytes_read=done, sec=time.perf_counter() - start, kernels=dict(kernels))
+    return LoadResult(done, time.perf_counter() - start, reader.wait_sec, decode_sec, dict(kernels))
 
 
-def by_file(step: Step) -> Path:
-    return step.file
+def place_step(step: Step, stored: Stored) -> str | None:
+    for name, values in stored.items():
+        check_finite(values, step.reads[name].entry)
+    return step.place(stored)
 
 
-def plain_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:
+def plain_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:
     owners = parameter_owners(model.module)
     for name, entry in matches.plain.items():
         module, attribute = owners[name][0]
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
-        yield Step(
-            entry.file, sliced_bytes(entry, slices), partial(read_parameter, owners[name], entry, slices, device)
-        )
+        yield Step({name: TensorSlice(entry, slices)}, partial(place_parameter, owners[name], name))
 
 
-def quantized_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:
+def quantized_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:
     for name, entries in matches.quantized.items():
         assert model.scheme is not None
         layer = model.module.get_submodule(name)
         shape = model.full_shapes[f"{name}.weight"]
         box = local_box(layer, shape)
-        tensors = local_tensors(entries, model.scheme, shape[1], box)
-        first = next(iter(tensors.values()))[0]
-        num_bytes = sum(sliced_bytes(entry, slices) for entry, slices in tensors.values())
-        yield Step(first.file, num_bytes, partial(read_linear, layer, tensors, model.scheme, box, device))
+        reads = local_slices(entries, model.scheme, shape[1], box)
+        yield Step(reads, partial(place_linear, layer, reads, model.scheme, box))
 
 
-def read_parameter(
-    owners: list[tuple[nn.Module, str]], entry: TensorEntry, slices: Slices, device: torch.device
-) -> None:
-    place(owners, read_slices(entry, slices, device), entry.name)
+def place_parameter(owners: list[tuple[nn.Module, str]], name: str, stored: Stored) -> None:
+    place(owners, stored[name], name)
 
 
 def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str) -> None:
@@ -127,13 +143,16 @@ def place(owners: list[tuple[nn.Module, str]], stored: Tensor, name: str) -> Non
         setattr(module, attribute, parameter)
 
 
-def check_zero(entry: TensorEntry) -> None:
+def check_zeros(entries: Iterable[TensorEntry], read_ahead_bytes: int) -> None:
     """Raises CheckpointError: a bias that the model has no place for is more than zeros."""
-    if read_slices(entry, (), torch.device("cpu")).any():
-        raise CheckpointError(
-            f"{entry.name} in {entry.file} is not zero, and the model has no such bias. "
-            "Take the config.json that belongs to the weights."
-        )
+    biases = [TensorSlice(entry) for entry in entries]
+    with ReadAhead(biases, torch.device("cpu"), read_ahead_bytes) as reader:
+        for bias in biases:
+            if reader.take(bias).any():
+                raise CheckpointError(
+                    f"{bias.entry.name} in {bias.entry.file} is not zero, and the model has no such bias. "
+                    "Take the config.json that belongs to the weights."
+                )
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

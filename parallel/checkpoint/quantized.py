@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Box, Scheme, Slices, part_slices
+from parallel.checkpoint.formats.scheme import Box, Scheme, part_slices
 from parallel.checkpoint.headers import CheckpointError, TensorEntry
-from parallel.checkpoint.read import read_slices
+from parallel.checkpoint.read import TensorSlice
 from parallel.kernels.choice import pack_linear
 from parallel.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 
-Tensors = dict[str, tuple[TensorEntry, Slices]]
+Slices = dict[str, TensorSlice]
 
 
 def local_box(layer: ShardedLayer, shape: tuple[int, ...]) -> Box:
@@ -25,33 +25,32 @@ def local_box(layer: ShardedLayer, shape: tuple[int, ...]) -> Box:
     return Box((first_out, end_out), (first_in, end_in))
 
 
-def local_tensors(entries: dict[str, TensorEntry], scheme: Scheme, num_in: int, box: Box) -> Tensors:
-    """The tensors to read and the slices that `box` needs of each, by part."""
+def local_slices(entries: dict[str, TensorEntry], scheme: Scheme, num_in: int, box: Box) -> Slices:
+    """What to read of each stored tensor for `box`, by part."""
     return {
-        part.name: (entries[part.name], part_slices(part, scheme, num_in, box))
+        part.name: TensorSlice(entries[part.name], part_slices(part, scheme, num_in, box))
         for part in format_of(scheme).parts(scheme)
         if part.used and part.name in entries
     }
 
 
-def read_linear(layer: ShardedLayer, tensors: Tensors, scheme: Scheme, box: Box, device: torch.device) -> str:
-    """Reads, decodes and packs on `device`; the layer then multiplies by it. Returns the kernel's name and reason.
+def place_linear(layer: ShardedLayer, reads: Slices, scheme: Scheme, box: Box, stored: dict[str, Tensor]) -> str:
+    """Decodes and packs what was read; the layer then multiplies by it. Returns the kernel's name and reason.
 
     Raises:
-        CheckpointError: a scale is no number, or the tensors contradict config.json.
+        CheckpointError: the tensors contradict config.json.
     """
     dtype = layer.weight.dtype
-    weight = decode(tensors, scheme, box, device)
+    weight = decode(reads, scheme, box, stored)
     assert weight.shape == box.shape, f"{layer.name}: {weight.shape=} {box.shape=}"
     layer.packed, kernel = pack_linear(weight, dtype)
     layer.weight = None
     return kernel
 
 
-def decode(tensors: Tensors, scheme: Scheme, box: Box, device: torch.device) -> QuantizedWeight:
-    stored = {name: read_slices(entry, slices, device) for name, (entry, slices) in tensors.items()}
+def decode(reads: Slices, scheme: Scheme, box: Box, stored: dict[str, Tensor]) -> QuantizedWeight:
     try:
         return format_of(scheme).decode(stored, scheme, box)
     except CheckpointError as error:
-        first = next(iter(tensors.values()))[0]
+        first = next(iter(reads.values())).entry
         raise CheckpointError(f"{first.name.rpartition('.')[0]} in {first.file}: {error}") from error

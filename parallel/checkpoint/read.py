@@ -1,42 +1,66 @@
-"""Slices of stored tensors: how many bytes, their values, and whether those are numbers."""
+"""What a rank wants of a stored tensor, as what it becomes here, and whether the values are numbers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from parallel.checkpoint.formats.scheme import Slices
 from parallel.checkpoint.headers import CheckpointError, TensorEntry
 
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 # e4m3 has no infinity; NaN has all bits below the sign set.
 FLOAT8_NAN = 0x7F
 
 
-def sliced_bytes(entry: TensorEntry, slices: Slices) -> int:
-    """Bytes of a part of a tensor, in the dtype that it is stored in."""
-    numel = math.prod(entry.shape)
-    lengths = [len(range(*part.indices(size))) for part, size in zip(slices, entry.shape, strict=False)]
-    kept = math.prod(lengths) * math.prod(entry.shape[len(slices) :])
-    return entry.num_bytes * kept // numel if numel else 0
+@dataclass(frozen=True)
+class TensorSlice:
+    """One rank's part of a stored tensor; no slices mean all of it. Slices are of the first dimensions, in steps of 1.
 
-
-def read_slices(entry: TensorEntry, slices: Slices, device: torch.device) -> Tensor:
-    """A copy on `device`; no slices mean all of the tensor.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite.
+    Only the first two dimensions may be cut.
     """
-    # A handle per tensor: closing it unmaps what was touched, which for a slice of columns is the whole tensor.
-    with safe_open(entry.file, framework="pt") as handle:
-        view = handle.get_slice(entry.name)[slices] if slices else handle.get_tensor(entry.name)
-        # What safetensors gives on the CPU may be a view of the mapped file.
-        stored: Tensor = view.to(device, copy=True)
-    if not is_finite(stored):
+
+    entry: TensorEntry
+    slices: Slices = ()
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """What is wanted of each dimension."""
+        slices = self.slices + (slice(None),) * (len(self.entry.shape) - len(self.slices))
+        return tuple(range(*part.indices(size)) for part, size in zip(slices, self.entry.shape, strict=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.ranges))
+
+    @property
+    def num_bytes(self) -> int:
+        """As stored."""
+        numel = math.prod(self.entry.shape)
+        return self.entry.num_bytes * math.prod(self.shape) // numel if numel else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises CheckpointError: torch has no such type."""
+        if self.entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.entry.name} in {self.entry.file} is {self.entry.dtype}, which cannot be read; "
+                f"supported: {', '.join(DTYPES)}."
+            )
+        return DTYPES[self.entry.dtype]
+
+
+def check_finite(values: Tensor, entry: TensorEntry) -> None:
+    """Raises CheckpointError: a value is NaN or infinite."""
+    if not is_finite(values):
         raise CheckpointError(f"{entry.name} in {entry.file} holds NaN or infinity. Download the file again.")
-    return stored
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -41,7 +41,7 @@ SHAPE = shape_from_facts(
 )
 RESULT = {
     "transport": {"all_sizes": {"name": "gloo", "reason": "why"}},
-    "load": {"bytes_read": 100, "sec": 2.0, "gb_per_sec": 5e-8},
+    "load": {"bytes_read": 100, "sec": 2.0, "gb_per_sec": 5e-8, "disk_wait_sec": 1.9, "decode_sec": 0.1},
     "ttft_ms": 20.0,
     "tpot_ms": {"p50": 10.0, "p99": 12.0},
     "generated_tokens": 30,
@@ -51,6 +51,7 @@ RESULT = {
     "memory": {"weights_bytes": 50},
     "outputs": [{"index": 0, "token_ids": [1, 2]}],
 }
+SLOW_LOAD = {"bytes_read": 300, "sec": 4.0, "disk_wait_sec": 0.5, "decode_sec": 3.0}
 
 
 class FakeTelemetry:
@@ -84,7 +85,7 @@ def planned_job(run_dir: Path) -> Job:
 def build(run_dir: Path, *results: dict[str, Any], job: Job | None = None, **telemetry: Any) -> dict[str, Any]:
     """The report of two ranks, the second of which read more and slower."""
     (run_dir / "ranks").mkdir()
-    slower = RESULT | {"load": {"bytes_read": 300, "sec": 4.0}, "ttft_ms": 99.0, "memory": {"weights_bytes": 60}}
+    slower = RESULT | {"load": SLOW_LOAD, "ttft_ms": 99.0, "memory": {"weights_bytes": 60}}
     for rank, result in enumerate(results or (RESULT, slower)):
         (run_dir / "ranks" / f"{rank}.json").write_text(json.dumps(result))
     fake = FakeTelemetry(*USAGES, **telemetry)
@@ -122,6 +123,8 @@ def test_measurements_of_rank_0_are_the_runs(tmp_path: Path) -> None:
 def test_load_is_as_long_as_the_slowest_rank_and_reads_what_all_read(tmp_path: Path) -> None:
     assert build(tmp_path)["load"] == {
         "sec": 4.0,
+        "disk_wait_sec": 0.5,
+        "decode_sec": 3.0,
         "bytes_read": 400,
         "gb_per_sec": pytest.approx(1e-7),
         "bytes_read_per_rank": [100, 300],
