@@ -31,8 +31,8 @@ def read_slices(entry: TensorEntry, slices: Slices, device: torch.device) -> Ten
     """
     # A handle per tensor: closing it unmaps what was touched, which for a slice of columns is the whole tensor.
     with safe_open(entry.file, framework="pt") as handle:
-        view = handle.get_slice(entry.name)[slices] if slices else handle.get_tensor(entry.name)
-        # What safetensors gives on the CPU may be a view of the mapped file.
+        # A view of the mapped file: only what the copy touches is read. `entry` may say another shape than the file.
+        view = handle.get_tensor(entry.name).view(entry.shape)[slices]
         stored: Tensor = view.to(device, copy=True)
     if not is_finite(stored):
         raise CheckpointError(f"{entry.name} in {entry.file} holds NaN or infinity. Download the file again.")
