@@ -15,7 +15,7 @@ from launcher.model_config import SUPPORTED as SUPPORTED
 from launcher.model_config import ShapeError as ShapeError
 from launcher.model_config import read_model_config
 from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
-from parallel.checkpoint.formats.scheme import Scheme
+from parallel.checkpoint.formats.scheme import Scheme, inputs_problem
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint
 from parallel.partition import split_by_grain, split_by_heads
 
@@ -28,12 +28,15 @@ TYPICAL_SCHEMES = {
     "gptq": Scheme("gptq", "gptq", bits=4, group_size=128),
     "compressed-tensors": Scheme("compressed-tensors", "pack-quantized", bits=4, group_size=128),
     "fp8": Scheme("compressed-tensors", "float-quantized", bits=8, group_size=None, is_float=True),
+    "bitsandbytes": Scheme("bitsandbytes", "nf4", bits=4, group_size=64, has_codebook=True, nested_scales=True),
 }
 # Bits of a weight with its scales, above which those formats are taken to have 8 bits.
 MOST_BITS_OF_FOUR = 6.0
 EMBEDDING_NAME = "model.embed_tokens.weight"
 # One of these belongs to every quantised linear.
-QUANTIZED_PARTS = (".qweight", ".weight_packed", ".weight_scale")
+QUANTIZED_PARTS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax")
+# Of one size whatever the linear's.
+TABLES = (".quant_map", ".nested_quant_map", ".bitsandbytes__nf4")
 HEAD_NAMES = ("lm_head.weight", "lm_head.bias")
 
 
@@ -97,7 +100,7 @@ def shape_from_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) ->
     return replace(
         shape,
         linear_bits=8 * _linear_bytes(checkpoint) / shape.num_linear_weights,
-        not_loadable=shape.not_loadable or _not_loadable(checkpoint),
+        not_loadable=shape.not_loadable or _awkward_inputs(shape) or _not_loadable(checkpoint),
     )
 
 
@@ -133,6 +136,8 @@ def typical_quantization(name: str, linear_bits: float) -> dict[str, Any]:
     if name not in TYPICAL_SCHEMES:
         return {"scheme": None, "not_loadable": f"supported: {SUPPORTED_FORMATS}."}
     scheme = TYPICAL_SCHEMES[name]
+    if scheme.has_codebook and linear_bits > MOST_BITS_OF_FOUR:
+        return {"scheme": None, "not_loadable": f"in more than 4 bits; supported: {SUPPORTED_FORMATS}."}
     if scheme.bits == 4 and linear_bits > MOST_BITS_OF_FOUR:
         scheme = replace(scheme, bits=8, group_size=None)
     return {"scheme": scheme, "not_loadable": ""}
@@ -204,12 +209,21 @@ def _stored_dtype(file: Path, checkpoint: Checkpoint) -> str:
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the layers' linears as stored, with scales and zeros, without biases and norms."""
+    """Bytes of the layers' linears as stored, with scales and zeros, without biases, norms and tables."""
     return sum(
         entry.num_bytes
         for name, entry in checkpoint.tensors.items()
-        if (".self_attn." in name or ".mlp." in name) and not name.endswith(".bias") and "_norm." not in name
+        if (".self_attn." in name or ".mlp." in name) and not name.endswith((".bias", *TABLES)) and "_norm." not in name
     )
+
+
+def _awkward_inputs(shape: ModelShape) -> str:
+    """A linear whose number of inputs the format cannot be read with; empty: there is none."""
+    if shape.scheme is None:
+        return ""
+    sizes = (shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size)
+    problems = [inputs_problem(shape.scheme, num_in) for num_in in sizes]
+    return next((f"{problem}; such linears cannot be loaded." for problem in problems if problem), "")
 
 
 def _not_loadable(checkpoint: Checkpoint) -> str:

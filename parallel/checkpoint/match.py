@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Part, Scheme, is_expected, stored_shape
+from parallel.checkpoint.formats.scheme import Part, Scheme, inputs_problem, is_expected, stored_shape, viewed_shape
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.shard import ShardedModel
 
@@ -93,7 +93,7 @@ def match_quantized(
             continue
         num_out, num_in = model.full_shapes[name]
         problems += part_problems(parts, model.scheme, linear, entries, num_out, num_in)
-        matches[linear] = entries
+        matches[linear] = viewed(parts, model.scheme, entries, num_out, num_in)
     if not matches:
         problems.append(f"no linear has the tensors of {model.scheme.method}, which quantization_config promises")
     return matches
@@ -102,6 +102,9 @@ def match_quantized(
 def part_problems(
     parts: tuple[Part, ...], scheme: Scheme, linear: str, entries: dict[str, TensorEntry], num_out: int, num_in: int
 ) -> Iterator[str]:
+    if inputs_problem(scheme, num_in):
+        yield f"{linear}: {inputs_problem(scheme, num_in)}"
+        return
     for part in parts:
         entry = entries.get(part.name)
         if entry is None:
@@ -114,6 +117,17 @@ def part_problems(
             yield f"{where} {list(entry.shape)}, config.json makes it {wanted}"
         elif entry.dtype not in part.dtypes:
             yield f"{where} {entry.dtype}, and must be {' or '.join(part.dtypes)}"
+
+
+def viewed(
+    parts: tuple[Part, ...], scheme: Scheme, entries: dict[str, TensorEntry], num_out: int, num_in: int
+) -> dict[str, TensorEntry]:
+    """Entries by part, what is stored in one line in the shape of its axes: slices are of that."""
+    flat = {part.name: part for part in parts if part.flat_dims}
+    return {
+        name: replace(entry, shape=viewed_shape(flat[name], scheme, num_out, num_in)) if name in flat else entry
+        for name, entry in entries.items()
+    }
 
 
 def parameter_owners(module: nn.Module) -> Owners:

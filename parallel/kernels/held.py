@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.checkpoint.formats.scheme import Scheme
+from parallel.checkpoint.formats.scheme import NESTED_GROUP, Scheme
 
 # Above this many rows tinygemm's weight is dequantised for F.linear: the time of tinygemm grows with every row (10.1 ms
 # a step at one row, 24.2 at 8, 40.4 at 16: one rank's linears of Llama-70B at TP2, H200, torch 2.11), that of F.linear
@@ -21,6 +21,9 @@ MAX_W4A16_ROWS = 64
 # bf16 scale and shift.
 TINYGEMM_BITS_PER_GROUP = 32
 SCALE_BITS = 16
+# Of formats whose files have float32.
+WIDE_SCALE_BITS = 32
+WIDE_SCALES = ("nf4", "fp8-block")
 ZERO_BITS = 8
 # A single scale for many inputs is repeated for each group of the largest size that tinygemm knows.
 LARGEST_TINYGEMM_GROUP = 256
@@ -28,7 +31,7 @@ LARGEST_TINYGEMM_GROUP = 256
 
 def predict_kernel(scheme: Scheme, device: str, dtype: str) -> str:
     """The kernel that linears of usual shapes get (parallel/kernels/choice.py decides, tensor by tensor)."""
-    if device != "cuda" or dtype != "bfloat16" or scheme.bits != 4:
+    if device != "cuda" or dtype != "bfloat16" or scheme.bits != 4 or scheme.has_codebook:
         return "dequantize"
     return "tinygemm" if scheme.group_size and scheme.group_size % W4A16_GROUP_SIZE else "w4a16"
 
@@ -37,7 +40,8 @@ def stored_bits(scheme: Scheme, num_in: int) -> float:
     """Bits in the checkpoint for one weight of a linear with `num_in` inputs, with its share of scales and zeros."""
     # GPTQ has zeros in its files even where they are all the same.
     zero_bits = scheme.bits if scheme.has_zeros or scheme.layout == "gptq" else 0
-    return scheme.bits + (SCALE_BITS + zero_bits) / (scheme.group_size or num_in)
+    scale = 8 + WIDE_SCALE_BITS / NESTED_GROUP if scheme.nested_scales else scale_bits(scheme)
+    return scheme.bits + (scale + zero_bits) / (scheme.group_size or num_in) / scheme.block_outputs
 
 
 def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
@@ -48,8 +52,13 @@ def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
         return scheme.bits + W4A16_BITS_PER_GROUP / W4A16_GROUP_SIZE
     if kernel == "tinygemm":
         return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(group_size, LARGEST_TINYGEMM_GROUP)
-    per_group = SCALE_BITS + (ZERO_BITS if scheme.has_zeros else 0)
+    per_group = scale_bits(scheme) + (ZERO_BITS if scheme.has_zeros else 0)
     return scheme.bits + per_group / group_size
+
+
+def scale_bits(scheme: Scheme) -> int:
+    """Bits of a scale that is a number by itself."""
+    return WIDE_SCALE_BITS if scheme.layout in WIDE_SCALES else SCALE_BITS
 
 
 def dequantized_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:

@@ -81,6 +81,7 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     checks = {
         "not on a card of sm_80 or later": has_tensor_cores(weight.values.device),
         f"{weight.bits} bits": weight.bits == 4,
+        "a codebook": weight.codebook is None,
         f"activations in {str(dtype).removeprefix('torch.')}": dtype == torch.bfloat16,
         f"{num_out} outputs": num_out % OUTPUTS_PER_TILE == 0 and num_out > 0,
         f"{num_in} inputs": num_in % GROUP_SIZE == 0 and num_in > 0,

@@ -115,19 +115,52 @@ def int_quantized(linear: Drawn, config: dict[str, Any]) -> Stored:
 
 @dataclass(frozen=True)
 class DrawnFloat8:
-    """values [out, in] e4m3; scales [out, 1], or [1] for all."""
+    """values [out, in] e4m3; scales [out, 1], or [1] for all, or one for each block of [block, block]."""
 
     values: Tensor
     scales: Tensor
+    block: tuple[int, int] = (1, 1)
 
     @property
     def weight(self) -> Tensor:
-        return self.values.double() * self.scales.double()
+        if self.block == (1, 1):
+            return self.values.double() * self.scales.double()
+        rows, columns = (torch.arange(size) // step for size, step in zip(self.values.shape, self.block, strict=True))
+        return self.values.double() * self.scales.double()[rows][:, columns]
 
 
 def float_quantized(linear: DrawnFloat8, config: dict[str, Any]) -> Stored:
     stored = {"weight": linear.values, "weight_scale": linear.scales}
     return stored if linear.scales.numel() > 1 else stored | {"input_scale": torch.tensor([0.125])}
+
+
+def fp8_block(linear: DrawnFloat8, config: dict[str, Any]) -> Stored:
+    return {"weight": linear.values, "weight_scale_inv": linear.scales}
+
+
+@dataclass(frozen=True)
+class DrawnNF4:
+    """What bitsandbytes stores for a weight, and the weight that it makes of that."""
+
+    stored: Stored
+    weight: Tensor
+
+
+def nf4(linear: DrawnNF4, config: dict[str, Any]) -> Stored:
+    return linear.stored
+
+
+def draw_nf4(shape: tuple[int, int], seed: int, *, nested: bool) -> DrawnNF4:
+    """By bitsandbytes itself, on the CPU."""
+    # Seconds for ranks that need nothing of it.
+    from bitsandbytes import functional
+
+    generator = torch.Generator().manual_seed(seed)
+    # Rows of very different size, so that a scale that is not its own shows.
+    weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)
+    values, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    beside = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    return DrawnNF4({"weight": values} | beside, functional.dequantize_4bit(values, state).double())
 
 
 def floats(values: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
@@ -168,6 +201,25 @@ class Float8Case(Case):
         return DrawnFloat8(values, scales[0] if self.group is None else scales)
 
 
+@dataclass(frozen=True)
+class Float8BlockCase(Case):
+    block: tuple[int, int] = (40, 32)
+
+    def drawn(self, shape: tuple[int, int], seed: int) -> DrawnFloat8:
+        plain = Float8Case(self.config, self.store).drawn(shape, seed)
+        blocks = [-(-size // step) for size, step in zip(shape, self.block, strict=True)]
+        scales = torch.rand(blocks, generator=torch.Generator().manual_seed(seed + 1000)) / 500 + 1e-3
+        return DrawnFloat8(plain.values, scales, self.block)
+
+
+@dataclass(frozen=True)
+class NF4Case(Case):
+    group: int | None = 64
+
+    def drawn(self, shape: tuple[int, int], seed: int) -> DrawnNF4:
+        return draw_nf4(shape, seed, nested=self.config["bnb_4bit_use_double_quant"])
+
+
 def gptq_config(**changes: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False,
             "checkpoint_format": "gptq", **changes}  # fmt: skip
@@ -199,4 +251,21 @@ FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
 FLOAT8_CASES = {
     "fp8 by channel": Float8Case(compressed("float-quantized", ACTIVATIONS, **FLOAT8), float_quantized, group=1),
     "fp8 by tensor": Float8Case({"quant_method": "fp8", "activation_scheme": "static"}, float_quantized, group=None),
+    "fp8 by block": Float8BlockCase(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [40, 32]}, fp8_block
+    ),
+    "fp8 by block, compressed": Float8BlockCase(
+        compressed("float-quantized", ACTIVATIONS, **FLOAT8 | {"strategy": "block", "block_structure": [40, 32]}),
+        float_quantized,
+    ),
+}
+# As transformers 5 writes it.
+NF4 = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"], "llm_int8_threshold": 6.0,
+}  # fmt: skip
+NF4_CASES = {
+    "nf4": NF4Case(NF4 | {"bnb_4bit_use_double_quant": False}, nf4),
+    "nf4 nested": NF4Case(NF4, nf4),
 }

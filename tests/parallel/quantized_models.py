@@ -17,7 +17,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import gather_logits
-from tests.parallel.packers import CASES, FLOAT8_CASES, Case
+from tests.parallel.packers import CASES, FLOAT8_CASES, NF4_CASES, Case
 from tests.parallel.ranks import CPU, build, forced_logits
 from tests.parallel.small_models import COMMON, load_whole, write_model
 
@@ -28,9 +28,16 @@ CONFIG = Qwen2Config(
     head_dim=12,
     tie_word_embeddings=False,
 )
-MODEL_CASES: dict[str, Case] = CASES | FLOAT8_CASES
-# One linear that a checkpoint leaves as it is.
+# Inputs in whole blocks of 64; a rank's part of o_proj begins within one.
+CONFIG_64 = Qwen2Config(
+    **COMMON | {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2},
+    head_dim=24,
+    tie_word_embeddings=False,
+)
+MODEL_CASES: dict[str, Case] = CASES | FLOAT8_CASES | NF4_CASES
+# One linear that these checkpoints leave as it is.
 LEFT_ALONE = "model.layers.1.mlp.down_proj"
+LEAVING = ("awq", "nf4")
 PROMPTS = [[5, 17, 999, 3, 250, 8], [71, 4]]
 NEXT = [12, 600]
 
@@ -38,12 +45,12 @@ NEXT = [12, 600]
 def write_pair(name: str, folder: Path, *, seed: int = 11) -> Path:
     """`folder`/quantized and `folder`/plain; returns `folder`."""
     case, plain, quantized = MODEL_CASES[name], folder / "plain", folder / "quantized"
-    write_model(CONFIG, plain)
+    write_model(CONFIG_64 if name in NF4_CASES else CONFIG, plain)
     tensors = load_file(plain / "model.safetensors")
     stored: dict[str, Tensor] = {}
     for index, (key, value) in enumerate(sorted(tensors.items())):
         linear, _, kind = key.rpartition(".")
-        if kind != "weight" or "_proj" not in key or (name == "awq" and linear == LEFT_ALONE):
+        if kind != "weight" or "_proj" not in key or (name in LEAVING and linear == LEFT_ALONE):
             stored[key] = value
             continue
         drawn = case.drawn(tuple(value.shape), seed + index)

@@ -15,9 +15,19 @@ from parallel.checkpoint.formats.config import read_scheme
 from parallel.checkpoint.formats.registry import FORMATS, format_of
 from parallel.checkpoint.formats.scheme import Box, is_expected
 from parallel.checkpoint.headers import CheckpointError, read_header
+from parallel.checkpoint.match import viewed
 from parallel.checkpoint.quantized import decode, local_tensors
 from parallel.quantized import QuantizedWeight
-from tests.parallel.packers import CASES, Stored, compressed, draw, gptq, gptq_config
+from tests.parallel.packers import (
+    CASES,
+    FLOAT8_CASES,
+    NF4_CASES,
+    Stored,
+    compressed,
+    draw,
+    gptq,
+    gptq_config,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (48, 160)
@@ -42,11 +52,13 @@ def read(
     entries = {name.removeprefix("linear."): entry for name, entry in read_header(file).items()}
     scheme = read_scheme(config)
     assert scheme is not None
-    for part in format_of(scheme).parts(scheme):
+    parts = format_of(scheme).parts(scheme)
+    for part in parts:
         assert part.name in entries or not part.required, part.name
         if part.name in entries:
             assert is_expected(part, entries[part.name].shape, scheme, *shape)
             assert entries[part.name].dtype in part.dtypes
+    entries = viewed(parts, scheme, entries, *shape)
     return decode(local_tensors(entries, scheme, shape[1], box), scheme, box, CPU)
 
 
@@ -55,9 +67,8 @@ def cut(weight: Tensor, box: Box) -> Tensor:
 
 
 def test_every_format_has_a_case() -> None:
-    schemes = [read_scheme(case.config) for case in CASES.values()]
-    # Floats have tests of their own.
-    assert {scheme.layout for scheme in schemes if scheme} == set(FORMATS) - {"float-quantized"}
+    schemes = [read_scheme(case.config) for case in (CASES | FLOAT8_CASES | NF4_CASES).values()]
+    assert {scheme.layout for scheme in schemes if scheme} == set(FORMATS)
 
 
 @pytest.mark.parametrize("box", BOXES)
@@ -70,6 +81,28 @@ def test_part_of_a_linear_is_what_was_drawn(tmp_path: Path, name: str, box: str)
     assert torch.equal(weight.values.long(), cut(torch.from_numpy(drawn.values), BOXES[box]))
     assert torch.equal(weight.dequantize(torch.float64), cut(drawn.weight, BOXES[box]))
     assert (weight.zeros is None) == case.symmetric
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("name", FLOAT8_CASES)
+def test_part_of_a_float8_linear_is_what_was_drawn(tmp_path: Path, name: str, box: str) -> None:
+    case = FLOAT8_CASES[name]
+    drawn = case.drawn(SHAPE, seed=9)
+    weight = read(case.store(drawn, case.config), case.config, tmp_path / "f.safetensors", BOXES[box])
+    assert weight.values.dtype == torch.float8_e4m3fn
+    assert torch.equal(weight.dequantize(torch.float64), cut(drawn.weight, BOXES[box]))
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("name", NF4_CASES)
+def test_part_of_an_nf4_linear_is_what_bitsandbytes_makes_of_it(tmp_path: Path, name: str, box: str) -> None:
+    """In blocks of 64, 7 to a row: the 256 whose scales share a scale end within a row."""
+    shape, case = (48, 448), NF4_CASES[name]
+    drawn = case.drawn(shape, seed=10)
+    weight = read(case.store(drawn, case.config), case.config, tmp_path / "f.safetensors", BOXES[box], shape)
+    assert weight.values.dtype == torch.uint8
+    assert torch.equal(weight.dequantize(torch.float32), cut(drawn.weight.float(), BOXES[box]))
+    assert weight.scales.shape[1] <= -(-weight.shape[1] // 64) + 1
 
 
 @pytest.mark.parametrize("stored_zero", range(16))
@@ -129,6 +162,10 @@ LIBRARY_CASES = {
     "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "fp8 by channel": ("float-quantized", {"num_bits": 8, "strategy": "channel", "type": "float"}),
     "fp8 by tensor": ("float-quantized", {"num_bits": 8, "strategy": "tensor", "type": "float"}),
+    "fp8 by block": (
+        "float-quantized",
+        {"num_bits": 8, "strategy": "block", "type": "float", "block_structure": [16, 40]},
+    ),
 }
 
 
@@ -136,8 +173,11 @@ def library_stored(layout: str, weights: dict[str, Any], weight: Tensor) -> tupl
     """What compressed-tensors stores for `weight`, and what it reads back."""
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     grouped = weight.unflatten(1, (-1, weights.get("group_size") or weight.shape[1]))
-    # [out, groups]; one number, in a list, for the whole tensor.
+    # [out, groups]; one number, in a list, for the whole tensor; one for each block.
     largest = grouped.abs().amax().view(1) if weights["strategy"] == "tensor" else grouped.abs().amax(dim=2)
+    if weights["strategy"] == "block":
+        rows, columns = weights["block_structure"]
+        largest = weight.abs().unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax(dim=(1, 3))
     top = 448 if weights.get("type") == "float" else 2 ** (weights["num_bits"] - 1) - 1
     state = {"weight": weight, "weight_scale": largest / top}
     if not weights.get("symmetric", True):

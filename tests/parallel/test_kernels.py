@@ -1,19 +1,22 @@
 """Multiplications by packed weights: the reference itself, and what of tinygemm can be checked without a card."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel.checkpoint.formats.config import read_scheme
-from parallel.kernels import tinygemm
+from parallel.kernels import tinygemm, w4a16
 from parallel.kernels.choice import KERNELS, choose_kernel, pack_linear
 from parallel.kernels.dequantize import DequantizeLinear, pack_pairs
 from parallel.kernels.grouping import GroupedLinear
 from parallel.kernels.held import held_bits
 from parallel.quantized import QuantizedWeight
-from tests.parallel.packers import CASES, Drawn, draw
+from tests.parallel.packers import CASES, NF4, Drawn, draw
 
 
 def quantized(drawn: Drawn, bits: int, group: int, *, symmetric: bool = False) -> QuantizedWeight:
@@ -141,6 +144,46 @@ def test_predicted_bits_are_those_that_the_reference_holds(name: str) -> None:
     weight = quantized(case.drawn((64, 256), 8), case.bits, case.group or 256, symmetric=case.symmetric)
     held = sum(buffer.nbytes for buffer in DequantizeLinear(weight).buffers())
     assert held * 8 / (64 * 256) == held_bits(scheme, "cpu", "bfloat16", 256)
+
+
+FP8_BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("config", [NF4, FP8_BLOCK], ids=["nf4", "fp8 by block"])
+def test_predicted_bits_are_those_of_float32_scales(config: dict[str, Any]) -> None:
+    scheme = read_scheme(config)
+    assert scheme is not None and scheme.group_size is not None
+    values = torch.zeros(64, 256, dtype=torch.uint8)
+    scales = torch.zeros(64, 256 // scheme.group_size)
+    codebook = torch.zeros(16) if scheme.has_codebook else None
+    layer = DequantizeLinear(QuantizedWeight(values, scheme.bits, scales, None, scheme.group_size, codebook=codebook))
+    held = layer.values.nbytes + layer.scales.nbytes
+    assert held * 8 / (64 * 256) == held_bits(scheme, "cuda", "bfloat16", 256)
+
+
+def test_codebook_is_looked_up_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.quantized.BLOCK_ELEMENTS", 1024)
+    generator = torch.Generator().manual_seed(9)
+    values = torch.randint(16, (40, 190), generator=generator).byte()
+    scales, codebook = torch.rand(40, 3, generator=generator), torch.randn(16, generator=generator)
+    layer = DequantizeLinear(QuantizedWeight(values, 4, scales, None, 64, codebook=codebook))
+    expected = torch.tensor([[float(codebook[int(values[o, i])]) * float(scales[o, i // 64]) for i in range(190)]
+                             for o in range(40)], dtype=torch.float64)  # fmt: skip
+    hidden = torch.randn(3, 190, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(layer(hidden), hidden @ expected.t(), rtol=1e-12, atol=1e-12)
+    assert layer.values.nbytes == 40 * 95
+
+
+def test_kernels_of_evenly_spaced_values_refuse_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4a16, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(w4a16, "compile_problem", lambda index: None)
+    weight = quantized(draw((16, 128), 4, 128, seed=10), 4, 128)
+    assert w4a16.refusal(weight, torch.bfloat16) is None
+    weight = replace(weight, codebook=torch.zeros(16))
+    assert w4a16.refusal(weight, torch.bfloat16) == "a codebook"
+    device = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda")))
+    on_card = SimpleNamespace(**vars(weight) | vars(device), shape=weight.shape)
+    assert tinygemm.refusal(on_card, torch.bfloat16) == "a codebook"  # type: ignore[arg-type]
 
 
 def test_pairs_have_the_even_value_in_the_high_half() -> None:

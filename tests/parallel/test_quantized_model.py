@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.parallel.packers import FLOAT8_CASES
 from tests.parallel.quantized_models import (
+    LEAVING,
     LEFT_ALONE,
     MODEL_CASES,
     QuantizedRun,
@@ -93,16 +95,19 @@ def test_two_ranks_read_little_twice(runs: Runs, name: str) -> None:
 
 @each_format
 @each_world_size
-def test_weights_stay_packed_in_memory(runs: Runs, name: str, world_size: int) -> None:
-    bits = MODEL_CASES[name].bits if name not in ("fp8 by channel", "fp8 by tensor") else 8
+def test_weights_stay_packed_in_memory(runs: Runs, pairs: dict[str, Path], name: str, world_size: int) -> None:
+    bits = MODEL_CASES[name].bits if name not in FLOAT8_CASES else 8
     held = sum(run.held_bytes[Q_PROJ] for run in runs(world_size)[name])
-    # At most 24 bits for a group of 32 inputs, or 32 for a channel of 96.
-    assert 96 * 96 * bits / 8 < held <= 96 * 96 * (bits + 24 / 32) / 8
+    num_weights = load_file(pairs[name] / "plain" / "model.safetensors")[f"{Q_PROJ}.weight"].numel()
+    # At most 32 bits for a group of 32 inputs, or for a channel of 96.
+    assert num_weights * bits / 8 < held <= num_weights * (bits + 32 / 32) / 8
 
 
-def test_linear_that_the_checkpoint_leaves_alone_stays_plain(runs: Runs) -> None:
-    assert runs(1)["awq"][0].held_bytes[LEFT_ALONE] == 96 * 224 * 4
-    assert sum(runs(1)["awq"][0].load.kernels.values()) == 13
+@pytest.mark.parametrize("name", LEAVING)
+def test_linear_that_the_checkpoint_leaves_alone_stays_plain(runs: Runs, pairs: dict[str, Path], name: str) -> None:
+    whole = load_file(pairs[name] / "plain" / "model.safetensors")[f"{LEFT_ALONE}.weight"]
+    assert runs(1)[name][0].held_bytes[LEFT_ALONE] == whole.nbytes
+    assert sum(runs(1)[name][0].load.kernels.values()) == 13
     assert sum(runs(1)["gptq v1"][0].load.kernels.values()) == 14
 
 
@@ -125,6 +130,13 @@ def retype(key: str, stored: Stored) -> None:
     stored[key] = stored[key].to(torch.int16)
 
 
+def restate(old: str, new: str, stored: Stored) -> None:
+    key = f"{Q_PROJ}.weight.quant_state.bitsandbytes__nf4"
+    text = bytes(stored[key].tolist()).decode()
+    assert old in text
+    stored[key] = torch.tensor(list(text.replace(old, new).encode()), dtype=torch.uint8)
+
+
 def add_bias(value: float, stored: Stored) -> None:
     stored["model.layers.0.mlp.gate_proj.bias"] = torch.full((224,), value, dtype=torch.float16)
 
@@ -141,6 +153,12 @@ BROKEN: dict[str, tuple[str, Callable[[Stored], None], list[str]]] = {
     "short scale": ("w4a16", partial(shorten, f"{Q_PROJ}.weight_scale"), ["[95, 3]", "[96, 3]"]),
     "no number": ("gptq v1", partial(poison, f"{Q_PROJ}.scales"), [f"{Q_PROJ}.scales", "NaN or infinity"]),
     "no number in fp8": ("fp8 by channel", partial(poison, f"{Q_PROJ}.weight"), [f"{Q_PROJ}.weight", "NaN"]),
+    "short blocks": ("nf4", partial(shorten, f"{Q_PROJ}.weight"), [f"{Q_PROJ}.weight", "[12287, 1]", "[12288, 1]"]),
+    "not nested": ("nf4 nested", partial(drop, f"{Q_PROJ}.weight.nested_absmax"), ["weight.nested_absmax is missing"]),
+    "another type": ("nf4 nested", partial(restate, "nf4", "fp4"), [f"{Q_PROJ}", "quant_type='fp4'", "'nf4'"]),
+    "another block": ("nf4", partial(restate, '"blocksize": 64', '"blocksize": 32'), ["blocksize=32", "only 64"]),
+    "no state": ("nf4", partial(restate, "{", ""), [f"{Q_PROJ}", "no valid JSON"]),
+    "short block scales": ("fp8 by block", partial(shorten, f"{DOWN_PROJ}.weight_scale_inv"), ["[2, 7]", "[3, 7]"]),
     "wrong dtype": ("awq", partial(retype, f"{Q_PROJ}.qweight"), [f"{Q_PROJ}.qweight", "is I16", "must be I32"]),
     "fp8 without scale": ("fp8 by channel", partial(drop, f"{Q_PROJ}.weight_scale"), [f"{Q_PROJ}.weight", "F8_E4M3"]),
     "bias without a place": ("gptq v1", partial(add_bias, 0.5), ["gate_proj.bias", "is not zero"]),

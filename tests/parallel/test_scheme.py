@@ -7,9 +7,9 @@ import pytest
 
 from parallel.checkpoint.formats.config import READERS, read_scheme
 from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Box, FormatError, Scheme, part_slices, stored_shape
+from parallel.checkpoint.formats.scheme import Box, FormatError, Scheme, inputs_problem, part_slices, stored_shape
 from parallel.partition import split_by_grain
-from tests.parallel.packers import AWQ, BY_CHANNEL, GROUPED, compressed, gptq_config
+from tests.parallel.packers import AWQ, BY_CHANNEL, GROUPED, NF4, compressed, gptq_config
 
 FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
 
@@ -40,6 +40,13 @@ FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": No
          Scheme("compressed-tensors", "float-quantized", 8, None, is_float=True, per_tensor=True)),
         ({"quant_method": "fp8", "activation_scheme": "dynamic"},
          Scheme("fp8", "float-quantized", 8, None, is_float=True, per_tensor=True)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 64], "modules_to_not_convert": ["lm_head"]},
+         Scheme("fp8", "fp8-block", 8, 64, is_float=True, block_outputs=128)),
+        (compressed("float-quantized", **FLOAT | {"strategy": "block", "block_structure": [128, 64]}),
+         Scheme("compressed-tensors", "float-quantized", 8, 64, is_float=True, block_outputs=128)),
+        (NF4, Scheme("bitsandbytes", "nf4", 4, 64, has_codebook=True, nested_scales=True)),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+         Scheme("bitsandbytes", "nf4", 4, 64, has_codebook=True)),
     ],
 )  # fmt: skip
 def test_section_says_how_weights_are_stored(section: dict[str, Any] | None, scheme: Scheme | None) -> None:
@@ -49,7 +56,12 @@ def test_section_says_how_weights_are_stored(section: dict[str, Any] | None, sch
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["quant_method='bitsandbytes'", *READERS]),
+        ({"quant_method": "quanto"}, ["quant_method='quanto'", *READERS]),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bnb_4bit_quant_type='fp4'", "only nf4"]),
+        (NF4 | {"bnb_4bit_quant_type": "fp4"}, ["bnb_4bit_quant_type='fp4'", "bitsandbytes (4 bits, NF4 in uint8)"]),
+        (NF4 | {"load_in_8bit": True, "load_in_4bit": False}, ["load_in_8bit=True", "bitsandbytes (4 bits, NF4"]),
+        (NF4 | {"load_in_4bit": False}, ["load_in_4bit=False"]),
+        (NF4 | {"bnb_4bit_quant_storage": "bfloat16"}, ["bnb_4bit_quant_storage='bfloat16'", "only uint8"]),
         ({"quant_method": None}, ["quant_method=None"]),
         ("awq", ["quantization_config='awq'"]),
         (AWQ | {"version": "gemv"}, ["version='gemv'", "gemm"]),
@@ -65,13 +77,15 @@ def test_section_says_how_weights_are_stored(section: dict[str, Any] | None, sch
         (compressed("nvfp4-pack-quantized", **GROUPED), ["format='nvfp4-pack-quantized'", "pack-quantized"]),
         (compressed("marlin-24", **GROUPED), ["format='marlin-24'"]),
         (compressed("pack-quantized", **GROUPED | {"num_bits": 3}), ["weights.num_bits=3"]),
-        (compressed("float-quantized", **FLOAT | {"strategy": "block"}), ["weights.strategy='block'"]),
+        (compressed("float-quantized", **FLOAT | {"strategy": "block"}), ["weights.block_structure=None"]),
+        (compressed("int-quantized", **BY_CHANNEL | {"strategy": "block"}), ["weights.strategy='block'"]),
         (compressed("pack-quantized", **GROUPED) | {"kv_cache_scheme": {"num_bits": 8}}, ["kv_cache_scheme"]),
         (compressed("pack-quantized", **GROUPED) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
          ["sparsity_config.format='sparse-24-bitmask'"]),
         (compressed("pack-quantized", **GROUPED) | {"transform_config": {"config_groups": {}}}, ["transform_config"]),
         (compressed("pack-quantized", **GROUPED) | {"config_groups": {}}, ["no config_groups"]),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ["weight_block_size=[128, 128]", "per tensor"]),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, ["weight_block_size=[128, 0]", "above 0"]),
+        ({"quant_method": "fp8", "weight_block_size": 128}, ["weight_block_size=128", "two whole numbers"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_refused_with_field_and_value(section: Any, words: list[str]) -> None:
@@ -102,3 +116,10 @@ def test_grains_of_a_group_cut_no_group_and_no_word(num_in: int, world_size: int
         stored = stored_shape(part, scheme, 64, num_in)[along[0]]
         assert [piece.start for piece in slices] == [0, *(piece.stop for piece in slices[:-1])]
         assert slices[-1].stop == stored
+
+
+def test_rows_that_share_a_block_of_nf4_are_refused() -> None:
+    scheme, other = read_scheme(NF4), read_scheme(gptq_config())
+    assert scheme is not None and other is not None
+    assert "blocks of 64 weights run on from one row of 96 inputs" in inputs_problem(scheme, 96)
+    assert (inputs_problem(scheme, 128), inputs_problem(other, 100)) == ("", "")

@@ -1,4 +1,4 @@
-"""compressed-tensors: packed words of 4 or 8 bits, and weights of 8 bits as they are.
+"""compressed-tensors: packed words of 4 or 8 bits, and weights of 8 bits as they are, scaled by channel or block.
 
 Packed values and zeros are signed numbers plus half their range; weights are packed along the inputs, zeros along the
 outputs (github.com/vllm-project/compressed-tensors, compressors/pack_quantized).
@@ -45,7 +45,7 @@ def decode_packed(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> Quanti
 
 def plain_parts(scheme: Scheme) -> tuple[Part, ...]:
     """Activations stay as they are here, so that their scale is not used."""
-    scale = () if scheme.per_tensor else (("out", 1), ("one", 1))
+    scale = () if scheme.per_tensor else (("out", scheme.block_outputs), ("group", 1))
     return (
         Part("weight", ("F8_E4M3",) if scheme.is_float else ("I8",), (("out", 1), ("in", 1))),
         Part("weight_scale", FLOATS, scale),
@@ -58,8 +58,12 @@ def plain_parts(scheme: Scheme) -> tuple[Part, ...]:
 def decode_plain(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> QuantizedWeight:
     num_out, num_in = box.shape
 
-    def by_output(per_output: Tensor) -> Tensor:
-        return per_output.reshape(-1, 1).expand(num_out, 1).contiguous()
+    def by_output(stored_scale: Tensor) -> Tensor:
+        """A row for each output, of one number a group."""
+        if scheme.per_tensor:
+            return stored_scale.reshape(1, 1).repeat(num_out, 1)
+        rows = stored_scale.repeat_interleave(scheme.block_outputs, dim=0)
+        return trim(rows, 0, box.outputs, scheme.block_outputs).contiguous()
 
     zeros = by_output(unsigned(stored["weight_zero_point"])) if scheme.has_zeros else None
     return QuantizedWeight(
@@ -67,7 +71,8 @@ def decode_plain(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> Quantiz
         bits=scheme.bits,
         scales=by_output(stored["weight_scale"]),
         zeros=zeros,
-        group_size=max(num_in, 1),
+        group_size=scheme.group_size or max(num_in, 1),
+        group_of=cut_groups(scheme, box, stored["weight_scale"]),
     )
 
 

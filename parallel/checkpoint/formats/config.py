@@ -11,7 +11,7 @@ Section = dict[str, Any]
 SUPPORTED = (
     "bf16, fp16 and fp32; AWQ (4 bits, version gemm); GPTQ (4 or 8 bits, checkpoint_format gptq or gptq_v2); "
     "compressed-tensors (pack-quantized with 4 or 8 bits, int-quantized with 8, float-quantized with 8 and a scale per "
-    "channel or tensor); FP8 with a scale per tensor"
+    "channel, tensor or block); FP8 with a scale per tensor or block; bitsandbytes (4 bits, NF4 in uint8)"
 )
 
 
@@ -56,13 +56,22 @@ def read_gptq(section: Section) -> Scheme:
 
 
 def read_fp8(section: Section) -> Scheme:
-    """FP8 with one scale a tensor; activations are quantised by some runtimes, and not here."""
-    if section.get("weight_block_size") is not None:
-        raise FormatError(
-            f"quantization_config.weight_block_size={section['weight_block_size']} (scales by block) cannot be loaded; "
-            f"supported: {SUPPORTED}."
-        )
-    return Scheme("fp8", "float-quantized", bits=8, group_size=None, is_float=True, per_tensor=True)
+    """FP8 with one scale a tensor, or a block; activations are quantised by some runtimes, and not here."""
+    if section.get("weight_block_size") is None:
+        return Scheme("fp8", "float-quantized", bits=8, group_size=None, is_float=True, per_tensor=True)
+    block_outputs, block_inputs = _block("weight_block_size", section["weight_block_size"])
+    return Scheme("fp8", "fp8-block", bits=8, group_size=block_inputs, is_float=True, block_outputs=block_outputs)
+
+
+def read_bitsandbytes(section: Section) -> Scheme:
+    """NF4. Blocks are of 64 weights, which the weights' own state confirms, and config.json does not say."""
+    _choice("load_in_8bit", section.get("load_in_8bit", False), (False,))
+    _choice("load_in_4bit", section.get("load_in_4bit", False), (True,))
+    # What transformers takes where the field is missing is another type.
+    _choice("bnb_4bit_quant_type", section.get("bnb_4bit_quant_type", "fp4"), ("nf4",))
+    _choice("bnb_4bit_quant_storage", section.get("bnb_4bit_quant_storage") or "uint8", ("uint8",))
+    nested = _choice("bnb_4bit_use_double_quant", section.get("bnb_4bit_use_double_quant", False), (True, False))
+    return Scheme("bitsandbytes", "nf4", bits=4, group_size=64, has_codebook=True, nested_scales=nested)
 
 
 def read_compressed_tensors(section: Section) -> Scheme:
@@ -89,6 +98,9 @@ def _read_weights(layout: Any, weights: Section) -> Scheme:
     _choice("weights.type", weights.get("type", "int"), (kind,))
     strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or -1) > 0 else "tensor")
     group_size = _group_size(weights) if _choice("weights.strategy", strategy, strategies) == "group" else None
+    block_outputs = 1
+    if strategy == "block":
+        block_outputs, group_size = _block("weights.block_structure", weights.get("block_structure"))
     order = weights.get("actorder")
     return Scheme(
         "compressed-tensors",
@@ -100,6 +112,7 @@ def _read_weights(layout: Any, weights: Section) -> Scheme:
         # "weight" and "static" sort while quantising and store everything in the old order.
         act_order=group_size is not None and _choice("weights.actorder", order, ORDERS) in (True, "group", "dynamic"),
         per_tensor=strategy == "tensor",
+        block_outputs=block_outputs,
     )
 
 
@@ -108,12 +121,13 @@ READERS: dict[str, Callable[[Section], Scheme]] = {
     "gptq": read_gptq,
     "compressed-tensors": read_compressed_tensors,
     "fp8": read_fp8,
+    "bitsandbytes": read_bitsandbytes,
 }
 # What compressed-tensors may have in each format: type, bits, strategies.
 LAYOUTS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
     "pack-quantized": ("int", (4, 8), ("group", "channel")),
     "int-quantized": ("int", (8,), ("channel", "tensor")),
-    "float-quantized": ("float", (8,), ("channel", "tensor")),
+    "float-quantized": ("float", (8,), ("channel", "tensor", "block")),
 }
 ORDERS = (None, False, True, "group", "dynamic", "weight", "static")
 
@@ -126,6 +140,13 @@ def _group_size(section: Section, other_name: str = "group_size") -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise FormatError(f"quantization_config.group_size={value!r} must be a whole number above 0, or -1.")
     return value
+
+
+def _block(name: str, value: Any) -> tuple[int, int]:
+    """Outputs and inputs that share a scale."""
+    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        raise FormatError(f"quantization_config.{name}={value!r} must be two whole numbers above 0.")
+    return value[0], value[1]
 
 
 def _choice(name: str, value: Any, allowed: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from parallel.checkpoint.formats import awq, compressed_tensors, gptq
+from parallel.checkpoint.formats import awq, compressed_tensors, fp8_block, gptq, nf4
 from parallel.checkpoint.formats.scheme import Box, Part, Scheme
 from parallel.quantized import QuantizedWeight
 
@@ -26,6 +26,8 @@ FORMATS = {
     "pack-quantized": Format(compressed_tensors.packed_parts, compressed_tensors.decode_packed),
     "int-quantized": Format(compressed_tensors.plain_parts, compressed_tensors.decode_plain),
     "float-quantized": Format(compressed_tensors.plain_parts, compressed_tensors.decode_plain),
+    "fp8-block": Format(fp8_block.parts, fp8_block.decode),
+    "nf4": Format(nf4.parts, nf4.decode),
 }
 
 
