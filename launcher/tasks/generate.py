@@ -10,29 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from launcher.config import SamplingConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.measure import communication, latencies, memory
-from parallel.checkpoint.headers import read_checkpoint
-from parallel.checkpoint.load import LoadResult, load_checkpoint
+from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
+from launcher.tasks.weights import load_sharded_model
+from parallel.checkpoint.load import LoadResult
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, BatchResult, StopRules, generate_batch
 from parallel.engine.sampling import Sampler, SamplingParams
-from parallel.shard import build_sharded_model
 
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An engine over a loaded model, with what turns text into tokens and back."""
+    """An engine over a loaded model, with what turns its tokens into text."""
 
     engine: Engine
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     rules: StopRules
     load: LoadResult
 
@@ -45,19 +46,19 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         RuntimeError: ranks picked different tokens.
     """
     job = context.job
-    assert job.model_folder is not None and job.plan is not None, "the parent plans a model for this task"
-    tokenizer = AutoTokenizer.from_pretrained(job.model_folder)
+    assert job.plan is not None, "the parent plans a model for this task"
+    tokenizer = load_tokenizer(job)
     # Before the weights: a prompt that cannot be answered is told in seconds.
-    token_ids = encode_prompts(tokenizer, job.prompts, use_chat=job.run.chat)
+    token_ids = encode_prompts(job, tokenizer)
     check_lengths(job.prompts, token_ids, job.plan.max_context)
-    loaded = load_model(context, job.model_folder, job.plan, tokenizer)
+    loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded.engine, token_ids[: job.run.workload.batch_size])
     started = time.time()
     outputs, batches = answer_prompts(context, loaded, token_ids)
     ended = time.time()
     return {
         "transport": context.transport_summary(),
-        "load": {**asdict(loaded.load), "gb_per_sec": loaded.load.bytes_read / loaded.load.sec / 1e9},
+        "load": asdict(loaded.load),
         "warm_up_sec": warm_up_sec,
         **latencies(batches),
         "generated_tokens": sum(len(answer.token_ids) for batch in batches for answer in batch.answers),
@@ -68,67 +69,16 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     }
 
 
-def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
-    model = build_sharded_model(
-        AutoConfig.from_pretrained(folder),
-        context.communicator,
-        dtype=getattr(torch, plan.dtype),
-        grain=plan.grain,
-    )
-    load = load_checkpoint(
-        model,
-        read_checkpoint(Path(folder)),
-        context.device,
-        on_progress=lambda done, total: context.events.progress("loading weights", done, total, "bytes"),
-    )
-    engine = Engine(
-        model.module,
-        context.device,
-        max_context=plan.max_context,
-        prefill_chunk=run.engine.prefill_chunk,
-    )
+    module, load = load_sharded_model(context)
+    engine = Engine(module, context.device, max_context=plan.max_context, prefill_chunk=run.engine.prefill_chunk)
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
-        eos_ids=eos_token_ids(folder, tokenizer),
+        eos_ids=eos_token_ids(context.job, tokenizer),
         texts=tuple(run.sampling.stop),
     )
-    return LoadedModel(engine, tokenizer, rules, load)
-
-
-def eos_token_ids(folder: str, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that ends an answer: those of generation_config.json, else the tokenizer's."""
-    ids: int | list[int] | None = tokenizer.eos_token_id
-    if (Path(folder) / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, use_chat: bool) -> list[list[int]]:
-    return [encode_prompt(tokenizer, prompt, use_chat=use_chat) for prompt in prompts]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_chat: bool) -> list[int]:
-    """Token ids, in the chat template where the model has one and `use_chat` asks for it."""
-    has_template = bool(tokenizer.chat_template)
-    if prompt.messages is not None and not has_template:
-        raise ValueError(f'prompt {prompt.index} is chat messages, but the model has no chat template. Use "prompt".')
-    if prompt.text is not None and not (use_chat and has_template):
-        return list(tokenizer(prompt.text)["input_ids"])
-    messages = list(prompt.messages or ({"role": "user", "content": str(prompt.text)},))
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], max_context: int) -> None:
-    """All prompts that do not fit, at once, before any is answered."""
-    long = [(prompt.index, len(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) >= max_context]
-    if long:
-        shown = ", ".join(f"prompt {index} has {length} tokens" for index, length in long[:4])
-        raise ValueError(
-            f"{shown}{', ...' if len(long) > 4 else ''}; prompt and answer must fit engine.max_context={max_context}. "
-            "Raise engine.max_context or shorten the prompts."
-        )
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load)
 
 
 def warm_up(engine: Engine, token_ids: Sequence[Sequence[int]]) -> float:
@@ -172,7 +122,7 @@ def answer_batch(
         loaded.engine,
         token_ids,
         sampler,
-        loaded.tokenizer.backend_tokenizer,
+        loaded.tokenizer,
         loaded.rules,
         on_text=lambda row, text: context.events.text(text) if single else None,
         on_prefill=lambda done, total: context.events.progress("prefill", done, total, "tokens") if single else None,

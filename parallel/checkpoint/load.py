@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.formats.scheme import Slices
+from parallel.checkpoint.formats.scheme import Scheme, Slices
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
-from parallel.checkpoint.quantized import local_box, local_tensors, read_linear
+from parallel.checkpoint.quantize import cut_inputs, quantize_weight
+from parallel.checkpoint.quantize_schemes import widen
+from parallel.checkpoint.quantized import install, local_box, local_tensors, read_linear
 from parallel.checkpoint.read import is_finite, read_slices, sliced_bytes
 from parallel.linear import ShardedLayer
 from parallel.shard import ShardedModel
@@ -50,6 +52,7 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     device: torch.device,
     *,
+    quantize: Scheme | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadResult:
     """Reads this rank's slices to `device`, in the model's dtype, and puts them in place of the meta parameters.
@@ -57,6 +60,7 @@ def load_checkpoint(
     Quantised linears stay packed, in the layout of the kernel that multiplies by them.
 
     Args:
+        quantize: how linears that are stored as numbers are rounded, tensor by tensor; None: they stay as they are.
         on_progress: called after each parameter with the bytes read so far and in all, both of this rank.
 
     Raises:
@@ -66,7 +70,8 @@ def load_checkpoint(
     matches = match_tensors(model, checkpoint)
     for entry in matches.surplus_biases:
         check_zero(entry)
-    steps = sorted([*plain_steps(model, matches, device), *quantized_steps(model, matches, device)], key=by_file)
+    steps = [*plain_steps(model, matches, device, quantize), *quantized_steps(model, matches, device)]
+    steps.sort(key=by_file)
     total = sum(step.num_bytes for step in steps)
     done, kernels = 0, Counter[str]()
     for step in steps:
@@ -83,14 +88,30 @@ def by_file(step: Step) -> Path:
     return step.file
 
 
-def plain_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:
+def plain_steps(
+    model: ShardedModel, matches: Matches, device: torch.device, quantize: Scheme | None
+) -> Iterator[Step]:
     owners = parameter_owners(model.module)
     for name, entry in matches.plain.items():
         module, attribute = owners[name][0]
+        if quantize is not None and name in model.linears:
+            yield rounding_step(module, entry, quantize, device)
+            continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
         yield Step(
             entry.file, sliced_bytes(entry, slices), partial(read_parameter, owners[name], entry, slices, device)
         )
+
+
+def rounding_step(layer: ShardedLayer, entry: TensorEntry, scheme: Scheme, device: torch.device) -> Step:
+    box = local_box(layer, entry.shape)
+    wide = widen(box, scheme, entry.shape[1])
+    slices = (slice(*wide.outputs), slice(*wide.inputs))
+    return Step(
+        entry.file,
+        sliced_bytes(entry, slices),
+        lambda: install(layer, cut_inputs(quantize_weight(read_slices(entry, slices, device), scheme), wide, box)),
+    )
 
 
 def quantized_steps(model: ShardedModel, matches: Matches, device: torch.device) -> Iterator[Step]:

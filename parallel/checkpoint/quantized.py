@@ -40,10 +40,14 @@ def read_linear(layer: ShardedLayer, tensors: Tensors, scheme: Scheme, box: Box,
     Raises:
         CheckpointError: a scale is no number, or the tensors contradict config.json.
     """
-    dtype = layer.weight.dtype
     weight = decode(tensors, scheme, box, device)
     assert weight.shape == box.shape, f"{layer.name}: {weight.shape=} {box.shape=}"
-    layer.packed, kernel = pack_linear(weight, dtype)
+    return install(layer, weight)
+
+
+def install(layer: ShardedLayer, weight: QuantizedWeight) -> str:
+    """Makes the layer multiply by `weight`, packed. Returns the kernel's name and reason."""
+    layer.packed, kernel = pack_linear(weight, layer.weight.dtype)
     layer.weight = None
     return kernel
 
