@@ -33,6 +33,22 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+class WeightsKind(str, Enum):
+    """Where weights come from: the checkpoint's files, or made up on the card, so that only the speed means anything."""
+
+    checkpoint = "checkpoint"
+    dummy = "dummy"
+
+
+class QuantizeKind(str, Enum):
+    """To what the linears of a bf16, fp16 or fp32 checkpoint are rounded while it loads."""
+
+    none = "none"
+    int4 = "int4"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class TopologyKind(str, Enum):
     auto = "auto"
     single = "single"
@@ -94,6 +110,10 @@ class ModelConfig:
     # A local folder, pkg://PACKAGE/FOLDER for what ships with a package, or a hub name such as org/name.
     path: str = MISSING
     dtype: DType = DType.auto
+    # `dummy`: random weights of the same layout, made on the cards; needs config.json only, or `shape`.
+    weights: WeightsKind = WeightsKind.checkpoint
+    # Round the linears of a bf16, fp16 or fp32 checkpoint to 4 or 8 bits while it loads: none, int4, int8 or fp8.
+    quantize: QuantizeKind = QuantizeKind.none
     # Used where the checkpoint itself is not on this machine.
     shape: ModelFacts | None = None
 

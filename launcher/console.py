@@ -28,6 +28,12 @@ def print_plan(plan: Plan, shape: ModelShape) -> None:
         stderr_console().print(table)
 
 
+def print_warning(message: str) -> None:
+    console = stderr_console()
+    console.print("[bold yellow]warning[/]", end=" ")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_failure(failure: Failure) -> None:
     console = stderr_console()
     console.print(f"[bold red]{failure.type}[/]", end=" ")

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from launcher.config import PeerAccess, RunConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt
+from launcher.shape import ModelShape
 from launcher.topology import Placement
 
 
@@ -23,6 +24,8 @@ class Job:
     host_cores: int
     # What a task that loads a model needs besides; None and empty for the others.
     plan: Plan | None = None
+    shape: ModelShape | None = None
+    # None where weights are dummies of a model that is not on this machine.
     model_folder: str | None = None
     prompts: tuple[Prompt, ...] = ()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
+from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, EngineLimits
 from parallel.kernels.held import dequantized_bytes, held_bits, stored_bits
 from parallel.partition import split_by_grain, split_by_heads
@@ -52,15 +53,34 @@ class Demand:
         return tuple(base | {f"weights.{name}": size for name, size in part.items()} for part in parts)
 
     def lines(self, max_context: int) -> tuple[dict[str, int], ...]:
-        """All lines for sequences of up to `max_context` tokens: the fixed ones, kv_cache, activations."""
+        """All lines for sequences of up to `max_context` tokens: the fixed ones, kv_cache, activations, and load.
+
+        Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
+        """
         return tuple(
-            fixed
-            | {
-                "kv_cache": EngineLimits(max_context, self.batch_size, self.prefill_chunk).num_pages * PAGE_SIZE * kv_bytes,
-                "activations": self._activations(rank, max_context),
-            }
+            fixed | self._varying(rank, self._kv_bytes(max_context, kv_bytes), self._activations(rank, max_context))
             for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
         )
+
+    def _varying(self, rank: int, kv_cache: int, activations: int) -> dict[str, int]:
+        load = max(0, self._load(rank) - kv_cache - activations)
+        return {"kv_cache": kv_cache, "activations": activations} | ({"load": load} if load else {})
+
+    def _load(self, rank: int) -> int:
+        """Peak beside the weights that stay, of the tensor whose load takes most."""
+        shape, stored_bytes = self.shape, DTYPE_BYTES[self.shape.dtype]
+        queries = self._local(shape.num_heads)[rank] * shape.head_dim
+        intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
+        linear = max(queries, intermediate) * shape.hidden_size
+        # A plain tensor becomes what it stays, beside itself where its dtype changes.
+        embedding = split_by_grain(shape.vocab_size, self.world_size, self.grain)[rank] * shape.hidden_size
+        plain = stored_bytes * max(linear if shape.scheme is None else 0, embedding) if shape.dtype != self.dtype else 0
+        if shape.scheme is None:
+            return plain
+        return max(plain, load_bytes(shape.scheme, self.device, self.dtype, stored_bytes, shape.hidden_size, linear))
+
+    def _kv_bytes(self, max_context: int, bytes_per_token: int) -> int:
+        return EngineLimits(max_context, self.batch_size, self.prefill_chunk).num_pages * PAGE_SIZE * bytes_per_token
 
     def _held_bits(self) -> float | None:
         """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
@@ -141,7 +161,7 @@ def fits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> bool:
 
 
 def largest_context(demand: Demand, budgets: tuple[int, ...], limit: int) -> int:
-    """The most tokens, up to `limit`, that fit on every rank; 0 where none do. No line shrinks as the context grows."""
+    """The most tokens, up to `limit`, that fit on every rank; 0 where none do. No sum shrinks as the context grows."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -7,7 +7,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from launcher.config import ConfigError, ModelConfig
+from launcher.config import ConfigError, ModelConfig, WeightsKind
 from parallel.checkpoint.headers import INDEX_NAME
 
 PACKAGE_PREFIX = "pkg://"
@@ -15,11 +15,14 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
 # No .bin or .pt: they are pickles, which can run code when they are read.
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+CONFIG = "config.json"
 TEXTS = ["*.json", "tokenizer.model", "*.jinja", "*.tiktoken"]
 
 
 def find_local_model(model: ModelConfig) -> Path | None:
     """The folder of a model that is on this machine; None for a hub name that has not been downloaded whole.
+
+    Dummy weights need no more of a download than config.json.
 
     Raises:
         ConfigError: model.path is neither a folder nor a hub name.
@@ -33,7 +36,7 @@ def find_local_model(model: ModelConfig) -> Path | None:
         raise ConfigError(f"model.path={model.path} is a file; give the folder that holds config.json and the weights.")
     if not HUB_NAME.fullmatch(model.path):
         raise ConfigError(f"model.path={model.path}: no such folder, and not a hub name such as org/name.")
-    return _find_in_hub_cache(model.path)
+    return _find_in_hub_cache(model)
 
 
 def _find_in_package(path: str) -> Path:
@@ -47,15 +50,21 @@ def _find_in_package(path: str) -> Path:
     return folder
 
 
-def _find_in_hub_cache(name: str) -> Path | None:
+def _patterns(model: ModelConfig) -> list[str]:
+    """The files of a hub model that a run needs."""
+    return TEXTS if model.weights == WeightsKind.dummy else WEIGHTS + TEXTS
+
+
+def _find_in_hub_cache(model: ModelConfig) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=WEIGHTS + TEXTS, local_files_only=True))
+        folder = Path(snapshot_download(model.path, allow_patterns=_patterns(model), local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if _has_all_weights(folder) else None
+    is_whole = (folder / CONFIG).is_file() if model.weights == WeightsKind.dummy else _has_all_weights(folder)
+    return folder if is_whole else None
 
 
 def _has_all_weights(folder: Path) -> bool:
@@ -81,7 +90,7 @@ def download_model(model: ModelConfig) -> Path:
             "the folder of a checkpoint: model.path=FOLDER."
         )
     try:
-        return Path(snapshot_download(model.path, allow_patterns=WEIGHTS + TEXTS))
+        return Path(snapshot_download(model.path, allow_patterns=_patterns(model)))
     except Exception as error:  # The hub's client raises many kinds; all mean that there is no model to run.
         raise ConfigError(
             f"model.path={model.path} could not be downloaded: {error}. Check the name, your network and, for gated "

@@ -8,13 +8,12 @@ from dataclasses import replace
 from launcher.config import MAX_CARDS, KVDType
 from launcher.hardware import Inventory
 from launcher.memory import Demand, fits, group_lines, largest_context
-from launcher.shape import TYPICAL_SCHEMES
+from launcher.shape import quantized_shape
 from launcher.topology import PlanError
 from launcher.units import GIB
 
-# AWQ and GPTQ in groups of 128: 4 bits, a 16-bit scale and a 4-bit zero a group.
-FOUR_BIT_NAME = "awq"
-FOUR_BITS = 4 + (16 + 4) / 128
+# Kinds of model.quantize to advise, the nearest to the checkpoint first.
+ADVISED_KINDS = ("int8", "int4")
 
 
 def refuse_memory(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> PlanError:
@@ -23,12 +22,11 @@ def refuse_memory(demand: Demand, budgets: tuple[int, ...], inventory: Inventory
     weights_fit = all(sum(lines.values()) <= budget for lines, budget in zip(fixed, budgets, strict=True))
     if weights_fit:
         what = f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size} do"
-        remedies = [*_smaller_runs(demand, budgets, max_context), *_more_cards(demand, budgets, inventory, max_context)]
+        remedies = [*_smaller_runs(demand, budgets, max_context)]
     else:
         what = f"the weights in {_format(demand)} do"
-        remedies = list(_more_cards(demand, budgets, inventory, max_context)) or list(
-            _four_bits(demand, budgets, inventory, max_context)
-        )
+        remedies = []
+    remedies += [*_more_cards(demand, budgets, inventory, max_context), *_fewer_bits(demand, budgets, max_context)]
     lines = demand.lines(max_context) if weights_fit else fixed
     sizes = [_rank_text(rank, lines[rank], budgets[rank], inventory) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
@@ -58,20 +56,23 @@ def _more_cards(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, 
         yield f"gpus={num_cards}{more}"
 
 
-def _four_bits(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> Iterator[str]:
-    """What a 4-bit checkpoint of the model would need, where no number of cards holds it as it is."""
-    if demand.device == "cpu" or demand.shape.quantization != "none":
+def _fewer_bits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> Iterator[str]:
+    """The settings of model.quantize that fit here; where none does, the fewest cards that 4 bits need."""
+    if demand.shape.quantization != "none":
         return
-    four_bits = replace(
-        demand.shape, quantization=FOUR_BIT_NAME, linear_bits=FOUR_BITS, scheme=TYPICAL_SCHEMES[FOUR_BIT_NAME]
+    smaller = {kind: replace(demand, shape=quantized_shape(demand.shape, kind)) for kind in ADVISED_KINDS}
+    fitting = [f"model.quantize={kind}" for kind, each in smaller.items() if fits(each, budgets, max_context)]
+    if demand.device == "cpu":
+        yield from fitting
+        return
+    as_it_is, in_4_bits = (
+        _smallest_num_cards(each, min(budgets), max_context, 1) for each in (demand, smaller["int4"])
     )
-    smaller = replace(demand, shape=four_bits)
-    num_cards = _smallest_num_cards(smaller, min(budgets), max_context, 1)
-    none_as_it_is = f"in {_format(demand)} no number of such cards from 1 to {MAX_CARDS}"
-    if num_cards is None:
-        yield f"{none_as_it_is}, nor as a 4-bit checkpoint"
-        return
-    yield f"a 4-bit checkpoint of it on gpus={num_cards} ({none_as_it_is})"
+    note = f" (in {_format(demand)} no number of such cards from 1 to {MAX_CARDS})" if as_it_is is None else ""
+    if fitting:
+        yield f"{' or '.join(fitting)}{note}"
+    elif in_4_bits is not None:
+        yield f"model.quantize=int4 on gpus={in_4_bits}{note}"
 
 
 def _smallest_num_cards(demand: Demand, budget: int, max_context: int, start: int) -> int | None:

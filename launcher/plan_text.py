@@ -7,11 +7,14 @@ from rich.table import Table
 from launcher.plan import Plan
 from launcher.shape import ModelShape
 from launcher.units import GIB, MIB
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 
 
 def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
     """(label, value) pairs; labels of numbers that a run would measure end in "predicted"."""
     weights = shape.quantization if shape.quantization != "none" else plan.dtype
+    if shape.quantization in QUANTIZE_SCHEMES and shape.scheme == QUANTIZE_SCHEMES[shape.quantization]:
+        weights += ", rounded while they load"
     floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
     return [
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
@@ -42,9 +45,10 @@ def plan_table(plan: Plan) -> Table:
     for card in plan.cards:
         where = "CPU" if card.card is None else f"card {card.card}"
         table.add_column(f"rank {card.rank}\n{where}", justify="right")
-    for name in plan.cards[0].lines:
+    lines = list(dict.fromkeys(name for card in plan.cards for name in card.lines))
+    for name in lines:
         table.add_row(
-            name, *(_amount(card.lines[name], unit_bytes) for card in plan.cards), end_section=name == "activations"
+            name, *(_amount(card.lines.get(name, 0), unit_bytes) for card in plan.cards), end_section=name == lines[-1]
         )
     table.add_row("all, predicted", *(_amount(card.predicted_bytes, unit_bytes) for card in plan.cards))
     table.add_row("budget", *(_amount(card.budget_bytes, unit_bytes) for card in plan.cards))

@@ -60,6 +60,8 @@ def base_report(job: Job) -> dict[str, Any]:
     report: dict[str, Any] = {
         "task": run.task.kind.value,
         "model": run.model.name if plan else None,
+        "weights": run.model.weights.value if plan else None,
+        "quantize": run.model.quantize.value if plan else None,
         "world_size": placement.world_size,
         "device": placement.device,
         "topology": placement.topology,
@@ -103,7 +105,7 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         "disk_wait_sec": slowest["disk_wait_sec"],
         "decode_sec": slowest["decode_sec"],
         "bytes_read": total,
-        "gb_per_sec": total / sec / 1e9,
+        "gb_per_sec": total / sec / 1e9 if total else None,
         "bytes_read_per_rank": [load["bytes_read"] for load in loads],
         # Of the first rank: how many quantised linears got which kernel, and why.
         "kernels": loads[0].get("kernels", {}),
@@ -138,6 +140,8 @@ def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None
     return {
         "task": run.task.kind.value if run else None,
         "model": run.model.name if run else None,
+        "weights": run.model.weights.value if run else None,
+        "quantize": run.model.quantize.value if run else None,
         **dict.fromkeys(("world_size", "device", "topology", *MEASURED, "predicted", "outputs")),
         "cards": [],
         "error": asdict(failure),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import RunConfig, TaskKind
-from launcher.console import print_plan, print_report
+from launcher.config import QuantizeKind, RunConfig, TaskKind, WeightsKind
+from launcher.console import print_plan, print_report, print_warning
 from launcher.events import EventFollower
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
@@ -16,7 +16,7 @@ from launcher.model_files import download_model, find_local_model
 from launcher.plan import plan_run
 from launcher.prompts import prompts_to_do, read_prompts
 from launcher.report import base_report, build_report
-from launcher.shape import ModelShape, shape_from_checkpoint, shape_from_facts
+from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.telemetry import Telemetry
 from launcher.topology import place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
@@ -64,16 +64,25 @@ def is_complete(job: Job) -> bool:
 
 
 def find_model(run: RunConfig) -> Model:
-    """Finds (or downloads) the checkpoint and reads its shape; facts do where task=plan has no checkpoint.
+    """Finds (or downloads) the model and decides its shape.
 
     Raises:
-        ValueError: no such model, or its files are missing, truncated or of a kind that is not read.
+        ValueError: no such model, its files are missing, truncated or of a kind that is not read, or it is quantised
+            and model.quantize is set.
     """
-    folder = find_local_model(run.model)
-    if folder is None and run.task.kind == TaskKind.plan and run.model.shape is not None:
+    model = find_stored_model(run)
+    quantize = run.model.quantize
+    return model if quantize == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, quantize.value))
+
+
+def find_stored_model(run: RunConfig) -> Model:
+    """The model as it is stored; facts do where task=plan or dummy weights have no folder."""
+    folder, is_dummy = find_local_model(run.model), run.model.weights == WeightsKind.dummy
+    if folder is None and run.model.shape is not None and (is_dummy or run.task.kind == TaskKind.plan):
         return Model(shape_from_facts(run.model.shape), None)
     folder = folder or download_model(run.model)
-    return Model(shape_from_checkpoint(folder, read_checkpoint(folder)), folder)
+    shape = shape_from_config(folder) if is_dummy else shape_from_checkpoint(folder, read_checkpoint(folder))
+    return Model(shape, folder)
 
 
 def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
@@ -81,7 +90,9 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     run = job.run
     plan = plan_run(run, job.placement, model.shape, inventory)
     print_plan(plan, model.shape)
-    job = replace(job, plan=plan, model_folder=str(model.folder) if model.folder else None)
+    if run.model.weights == WeightsKind.dummy:
+        print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
+    job = replace(job, plan=plan, shape=model.shape, model_folder=str(model.folder) if model.folder else None)
     if run.task.kind != TaskKind.generate:
         return job
     prompts = read_prompts(run)

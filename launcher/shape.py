@@ -17,6 +17,8 @@ from launcher.model_config import read_model_config
 from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
 from parallel.checkpoint.formats.scheme import Scheme, inputs_problem
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.kernels.held import stored_bits
 from parallel.partition import split_by_grain, split_by_heads
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -102,6 +104,36 @@ def shape_from_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) ->
         linear_bits=8 * _linear_bytes(checkpoint) / shape.num_linear_weights,
         not_loadable=shape.not_loadable or _awkward_inputs(shape) or _not_loadable(checkpoint),
     )
+
+
+def shape_from_config(folder: Path) -> ModelShape:
+    """The shape in config.json alone, for weights that are made up; a dtype that it leaves open is bfloat16.
+
+    Raises:
+        ShapeError: as for a checkpoint.
+    """
+    file = folder / "config.json"
+    fields = read_model_config(file)
+    fields["dtype"] = fields["dtype"] or "bfloat16"
+    _check(fields, str(file))
+    scheme: Scheme | None = fields["scheme"]
+    linear_bits = stored_bits(scheme, fields["hidden_size"]) if scheme else 8.0 * DTYPE_BYTES[fields["dtype"]]
+    return ModelShape(**fields, linear_bits=linear_bits, source="config.json")
+
+
+def quantized_shape(shape: ModelShape, kind: str) -> ModelShape:
+    """`shape` with its linears rounded while they load; `kind` is a key of QUANTIZE_SCHEMES.
+
+    Raises:
+        ShapeError: the checkpoint is quantised already.
+    """
+    if shape.quantization != "none":
+        raise ShapeError(
+            f"model.quantize={kind} rounds bf16, fp16 and fp32 checkpoints, and this one is quantised as "
+            f"{shape.quantization} already. Set model.quantize=none."
+        )
+    scheme = QUANTIZE_SCHEMES[kind]
+    return replace(shape, quantization=kind, scheme=scheme, linear_bits=stored_bits(scheme, shape.hidden_size))
 
 
 def shape_from_facts(facts: ModelFacts) -> ModelShape:

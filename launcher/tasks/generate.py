@@ -10,31 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from launcher.config import KVDType, SamplingConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.measure import communication, latencies, memory
-from parallel.checkpoint.headers import read_checkpoint
-from parallel.checkpoint.load import LoadResult, load_checkpoint
+from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
+from launcher.tasks.weights import load_sharded_model
+from parallel.checkpoint.load import LoadResult
 from parallel.engine import generate
 from parallel.engine.engine import Engine
-from parallel.engine.limits import EngineLimits
 from parallel.engine.generate import Answer, Result, StopRules
+from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
-from parallel.shard import build_sharded_model
 
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An engine over a loaded model, with what turns text into tokens and back."""
+    """An engine over a loaded model, with what turns its tokens into text."""
 
     engine: Engine
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     rules: StopRules
     load: LoadResult
 
@@ -47,12 +48,12 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         RuntimeError: ranks picked different tokens.
     """
     job = context.job
-    assert job.model_folder is not None and job.plan is not None, "the parent plans a model for this task"
-    tokenizer = AutoTokenizer.from_pretrained(job.model_folder)
+    assert job.plan is not None, "the parent plans a model for this task"
+    tokenizer = load_tokenizer(job)
     # Before the weights: a prompt that cannot be answered is told in seconds.
-    token_ids = encode_prompts(tokenizer, job.prompts, use_chat=job.run.chat)
+    token_ids = encode_prompts(job, tokenizer)
     check_lengths(job.prompts, token_ids, job.plan.max_context)
-    loaded = load_model(context, job.model_folder, job.plan, tokenizer)
+    loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded)
     started = time.time()
     result = answer_prompts(context, loaded, token_ids)
@@ -60,7 +61,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     check_same_tokens(context, result.answers)
     return {
         "transport": context.transport_summary(),
-        "load": {**asdict(loaded.load), "gb_per_sec": loaded.load.bytes_read / loaded.load.sec / 1e9},
+        "load": asdict(loaded.load),
         "warm_up_sec": warm_up_sec,
         **latencies(result),
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
@@ -71,22 +72,11 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     }
 
 
-def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
-    model = build_sharded_model(
-        AutoConfig.from_pretrained(folder),
-        context.communicator,
-        dtype=getattr(torch, plan.dtype),
-        grain=plan.grain,
-    )
-    load = load_checkpoint(
-        model,
-        read_checkpoint(Path(folder)),
-        context.device,
-        on_progress=lambda done, total: context.events.progress("loading weights", done, total, "bytes"),
-    )
+    module, load = load_sharded_model(context)
     engine = Engine(
-        model.module,
+        module,
         context.communicator,
         context.device,
         EngineLimits(plan.max_context, run.workload.batch_size, run.engine.prefill_chunk),
@@ -95,45 +85,10 @@ def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrai
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
-        eos_ids=eos_token_ids(folder, tokenizer),
+        eos_ids=eos_token_ids(context.job, tokenizer),
         texts=tuple(run.sampling.stop),
     )
-    return LoadedModel(engine, tokenizer, rules, load)
-
-
-def eos_token_ids(folder: str, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that ends an answer: those of generation_config.json, else the tokenizer's."""
-    ids: int | list[int] | None = tokenizer.eos_token_id
-    if (Path(folder) / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id or ids
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, use_chat: bool) -> list[list[int]]:
-    return [encode_prompt(tokenizer, prompt, use_chat=use_chat) for prompt in prompts]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_chat: bool) -> list[int]:
-    """Token ids, in the chat template where the model has one and `use_chat` asks for it."""
-    has_template = bool(tokenizer.chat_template)
-    if prompt.messages is not None and not has_template:
-        raise ValueError(f'prompt {prompt.index} is chat messages, but the model has no chat template. Use "prompt".')
-    if prompt.text is not None and not (use_chat and has_template):
-        return list(tokenizer(prompt.text)["input_ids"])
-    messages = list(prompt.messages or ({"role": "user", "content": str(prompt.text)},))
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], max_context: int) -> None:
-    """All prompts that do not fit, at once, before any is answered."""
-    long = [(prompt.index, len(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) >= max_context]
-    if long:
-        shown = ", ".join(f"prompt {index} has {length} tokens" for index, length in long[:4])
-        raise ValueError(
-            f"{shown}{', ...' if len(long) > 4 else ''}; prompt and answer must fit engine.max_context={max_context}. "
-            "Raise engine.max_context or shorten the prompts."
-        )
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load)
 
 
 def warm_up(loaded: LoadedModel) -> float:
@@ -142,7 +97,7 @@ def warm_up(loaded: LoadedModel) -> float:
     limits = loaded.engine.limits
     prompt = [0] * min(WARM_UP_TOKENS, limits.max_context - 1)
     prompts = [generate.Prompt(row, prompt) for row in range(limits.batch_size)]
-    generate.generate(loaded.engine, prompts, loaded.tokenizer.backend_tokenizer, StopRules(max_tokens=2))
+    generate.generate(loaded.engine, prompts, loaded.tokenizer, StopRules(max_tokens=2))
     return time.perf_counter() - start
 
 
@@ -170,7 +125,7 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
     return generate.generate(
         loaded.engine,
         [generate.Prompt(prompt.index, ids) for prompt, ids in zip(job.prompts, token_ids, strict=True)],
-        loaded.tokenizer.backend_tokenizer,
+        loaded.tokenizer,
         loaded.rules,
         on_text=show_text,
         on_prefill=show_prefill,

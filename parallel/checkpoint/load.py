@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
-from parallel.checkpoint.quantized import local_box, local_slices, place_linear
+from parallel.checkpoint.quantize import cut_inputs, quantize_weight
+from parallel.checkpoint.quantize_schemes import widen
+from parallel.checkpoint.quantized import install, local_box, local_slices, place_linear
 from parallel.checkpoint.read import TensorSlice, check_finite, is_finite
 from parallel.checkpoint.read_ahead import LIMIT_BYTES, ReadAhead
 from parallel.linear import ShardedLayer
@@ -64,6 +67,7 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     device: torch.device,
     *,
+    quantize: Scheme | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     read_ahead_bytes: int = LIMIT_BYTES,
 ) -> LoadResult:
@@ -72,6 +76,7 @@ def load_checkpoint(
     Quantised linears stay packed, in the layout of the kernel that multiplies by them.
 
     Args:
+        quantize: how linears that are stored as numbers are rounded, tensor by tensor; None: they stay as they are.
         on_progress: called after each parameter with the bytes read so far and in all, both of this rank.
         read_ahead_bytes: of host memory for what is read ahead of its use.
 
@@ -82,7 +87,8 @@ def load_checkpoint(
     start = time.perf_counter()
     matches = match_tensors(model, checkpoint)
     check_zeros(matches.surplus_biases, read_ahead_bytes)
-    steps = sorted([*plain_steps(model, matches), *quantized_steps(model, matches)], key=lambda step: step.position)
+    steps = [*plain_steps(model, matches, quantize), *quantized_steps(model, matches)]
+    steps.sort(key=lambda step: step.position)
     total = sum(step.num_bytes for step in steps)
     done, decode_sec, kernels = 0, 0.0, Counter[str]()
     with ReadAhead((wanted for step in steps for wanted in step.reads.values()), device, read_ahead_bytes) as reader:
@@ -105,12 +111,24 @@ def place_step(step: Step, stored: Stored) -> str | None:
     return step.place(stored)
 
 
-def plain_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:
+def plain_steps(model: ShardedModel, matches: Matches, quantize: Scheme | None) -> Iterator[Step]:
     owners = parameter_owners(model.module)
     for name, entry in matches.plain.items():
         module, attribute = owners[name][0]
+        if quantize is not None and name in model.linears:
+            yield rounding_step(module, name, entry, quantize)
+            continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
         yield Step({name: TensorSlice(entry, slices)}, partial(place_parameter, owners[name], name))
+
+
+def rounding_step(layer: ShardedLayer, name: str, entry: TensorEntry, scheme: Scheme) -> Step:
+    box = local_box(layer, entry.shape)
+    wide = widen(box, scheme, entry.shape[1])
+    reads = {name: TensorSlice(entry, (slice(*wide.outputs), slice(*wide.inputs)))}
+    return Step(
+        reads, lambda stored: install(layer, cut_inputs(quantize_weight(stored[name], scheme), wide, box))
+    )
 
 
 def quantized_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:

@@ -40,10 +40,14 @@ def place_linear(layer: ShardedLayer, reads: Slices, scheme: Scheme, box: Box, s
     Raises:
         CheckpointError: the tensors contradict config.json.
     """
-    dtype = layer.weight.dtype
     weight = decode(reads, scheme, box, stored)
     assert weight.shape == box.shape, f"{layer.name}: {weight.shape=} {box.shape=}"
-    layer.packed, kernel = pack_linear(weight, dtype)
+    return install(layer, weight)
+
+
+def install(layer: ShardedLayer, weight: QuantizedWeight) -> str:
+    """Makes the layer multiply by `weight`, packed. Returns the kernel's name and reason."""
+    layer.packed, kernel = pack_linear(weight, layer.weight.dtype)
     layer.weight = None
     return kernel
 

@@ -1,0 +1,94 @@
+"""Prompts as token ids: by the model's tokenizer, or random ones where dummy weights come without."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from launcher.config import WeightsKind
+from launcher.job import Job
+from launcher.prompts import Prompt, prompt_key
+
+# Any of these is a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Tokens of a random prompt where neither workload.prompt_tokens nor the context says otherwise.
+RANDOM_PROMPT_TOKENS = 512
+
+
+def load_tokenizer(job: Job) -> PreTrainedTokenizerFast | None:
+    """None: weights are dummies and the model brings no tokenizer."""
+    if job.run.model.weights == WeightsKind.dummy and not has_tokenizer(job.model_folder):
+        return None
+    return AutoTokenizer.from_pretrained(job.model_folder)
+
+
+def has_tokenizer(folder: str | None) -> bool:
+    return folder is not None and any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def text_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> Tokenizer:
+    """What turns tokens of an answer into text; without a tokenizer none of them has any."""
+    backend: Tokenizer = Tokenizer(WordLevel({}, unk_token="")) if tokenizer is None else tokenizer.backend_tokenizer
+    return backend
+
+
+def eos_token_ids(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
+    """Every token that ends an answer: those of generation_config.json, else the tokenizer's.
+
+    None end those of dummy weights: they come at random, and would end what is to be measured.
+    """
+    if job.run.model.weights == WeightsKind.dummy or job.model_folder is None:
+        return frozenset()
+    ids: int | list[int] | None = None if tokenizer is None else tokenizer.eos_token_id
+    if (Path(job.model_folder) / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(job.model_folder).eos_token_id or ids
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def encode_prompts(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> list[list[int]]:
+    """Token ids of the job's prompts.
+
+    Raises:
+        ValueError: chat messages for a model without a chat template.
+    """
+    if tokenizer is None:
+        return [random_prompt(job, prompt) for prompt in job.prompts]
+    return [encode_prompt(tokenizer, prompt, use_chat=job.run.chat) for prompt in job.prompts]
+
+
+def random_prompt(job: Job, prompt: Prompt) -> list[int]:
+    """workload.prompt_tokens tokens that the prompt's text decides."""
+    assert job.plan is not None and job.shape is not None
+    room = max(1, job.plan.max_context - job.run.workload.output_tokens)
+    length = job.run.workload.prompt_tokens or min(RANDOM_PROMPT_TOKENS, room)
+    draw = random.Random(zlib.crc32(prompt_key(prompt).encode()))
+    return [draw.randrange(job.shape.vocab_size) for _ in range(length)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_chat: bool) -> list[int]:
+    """Token ids, in the chat template where the model has one and `use_chat` asks for it."""
+    has_template = bool(tokenizer.chat_template)
+    if prompt.messages is not None and not has_template:
+        raise ValueError(f'prompt {prompt.index} is chat messages, but the model has no chat template. Use "prompt".')
+    if prompt.text is not None and not (use_chat and has_template):
+        return list(tokenizer(prompt.text)["input_ids"])
+    messages = list(prompt.messages or ({"role": "user", "content": str(prompt.text)},))
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], max_context: int) -> None:
+    """All prompts that do not fit, at once, before any is answered."""
+    long = [(prompt.index, len(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) >= max_context]
+    if long:
+        shown = ", ".join(f"prompt {index} has {length} tokens" for index, length in long[:4])
+        raise ValueError(
+            f"{shown}{', ...' if len(long) > 4 else ''}; prompt and answer must fit engine.max_context={max_context}. "
+            "Raise engine.max_context or shorten the prompts."
+        )

@@ -1,0 +1,81 @@
+"""The model of a job with its weights in place: those of its checkpoint, or dummy ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from launcher.config import WeightsKind
+from launcher.rank import RankContext
+from launcher.shape import ModelShape
+from parallel.checkpoint.dummy import fill_dummy
+from parallel.checkpoint.headers import read_checkpoint
+from parallel.checkpoint.load import LoadResult, load_checkpoint
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.shard import ShardedModel, build_sharded_model
+
+
+def load_sharded_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult]:
+    """This rank's part of the model, on its device.
+
+    Raises:
+        CheckpointError: the weights cannot be used; the message says which and why.
+    """
+    job = context.job
+    assert job.plan is not None and job.shape is not None, "the parent plans a model for this task"
+    model = build_sharded_model(
+        config_of_shape(job.shape) if job.model_folder is None else AutoConfig.from_pretrained(job.model_folder),
+        context.communicator,
+        dtype=getattr(torch, job.plan.dtype),
+        grain=job.plan.grain,
+    )
+    return model.module, FILLS[job.run.model.weights](context, model)
+
+
+def config_of_shape(shape: ModelShape) -> PretrainedConfig:
+    """The transformers config of a model that is known by facts only: a Llama, or a Qwen2 where queries have biases."""
+    family = Qwen2Config if shape.qkv_bias else LlamaConfig
+    return family(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tied_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def fill_from_checkpoint(context: RankContext, model: ShardedModel) -> LoadResult:
+    assert context.job.model_folder is not None, "only dummy weights come without a folder"
+    return load_checkpoint(
+        model,
+        read_checkpoint(Path(context.job.model_folder)),
+        context.device,
+        quantize=QUANTIZE_SCHEMES.get(context.job.run.model.quantize.value),
+        on_progress=lambda done, total: context.events.progress("loading weights", done, total, "bytes"),
+    )
+
+
+def fill_with_dummies(context: RankContext, model: ShardedModel) -> LoadResult:
+    assert context.job.shape is not None
+    return fill_dummy(
+        model,
+        context.job.shape.scheme,
+        context.device,
+        on_progress=lambda done, total: context.events.progress("making weights", done, total, "parameters"),
+    )
+
+
+FILLS: dict[WeightsKind, Callable[[RankContext, ShardedModel], LoadResult]] = {
+    WeightsKind.checkpoint: fill_from_checkpoint,
+    WeightsKind.dummy: fill_with_dummies,
+}
