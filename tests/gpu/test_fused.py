@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 
 EPS = 1e-5
 TOKENS = (1, 2, 7, 33, 129, 1000)
-# Twice half a unit in the last place of bf16: results are rounded twice.
-TWO_ROUNDINGS = 2**-8 * 1.01
+# Twice half a unit in the last place of bf16 (2**-8 of a number, at most): results are rounded twice.
+TWO_ROUNDINGS = 2**-7 * 1.01
 # Sums in another order, and another exp, may tip a rounding; seldom.
 LEAST_EQUAL = 0.99
 
@@ -161,8 +161,12 @@ def test_every_bf16_number_becomes_its_e4m3() -> None:
     arguments[0] = torch.cat([random(64, 9 * 128), every.view(64, 8 * 128)], dim=1)
     arguments[4] = torch.arange(64, device="cuda")
     fused.rotary_and_cache(*arguments)
+    every = every.cpu()
     found = arguments[6][0].transpose(0, 1).reshape(-1).view(torch.uint8).cpu()
-    expected = every.cpu().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    expected = every.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    # Whatever the sign of what is no number.
+    found[every.isnan()] |= 0x80
+    expected[every.isnan()] |= 0x80
     wrong = [(f"{float(every[i]):g}", hex(found[i]), hex(expected[i])) for i in (found != expected).nonzero().flatten()]
     assert not wrong, f"{len(wrong)} of 65536, such as (number, found, expected) {wrong[:5]}"
 
