@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from parallel.communicator import Communicator, TransportError
-from parallel.selftest import DECODE_BYTES, deadline, sums_exactly, time_all_reduce
+from parallel.selftest import DECODE_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
 
 KIB = 1024
@@ -81,8 +81,11 @@ def prove(
         try:
             communicator = open_candidate()
             problem = find_wrong_sums(communicator, device)
-            times = {size: time_one(communicator, device, size) for size in sizes}
+            timings = [time_one(communicator, device, size) for size in sizes]
             communicator.barrier()
+            times = {timing.num_bytes: timing.p50_us for timing in timings}
+            late = [str(timing.num_bytes) for timing in timings if not timing.exact]
+            problem = problem or (f"gave wrong sums of {late[0]} bytes after many calls" if late else "")
         except Exception as error:  # Whatever it is, the candidate is out; the others may work.
             problem = problem or str(error) or repr(error)
         proof = agree(name, times, problem, sizes, control)
@@ -100,9 +103,9 @@ def find_wrong_sums(communicator: Communicator, device: torch.device) -> str:
     return f"gave wrong sums of {wrong[0]}" if wrong else ""
 
 
-def time_one(communicator: Communicator, device: torch.device, num_bytes: int) -> float:
+def time_one(communicator: Communicator, device: torch.device, num_bytes: int) -> Timing:
     repeats = 20 if num_bytes <= 1024 * KIB else 3
-    return time_all_reduce(communicator, device, num_bytes, repeats=repeats).p50_us
+    return time_all_reduce(communicator, device, num_bytes, repeats=repeats)
 
 
 def agree(name: str, times: dict[int, float], problem: str, sizes: Sequence[int], control: Communicator) -> Proof:
@@ -134,19 +137,24 @@ def choose(base: Communicator, base_proof: Proof, other: Bounded | None, other_p
         return Choice(base, (Range(base_proof.name, None, reason, base_proof.times_us),))
     other.max_bytes = limit
     reason = compare(other_proof, base_proof, DECODE_BYTES if limit >= DECODE_BYTES else limit)
-    return Choice(other, (Range(other_proof.name, limit, reason, other_proof.times_us), rest(base_proof, other_proof)))
+    return Choice(
+        other, (Range(other_proof.name, limit, reason, other_proof.times_us), rest(base_proof, other_proof, limit))
+    )
 
 
 def force(other: Bounded, base_proof: Proof, other_proof: Proof, reason: str) -> Choice:
     """`other` for whatever it can carry, since a user asked for it."""
-    ranges = (Range(other_proof.name, other.max_bytes, reason, other_proof.times_us), rest(base_proof, None))
+    ranges = (
+        Range(other_proof.name, other.max_bytes, reason, other_proof.times_us),
+        rest(base_proof, other_proof, other.max_bytes),
+    )
     return Choice(other, ranges)
 
 
-def rest(base: Proof, other: Proof | None) -> Range:
-    """The messages that are left to `base`: those at which `other` is slower, or all that it cannot carry."""
-    slower = [] if other is None else [s for s in sorted(other.times_us) if other.times_us[s] >= base.times_us[s]]
-    reason = compare(base, other, slower[0]) if slower and other is not None else "larger than the slots of the other"
+def rest(base: Proof, other: Proof, limit: int) -> Range:
+    """The messages above `limit`, at which `other` is slower or which it cannot carry."""
+    slower = [size for size in sorted(other.times_us) if size > limit]
+    reason = compare(base, other, slower[0]) if slower else f"larger than the slots of {other.name}"
     return Range(base.name, None, reason, base.times_us)
 
 

@@ -148,6 +148,8 @@ def answer_prompts(
     for start in range(0, len(token_ids), size):
         batch = job.prompts[start : start + size]
         result = answer_batch(context, loaded, batch, token_ids[start : start + size])
+        # Before anyone believes these tokens.
+        context.communicator.check()
         batches.append(result)
         lines = [output_line(prompt, answer) for prompt, answer in zip(batch, result.answers, strict=True)]
         outputs += lines
