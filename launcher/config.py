@@ -84,6 +84,14 @@ class PeerAccess(str, Enum):
     off = "off"
 
 
+class TransportKind(str, Enum):
+    """What carries collectives between cards: `auto` takes, for each size of message, the fastest that works."""
+
+    auto = "auto"
+    nccl = "nccl"
+    host_memory = "host_memory"
+
+
 @dataclass
 class ModelFacts:
     """Shape of a dense decoder, for planning before its checkpoint is on this machine."""
@@ -213,6 +221,8 @@ class EngineConfig:
     prefill_chunk: int = 2048
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
     comm_share_steps: int = 16
+    # Between cards; ranks on the CPU talk through gloo.
+    transport: TransportKind = TransportKind.auto
 
     def problems(self) -> Iterator[str]:
         if self.max_context is not None and self.max_context < 2:

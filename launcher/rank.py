@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,11 +16,14 @@ import torch.distributed as dist
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job
+from launcher.rank_transport import open_transport
 from launcher.start import rank_log
 from launcher.units import GIB
-from parallel.communicator import Communicator, open_communicator
-from parallel.selftest import SelfTest, check_transport
+from parallel.communicator import Communicator
+from parallel.selftest import DECODE_BYTES
 from parallel.shard import share_process_group
+from parallel.transport_choice import PREFILL_BYTES, Range
+from parallel.transports.solo import Solo
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class RankContext:
     rank: int
     device: torch.device
     communicator: Communicator
-    # None for one rank, which has no links to test.
-    selftest: SelfTest | None
+    # What carries which sizes of message, smallest first.
+    ranges: tuple[Range, ...]
     events: EventWriter
 
     @property
@@ -47,13 +50,26 @@ class RankContext:
 
     def transport_summary(self) -> dict[str, Any]:
         """Which transport carries which sizes, why, and what its self-test measured."""
-        why = (
-            "one rank has no links"
-            if self.selftest is None
-            else f"the one for {self.communicator.world_size} ranks on this device"
-        )
-        measured = None if self.selftest is None else self.selftest.decode.p50_us
-        return {"all_sizes": {"name": self.communicator.name, "reason": why, "decode_all_reduce_us": measured}}
+        return {range_name(self.ranges, i): describe_range(each) for i, each in enumerate(self.ranges)}
+
+
+def range_name(ranges: Sequence[Range], i: int) -> str:
+    """all_sizes, or up_to_N_bytes and then larger."""
+    if len(ranges) == 1:
+        return "all_sizes"
+    limit = ranges[i].up_to_bytes
+    return "larger" if limit is None else f"up_to_{limit}_bytes"
+
+
+def describe_range(chosen: Range) -> dict[str, Any]:
+    """What its self-test measured, of whichever range; null where it was not asked."""
+    prefill_us = chosen.times_us.get(PREFILL_BYTES)
+    return {
+        "name": chosen.name,
+        "reason": chosen.reason,
+        "decode_all_reduce_us": chosen.times_us.get(DECODE_BYTES),
+        "prefill_gb_per_sec": None if prefill_us is None else PREFILL_BYTES / prefill_us / 1e3,
+    }
 
 
 @contextmanager
@@ -62,13 +78,9 @@ def joined_rank(job: Job, rank: int, events: EventWriter) -> Iterator[RankContex
     device = open_device(job, rank)
     join_process_group(job, device)
     try:
-        timeouts = job.run.timeouts
-        communicator = open_communicator(job.placement.transport, device, timeout_sec=timeouts.collective_sec)
-        context = RankContext(job, rank, device, communicator, None, events)
-        if communicator.world_size > 1:
-            test = check_transport(communicator, device, timeout_sec=timeouts.selftest_sec, on_timeout=context.abort)
-            context = replace(context, selftest=test)
-        yield context
+        context = RankContext(job, rank, device, Solo(device), (), events)
+        choice = open_transport(job, device, context.abort)
+        yield replace(context, communicator=choice.communicator, ranges=choice.ranges)
     finally:
         dist.destroy_process_group()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.config import MAX_CARDS, PeerAccess, RunConfig, TopologyKind
+from launcher.config import MAX_CARDS, PeerAccess, RunConfig, TopologyKind, TransportKind
 from launcher.hardware import Card, Inventory
 
 NUM_CARDS = {
@@ -40,7 +40,7 @@ class Placement:
     # CUDA index of each rank's card; None on the CPU.
     cards: tuple[int | None, ...]
     names: tuple[str, ...]
-    # What carries the collectives: nccl, gloo or solo.
+    # What carries the collectives: nccl (and what a rank finds faster for small ones), gloo or solo.
     transport: str
 
 
@@ -87,11 +87,22 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         topology_reason=reason,
         cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
         names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
-        transport=plan_transport(world_size, device),
+        transport=plan_transport(run, world_size, device),
     )
 
 
-def plan_transport(world_size: int, device: str) -> str:
+def plan_transport(run: RunConfig, world_size: int, device: str) -> str:
+    """What carries every collective, or between cards whatever a faster one does not take.
+
+    Raises:
+        PlanError: a transport between cards was asked for and there are none.
+    """
+    wanted = run.engine.transport
+    if wanted != TransportKind.auto and device == "cpu":
+        raise PlanError(
+            f"engine.transport={wanted.value} connects cards, but ranks run on the CPU here, through gloo. "
+            "Set engine.transport=auto."
+        )
     return "solo" if world_size == 1 else {"cuda": "nccl", "cpu": "gloo"}[device]
 
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+class TransportError(RuntimeError):
+    """A transport gave wrong sums or did not answer; the message names it and what to try."""
+
+
 class Communicator(Protocol):
     """Collectives over the ranks of one run. Every rank calls the same methods in the same order."""
 
@@ -32,6 +36,13 @@ class Communicator(Protocol):
 
     def barrier(self) -> None:
         """Returns once every rank has called it and this rank's device has done its queued work."""
+        ...
+
+    def check(self) -> None:
+        """Raises TransportError if a collective that the device has run was given up. Costs next to nothing.
+
+        To be called before results that came to the host are believed.
+        """
         ...
 
 
@@ -57,17 +68,21 @@ class ElidedAllReduce:
     def barrier(self) -> None:
         self.inner.barrier()
 
+    def check(self) -> None:
+        self.inner.check()
+
 
 def open_communicator(kind: str, device: torch.device, *, timeout_sec: float) -> Communicator:
-    """Opens transport `kind` ("nccl", "gloo" or "solo") over all ranks of the default process group.
+    """Opens transport `kind` ("nccl", "host_memory", "gloo" or "solo") over all ranks of the default process group.
 
     Raises:
         ValueError: an unknown kind; the message lists the known ones.
     """
-    from parallel.transports import solo, torch_distributed
+    from parallel.transports import host_memory, solo, torch_distributed
 
     openers: dict[str, Callable[[torch.device, timedelta], Communicator]] = {
         "nccl": torch_distributed.open_nccl,
+        "host_memory": host_memory.open_host_memory,
         "gloo": torch_distributed.open_gloo,
         "solo": solo.open_solo,
     }

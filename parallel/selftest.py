@@ -15,16 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, TransportError
 from parallel.timing import p99
 
 # One token of a 70B (hidden 8192, bf16), the message of every decode step.
 DECODE_BYTES = 16 * 1024
 CALLS_PER_GRAPH = 16
-
-
-class TransportError(RuntimeError):
-    """A transport gave wrong sums or did not answer; the message names it and what to try."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,19 @@ def wrong_sums(communicator: Communicator, num_bytes: int) -> TransportError:
     )
 
 
-def sums_exactly(communicator: Communicator, device: torch.device, num_bytes: int) -> bool:
-    """Whether every element of a sum over the ranks is right, on fresh values; in float32."""
-    count = max(1, num_bytes // 4)
+def sums_exactly(
+    communicator: Communicator, device: torch.device, num_bytes: int, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether every element of a sum over the ranks is right, on fresh values."""
+    count = max(1, num_bytes // dtype.itemsize)
     index = torch.arange(count, device=device, dtype=torch.float32)
+    # Sums over four ranks stay below what the type holds exactly: 256 in bfloat16.
+    modulus = 251 if dtype == torch.float32 else 61
     # Every rank must know the others' values to know the sum, so rank 0's choice goes round.
     seed = communicator.all_gather(torch.randint(1, 64, (1,)).float().to(device))[0, 0]
-    values = [(index * (rank + 1) + seed).remainder(251) for rank in range(communicator.world_size)]
+    values = [(index * (rank + 1) + seed).remainder(modulus) for rank in range(communicator.world_size)]
     expected = torch.stack(values).sum(dim=0)
-    return torch.equal(communicator.all_reduce(values[communicator.rank]), expected)
+    return torch.equal(communicator.all_reduce(values[communicator.rank].to(dtype)).float(), expected)
 
 
 def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes: int, *, repeats: int) -> Timing:

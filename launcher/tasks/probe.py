@@ -19,15 +19,16 @@ def run_probe(context: RankContext) -> dict[str, Any]:
 
 
 def probed_transports(context: RankContext) -> list[str]:
-    """The run's own, and gloo as the yardstick that works everywhere."""
+    """Those the run chose from what it found, and gloo as the yardstick that works everywhere."""
     if context.communicator.world_size == 1:
         return []
-    return list(dict.fromkeys([context.job.placement.transport, "gloo"]))
+    return list(dict.fromkeys([context.communicator.name, context.job.placement.transport, "gloo"]))
 
 
 def open_transport(context: RankContext, name: str) -> Communicator:
-    if name == context.communicator.name:
-        return context.communicator
+    known = {each.name: each for each in (context.communicator, getattr(context.communicator, "inner", None)) if each}
+    if name in known:
+        return known[name]
     return open_communicator(name, context.device, timeout_sec=context.job.run.timeouts.collective_sec)
 
 

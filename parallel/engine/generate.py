@@ -158,6 +158,8 @@ class Generation:
 
     def take(self, pending: Pending) -> None:
         tokens, now = pending.wait(), time.perf_counter()
+        # Before anyone believes these tokens.
+        self.engine.sampler.communicator.check()
         if pending.is_step:
             self.result.step_ms.append((now - self.last_arrival) * 1e3)
         self.last_arrival = now

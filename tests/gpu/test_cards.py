@@ -22,9 +22,15 @@ def one_card_tokens(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
 
 
 @pytest.mark.parametrize("peer_access", ["auto", "off"])
-def test_two_cards_answer_like_one(peer_access: str, one_card_tokens: list[int], tmp_path: Path) -> None:
-    report = run("gpus=2", f"limits.peer_access={peer_access}", *FP32, folder=tmp_path / "run").report
-    assert report["transport"]["all_sizes"]["name"] == "nccl"
+@pytest.mark.parametrize("transport", ["auto", "nccl", "host_memory"])
+def test_two_cards_answer_like_one(
+    transport: str, peer_access: str, one_card_tokens: list[int], tmp_path: Path
+) -> None:
+    args = ("gpus=2", f"limits.peer_access={peer_access}", f"engine.transport={transport}", *FP32)
+    report = run(*args, folder=tmp_path / "run").report
+    names = [each["name"] for each in report["transport"].values()]
+    assert names in {"auto": (["nccl"], ["host_memory", "nccl"]), "nccl": (["nccl"],),
+                     "host_memory": (["host_memory", "nccl"],)}[transport]  # fmt: skip
     assert report["outputs"][0]["token_ids"] == one_card_tokens
 
 

@@ -19,6 +19,7 @@ from launcher.config import (
     TaskKind,
     TopologyConfig,
     TopologyKind,
+    TransportKind,
 )
 from launcher.hardware import Card, Inventory, Link, read_inventory
 from launcher.memory import Demand
@@ -199,6 +200,13 @@ def test_without_cards_ranks_run_on_the_cpu(world_size: int) -> None:
 def test_cards_talk_through_nccl_and_one_alone_through_nothing() -> None:
     assert plan(TINY, cards_of(2), 2).placement.transport == "nccl"
     assert plan(TINY, cards_of(2), 1).placement.transport == "solo"
+
+
+@pytest.mark.parametrize("kind", [TransportKind.nccl, TransportKind.host_memory])
+def test_transports_between_cards_need_cards(kind: TransportKind) -> None:
+    assert plan(TINY, cards_of(2), 2, engine__transport=kind).placement.transport == "nccl"
+    with pytest.raises(PlanError, match=f"engine.transport={kind.value} connects cards, .* Set engine.transport=auto."):
+        plan(TINY, CPU, 2, engine__transport=kind)
 
 
 def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:

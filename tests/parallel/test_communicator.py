@@ -108,7 +108,7 @@ def test_swapped_communicator_is_restored_even_after_an_error(folders: dict[str,
 
 
 def test_unknown_transport_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="transport 'mpi' is unknown; there are nccl, gloo, solo"):
+    with pytest.raises(ValueError, match="transport 'mpi' is unknown; there are nccl, host_memory, gloo, solo"):
         open_communicator("mpi", CPU, timeout_sec=1)
 
 

@@ -1,0 +1,326 @@
+"""Host memory without a card: its layout, its memory's life, and its protocol run by processes instead of kernels."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parallel.communicator import Communicator, TransportError
+from parallel.transports import shared_region
+from parallel.transports.host_memory import (
+    DATA_BYTES,
+    KIB,
+    LAUNCHES,
+    LINE_BYTES,
+    MAX_BYTES,
+    PAGE_BYTES,
+    HostMemory,
+    Layout,
+    choose_launch,
+    is_plain,
+    wrap_host_memory,
+)
+from parallel.transports.shared_region import SharedRegion, gather_texts, open_region, share_region
+from parallel.transports.solo import Solo
+from tests.parallel.ranks import CPU, run_on_ranks
+from tools.ranks_on_one_card import ordered_sum
+
+SMALL = 2 * KIB
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_slots_are_whole_pages_and_do_not_overlap(world_size: int) -> None:
+    layout = Layout(world_size, 6 * KIB)
+    starts = [layout.slot(rank, epoch) for rank in range(world_size) for epoch in (0, 1)]
+    assert all(start % PAGE_BYTES == 0 for start in starts)
+    ends = [start + layout.slot_lines * LINE_BYTES for start in starts]
+    errors = [layout.error(rank) + 4 for rank in range(world_size)]
+    # In this order, without a gap: error words, then each rank's two slots.
+    assert max(errors) <= starts[0] == PAGE_BYTES
+    assert ends == [*starts[1:], layout.num_bytes]
+    assert layout.slot_lines * DATA_BYTES == 6 * KIB
+    assert [layout.slot(1, epoch) for epoch in (2, 3)] == [layout.slot(1, epoch) for epoch in (0, 1)]
+
+
+@pytest.mark.parametrize(("world_size", "max_bytes"), [(1, SMALL), (5, SMALL), (2, 1000), (2, 0)])
+def test_layouts_that_cannot_work_are_refused(world_size: int, max_bytes: int) -> None:
+    with pytest.raises(AssertionError):
+        Layout(world_size, max_bytes)
+
+
+@pytest.mark.parametrize("num_bytes", (1, 8, 9, 2048, 2049, 16 * KIB, 16 * KIB + 1, 64 * KIB, 256 * KIB, MAX_BYTES))
+def test_every_block_has_a_line_to_carry(num_bytes: int) -> None:
+    blocks, threads = choose_launch(num_bytes)
+    lines = -(-num_bytes // 8)
+    assert 1 <= blocks <= 64 and threads in (256, 512)
+    assert (blocks - 1) * threads < lines
+
+
+def test_measured_launches_are_kept() -> None:
+    assert [choose_launch(size * KIB) for size in (16, 64, 256)] == [(8, 256), (16, 256), (32, 512)]
+    assert LAUNCHES[-1][0] == MAX_BYTES
+
+
+# --- The life of the memory ----------------------------------------------------------------------------------------
+
+
+def share(communicator: Communicator) -> tuple[list[int], set[str], list[str]]:
+    """What each rank wrote, as all see it; new names in /dev/shm; the memory's descriptors that are still open."""
+    before = names_in_shm()
+    region = share_region(communicator, CPU, PAGE_BYTES)
+    region.word(64 * communicator.rank).value = 7 + communicator.rank
+    communicator.barrier()
+    seen = [region.word(64 * rank).value for rank in range(communicator.world_size)]
+    links = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return seen, names_in_shm() - before, [link for link in links if "launch70b" in link]
+
+
+def names_in_shm() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_all_ranks_see_one_memory_that_has_no_name(world_size: int) -> None:
+    for seen, names, descriptors in run_on_ranks(share, world_size):
+        assert seen == list(range(7, 7 + world_size))
+        assert names == set()
+        # The mapping itself keeps one, Python's own.
+        assert len(descriptors) == 1
+
+
+def fail_on_rank_0(communicator: Communicator) -> str:
+    os.memfd_create = refuse  # type: ignore[assignment]
+    with pytest.raises(TransportError) as caught:
+        share_region(communicator, CPU, PAGE_BYTES)
+    communicator.barrier()
+    return str(caught.value)
+
+
+def refuse(name: str, flags: int) -> int:
+    raise OSError(12, "Cannot allocate memory")
+
+
+def test_memory_that_cannot_be_made_is_told_on_every_rank() -> None:
+    messages = run_on_ranks(fail_on_rank_0, 3)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith(f"rank 0 cannot create {PAGE_BYTES} bytes of shared memory: ")
+    assert "Cannot allocate memory" in messages[0]
+
+
+def fail_to_open(communicator: Communicator) -> str:
+    if communicator.rank == 1:
+        # In another pid namespace, rank 0's number is nobody's.
+        shared_region.open_region = lambda pid, *rest: open_region(2**22 + 1, *rest)
+    with pytest.raises(TransportError) as caught:
+        share_region(communicator, CPU, PAGE_BYTES)
+    communicator.barrier()
+    return str(caught.value)
+
+
+def test_memory_that_one_rank_cannot_open_is_told_on_every_rank() -> None:
+    messages = run_on_ranks(fail_to_open, 3)
+    assert len(set(messages)) == 1
+    assert "rank 1 cannot open rank 0's memory" in messages[0]
+    assert "must share a machine, a user and a pid namespace" in messages[0]
+
+
+def wrap(communicator: Communicator) -> str:
+    with pytest.raises(TransportError) as caught:
+        wrap_host_memory(communicator, CPU, timeout_sec=1, max_bytes=SMALL)
+    communicator.barrier()
+    return str(caught.value)
+
+
+def test_a_machine_without_a_driver_is_an_error_with_a_reason() -> None:
+    messages = run_on_ranks(wrap, 2)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank 0 c")
+
+
+def texts(communicator: Communicator) -> list[str]:
+    return gather_texts(communicator, CPU, ("short", "", "ä" * 400)[communicator.rank])
+
+
+def test_texts_of_all_ranks_are_gathered_and_cut() -> None:
+    for result in run_on_ranks(texts, 3):
+        assert result == ["short", "", "ä" * 128]
+
+
+# --- The protocol, as the kernel runs it ----------------------------------------------------------------------------
+
+
+class Overrun(RuntimeError):
+    """A line was overwritten before it was read."""
+
+
+class Model:
+    """What host_memory.cu does, a line at a time, by stores and loads of 8 bytes; `num_slots` of 2 is the real one."""
+
+    def __init__(self, region: SharedRegion, layout: Layout, rank: int, num_slots: int = 2) -> None:
+        self.words: NDArray[np.uint64] = np.frombuffer(region.memory, dtype=np.uint64)
+        self.layout, self.rank, self.num_slots, self.epoch = layout, rank, num_slots, 0
+
+    def gather(self, message: bytes, pause: float = 0.0) -> list[bytes]:
+        count = self.write(message)
+        time.sleep(pause)
+        return [self._read(rank, count)[: len(message)] for rank in range(self.layout.world_size)]
+
+    def write(self, message: bytes) -> int:
+        """Writes the next call's message, words in any order; returns how many words it has."""
+        self.epoch += 1
+        data = np.frombuffer(message.ljust(-(-len(message) // 8) * 8, b"\0"), dtype=np.uint32).astype(np.uint64)
+        flagged = data | np.uint64(self.epoch << 32)
+        start = self._start(self.rank)
+        for i in random.sample(range(len(flagged)), len(flagged)):
+            self.words[start + i] = flagged[i]
+        return len(flagged)
+
+    def _start(self, rank: int) -> int:
+        return self.layout.slot(rank, self.epoch % self.num_slots) // 8
+
+    def _read(self, rank: int, count: int) -> bytes:
+        start, end = self._start(rank), time.monotonic() + 20
+        while True:
+            found = self.words[start : start + count].copy()
+            epochs = found >> np.uint64(32)
+            if (epochs == self.epoch).all():
+                return (found & np.uint64(0xFFFFFFFF)).astype(np.uint32).tobytes()
+            if (epochs > self.epoch).any():
+                raise Overrun(f"call {self.epoch} of rank {self.rank}")
+            assert time.monotonic() < end, "a peer did not answer"
+            time.sleep(0)
+
+
+def exchange(communicator: Communicator, num_calls: int) -> int:
+    """Calls of random sizes with random pauses; returns how many were right."""
+    layout = Layout(communicator.world_size, SMALL)
+    model = Model(share_region(communicator, CPU, layout.num_bytes), layout, communicator.rank)
+    shared, own = random.Random(5), random.Random(communicator.rank)
+    right = 0
+    for call in range(num_calls):
+        size = shared.choice((1, 7, 8, 100, 2040, SMALL))
+        messages = [random.Random(100 * call + rank).randbytes(size) for rank in range(layout.world_size)]
+        pause = own.choice((0, 0, 0, 0.001))
+        right += model.gather(messages[communicator.rank], pause) == messages
+    return right
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_two_slots_carry_every_message(world_size: int) -> None:
+    assert run_on_ranks(exchange, world_size, 150) == [150] * world_size
+
+
+def run_ahead(communicator: Communicator, num_slots: int) -> str:
+    """Rank 0 is slow to read; its peer, which has all it needs, already writes the next call."""
+    layout = Layout(communicator.world_size, SMALL)
+    model = Model(share_region(communicator, CPU, layout.num_bytes), layout, communicator.rank, num_slots)
+    try:
+        model.gather(b"first", pause=0.5 if communicator.rank == 0 else 0.0)
+    except Overrun as error:
+        return str(error)
+    if communicator.rank == 1:
+        model.write(b"second")
+    return "fine"
+
+
+@pytest.mark.parametrize(("num_slots", "outcome"), [(1, "call 1 of rank 0"), (2, "fine")])
+def test_one_slot_would_not_be_enough_and_two_are(num_slots: int, outcome: str) -> None:
+    assert run_on_ranks(run_ahead, 2, num_slots) == [outcome, "fine"]
+
+
+# --- The communicator around a channel ------------------------------------------------------------------------------
+
+
+class FakeChannel:
+    """Adds and gathers as if there were two ranks with the same message, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.layout = Layout(2, SMALL)
+        self.state = torch.zeros(2)
+        self.given: list[Tensor] = []
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        assert is_plain(source) and is_plain(target)
+        self.given.append(source)
+        target.copy_(ordered_sum([source, source]))
+
+    def all_gather(self, source: Tensor, target: Tensor) -> None:
+        assert is_plain(source) and is_plain(target)
+        self.given.append(source)
+        target.copy_(torch.stack([source, source]))
+
+    def check(self) -> None: ...
+
+
+class Counting(Solo):
+    world_size = 2
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.calls = 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.stack([tensor, tensor])
+
+
+def opened() -> tuple[HostMemory, Counting, FakeChannel]:
+    inner, channel = Counting(), FakeChannel()
+    return HostMemory(inner, channel), inner, channel  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_messages_go_where_they_fit(dtype: torch.dtype) -> None:
+    communicator, inner, channel = opened()
+    largest = SMALL // dtype.itemsize
+    communicator.all_reduce(torch.ones(largest, dtype=dtype))
+    communicator.all_gather(torch.ones(largest, dtype=dtype))
+    assert (inner.calls, len(channel.given)) == (0, 2)
+    communicator.all_reduce(torch.ones(largest + 1, dtype=dtype))
+    communicator.all_gather(torch.ones(largest + 1, dtype=dtype))
+    communicator.max_bytes = 64
+    communicator.all_reduce(torch.ones(64 // dtype.itemsize + 1, dtype=dtype))
+    assert (inner.calls, len(channel.given)) == (3, 2)
+
+
+def test_types_that_cannot_be_summed_go_to_the_other_and_are_still_gathered() -> None:
+    communicator, inner, channel = opened()
+    for dtype in (torch.float64, torch.int64, torch.bool):
+        communicator.all_reduce(torch.ones(3, dtype=dtype))
+        communicator.all_gather(torch.ones(3, dtype=dtype))
+    assert (inner.calls, len(channel.given)) == (3, 3)
+
+
+def test_empty_messages_reach_no_kernel() -> None:
+    communicator, inner, channel = opened()
+    communicator.all_reduce(torch.ones(0))
+    communicator.all_gather(torch.ones(0, 3))
+    assert (inner.calls, len(channel.given)) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "view", (lambda t: t.view(-1)[1:36], lambda t: t.T, lambda t: t[:, 1:3], lambda t: t.view(-1)[4:])
+)
+def test_views_are_reduced_in_place(view: object) -> None:
+    """Only the elements of the view double, whether the kernel could take it where it lies or not."""
+    communicator, _, _ = opened()
+    base = torch.arange(1.0, 41.0).to(torch.bfloat16).view(8, 5)
+    expected = base.clone()
+    view(expected).mul_(2)  # type: ignore[operator]
+    seen = view(base)  # type: ignore[operator]
+    assert communicator.all_reduce(seen) is seen
+    assert torch.equal(base, expected)
+    gathered = communicator.all_gather(seen)
+    assert torch.equal(gathered, torch.stack([seen, seen]))

@@ -1,0 +1,123 @@
+"""Times the all-reduce through host memory with ranks as streams of one card: `python -m tools.bench_all_reduce`.
+
+For each number of ranks and message: microseconds of a call in a replayed CUDA graph, the slowest rank's, by launch
+(blocks x threads). All ranks share one card's link, so latencies of small messages are those of a pair of cards and
+large messages are slower than there. Sums are checked against float64 before any timing. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.transports import host_memory
+from parallel.transports.host_memory import KIB, Channel, choose_launch
+from tools.ranks_on_one_card import RanksOnOneCard, ranks_on_one_card
+
+SIZES = tuple(KIB * 2**i for i in range(11))
+MAX_BYTES = SIZES[-1]
+# What --tune tries for each message, where all ranks' blocks fit the card at once.
+TUNED = tuple((blocks, threads) for blocks in (1, 2, 4, 8, 16, 32, 64) for threads in (128, 256, 512))
+CALLS_PER_GRAPH = 80
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tune", action="store_true", help="time every launch instead of the one that is used")
+    args = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows: list[dict[str, Any]] = []
+    for world_size in args.ranks:
+        # Above the largest that is used, to see where it ends being worth it.
+        with ranks_on_one_card(world_size, device, max_bytes=MAX_BYTES) as ranks:
+            for num_bytes in SIZES:
+                launches = tuned(num_bytes, ranks) if args.tune else [launch_for(num_bytes)]
+                rows += [measure(ranks, num_bytes, launch, args.repeats) for launch in launches]
+                best = min((row for row in rows if row["ranks"] == world_size and row["bytes"] == num_bytes),
+                           key=lambda row: row["p50_us"])  # fmt: skip
+                print(f"{world_size} ranks {num_bytes:>8} bytes {best['p50_us']:7.2f} us {best['launch']}", flush=True)
+    card = {"name": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    print(json.dumps({"card": card, "calls_per_graph": CALLS_PER_GRAPH, "all_reduce": rows}))
+
+
+def launch_for(num_bytes: int) -> tuple[int, int]:
+    """The launch in use, or for messages beyond those the largest."""
+    return choose_launch(num_bytes) if num_bytes <= host_memory.MAX_BYTES else host_memory.LAUNCHES[-1][1:]
+
+
+def tuned(num_bytes: int, ranks: RanksOnOneCard) -> list[tuple[int, int]]:
+    lines = num_bytes // host_memory.DATA_BYTES
+    processors = torch.cuda.get_device_properties(ranks.device).multi_processor_count
+    most = processors // len(ranks.channels)
+    return [(b, t) for b, t in TUNED if b <= most and lines / 16 <= b * t <= lines]
+
+
+def measure(ranks: RanksOnOneCard, num_bytes: int, launch: tuple[int, int], repeats: int) -> dict[str, Any]:
+    before = host_memory.LAUNCHES
+    host_memory.LAUNCHES = ((MAX_BYTES, *launch),)
+    try:
+        check_sums(ranks, num_bytes)
+        times = time_replays(ranks, num_bytes, repeats)
+    finally:
+        host_memory.LAUNCHES = before
+    return {
+        "ranks": len(ranks.channels),
+        "bytes": num_bytes,
+        "launch": f"{launch[0]}x{launch[1]}",
+        "p50_us": round(statistics.median(times), 3),
+        "min_us": round(min(times), 3),
+        "max_us": round(max(times), 3),
+    }
+
+
+def messages(ranks: RanksOnOneCard, num_bytes: int) -> list[Tensor]:
+    return [torch.randn(num_bytes // 2, device=ranks.device).bfloat16() for _ in ranks.channels]
+
+
+def check_sums(ranks: RanksOnOneCard, num_bytes: int) -> None:
+    """Raises AssertionError where a sum is further from float64's than bfloat16 rounds."""
+    sources = messages(ranks, num_bytes)
+    targets = [torch.full_like(source, float("nan")) for source in sources]
+    ranks.run(lambda channel: channel.all_reduce(sources[channel.rank], targets[channel.rank]))
+    ranks.check()
+    exact = torch.stack([source.double() for source in sources]).sum(dim=0)
+    for target in targets:
+        torch.testing.assert_close(target.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def time_replays(ranks: RanksOnOneCard, num_bytes: int, repeats: int) -> list[float]:
+    """Microseconds a call of the slowest rank, for each replay of `CALLS_PER_GRAPH` calls."""
+    buffers = [torch.zeros_like(message) for message in messages(ranks, num_bytes)]
+
+    def calls(channel: Channel) -> None:
+        for _ in range(CALLS_PER_GRAPH):
+            channel.all_reduce(buffers[channel.rank], buffers[channel.rank])
+
+    graphs = ranks.capture(calls)
+    begins = [torch.cuda.Event(enable_timing=True) for _ in graphs]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in graphs]
+
+    def replay(channel: Channel) -> None:
+        begins[channel.rank].record()
+        graphs[channel.rank].replay()
+        ends[channel.rank].record()
+
+    times = []
+    for _ in range(repeats + 2):
+        ranks.run(replay)
+        ranks.check()
+        slowest = max(begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True))
+        times.append(slowest * 1e3 / CALLS_PER_GRAPH)
+    # The first replays upload the graphs.
+    return times[2:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Ranks that are streams of one process: what host memory carries between cards, on one card and truly concurrent.
+
+Two processes on one card take turns of milliseconds; streams run side by side, which gives a latency worth measuring
+(without the second card's link) and as many calls as a soak wants.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+# Streams that share one of the card's queues wait for one another, and ranks must not. CUDA reads it when it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+import torch
+from torch import Tensor
+
+from parallel.transports.host_memory import MAX_BYTES, Channel, Layout
+from parallel.transports.shared_region import SharedRegion, create_memory
+
+
+class RanksOnOneCard:
+    """`world_size` channels over one registered region, and a stream for each.
+
+    Memory must be allocated and inputs made before `run`: what waits for the card would wait for a peer's kernel too.
+    """
+
+    def __init__(
+        self, world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
+    ) -> None:
+        self.device = device
+        torch.zeros(1, device=device)
+        layout = Layout(world_size, max_bytes)
+        descriptor = create_memory(layout.num_bytes)
+        self.region = SharedRegion(descriptor, layout.num_bytes)
+        os.close(descriptor)
+        self.region.register()
+        self.channels = [
+            Channel(self.region, layout, rank, device, timeout_sec=timeout_sec) for rank in range(world_size)
+        ]
+        self.streams = [torch.cuda.Stream(device) for _ in range(world_size)]
+        torch.cuda.synchronize(device)
+
+    def run(self, call: Callable[[Channel], object], ranks: Sequence[int] | None = None) -> None:
+        """Calls `call(channel)` for each rank on its own stream, after what the current stream has queued."""
+        chosen = range(len(self.channels)) if ranks is None else ranks
+        current = torch.cuda.current_stream(self.device)
+        # All of these before any kernel: an event behind a kernel that waits would never come.
+        for rank in chosen:
+            self.streams[rank].wait_stream(current)
+        for rank in chosen:
+            with torch.cuda.stream(self.streams[rank]):
+                call(self.channels[rank])
+        for rank in chosen:
+            current.wait_stream(self.streams[rank])
+
+    def capture(self, call: Callable[[Channel], object]) -> list[torch.cuda.CUDAGraph]:
+        """One graph a rank of what `call(channel)` queues."""
+        graphs = []
+        for channel, stream in zip(self.channels, self.streams, strict=True):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=stream):
+                call(channel)
+        return graphs
+
+    def check(self) -> None:
+        """Raises TransportError if a rank did not answer another."""
+        torch.cuda.synchronize(self.device)
+        for channel in self.channels:
+            channel.check()
+
+
+@contextmanager
+def ranks_on_one_card(
+    world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
+) -> Iterator[RanksOnOneCard]:
+    ranks = RanksOnOneCard(world_size, device, max_bytes=max_bytes, timeout_sec=timeout_sec)
+    try:
+        yield ranks
+    finally:
+        torch.cuda.synchronize(device)
+        ranks.region.unregister()
+
+
+def ordered_sum(values: Sequence[Tensor]) -> Tensor:
+    """The sum that every rank must get, bit for bit: in float32, in rank order, rounded once."""
+    total = values[0].float()
+    for value in values[1:]:
+        total = total + value.float()
+    return total.to(values[0].dtype)
