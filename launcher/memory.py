@@ -25,8 +25,10 @@ SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8 + 4 + 4
 # smaller ones are group indices and symmetric zeros.
 PLAIN_BITS = 16
 LEAST_PLAIN = 0.01
-# transformers hands SDPA a mask of one byte an entry.
-MASK_BYTES = 1
+# Of what plain torch norms or rotates, in float32, at most.
+PLAIN_TORCH_COPIES = 3
+# Of the keys and values that a prompt attends to: as they lie in pages, and in order.
+GATHERED_COPIES = 2
 FP8_BYTES = 1
 
 
@@ -99,48 +101,40 @@ class Demand:
         return tuple(self.shape.num_layers * 2 * num * self.shape.head_dim * element_bytes for num in heads)
 
     def _activations(self, rank: int, max_context: int) -> int:
-        """Peak while the last chunk of prefill goes through a layer: what lives throughout, and the largest step.
+        """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
-        Written for transformers' own modules and SDPA with a mask; e is the size of an element in bytes. On a CPU,
-        torch's profiler measured 100 to 106 % of it with padded prompts (two shapes, five pairs of batch and chunk).
+        Written for parallel/engine/decoder.py; e is the size of an element in bytes. On a card norms, rotation and
+        activation write nothing but their results; plain torch needs copies in float32.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
-        tokens = self._chunk_tokens(max_context)
+        tokens = min(self.prefill_chunk, self.batch_size * max_context)
+        hidden = shape.hidden_size
         queries = self._local(shape.num_heads)[rank] * shape.head_dim
         keys = self._local(shape.num_kv_heads)[rank] * shape.head_dim
-        repeated = queries if shape.num_heads > shape.num_kv_heads else 0
+        qkv = queries + 2 * keys
         intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
-        # transformers keeps the embeddings and the layer's input while the layer works on its normed input; the mask is
-        # from each token to each position, cosines and sines are one row a token.
-        throughout = tokens * (3 * shape.hidden_size * e + 2 * shape.head_dim * e + max_context * MASK_BYTES)
+        plain = PLAIN_TORCH_COPIES * 4 * tokens if self.device == "cpu" else 0
         steps = {
-            # Norms are computed in float32: the input and its square, beside the residual stream.
-            "norm": tokens * shape.hidden_size * (2 * 4 + e),
-            # Queries, keys and values; rotary makes three more of the queries, then, one of them kept, of the keys.
-            "rotary": tokens * max(4 * queries + 2 * keys, 2 * queries + 5 * keys) * e,
-            # Queries and output. Where there is a mask, SDPA gets keys and values repeated for every query head, and
-            # turns the mask into numbers.
-            "attention": (tokens * (2 * queries + max_context) + self.batch_size * max_context * 2 * repeated) * e,
-            # Activated gate, up, and their product, beside the residual stream.
-            "mlp": tokens * (3 * intermediate + shape.hidden_size) * e
-            + self._dequantized(tokens, intermediate * shape.hidden_size),
-            # Queries, keys and values, or the output, of a linear that is dequantised for them.
-            "projection": tokens * (queries + 2 * keys) * e + self._dequantized(tokens, queries * shape.hidden_size),
-            # Logits of the last token alone: gathered from all ranks, joined, sampled.
+            "norm": plain * hidden,
+            "qkv": tokens * qkv * e + self._dequantized(tokens, qkv * hidden),
+            "rotation": tokens * (qkv + queries) * e + plain * queries,
+            # Queries, their outputs apart and together; keys and values gathered from pages, then put in order.
+            "attention": (3 * tokens * queries + 2 * GATHERED_COPIES * max_context * keys) * e,
+            "output": tokens * (queries + hidden) * e + self._dequantized(tokens, queries * hidden),
+            "gate_up": tokens * 2 * intermediate * e + self._dequantized(tokens, 2 * intermediate * hidden),
+            "activation": tokens * 3 * intermediate * e + plain * intermediate,
+            "down": tokens * (intermediate + hidden) * e + self._dequantized(tokens, intermediate * hidden),
+            # Logits of last tokens alone: gathered from all ranks, joined, sampled.
             "logits": self.batch_size * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
         }
-        return throughout + max(steps.values())
+        # The residual stream, the update that is added to it, and the norm of the sum.
+        return 3 * tokens * hidden * e + max(steps.values())
 
     def _dequantized(self, num_rows: int, numel: int) -> int:
         """Bytes of a weight that a product of so many rows dequantises for itself."""
         if self.shape.scheme is None:
             return 0
         return dequantized_bytes(self.shape.scheme, self.device, self.dtype, DTYPE_BYTES[self.dtype], num_rows, numel)
-
-    def _chunk_tokens(self, max_context: int) -> int:
-        """Tokens of a prefill step: one column of the batch at least, the whole batch at most."""
-        columns = max(1, self.prefill_chunk // self.batch_size)
-        return self.batch_size * min(columns, max_context)
 
     def _local(self, num_heads: int) -> tuple[int, ...]:
         return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)

@@ -72,7 +72,9 @@ def find_model(run: RunConfig) -> Model:
     """
     model = find_stored_model(run)
     quantize = run.model.quantize
-    return model if quantize == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, quantize.value))
+    return (
+        model if quantize == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, quantize.value))
+    )
 
 
 def find_stored_model(run: RunConfig) -> Model:

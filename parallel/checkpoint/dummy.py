@@ -104,9 +104,13 @@ def quantized_values(pool: Pool, name: str, shape: tuple[int, ...], box: Box, sc
     """What this rank holds of a linear [out, in]; zeros are in the middle, so that values have no common bias."""
     num_out, num_in = shape
     groups = group_range(scheme, num_in, box)
-    scales = pool.cut(pool.source("scales", partial(draw_scales, pool.size, scheme)), f"{name} scales", num_out, box.outputs, groups)
+    scales = pool.cut(
+        pool.source("scales", partial(draw_scales, pool.size, scheme)), f"{name} scales", num_out, box.outputs, groups
+    )
     zeros = torch.full_like(scales, 2 ** (scheme.bits - 1), dtype=torch.uint8) if scheme.has_zeros else None
-    values = pool.cut(pool.source("values", partial(draw_values, pool.size, scheme)), name, num_out, box.outputs, box.inputs)
+    values = pool.cut(
+        pool.source("values", partial(draw_values, pool.size, scheme)), name, num_out, box.outputs, box.inputs
+    )
     return QuantizedWeight(
         values=values.view(torch.float8_e4m3fn) if scheme.is_float else values,
         bits=scheme.bits,

@@ -126,9 +126,7 @@ def rounding_step(layer: ShardedLayer, name: str, entry: TensorEntry, scheme: Sc
     box = local_box(layer, entry.shape)
     wide = widen(box, scheme, entry.shape[1])
     reads = {name: TensorSlice(entry, (slice(*wide.outputs), slice(*wide.inputs)))}
-    return Step(
-        reads, lambda stored: install(layer, cut_inputs(quantize_weight(stored[name], scheme), wide, box))
-    )
+    return Step(reads, lambda stored: install(layer, cut_inputs(quantize_weight(stored[name], scheme), wide, box)))
 
 
 def quantized_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:

@@ -68,7 +68,9 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(self, attention: nn.Module, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
+    def _attention(
+        self, attention: nn.Module, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV
+    ) -> Tensor:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
             return attention.o_proj(normed.new_empty(len(normed), 0))

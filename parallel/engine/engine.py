@@ -65,7 +65,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, parts: Ordered[Part]) -> Tensor:
-        """Takes parts of prompts through the model. Returns logits [n, local vocabulary] after those that are whole now.
+        """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those that are whole now.
 
         The parts follow what is in the cache, and their sequences have pages.
         """
@@ -131,7 +131,7 @@ class Engine:
         return attend
 
     def arrange(self, sequences: Ordered[Sequence]) -> None:
-        """Gives each sequence its row; the newest tokens come from the rows they had or from the end of their prefill."""
+        """Gives each sequence its row; its newest token comes from the row it had, or from the end of its prefill."""
         rows = {sequence: row for row, sequence in enumerate(self.order)}
         fresh = [sequence for sequence in sequences if sequence not in rows]
         num_rows = self.limits.batch_size

@@ -14,7 +14,7 @@ NUM_WARM_UPS = 2
 
 
 class StepGraphs:
-    """`run_step(num_rows)`, captured at once for all sizes. The rows must hold no sequence, since steps are run for it."""
+    """`run_step(num_rows)`, captured at once for all sizes. That runs it: the rows must hold no sequence."""
 
     def __init__(self, run_step: Callable[[int], None], max_rows: int) -> None:
         pool = torch.cuda.graph_pool_handle()

@@ -23,5 +23,5 @@ class EngineLimits:
 
     @property
     def num_pages(self) -> int:
-        """Enough for every sequence at its longest, and page 0, which is nobody's: rows without a sequence write there."""
+        """Enough for every sequence at its longest, and page 0, where rows without a sequence write."""
         return 1 + self.batch_size * self.pages_per_sequence

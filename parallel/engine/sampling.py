@@ -1,9 +1,9 @@
 """Picking the next token from vocabulary-sharded logits, the same one on every rank.
 
 Greedy needs one exchange of (value, index) per sequence. Sampling gathers the logits, filters them with transformers'
-own warpers and draws with noise that is a function of the sequence's seed and position, so that an answer depends on its
-prompt and its seed, not on what else is in the batch; every rank computes the same noise and so draws the same token.
-All of it can be captured in a CUDA graph.
+own warpers and draws with noise that is a function of the sequence's seed and position, so that an answer depends on
+its prompt and its seed, not on what else is in the batch; every rank computes the same noise and so draws the same
+token. All of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def gather_logits(logits: Tensor, shards: VocabularyShards, communicator: Commun
 def sampled_tokens(logits: Tensor, params: SamplingParams, noise: Tensor) -> Tensor:
     """[batch, vocabulary] -> ids [batch], drawn from the softmax after temperature, top-k and top-p in that order.
 
-    argmax(p / e) with e ~ Exp(1), which is `noise` [batch, vocabulary], draws from p (the exponential race, equal to the
-    Gumbel-max trick).
+    argmax(p / e) with e ~ Exp(1), which is `noise` [batch, vocabulary], draws from p (the exponential race, equal to
+    the Gumbel-max trick).
     """
     scores = TemperatureLogitsWarper(params.temperature)(None, logits.float())
     if params.top_k:

@@ -12,7 +12,7 @@ from parallel.engine.sequence import Sequence
 
 
 class Scheduler:
-    """Sequences in the order they came: waiting, being prefilled, running. Deterministic, so that ranks agree unasked."""
+    """Sequences in the order they came: waiting, being prefilled, running. Deterministic: ranks agree unasked."""
 
     def __init__(self, engine: Engine, sequences: Iterable[Sequence]) -> None:
         self.engine = engine

@@ -15,8 +15,8 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
-from parallel.engine.limits import EngineLimits
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
+from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.scheduler import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence

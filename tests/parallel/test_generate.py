@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
-from parallel.engine.limits import EngineLimits
 from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
+from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
 from parallel.engine.sequence import Sequence as EngineSequence
@@ -240,4 +241,4 @@ def test_demo_model_answers_as_generate_does_up_to_its_end_of_sequence(folders: 
             assert found.text == demo_tokenizer().decode(found.token_ids)
         total = sum(map(len, prompts_of("demo")))
         assert progress[-1] == (total, total)
-        assert all(0 < after - before <= 16 for (before, _), (after, _) in zip(progress, progress[1:], strict=False))
+        assert all(0 < after - before <= 16 for (before, _), (after, _) in pairwise(progress))
