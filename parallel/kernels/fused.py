@@ -24,6 +24,7 @@ WARP = 32
 MAX_THREADS = 1024
 MAX_HIDDEN = 16384
 # Up to so many rows, a thread holds as little of a row as can be, for latency; above, more of it, for throughput.
+# About a card's multiprocessors; where the two cross has not been measured (tools/bench_fused.py times both).
 FEW_ROWS = 128
 MANY_ROWS_VECTORS = 4
 SILU_THREADS = 256
