@@ -6,6 +6,7 @@ On a card and in bf16 they run as kernels of fused_*.cu, else as the plain torch
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from parallel.kernels import reference
 from parallel.kernels.launch import Kernel, load_kernel
 from parallel.kernels.operators import operator
 
+FOLDER = Path(__file__).parent
 # Kernels read and write 16 bytes at a time: a piece of 8 numbers in bf16.
 PIECE = 8
 PIECE_BYTES = 16
@@ -22,6 +24,7 @@ WARP = 32
 MAX_THREADS = 1024
 MAX_HIDDEN = 16384
 # Up to so many rows, a thread holds as little of a row as can be, for latency; above, more of it, for throughput.
+# About a card's multiprocessors; where the two cross has not been measured (tools/bench_fused.py times both).
 FEW_ROWS = 128
 MANY_ROWS_VECTORS = 4
 SILU_THREADS = 256
@@ -53,10 +56,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return reference.silu_mul(gate_up)
     output = gate_up.new_empty(tokens, pieces * PIECE)
     silu_kernel(gate_up.device.index)(
-        (tokens, -(-pieces // SILU_THREADS)),
+        (tokens, -(-pieces // SILU_THREADS), 1),
         SILU_THREADS,
-        gate_up.data_ptr(),
-        output.data_ptr(),
+        gate_up,
+        output,
         pieces,
         gate_up.stride(0) // PIECE,
     )
@@ -101,18 +104,18 @@ def rotary_and_cache(
     query = qkv.new_empty(len(qkv), heads, head_dim)
     kernel, heads_per_block = rotary_kernel(head_dim, page_size, key_pages.dtype, qkv.device.index)
     kernel(
-        (len(qkv), -(-(heads + 2 * kv_heads) // heads_per_block)),
+        (len(qkv), -(-(heads + 2 * kv_heads) // heads_per_block), 1),
         ROTARY_THREADS,
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        positions.data_ptr(),
-        slots.data_ptr(),
-        key_pages.data_ptr(),
-        value_pages.data_ptr(),
-        query.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        key_pages,
+        value_pages,
+        query,
+        q_norm,
+        k_norm,
         key_pages.stride(0),
         value_pages.stride(0),
         qkv.stride(0) // PIECE,
@@ -190,12 +193,12 @@ def launch_norm(vectors: int, hidden: Tensor, residual: Tensor | None, weight: T
     pieces = hidden_size // PIECE
     output = hidden.new_empty(tokens, hidden_size)
     norm_kernel(vectors, hidden.device.index)(
-        (tokens, 1),
+        (tokens, 1, 1),
         -(-pieces // (vectors * WARP)) * WARP,
-        hidden.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        weight.data_ptr(),
-        output.data_ptr(),
+        hidden,
+        residual,
+        weight,
+        output,
         pieces,
         hidden.stride(0) // PIECE,
         0 if residual is None else residual.stride(0) // PIECE,
@@ -208,12 +211,12 @@ def launch_norm(vectors: int, hidden: Tensor, residual: Tensor | None, weight: T
 def norm_kernel(vectors: int, device_index: int) -> Kernel:
     most = min(MAX_THREADS, MAX_HIDDEN // (PIECE * vectors))
     options = (f"-DVECTORS={vectors}", f"-DMAX_THREADS={most}")
-    return load_kernel("fused_norm.cu", "rms_norm", options, "PPPPiiif", device_index)
+    return load_kernel(FOLDER / "fused_norm.cu", "rms_norm", options, "PPPPiiif", device_index)
 
 
 @cache
 def silu_kernel(device_index: int) -> Kernel:
-    return load_kernel("fused_silu.cu", "silu_mul", (), "PPii", device_index)
+    return load_kernel(FOLDER / "fused_silu.cu", "silu_mul", (), "PPii", device_index)
 
 
 @cache
@@ -221,5 +224,5 @@ def rotary_kernel(head_dim: int, page_size: int, dtype: torch.dtype, device_inde
     """The kernel, and how many heads a block of it takes."""
     lanes = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
     options = (f"-DHEAD_DIM={head_dim}", f"-DPAGE_SIZE={page_size}", f"-DE4M3={int(dtype == torch.float8_e4m3fn)}")
-    kernel = load_kernel("fused_rotary.cu", "rotary_and_cache", options, "PPPPPPPPPPqqiiif", device_index)
+    kernel = load_kernel(FOLDER / "fused_rotary.cu", "rotary_and_cache", options, "PPPPPPPPPPqqiiif", device_index)
     return kernel, ROTARY_THREADS // lanes

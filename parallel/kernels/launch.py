@@ -1,4 +1,4 @@
-"""Kernels of this folder's .cu files: compiled at run time by the NVRTC that torch brings, started with little Python.
+"""Kernels of .cu files: compiled at run time by the NVRTC that torch brings, and started with little Python.
 
 torch's own wrapper of a compiled kernel opens the driver's library and wraps every argument at each call: 27 us of host
 time where this takes 2 (one core of a server, without the driver's own share).
@@ -9,27 +9,28 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.cuda import _utils as cuda_utils
 
 from parallel.kernels.binaries import read_or_compile
-
-FOLDER = Path(__file__).parent
 
 
 class Kernel:
     """A compiled kernel on one card.
 
-    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float.
+    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float. `shared_bytes` is
+    the dynamic shared memory of a block.
     """
 
-    def __init__(self, function: int, parameters: str, device_index: int) -> None:
-        self.function, self.device_index = function, device_index
+    def __init__(self, function: int, parameters: str, device_index: int, shared_bytes: int = 0) -> None:
+        self.function, self.device_index, self.shared_bytes = function, device_index, shared_bytes
         self.layout = struct.Struct(f"@{parameters}")
         self.values = ctypes.create_string_buffer(self.layout.size)
         # The driver copies parameters while it is called, so that one place serves every call.
@@ -39,13 +40,14 @@ class Kernel:
         self.lock = Lock()
         self.launch = open_driver().cuLaunchKernel
 
-    def __call__(self, grid: tuple[int, int], num_threads: int, *arguments: int | float) -> None:
-        """On the current stream. Tensors are passed as their data_ptr(); the caller keeps them until it returns."""
+    def __call__(self, grid: Sequence[int], num_threads: int, *arguments: Tensor | int | float | None) -> None:
+        """Three numbers of blocks; on the current stream. A pointer is a tensor on the card, or None."""
+        values = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         with self.lock:
-            self.layout.pack_into(self.values, 0, *arguments)
+            self.layout.pack_into(self.values, 0, *values)
             error = self.launch(
-                self.function, grid[0], grid[1], 1, num_threads, 1, 1, 0, stream, self.pointers_at, None
+                self.function, *grid, num_threads, 1, 1, self.shared_bytes, stream, self.pointers_at, None
             )
         if error:
             cuda_utils._check_cuda(error)
@@ -66,20 +68,24 @@ def open_driver() -> ctypes.CDLL:
 
 
 @cache
-def load_kernel(file: str, name: str, options: tuple[str, ...], parameters: str, device_index: int) -> Kernel:
-    """The kernel `name` (extern "C") of a .cu file of this folder, compiled for this card.
+def load_kernel(
+    path: Path, name: str, options: tuple[str, ...], parameters: str, device_index: int, shared_bytes: int = 0
+) -> Kernel:
+    """The kernel `name` (extern "C") of a .cu file, compiled for this card.
 
     Raises RuntimeError with NVRTC's log, OSError where there is no NVRTC.
     """
     major, minor = torch.cuda.get_device_capability(device_index)
-    binary = read_or_compile(read_source(file), name, options, f"{major}{minor}")
+    binary = read_or_compile(read_source(path), name, options, f"{major}{minor}")
     with torch.cuda.device(device_index):
         loaded = cast(dict[str, Any], cuda_utils._cuda_load_module(binary, [name]))
-    return Kernel(loaded[name].func.value, parameters, device_index)
+        # Above 48 KB a kernel must be told beforehand.
+        loaded[name].set_shared_memory_config(shared_bytes)
+    return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes)
 
 
 @cache
-def read_source(file: str) -> str:
-    """A file of this folder, with the files that it includes in their place."""
-    text = (FOLDER / file).read_text(encoding="utf-8")
-    return re.sub(r'^#include "(.+)"$', lambda match: read_source(match[1]), text, flags=re.MULTILINE)
+def read_source(path: Path) -> str:
+    """A file, with the files of its folder that it includes in their place."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda match: read_source(path.parent / match[1]), text, flags=re.MULTILINE)

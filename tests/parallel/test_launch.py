@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from parallel.kernels import binaries, launch
 
@@ -17,10 +20,35 @@ def test_parameters_lie_as_in_a_struct_of_c() -> None:
     assert launch.offsets("iPfq") == [getattr(Members, name).offset for name in "abcd"]
 
 
+def test_the_driver_gets_every_parameter_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    types = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, ctypes.c_longlong)
+
+    def launch_kernel(*arguments: Any) -> int:
+        places = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p))
+        values = [ctypes.cast(places[i], ctypes.POINTER(kind))[0] for i, kind in enumerate(types)]
+        calls.append((*arguments[:9], *values))
+        return 0
+
+    pointer, count = ctypes.c_void_p, ctypes.c_uint
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, pointer, *[count] * 7, pointer, pointer, pointer)
+    monkeypatch.setattr(launch, "open_driver", lambda: SimpleNamespace(cuLaunchKernel=prototype(launch_kernel)))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    kernel = launch.Kernel(77, "PiPfq", 3, shared_bytes=640)
+    tensor = torch.zeros(2)
+    kernel((4, 5, 6), 128, tensor, -3, None, 0.5, 2**40)
+    kernel((1, 1, 1), 32, None, 9, tensor, 0.25, -1)
+    assert calls == [
+        (77, 4, 5, 6, 128, 1, 1, 640, 1003, tensor.data_ptr(), -3, None, 0.5, 2**40),
+        (77, 1, 1, 1, 32, 1, 1, 640, 1003, None, 9, tensor.data_ptr(), 0.25, -1),
+    ]
+
+
 def test_sources_hold_what_they_include() -> None:
-    for path in launch.FOLDER.glob("*.cu"):
-        assert "#include" not in launch.read_source(path.name)
-    assert "u32 pack(" in launch.read_source("fused_silu.cu")
+    folder = Path(launch.__file__).parent
+    for path in folder.glob("*.cu"):
+        assert "#include" not in launch.read_source(path)
+    assert "u32 pack(" in launch.read_source(folder / "fused_silu.cu")
 
 
 def test_a_kernel_is_made_once(tmp_path: Path) -> None:
