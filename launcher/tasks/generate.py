@@ -80,7 +80,9 @@ def load_model(context: RankContext, folder: str, plan: Plan, tokenizer: PreTrai
         model,
         read_checkpoint(Path(folder)),
         context.device,
-        on_progress=lambda done, total: context.events.progress("loading weights", done, total, "bytes"),
+        on_progress=lambda done, total: context.events.progress(
+            "loading weights", done, total, "bytes", each_rank=True
+        ),
     )
     engine = Engine(
         model.module,
