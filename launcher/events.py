@@ -1,7 +1,8 @@
-"""What rank 0 says while it works, and the thread that shows it.
+"""What ranks say while they work, and the thread that shows it.
 
-Rank 0 appends lines of JSON to events.jsonl; whoever owns the terminal follows the file. This works the same whether
-the rank is a child process or this very process, and leaves a record of the run.
+Rank 0 appends lines of JSON to events.jsonl, and the others how far they have come where each works for itself; whoever
+owns the terminal follows the file. This works the same whether the rank is a child process or this very process, and
+leaves a record of the run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,34 +19,52 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from launcher.progress import Stage
+
 EVENTS_FILE = "events.jsonl"
 POLL_SEC = 0.05
+# Between lines about a stage where there is no terminal to draw a bar on.
+PLAIN_SEC = 10.0
 
 
 class EventWriter:
-    """Appends events to the run folder; ranks other than 0 say nothing."""
+    """Appends events to the run folder: rank 0 all of them, the others the progress of `each_rank` stages.
 
-    def __init__(self, run_dir: Path, *, enabled: bool) -> None:
-        self._file = (run_dir / EVENTS_FILE).open("a", encoding="utf-8") if enabled else None
+    A line is one write to the end of the file, so that those of several ranks do not mix.
+    """
+
+    def __init__(self, run_dir: Path, *, rank: int) -> None:
+        self._rank = rank
+        self._path = run_dir / EVENTS_FILE
+        self._file: TextIO | None = None
         self._last_progress = ("", 0.0)
 
-    def progress(self, stage: str, done: int, total: int, unit: str) -> None:
-        """`done` of `total` `unit`s (bytes, tokens, prompts) of a stage; at most 20 a second, and the last one."""
+    def progress(self, stage: str, done: int, total: int, unit: str, *, each_rank: bool = False) -> None:
+        """`done` of `total` `unit`s (bytes, tokens, prompts) of a stage; at most 20 a second, and the last one.
+
+        Args:
+            each_rank: the amounts are this rank's own, and every rank tells its own.
+        """
+        if self._rank != 0 and not each_rank:
+            return
         now = time.monotonic()
         stage_before, said_at = self._last_progress
         if done < total and stage == stage_before and now - said_at < POLL_SEC:
             return
         self._last_progress = (stage, now)
-        self._write({"kind": "progress", "stage": stage, "done": done, "total": total, "unit": unit})
+        amounts = {"stage": stage, "done": done, "total": total, "unit": unit}
+        self._write({"kind": "progress", **amounts, "rank": self._rank})
 
     def text(self, text: str) -> None:
         """A piece of the answer that is shown as it appears."""
-        self._write({"kind": "text", "text": text})
+        if self._rank == 0:
+            self._write({"kind": "text", "text": text})
 
     def _write(self, event: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-            self._file.flush()
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self._file.flush()
 
 
 class EventFollower:
@@ -59,6 +79,8 @@ class EventFollower:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="events", daemon=True)
         self._bars: dict[str, TaskID] = {}
+        self._stages: defaultdict[str, Stage] = defaultdict(Stage)
+        self._last_line_sec = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -99,11 +121,19 @@ class EventFollower:
         shows: dict[str, Callable[..., None]] = {"progress": self._show_progress, "text": self._show_text}
         shows[event.pop("kind")](**event)
 
-    def _show_progress(self, stage: str, done: int, total: int, unit: str) -> None:
-        amount = f"{amount_text(done, unit)} of {amount_text(total, unit)}"
+    def _show_progress(self, stage: str, done: int, total: int, unit: str, rank: int) -> None:
+        """The bar is the slowest rank's."""
+        now = time.monotonic()
+        self._stages[stage].update(rank, done, total, now)
+        _, slowest = self._stages[stage].slowest()
+        amount = self._stages[stage].text(unit)
         if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total, amount=amount)
-        self._progress.update(self._bars[stage], completed=done, total=total, amount=amount)
+            self._bars[stage] = self._progress.add_task(stage, total=slowest.total, amount=amount)
+        self._progress.update(self._bars[stage], completed=slowest.done, total=slowest.total, amount=amount)
+        # Without a terminal the bar appears once, when all is over.
+        if not self._console.is_terminal and now - self._last_line_sec >= PLAIN_SEC:
+            self._last_line_sec = now
+            self._console.print(f"{stage} {amount}", highlight=False)
 
     def _show_text(self, text: str) -> None:
         if not self._wrote_text:
@@ -111,10 +141,3 @@ class EventFollower:
             self._progress.stop()
             self._wrote_text = True
         print(text, end="", file=self._stdout, flush=True)
-
-
-def amount_text(amount: int, unit: str) -> str:
-    """An amount as a person reads it: bytes in MB or GB, other units as they are."""
-    if unit != "bytes":
-        return f"{amount} {unit}"
-    return f"{amount / 1e9:.2f} GB" if amount >= 1e9 else f"{amount / 1e6:.1f} MB"

@@ -59,7 +59,7 @@ def run_rank(job: Job) -> None:
     from launcher.rank import joined_rank
     from launcher.tasks import TASKS
 
-    with joined_rank(job, rank, EventWriter(run_dir, enabled=rank == 0)) as context:
+    with joined_rank(job, rank, EventWriter(run_dir, rank=rank)) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()
     write_results(run_dir, rank, results)

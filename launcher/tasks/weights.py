@@ -61,7 +61,9 @@ def fill_from_checkpoint(context: RankContext, model: ShardedModel) -> LoadResul
         read_checkpoint(Path(context.job.model_folder)),
         context.device,
         quantize=QUANTIZE_SCHEMES.get(context.job.run.model.quantize.value),
-        on_progress=lambda done, total: context.events.progress("loading weights", done, total, "bytes"),
+        on_progress=lambda done, total: context.events.progress(
+            "loading weights", done, total, "bytes", each_rank=True
+        ),
     )
 
 
@@ -71,7 +73,9 @@ def fill_with_dummies(context: RankContext, model: ShardedModel) -> LoadResult:
         model,
         context.job.shape.scheme,
         context.device,
-        on_progress=lambda done, total: context.events.progress("making weights", done, total, "parameters"),
+        on_progress=lambda done, total: context.events.progress(
+            "making weights", done, total, "parameters", each_rank=True
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from launcher import events
-from launcher.events import EVENTS_FILE, EventFollower, EventWriter, amount_text
+from launcher.events import EVENTS_FILE, EventFollower, EventWriter
 
 
 class Clock:
@@ -47,7 +47,7 @@ def wait_for(stream: io.StringIO, text: str) -> None:
 
 def test_progress_is_written_at_most_20_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    writer = EventWriter(tmp_path, enabled=True)
+    writer = EventWriter(tmp_path, rank=0)
     for done in range(1, 1001):
         clock.now += 0.001
         writer.progress("loading weights", done, 2000, "bytes")
@@ -56,7 +56,7 @@ def test_progress_is_written_at_most_20_times_a_second(tmp_path: Path, monkeypat
 
 def test_end_of_a_stage_and_a_new_stage_are_always_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
-    writer = EventWriter(tmp_path, enabled=True)
+    writer = EventWriter(tmp_path, rank=0)
     writer.progress("loading weights", 1, 3, "bytes")
     writer.progress("loading weights", 2, 3, "bytes")
     writer.progress("loading weights", 3, 3, "bytes")
@@ -70,17 +70,36 @@ def test_end_of_a_stage_and_a_new_stage_are_always_written(tmp_path: Path, monke
 
 def test_text_is_never_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
-    writer = EventWriter(tmp_path, enabled=True)
+    writer = EventWriter(tmp_path, rank=0)
     for text in ("a", "é\u2028", "a"):
         writer.text(text)
     assert [event["text"] for event in lines_of(tmp_path)] == ["a", "é\u2028", "a"]
 
 
-def test_other_ranks_say_nothing(tmp_path: Path) -> None:
-    writer = EventWriter(tmp_path, enabled=False)
+def test_other_ranks_say_how_far_they_are_themselves_and_nothing_else(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path, rank=1)
     writer.text("a")
     writer.progress("prefill", 1, 1, "tokens")
     assert list(tmp_path.iterdir()) == []
+    writer.progress("loading weights", 1, 3, "bytes", each_rank=True)
+    assert [(event["stage"], event["rank"]) for event in lines_of(tmp_path)] == [("loading weights", 1)]
+
+
+def test_lines_of_several_ranks_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "POLL_SEC", 0.0)
+    writers = [EventWriter(tmp_path, rank=rank) for rank in range(4)]
+
+    def write(writer: EventWriter) -> None:
+        for done in range(500):
+            writer.progress("loading weights", done, 1000, "bytes", each_rank=True)
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = [(event["rank"], event["done"]) for event in lines_of(tmp_path)]
+    assert sorted(said) == [(rank, done) for rank in range(4) for done in range(500)]
 
 
 # Showing
@@ -89,7 +108,7 @@ def test_other_ranks_say_nothing(tmp_path: Path) -> None:
 def test_answer_goes_to_stdout_as_it_appears_and_bars_to_stderr(tmp_path: Path) -> None:
     shown, out, err = follower(tmp_path)
     with shown:
-        writer = EventWriter(tmp_path, enabled=True)
+        writer = EventWriter(tmp_path, rank=0)
         writer.progress("loading weights", 1_500_000, 3_000_000, "bytes")
         writer.progress("loading weights", 3_000_000, 3_000_000, "bytes")
         writer.text("def ")
@@ -101,11 +120,31 @@ def test_answer_goes_to_stdout_as_it_appears_and_bars_to_stderr(tmp_path: Path) 
     assert "mean" not in err.getvalue()
 
 
+def test_bar_is_that_of_the_slowest_rank(tmp_path: Path) -> None:
+    shown, _, err = follower(tmp_path)
+    with shown:
+        for rank, done in enumerate((9_000_000, 2_000_000, 5_000_000)):
+            EventWriter(tmp_path, rank=rank).progress("loading weights", done, 10_000_000, "bytes", each_rank=True)
+    assert "rank 1: 2.0 MB of 10.0 MB" in err.getvalue()
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    shown, _, err = follower(tmp_path)
+    for number in range(1, 101):
+        shown._show({"kind": "progress", "stage": "loading weights", "done": number * 10**8, "total": 10**10,
+                     "unit": "bytes", "rank": 0})  # fmt: skip
+        clock.now += 0.5
+    said = err.getvalue().splitlines()
+    assert len(said) == 4, said
+    assert said[0] == "loading weights 2.10 GB of 10.00 GB, 0.20 GB/s, 0:40 left"
+
+
 def test_all_that_was_written_is_shown_when_the_follower_is_left(tmp_path: Path) -> None:
     shown, out, _ = follower(tmp_path)
     texts = [f"{number}, é\n" for number in range(2000)]
     with shown:
-        writer = EventWriter(tmp_path, enabled=True)
+        writer = EventWriter(tmp_path, rank=0)
         for text in texts:
             writer.text(text)
     assert out.getvalue() == "".join(texts) + "\n"
@@ -114,7 +153,7 @@ def test_all_that_was_written_is_shown_when_the_follower_is_left(tmp_path: Path)
 def test_word_at_the_last_moment_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 writes after the follower's last read and just before the stop."""
     shown, out, _ = follower(tmp_path)
-    writer = EventWriter(tmp_path, enabled=True)
+    writer = EventWriter(tmp_path, rank=0)
 
     class LastMoment(threading.Event):
         def is_set(self) -> bool:
@@ -133,7 +172,7 @@ def test_half_a_line_waits_for_its_rest_even_inside_a_character(tmp_path: Path) 
     middle = line.index("é".encode()) + 1
     shown, out, _ = follower(tmp_path)
     with shown, (tmp_path / EVENTS_FILE).open("ab", buffering=0) as file:
-        EventWriter(tmp_path, enabled=True).text("one, ")
+        EventWriter(tmp_path, rank=0).text("one, ")
         file.write(line[:middle])
         wait_for(out, "one, ")
         time.sleep(4 * events.POLL_SEC)
@@ -144,21 +183,13 @@ def test_half_a_line_waits_for_its_rest_even_inside_a_character(tmp_path: Path) 
 def test_stdout_stays_empty_without_an_answer(tmp_path: Path) -> None:
     shown, out, _ = follower(tmp_path)
     with shown:
-        EventWriter(tmp_path, enabled=True).progress("answering", 1, 1, "prompts")
+        EventWriter(tmp_path, rank=0).progress("answering", 1, 1, "prompts")
     assert out.getvalue() == ""
 
 
 def test_what_an_earlier_run_said_in_this_folder_is_not_said_again(tmp_path: Path) -> None:
-    EventWriter(tmp_path, enabled=True).text("old")
+    EventWriter(tmp_path, rank=0).text("old")
     shown, out, _ = follower(tmp_path)
     with shown:
-        EventWriter(tmp_path, enabled=True).text("new")
+        EventWriter(tmp_path, rank=0).text("new")
     assert out.getvalue() == "new\n"
-
-
-@pytest.mark.parametrize(
-    ("amount", "unit", "text"),
-    [(7, "tokens", "7 tokens"), (1_200_000, "bytes", "1.2 MB"), (35_000_000_000, "bytes", "35.00 GB")],
-)
-def test_amounts_read_well(amount: int, unit: str, text: str) -> None:
-    assert amount_text(amount, unit) == text

@@ -209,7 +209,7 @@ def load_and_watch(communicator: Communicator, folder: Path, limit_bytes: int) -
 
 
 def test_memory_is_the_model_and_the_buffers(tmp_path: Path) -> None:
-    """A checkpoint of 300 MB through 32 MiB of buffers; beside them each thread has a block of 1 MiB."""
+    """A checkpoint of 300 MB through 32 MiB of buffers; beside them each thread has a small block."""
     write_large_model(tmp_path / "large")
     ((bytes_read, peak_bytes),) = run_on_ranks(load_and_watch, 1, tmp_path / "large", 32 * MIB)
     assert bytes_read > 300e6
