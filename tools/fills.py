@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from parallel.checkpoint.formats.nf4 import STATE
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import BYTES_PER_ELEMENT
+from tools.nf4 import nested_map, nf4_codebook, state_bytes
 from tools.quantization import TORCH_DTYPES, WRITERS
-from tools.stored import Tensor
+from tools.stored import Linear, Tensor
 
 # The spread with which these families are initialised; activations stay finite in all dtypes at 80 layers.
 STANDARD_DEVIATION = 0.02
@@ -42,8 +44,19 @@ def zeros(generator: torch.Generator, scheme: Scheme | None) -> torch.Tensor:
 def scales(generator: torch.Generator, scheme: Scheme | None) -> torch.Tensor:
     """What gives weights the same spread as plain ones; a tenth more or less."""
     assert scheme is not None
-    spread = FLOAT8_SPREAD if scheme.is_float else 2**scheme.bits / 12**0.5
-    return STANDARD_DEVIATION / spread * (0.9 + 0.2 * torch.rand(BLOCK_ELEMENTS, generator=generator))
+    return scale_of(scheme) * (0.9 + 0.2 * torch.rand(BLOCK_ELEMENTS, generator=generator))
+
+
+def nested_scales(generator: torch.Generator, scheme: Scheme | None) -> torch.Tensor:
+    """The tenth, of which a byte takes part or all."""
+    assert scheme is not None
+    return torch.full((BLOCK_ELEMENTS,), 0.1 * scale_of(scheme))
+
+
+def scale_of(scheme: Scheme) -> float:
+    if scheme.has_codebook:
+        return STANDARD_DEVIATION / float(nf4_codebook().std(correction=0))
+    return STANDARD_DEVIATION / (FLOAT8_SPREAD if scheme.is_float else 2**scheme.bits / 12**0.5)
 
 
 def float8(generator: torch.Generator, scheme: Scheme | None) -> torch.Tensor:
@@ -56,9 +69,14 @@ KINDS: dict[str, Block] = {
     ".qweight": words,
     ".weight_packed": words,
     ".qzeros": zeros,
+    ".weight_zero_point": zeros,
     ".scales": scales,
     ".weight_scale": scales,
+    ".weight_scale_inv": scales,
+    ".nested_absmax": nested_scales,
 }
+# What says more than the name.
+BY_DTYPE: dict[str, Block] = {"F8_E4M3": float8, "U8": words}
 
 
 class Fills:
@@ -66,7 +84,6 @@ class Fills:
 
     def __init__(self, tensors: Iterable[Tensor], quantization: str | None, seed: int) -> None:
         self.scheme = None if quantization is None else WRITERS[quantization].scheme
-        self.shapes = {tensor.name: tensor.shape for tensor in tensors}
         self.blocks: dict[tuple[Block, str], memoryview] = {}
         for tensor in tensors:
             key = (kind_of(tensor), tensor.dtype)
@@ -89,21 +106,36 @@ class Fills:
             yield piece
 
     def computed(self, tensor: Tensor) -> torch.Tensor | None:
-        """Values that follow from the shapes: the group of each input, the shape of a packed weight."""
-        linear, _, part = tensor.name.rpartition(".")
-        if part == "g_idx":
-            assert self.scheme is not None
-            return torch.arange(tensor.shape[0]) // (self.scheme.group_size or tensor.shape[0])
-        if part == "weight_shape":
-            assert self.scheme is not None
-            num_out, num_words = self.shapes[f"{linear}.weight_packed"]
-            return torch.tensor([num_out, num_words * 32 // self.scheme.bits])
-        return None
+        """Values that follow from the shapes: the group of each input, the shape of a packed weight, tables."""
+        if tensor.linear is None:
+            return None
+        assert self.scheme is not None
+        computed = COMPUTED.get(tensor.part)
+        return None if computed is None else computed(tensor.linear, self.scheme)
+
+
+def group_of(linear: Linear, scheme: Scheme) -> torch.Tensor:
+    num_in = linear.shape[1]
+    order = torch.arange(num_in)
+    if scheme.act_order:
+        order = torch.randperm(num_in, generator=torch.Generator().manual_seed(num_in))
+    return order // (scheme.group_size or num_in)
+
+
+# What does not come out of a block, by part.
+COMPUTED: dict[str, Callable[[Linear, Scheme], torch.Tensor]] = {
+    "g_idx": group_of,
+    "weight_g_idx": group_of,
+    "weight_shape": lambda linear, scheme: torch.tensor(linear.shape),
+    "weight.quant_map": lambda linear, scheme: nf4_codebook(),
+    "weight.nested_quant_map": lambda linear, scheme: nested_map(),
+    STATE: lambda linear, scheme: state_bytes(linear.shape, scheme, scale_of(scheme)),
+}
 
 
 def kind_of(tensor: Tensor) -> Block:
-    if tensor.dtype == "F8_E4M3":
-        return float8
+    if tensor.dtype in BY_DTYPE:
+        return BY_DTYPE[tensor.dtype]
     return next((block for ending, block in KINDS.items() if tensor.name.endswith(ending)), noise)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from parallel.checkpoint.headers import Checkpoint, TensorEntry, read_checkpoint
-from tools.quantization import WRITERS, Writer, is_linear, quantized_tensors
+from tools.quantization import WRITERS, Writer, quantized_tensors
 from tools.stored import Shard, make_header, plan_shards, write_index
 
 GIB = 1024**3
@@ -53,11 +53,11 @@ def write_shard(shard: Shard, out: Path, checkpoint: Checkpoint, writer: Writer)
     with (out / shard.file).open("wb") as file:
         file.write(make_header(shard))
         for tensor in shard.tensors:
-            owner, _, part = tensor.name.rpartition(".")
-            if is_linear(f"{owner}.weight") and part != "bias":
-                if owner != linear:
-                    linear, stored = owner, writer.stored(read(checkpoint.tensors[f"{owner}.weight"]))
-                values = stored[part]
+            if tensor.linear is not None:
+                if tensor.linear.name != linear:
+                    linear = tensor.linear.name
+                    stored = writer.stored(read(checkpoint.tensors[f"{linear}.weight"]))
+                values = stored[tensor.part]
             else:
                 values = read(checkpoint.tensors[tensor.name])
             assert tuple(values.shape) == tensor.shape, f"{tensor.name}: {values.shape=} {tensor.shape=}"

@@ -1,7 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears or tools/bench_load
-printed. Tables under results/ are made by this alone.
+The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears, tools/bench_load
+or tools/perplexity printed. Tables under results/ are made by this alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main(path: Path) -> None:
 
 
 def choose_render(result: dict[str, Any]) -> Callable[[str, dict[str, Any]], str]:
-    """The page for what a file holds: tools/bench_linears, tools/bench_load, or reports of runs."""
-    renders = {"linears": render_linears, "runs": render_loads}
+    """The page for what a file holds: what one of `renders` made, or reports of runs."""
+    renders = {"linears": render_linears, "runs": render_loads, "perplexity": render_perplexity}
     return next((draw for key, draw in renders.items() if key in result), render)
 
 
@@ -66,6 +66,21 @@ def render_linears(title: str, result: dict[str, Any]) -> str:
     ]  # fmt: skip
     where = (
         f"Measured on one {result['card']} with torch {result['torch']}, copy {number(result['copy_gb_per_sec'])} GB/s."
+    )
+    return page(title, where, table(columns, rows), result["commands"])
+
+
+def render_perplexity(title: str, result: dict[str, Any]) -> str:
+    """The page of tools/perplexity: what each format costs the demo model."""
+    columns = ("format", "bits a weight", "perplexity", "more than bf16")
+    rows = [
+        [row["format"], f"{row['linear_bits']:.3f}", f"{row['perplexity']:.3f}", f"{row['increase']:+.2%}"]
+        for row in result["perplexity"]
+    ]
+    where = (
+        f"Measured on a CPU with torch {result['torch']}, products in float32: the demo model, weights rounded to the "
+        f"nearest, on {result['num_tokens']:,} held-out tokens of Python {result['corpus']['python']}'s standard "
+        "library. Bits are of the layers' linears in the file."
     )
     return page(title, where, table(columns, rows), result["commands"])
 

@@ -9,12 +9,26 @@ from parallel.checkpoint.headers import BYTES_PER_ELEMENT
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A linear that is stored in several tensors; `shape` [out, in] is its weight's."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """`dtype` in safetensors' spelling."""
+    """`dtype` in safetensors' spelling; `linear` is the one that a tensor is a part of, named LINEAR.PART."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    linear: Linear | None = None
+
+    @property
+    def part(self) -> str:
+        assert self.linear is not None
+        return self.name.removeprefix(f"{self.linear.name}.")
 
     @property
     def num_bytes(self) -> int:

@@ -247,6 +247,24 @@ def test_older_spelling_of_compressed_tensors_is_recognised(tmp_path: Path) -> N
     assert shape_from_checkpoint(written(tmp_path, compression_config=section)).quantization == "compressed-tensors"
 
 
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def test_nf4_blocks_that_run_from_row_to_row_are_not_loadable(tmp_path: Path) -> None:
+    save_file({"model.layers.0.mlp.up_proj.weight.absmax": torch.zeros(4)}, tmp_path / "model.safetensors")
+    shape = shape_from_checkpoint(written(tmp_path, quantization_config=NF4))
+    assert "blocks of 64 weights run on from one row of 208 inputs" in shape.not_loadable
+    shape = shape_from_checkpoint(written(tmp_path, quantization_config=NF4, intermediate_size=256))
+    assert (shape.not_loadable, shape.quantization) == ("", "bitsandbytes")
+
+
+@pytest.mark.parametrize(("linear_bits", "words"), [(4.127, ""), (8.0, "in more than 4 bits; supported: ")])
+def test_facts_of_bitsandbytes_are_nf4(linear_bits: float, words: str) -> None:
+    shape = shape_from_facts(replace(FACTS, quantization="bitsandbytes", linear_bits=linear_bits))
+    assert shape.not_loadable.startswith(words) and bool(shape.not_loadable) == bool(words)
+    assert (shape.scheme is None) == bool(words)
+
+
 def test_facts_make_a_shape() -> None:
     shape = shape_from_facts(replace(FACTS, quantization="gptq", linear_bits=4.15625, qkv_bias=True))
     assert asdict(shape).items() >= {"hidden_size": 64, "qkv_bias": True, "quantization": "gptq"}.items()

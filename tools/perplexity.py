@@ -1,0 +1,97 @@
+"""Perplexity of the demo model in every format that tools write, on text that it was not trained on.
+
+    python -m tools.perplexity results/perplexity_demo_202611.json
+
+Weights are rounded to the nearest (tools/quantize_checkpoint); the products are in float32, so that what differs from
+bf16 is the format alone.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer
+
+from launcher.shape import shape_from_checkpoint
+from parallel.checkpoint.headers import read_checkpoint
+from parallel.checkpoint.load import load_checkpoint
+from parallel.communicator import Communicator
+from parallel.partition import QUANT_GROUP
+from parallel.shard import build_sharded_model
+from tools.corpus import collect
+from tools.demo_tokenizer import encode_stream
+from tools.demo_training import CONTEXT, evaluate
+from tools.local_ranks import run_on_ranks
+from tools.quantization import WRITERS
+from tools.quantize_checkpoint import GIB, quantize
+
+DEMO = Path("launcher/models/demo")
+PLAIN = "bf16"
+TIMEOUT_SEC = 1800.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.perplexity", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--tokens", type=int, default=65536, help="of held-out text (%(default)s)")
+    args = parser.parse_args(argv)
+    corpus = collect()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(measure(write_all(DEMO, Path(folder)), held_out_tokens(DEMO, args.tokens)))
+    result = {
+        "perplexity": rows,
+        "num_tokens": args.tokens,
+        "corpus": corpus.facts(),
+        "torch": torch.__version__,
+        "commands": [f"python -m tools.perplexity {args.out} --tokens {args.tokens}"],
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def write_all(model: Path, root: Path) -> dict[str, Path]:
+    """The folder of `model` in each format, and, as it is, under the name PLAIN."""
+    for name, writer in WRITERS.items():
+        quantize(model, root / name, writer, 5 * GIB)
+    return {PLAIN: model} | {name: root / name for name in WRITERS}
+
+
+def held_out_tokens(model: Path, num_tokens: int) -> NDArray[np.int64]:
+    """The first tokens of the held-out files of this Python's standard library, in the order of their paths."""
+    _, texts = collect().split()
+    stream = encode_stream(AutoTokenizer.from_pretrained(model), texts.values())
+    if len(stream) < num_tokens:
+        raise ValueError(f"--tokens {num_tokens}: the held-out text has {len(stream)}.")
+    return stream[:num_tokens]
+
+
+def measure(folders: dict[str, Path], stream: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    """A row for each format: bits a weight of its linears as stored, perplexity, and its increase over PLAIN's."""
+    losses = {
+        name: run_on_ranks(mean_loss, 1, folder, stream, timeout_sec=TIMEOUT_SEC)[0] for name, folder in folders.items()
+    }
+    for name, folder in folders.items():
+        yield {
+            "format": name,
+            "linear_bits": round(shape_from_checkpoint(folder).linear_bits, 3),
+            "perplexity": round(math.exp(losses[name]), 4),
+            "increase": round(math.exp(losses[name] - losses[PLAIN]) - 1, 6),
+        }
+
+
+def mean_loss(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
+    """Nats a token, on one rank."""
+    config = AutoConfig.from_pretrained(folder)
+    model = build_sharded_model(config, communicator, dtype=torch.float32, grain=QUANT_GROUP)
+    load_checkpoint(model, read_checkpoint(folder), torch.device("cpu"))
+    return evaluate(model.module, stream, CONTEXT, batch=4)
+
+
+if __name__ == "__main__":
+    main()
