@@ -88,13 +88,12 @@ def by_file(step: Step) -> Path:
     return step.file
 
 
-def plain_steps(
-    model: ShardedModel, matches: Matches, device: torch.device, quantize: Scheme | None
-) -> Iterator[Step]:
+def plain_steps(model: ShardedModel, matches: Matches, device: torch.device, quantize: Scheme | None) -> Iterator[Step]:
     owners = parameter_owners(model.module)
     for name, entry in matches.plain.items():
         module, attribute = owners[name][0]
         if quantize is not None and name in model.linears:
+            assert isinstance(module, ShardedLayer)
             yield rounding_step(module, entry, quantize, device)
             continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
