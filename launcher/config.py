@@ -15,6 +15,8 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from launcher.model_facts import ModelFacts as ModelFacts
+
 MAX_CARDS = 4
 # A generator's seed has 64 bits; the lower half tells prompts apart.
 MAX_SEED = 2**32 - 1
@@ -34,7 +36,7 @@ class DType(str, Enum):
 
 
 class WeightsKind(str, Enum):
-    """Where weights come from: the checkpoint's files, or made up on the card, so that only the speed means anything."""
+    """Where weights come from: the checkpoint's files, or made up: then only speed and memory mean anything."""
 
     checkpoint = "checkpoint"
     dummy = "dummy"
@@ -90,27 +92,6 @@ class TransportKind(str, Enum):
     auto = "auto"
     nccl = "nccl"
     host_memory = "host_memory"
-
-
-@dataclass
-class ModelFacts:
-    """Shape of a dense decoder, for planning before its checkpoint is on this machine."""
-
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_layers: int = MISSING
-    num_heads: int = MISSING
-    num_kv_heads: int = MISSING
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    max_positions: int = MISSING
-    tied_embeddings: bool = False
-    qkv_bias: bool = False
-    dtype: str = "bfloat16"
-    # How the linears are stored: none, awq, gptq, compressed-tensors, fp8.
-    quantization: str = "none"
-    # Bits a weight of a linear takes with its scales and zeros.
-    linear_bits: float = 16.0
 
 
 @dataclass

@@ -62,17 +62,18 @@ def _fewer_bits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> I
         return
     smaller = {kind: replace(demand, shape=quantized_shape(demand.shape, kind)) for kind in ADVISED_KINDS}
     fitting = [f"model.quantize={kind}" for kind, each in smaller.items() if fits(each, budgets, max_context)]
-    if demand.device == "cpu":
-        yield from fitting
-        return
-    as_it_is, in_4_bits = (
-        _smallest_num_cards(each, min(budgets), max_context, 1) for each in (demand, smaller["int4"])
-    )
-    note = f" (in {_format(demand)} no number of such cards from 1 to {MAX_CARDS})" if as_it_is is None else ""
+    if not fitting and demand.device != "cpu":
+        num_cards = _smallest_num_cards(smaller["int4"], min(budgets), max_context, 1)
+        fitting = [f"model.quantize=int4 on gpus={num_cards}"] if num_cards is not None else []
     if fitting:
-        yield f"{' or '.join(fitting)}{note}"
-    elif in_4_bits is not None:
-        yield f"model.quantize=int4 on gpus={in_4_bits}{note}"
+        yield " or ".join(fitting) + _none_as_it_is(demand, budgets, max_context)
+
+
+def _none_as_it_is(demand: Demand, budgets: tuple[int, ...], max_context: int) -> str:
+    """That more cards would not do; empty where they would, and on the CPU."""
+    if demand.device == "cpu" or _smallest_num_cards(demand, min(budgets), max_context, 1) is not None:
+        return ""
+    return f" (in {_format(demand)} no number of such cards from 1 to {MAX_CARDS})"
 
 
 def _smallest_num_cards(demand: Demand, budget: int, max_context: int, start: int) -> int | None:

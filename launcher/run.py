@@ -70,11 +70,8 @@ def find_model(run: RunConfig) -> Model:
         ValueError: no such model, its files are missing, truncated or of a kind that is not read, or it is quantised
             and model.quantize is set.
     """
-    model = find_stored_model(run)
-    quantize = run.model.quantize
-    return (
-        model if quantize == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, quantize.value))
-    )
+    model, kind = find_stored_model(run), run.model.quantize
+    return model if kind == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, kind.value))
 
 
 def find_stored_model(run: RunConfig) -> Model:

@@ -54,6 +54,7 @@ def fill_dummy(
         module, attribute = owners[name][0]
         if getattr(module, attribute).is_meta:
             if scheme is not None and name in model.linears:
+                assert isinstance(module, ShardedLayer)
                 weight = quantized_values(pool, name, shape, local_box(module, shape), scheme)
                 kernels[install(module, weight)] += 1
             else:
@@ -103,14 +104,11 @@ def plain_values(pool: Pool, name: str, shape: tuple[int, ...], module: nn.Modul
 def quantized_values(pool: Pool, name: str, shape: tuple[int, ...], box: Box, scheme: Scheme) -> QuantizedWeight:
     """What this rank holds of a linear [out, in]; zeros are in the middle, so that values have no common bias."""
     num_out, num_in = shape
-    groups = group_range(scheme, num_in, box)
-    scales = pool.cut(
-        pool.source("scales", partial(draw_scales, pool.size, scheme)), f"{name} scales", num_out, box.outputs, groups
-    )
+    levels = pool.source("values", partial(draw_values, pool.size, scheme))
+    values = pool.cut(levels, name, num_out, box.outputs, box.inputs)
+    steps = pool.source("scales", partial(draw_scales, pool.size, scheme))
+    scales = pool.cut(steps, f"{name} scales", num_out, box.outputs, group_range(scheme, num_in, box))
     zeros = torch.full_like(scales, 2 ** (scheme.bits - 1), dtype=torch.uint8) if scheme.has_zeros else None
-    values = pool.cut(
-        pool.source("values", partial(draw_values, pool.size, scheme)), name, num_out, box.outputs, box.inputs
-    )
     return QuantizedWeight(
         values=values.view(torch.float8_e4m3fn) if scheme.is_float else values,
         bits=scheme.bits,
@@ -131,9 +129,9 @@ def groups_of(name: str, num_in: int, box: Box, scheme: Scheme, device: torch.de
 
 
 def draw_values(size: int, scheme: Scheme, generator: torch.Generator) -> Tensor:
-    """Bytes: values of 4 or 8 bits, all equally likely, or e4m3 numbers."""
+    """Bytes: levels from 1, as many below the middle as above it and equally likely; or e4m3 numbers."""
     if not scheme.is_float:
-        return torch.randint(2**scheme.bits, (size,), generator=generator, dtype=torch.uint8)
+        return torch.randint(1, 2**scheme.bits, (size,), generator=generator, dtype=torch.uint8)
     numbers = FLOAT8_SPREAD * torch.randn(size, generator=generator)
     return numbers.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 

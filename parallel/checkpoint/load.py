@@ -116,6 +116,7 @@ def plain_steps(model: ShardedModel, matches: Matches, quantize: Scheme | None) 
     for name, entry in matches.plain.items():
         module, attribute = owners[name][0]
         if quantize is not None and name in model.linears:
+            assert isinstance(module, ShardedLayer)
             yield rounding_step(module, name, entry, quantize)
             continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()

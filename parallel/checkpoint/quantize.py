@@ -32,11 +32,12 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """
     num_out, num_in = weight.shape
     group_size = scheme.group_size or max(num_in, 1)
-    num_groups = -(-num_in // group_size)
-    like = {"device": weight.device}
-    values = torch.empty(num_out, num_in, dtype=torch.float8_e4m3fn if scheme.is_float else torch.uint8, **like)
-    scales = torch.empty(num_out, num_groups, dtype=torch.bfloat16, **like)
-    zeros = torch.empty(num_out, num_groups, dtype=torch.uint8, **like) if scheme.has_zeros else None
+    num_groups = max(1, -(-num_in // group_size))
+    values = torch.empty(
+        num_out, num_in, dtype=torch.float8_e4m3fn if scheme.is_float else torch.uint8, device=weight.device
+    )
+    scales = torch.empty(num_out, num_groups, dtype=torch.bfloat16, device=weight.device)
+    zeros = torch.empty(num_out, num_groups, dtype=torch.uint8, device=weight.device) if scheme.has_zeros else None
     for rows in row_blocks(num_out, num_groups * group_size):
         groups = split_groups(weight[rows].float(), num_groups, group_size)
         levels, scale, zero = rounding_of(scheme)(groups, scheme.bits)
@@ -48,9 +49,10 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def split_groups(rows: Tensor, num_groups: int, group_size: int) -> Tensor:
-    """[rows, in] -> [rows, groups, size]; zeros fill up the last group, which changes neither its range nor its error."""
+    """[rows, in] -> [rows, groups, size]; zeros in a short last group change neither its range nor its error."""
     missing = num_groups * group_size - rows.shape[1]
-    return (F.pad(rows, (0, missing)) if missing else rows).reshape(-1, num_groups, group_size)
+    padded = F.pad(rows, (0, missing)) if missing else rows
+    return padded.reshape(len(rows), num_groups, group_size)
 
 
 def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:

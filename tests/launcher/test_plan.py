@@ -25,7 +25,7 @@ from launcher.hardware import Card, Inventory, Link, read_inventory
 from launcher.memory import Demand
 from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, plan_run
 from launcher.plan_text import describe, plan_tables
-from launcher.shape import ModelShape, shape_from_facts
+from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
 from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
@@ -401,8 +401,82 @@ def facts() -> HardwareConfig:
 def test_70b_bf16_fits_no_number_of_4090s(facts: HardwareConfig) -> None:
     message = refused(LLAMA_70B, read_inventory(facts, 2), 2)
     for part in ("weights in bfloat16 do not fit", "rank 0 on card 0", "rank 1 on card 1", "weights 65.71", "of 23.60",
-                 "no number of such cards from 1 to 4", "a 4-bit checkpoint of it on gpus=2"):  # fmt: skip
+                 "model.quantize=int4 (in bfloat16 no number of such cards from 1 to 4)"):  # fmt: skip
         assert part in message
+    assert "int8" not in message
+    plan(quantized_shape(LLAMA_70B, "int4"), read_inventory(facts, 2), 2)
+    refused(quantized_shape(LLAMA_70B, "int8"), read_inventory(facts, 2), 2)
+
+
+def test_70b_bf16_on_one_4090_names_the_cards_that_4_bits_need(facts: HardwareConfig) -> None:
+    assert "model.quantize=int4 on gpus=2 (in bfloat16 no number" in refused(LLAMA_70B, read_inventory(facts, 1), 1)
+
+
+def test_fewer_bits_are_advised_beside_more_cards(facts: HardwareConfig) -> None:
+    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, limits=LimitsConfig(card_memory_gib=12))
+    assert "gpus=2 with 2 such cards; or model.quantize=int8 or model.quantize=int4." in message
+    for kind in ("int8", "int4"):
+        plan(quantized_shape(LLAMA_8B, kind), read_inventory(facts, 1), limits=LimitsConfig(card_memory_gib=12))
+
+
+def test_context_that_does_not_fit_may_fit_beside_fewer_bits(facts: HardwareConfig) -> None:
+    changes = {"engine__max_context": 60000}
+    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, **changes)
+    assert "model.quantize=int8 or model.quantize=int4" in message
+    plan(quantized_shape(LLAMA_8B, "int8"), read_inventory(facts, 1), 1, **changes)
+
+
+def test_fewer_bits_are_advised_on_the_cpu() -> None:
+    small = replace(CPU, host_memory_bytes=12 * GIB)
+    message = refused(LLAMA_8B, small)
+    assert "What would fit: model.quantize=int8 or model.quantize=int4." in message
+    assert "gpus=" not in message
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int4", 4.25), ("int8", 8.125), ("fp8", 8.125)])
+def test_rounded_weights_are_counted_as_kernels_hold_them(kind: str, bits: float) -> None:
+    decided = plan(quantized_shape(LLAMA_8B, kind), cards_of(2), 2)
+    for card in decided.cards:
+        linears = card.lines["weights.attention"] + card.lines["weights.mlp"]
+        assert linears == pytest.approx(LLAMA_8B.num_linear_weights / 2 * bits / 8, rel=1e-6)
+
+
+def test_quantised_shape_is_not_rounded_again() -> None:
+    with pytest.raises(ShapeError, match=r"model\.quantize=int4 rounds .* quantised as awq already"):
+        quantized_shape(LLAMA_70B_AWQ, "int4")
+
+
+# Memory of the load
+
+
+def test_load_counts_where_it_takes_more_than_what_comes_after() -> None:
+    """Of 8192 x 14336 weights: a byte each, as int32, permuted, and joined; less what stays."""
+    shape = quantized_shape(LLAMA_70B, "int4")
+    short = plan(shape, cards_of(2), 2, engine__max_context=256, engine__prefill_chunk=64, workload__output_tokens=8)
+    numel = 8192 * 14336
+    for card in short.cards:
+        after = card.lines["kv_cache"] + card.lines["activations"]
+        assert card.lines["load"] == pytest.approx(numel * (10 - 4.25 / 8) - after, rel=1e-6)
+        assert sum(card.lines.values()) == card.predicted_bytes
+    assert all("load" not in card.lines for card in plan(shape, cards_of(2), 2).cards)
+
+
+def test_plain_load_counts_where_the_dtype_changes() -> None:
+    small = {"engine__max_context": 32, "engine__prefill_chunk": 8, "workload__output_tokens": 8}
+    assert "load" not in plan(LLAMA_8B, cards_of(1), 1, **small).cards[0].lines
+    (card,) = plan(replace(LLAMA_8B, dtype="float32"), cards_of(1), 1, model__dtype=DType.bfloat16, **small).cards
+    after = card.lines["kv_cache"] + card.lines["activations"]
+    assert card.lines["load"] == 128256 * 4096 * 4 - after
+
+
+def test_plan_with_a_load_line_is_shown_whole() -> None:
+    shape = quantized_shape(LLAMA_70B, "int4")
+    decided = plan(shape, cards_of(2), 2, engine__max_context=256, engine__prefill_chunk=64, workload__output_tokens=8)
+    console = Console(width=140)
+    with console.capture() as captured:
+        for table in plan_tables(decided, shape):
+            console.print(table)
+    assert "load" in captured.get() and "weights in int4, rounded while they load" in captured.get()
 
 
 def test_70b_awq_fits_two_4090s(facts: HardwareConfig) -> None:

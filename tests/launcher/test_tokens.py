@@ -1,0 +1,80 @@
+"""Models and prompts of which only facts are known: the family that is built, and tokens without a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.config import ModelFacts, WeightsKind, WorkloadConfig
+from launcher.job import Job
+from launcher.prompts import Prompt
+from launcher.shape import shape_from_config, shape_from_facts
+from launcher.tasks.tokens import encode_prompts, eos_token_ids, has_tokenizer, load_tokenizer, text_tokenizer
+from launcher.tasks.weights import config_of_shape
+from tests.launcher.jobs import make_job, make_run
+from tests.launcher.models import DEMO
+
+FACTS = ModelFacts(64, 256, 2, 8, 4, 16, 512, 2048)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_config_of_facts_has_their_shape(tmp_path: Path, qkv_bias: bool, tied: bool) -> None:
+    """What transformers writes down is read as the facts it came from."""
+    shape = shape_from_facts(replace(FACTS, qkv_bias=qkv_bias, tied_embeddings=tied))
+    config_of_shape(shape).save_pretrained(tmp_path)
+    read = shape_from_config(tmp_path)
+    assert read.model_type == ("qwen2" if qkv_bias else "llama")
+    assert replace(read, model_type=shape.model_type, source=shape.source) == shape
+
+
+def dummy_job(tmp_path: Path, prompts: tuple[Prompt, ...], max_context: int = 2000, **workload: Any) -> Job:
+    run = make_run(workload=WorkloadConfig(**workload))
+    run.model.weights = WeightsKind.dummy
+    plan: Any = SimpleNamespace(max_context=max_context)
+    return replace(make_job(tmp_path, run=run), plan=plan, shape=shape_from_facts(FACTS), prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    ("max_context", "workload", "expected"),
+    [(2000, {}, 512), (2000, {"prompt_tokens": 700}, 700), (100, {"output_tokens": 40}, 60), (4, {}, 1)],
+)
+def test_random_prompts_have_the_length_of_the_workload(
+    tmp_path: Path, max_context: int, workload: dict[str, int], expected: int
+) -> None:
+    prompts = (Prompt(0, text="a"), Prompt(1, messages=({"role": "user", "content": "b"},)))
+    job = dummy_job(tmp_path, prompts, max_context, **workload)
+    assert load_tokenizer(job) is None
+    first, second = encode_prompts(job, None)
+    assert len(first) == len(second) == expected
+    assert first != second or expected < 3
+    assert all(0 <= token < FACTS.vocab_size for token in first + second)
+    assert encode_prompts(job, None) == [first, second]
+
+
+def test_dummy_weights_use_the_tokenizer_that_is_there_and_no_end_of_text(tmp_path: Path) -> None:
+    job = replace(dummy_job(tmp_path, (Prompt(0, text="import os"),)), model_folder=str(DEMO))
+    tokenizer = load_tokenizer(job)
+    assert tokenizer is not None
+    assert text_tokenizer(tokenizer).decode(encode_prompts(job, tokenizer)[0]) == "import os"
+    assert eos_token_ids(job, tokenizer) == frozenset()
+
+
+def test_checkpoints_end_with_their_end_of_text(tmp_path: Path) -> None:
+    job = replace(make_job(tmp_path), model_folder=str(DEMO))
+    assert eos_token_ids(job, load_tokenizer(job)) == frozenset([1])
+
+
+def test_without_a_tokenizer_no_token_has_text() -> None:
+    assert text_tokenizer(None).decode([0, 7, 511]) == ""
+
+
+def test_folder_with_a_config_only_has_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not has_tokenizer(str(tmp_path))
+    assert has_tokenizer(str(DEMO))
+    assert not has_tokenizer(None)

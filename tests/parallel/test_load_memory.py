@@ -1,0 +1,71 @@
+"""What a plan says the load of a linear takes, against what torch allocates for it on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.checkpoint.formats.registry import format_of
+from parallel.checkpoint.formats.scheme import Box
+from parallel.checkpoint.load_memory import PACK_BYTES, VALUE_BYTES, load_bytes
+from parallel.checkpoint.quantize import quantize_weight
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES, ROUNDED_AT_A_TIME, ROUNDING_BYTES
+from parallel.kernels import w4a16
+from parallel.kernels.choice import KERNELS, pack_linear
+from parallel.kernels.held import held_bits
+from tests.parallel.memory import peak_bytes
+from tools.quantization import WRITERS
+
+NUM_OUT, NUM_IN = 1024, 2048
+NUMEL = NUM_OUT * NUM_IN
+
+
+def held_bytes(weight: torch.nn.Module) -> int:
+    return sum(buffer.nbytes for buffer in weight.buffers())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_decoding_and_packing_take_what_is_predicted(name: str) -> None:
+    writer = WRITERS[name]
+    stored = writer.stored(torch.randn(NUM_OUT, NUM_IN))
+    packed: list[torch.nn.Module] = []
+
+    def load() -> None:
+        weight = format_of(writer.scheme).decode(stored, writer.scheme, Box((0, NUM_OUT), (0, NUM_IN)))
+        packed.append(pack_linear(weight, torch.float32)[0])
+
+    measured = peak_bytes(load) + sum(tensor.nbytes for tensor in stored.values()) - held_bytes(packed[0])
+    predicted = load_bytes(writer.scheme, "cpu", "float32", 4, NUM_IN, NUMEL)
+    # Values of 8 bits may be those of the file, which their number is predicted not to be.
+    most = 1.1 * measured + (writer.scheme.bits == 8) * NUMEL
+    assert 0.98 * measured <= predicted <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", QUANTIZE_SCHEMES)
+def test_rounding_takes_what_is_predicted(kind: str, dtype: torch.dtype) -> None:
+    scheme = QUANTIZE_SCHEMES[kind]
+    packed: list[torch.nn.Module] = []
+    stored = [torch.randn(NUM_OUT, NUM_IN).to(dtype)]
+    stored_bytes = stored[0].nbytes
+    assert NUMEL < ROUNDED_AT_A_TIME
+    peak = peak_bytes(lambda: packed.append(pack_linear(quantize_weight(stored.pop(), scheme), torch.float32)[0]))
+    measured = peak + stored_bytes - held_bytes(packed[0])
+    predicted = load_bytes(scheme, "cpu", "float32", dtype.itemsize, NUM_IN, NUMEL)
+    # Float32 needs no copy in float32; a block is small beside the tensors that decide.
+    assert measured <= predicted <= measured + ROUNDING_BYTES * NUMEL
+
+
+def test_packing_for_the_own_kernel_takes_what_is_predicted() -> None:
+    """Its layout is made by torch alone, on any device."""
+    values = torch.randint(16, (NUM_OUT, NUM_IN)).byte()
+    measured = peak_bytes(lambda: w4a16.pack_values(values))
+    assert PACK_BYTES["w4a16"] * NUMEL == pytest.approx(measured, rel=0.02)
+    scheme = WRITERS["w4a16"].scheme
+    stays = held_bits(scheme, "cuda", "bfloat16", NUM_IN) / 8
+    predicted = load_bytes(scheme, "cuda", "bfloat16", 2, NUM_IN, NUMEL)
+    assert predicted == pytest.approx(NUMEL * (4.125 / 8 + VALUE_BYTES + 9 - stays), rel=0.01)
+
+
+def test_kernels_are_those_whose_packing_is_known() -> None:
+    assert set(KERNELS) - set(PACK_BYTES) == {"tinygemm", "dequantize"}
