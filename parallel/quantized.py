@@ -15,11 +15,14 @@ from parallel.kernels.held import BLOCK_ELEMENTS
 class QuantizedWeight:
     """weight[o, i] = (values[o, i] - zeros[o, g]) * scales[o, g], where g is the group of input i.
 
+    With a codebook, codebook[values[o, i]] * scales[o, g].
+
     Shapes and dtypes:
         values: [out, in], uint8 from 0 to 2**bits - 1; or float8_e4m3fn, which has no zeros.
         scales: [out, groups], floating point. One group may stand for all inputs.
         zeros: [out, groups] uint8; None means 2**(bits - 1) everywhere, the middle.
         group_of: [in] int64, each input's group; None means `group_size` neighbours from the first input on.
+        codebook: [2**bits] float32, which leaves no zeros.
     """
 
     values: Tensor
@@ -28,6 +31,7 @@ class QuantizedWeight:
     zeros: Tensor | None
     group_size: int
     group_of: Tensor | None = None
+    codebook: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,10 +60,10 @@ class QuantizedWeight:
     def whole(self, dtype: torch.dtype) -> Tensor:
         """All at once, in float32 or, if `dtype` is that, float64."""
         wide = torch.promote_types(dtype, torch.float32)
-        weight = self.values.to(wide)
+        weight = self.values.to(wide) if self.codebook is None else self.codebook.to(wide)[self.values.int()]
         if self.zeros is not None:
             weight -= self.spread(self.zeros.to(wide))
-        elif not self.is_float:
+        elif not self.is_float and self.codebook is None:
             weight -= 2 ** (self.bits - 1)
         weight *= self.spread(self.scales.to(wide))
         return weight

@@ -19,6 +19,7 @@ class DequantizeLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     group_of: Tensor | None
+    codebook: Tensor | None
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
@@ -27,6 +28,7 @@ class DequantizeLinear(nn.Module):
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("group_of", weight.group_of)
+        self.register_buffer("codebook", weight.codebook)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.dequantize(hidden.dtype))
@@ -41,7 +43,9 @@ class DequantizeLinear(nn.Module):
         values = self.values[rows]
         values = unpack_pairs(values)[:, : self.num_in] if self.bits == 4 else values
         zeros = None if self.zeros is None else self.zeros[rows]
-        return QuantizedWeight(values, self.bits, self.scales[rows], zeros, self.group_size, self.group_of)
+        return QuantizedWeight(
+            values, self.bits, self.scales[rows], zeros, self.group_size, self.group_of, self.codebook
+        )
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

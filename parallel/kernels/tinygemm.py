@@ -63,6 +63,7 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     checks = {
         "not on a card": weight.values.device.type == "cuda",
         f"{weight.bits} bits": weight.bits == 4,
+        "a codebook": weight.codebook is None,
         f"activations in {str(dtype).removeprefix('torch.')}": dtype == torch.bfloat16,
         f"{num_out} outputs": num_out % OUTPUTS_PER_TILE == 0 and num_out > 0,
         f"{num_in} inputs": num_in % (16 * min(INNER_TILES)) == 0 and num_in > 0,
