@@ -58,9 +58,11 @@ def main() -> None:
     print(f"{result['card']}, copy {result['copy_gb_per_sec']:.0f} GB/s")
     if arguments.tune:
         result["tuning"] = [row for name in own for row in tune(name, arguments.tp, arguments.rows)]
-    pairs = product(arguments.tp, arguments.kernels, arguments.rows)
-    timed = (time_linears(*pair, result["copy_gb_per_sec"]) for pair in pairs)
-    result["linears"] = [row for row in timed if row is not None]
+    result["linears"] = [
+        describe(tp, name, num_rows, times_us, result["copy_gb_per_sec"])
+        for tp, name in product(arguments.tp, arguments.kernels)
+        for num_rows, times_us in time_linears(tp, name, arguments.rows).items()
+    ]
     print(json.dumps(result))
 
 
@@ -226,19 +228,21 @@ def time_on_card(run: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
-def time_linears(tp: int, name: str, num_rows: int, copy_gb_per_sec: float) -> dict[str, Any] | None:
-    """One line of the table; None where the kernel does not take so many rows."""
-    if name in FORMATS:
-        most_rows, make = MAX_OWN_ROWS, partial(own_calls, name)
-        bits = [FORMATS[name].held_bits(num_in) for _, num_in in SHAPES[tp]]
-    else:
-        each, most_rows, make = OTHERS[name]
-        bits = [each] * len(SHAPES[tp])
-    if num_rows > most_rows:
-        return None
-    times_us = [time_calls(make(*shape), num_rows, shape[1]) for shape in SHAPES[tp]]
-    num_bytes = sum(num_out * num_in * each / 8 for (num_out, num_in), each in zip(SHAPES[tp], bits, strict=True))
-    gb_per_sec = num_bytes / sum(times_us) / 1e3
+def time_linears(tp: int, name: str, row_counts: list[int]) -> dict[int, list[float]]:
+    """Microseconds of each of the shapes, by number of rows; without those that the kernel does not take."""
+    most_rows, make = (MAX_OWN_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
+    times: dict[int, list[float]] = {num_rows: [] for num_rows in row_counts if num_rows <= most_rows}
+    for num_out, num_in in SHAPES[tp]:
+        calls = make(num_out, num_in)
+        for num_rows, times_us in times.items():
+            times_us.append(time_calls(calls, num_rows, num_in))
+    return times
+
+
+def describe(tp: int, name: str, num_rows: int, times_us: list[float], copy_gb_per_sec: float) -> dict[str, Any]:
+    """One line of the table, printed too."""
+    sizes = [num_out * num_in * held_bits(name, num_in) / 8 for num_out, num_in in SHAPES[tp]]
+    gb_per_sec = sum(sizes) / sum(times_us) / 1e3
     row = {
         "tp": tp,
         "kernel": name,
@@ -251,6 +255,11 @@ def time_linears(tp: int, name: str, num_rows: int, copy_gb_per_sec: float) -> d
     print(f"TP{tp} {name:12} rows {num_rows:3}: {row['ms_80_layers']:.2f} ms for 80 layers, {gb_per_sec:.0f} GB/s "
           f"({row['share_of_copy']:.0%} of copy) {[round(us, 1) for us in times_us]}", flush=True)  # fmt: skip
     return row
+
+
+def held_bits(name: str, num_in: int) -> float:
+    """Bits of a weight that must be read, with its share of scales."""
+    return FORMATS[name].held_bits(num_in) if name in FORMATS else OTHERS[name][0]
 
 
 def measure_copy() -> float:

@@ -126,7 +126,7 @@ FORMATS = {
 def launches(own: OwnFormat, num_rows: int) -> list[Launch]:
     """Configurations worth a try for this many rows."""
     tiles = next(tiles for tiles in (1, 2, 4, 8) if num_rows <= tiles * ROWS_PER_TILE)
-    every = [Launch(tiles, *option) for option in product((1, 2, 4), (4, 8, 16), (2, 4, 8))]
+    every = [Launch(tiles, *option) for option in product((1, 2, 4), (2, 4, 8, 16), (2, 4, 8))]
     return [each for each in every if each.shared_bytes(own.unit_bytes()) <= MAX_SHARED_BYTES and fits_registers(each)]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from parallel.kernels import choice, merge
+from parallel.kernels.w8a16 import W8A16Linear
+from parallel.quantized import QuantizedWeight
 from tools.bench_linears import CHECKED_SHAPES
 from tools.linear_formats import FORMATS, check_format, rounded_codebook
 
@@ -41,9 +41,8 @@ def test_every_byte_of_float8_is_decoded_exactly() -> None:
     bytes_ = bytes_[(bytes_ & 0x7F) != 0x7F]
     values = torch.zeros(256, 128, dtype=torch.uint8, device="cuda")
     values[: len(bytes_)] = bytes_[:, None]
-    weight = FORMATS["fp8"].random_weight(256, 128)
     values = values.view(torch.float8_e4m3fn)
-    layer = FORMATS["fp8"].layer(type(weight)(values, 8, torch.ones(256, 1, device="cuda"), None, 128))
+    layer = W8A16Linear(QuantizedWeight(values, 8, torch.ones(256, 1, device="cuda"), None, 128))
     identity = torch.eye(128, device="cuda", dtype=torch.bfloat16)[:64]
     assert torch.equal(layer(identity).t().float(), values[:, :64].float())
     assert torch.equal(layer.dequantize().float(), values.float())
@@ -58,7 +57,7 @@ def test_merged_linears_give_the_same_outputs_in_one_launch(name: str) -> None:
         rows = torch.randn(num_rows, 1024, device="cuda", dtype=torch.bfloat16)
         apart = torch.cat([layer(rows) for layer in layers], dim=-1)
         # Launches of another shape add up in another order.
-        assert torch.allclose(merged(rows).float(), apart.float(), rtol=2**-7, atol=1e-3 * math.sqrt(1024))
+        assert torch.allclose(merged(rows).float(), apart.float(), rtol=2**-7, atol=0.02 * float(apart.std()))
 
 
 @pytest.mark.parametrize("name", FORMATS)
