@@ -1,27 +1,32 @@
-"""Times 4-bit linears at the shapes of a 70B: `python -m tools.bench_linears [--tune]`, on a card.
+"""Times linears at the shapes of a 70B: `python -m tools.bench_linears [--tune] [--tp 1 2 4]`, on a card.
 
 For each kernel and number of rows: milliseconds of one rank's linears of 80 layers (q/k/v and gate/up merged), the
 bytes they read over that time, and the share of the copy bandwidth measured in the same run. Each shape cycles through
-more layers than the L2 cache holds, in a CUDA graph. The last line on stdout is JSON. Before any timing every kernel is
-checked against float64 on fresh values, its output filled with NaN beforehand.
+more layers than the L2 cache holds, in a CUDA graph. The last line on stdout is JSON. Before any timing every launch of
+our own kernels is checked against float64 on fresh values, its output filled with NaN beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.kernels import w4a16 as own
+from parallel.kernels.held import MAX_OWN_ROWS
+from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
-from parallel.quantized import QuantizedWeight
+from tools.linear_formats import FORMATS, Packed, check_format, launches
 
 NUM_LAYERS = 80
 # [out, in] of one rank: q/k/v, o, gate/up, down.
@@ -30,155 +35,171 @@ SHAPES = {
     2: ((5120, 8192), (8192, 4096), (28672, 8192), (8192, 14336)),
     4: ((2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)),
 }
-NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+# The last is of odd numbers of tiles and units.
+CHECKED_SHAPES = ((5120, 8192), (8192, 4096), (1040, 384))
+NUM_ROWS = (1, 8, 16, 32, 64)
 # Several times the 60 MB of L2 of an H200.
 CYCLE_BYTES = 600e6
+# What is timed unless asked otherwise; all of FORMATS and of OTHERS may be.
+DEFAULT_KERNELS = ("w4", "nf4", "int8", "fp8", "tinygemm", "dequantize", "bf16")
+GEMLITE = {"gemlite-w4": "w4", "gemlite-int8": "int8", "gemlite-fp8": "fp8"}
 Call = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="time every launch configuration of the own kernel")
-    parser.add_argument("--tp", type=int, nargs="+", default=[2], choices=SHAPES)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     torch.manual_seed(0)
-    compile_all()
-    check_kernels()
+    own = [name for name in arguments.kernels if name in FORMATS]
+    compile_all(own)
+    if not arguments.skip_check:
+        check_kernels(own)
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["copy_gb_per_sec"] = measure_copy()
     print(f"{result['card']}, copy {result['copy_gb_per_sec']:.0f} GB/s")
     if arguments.tune:
-        result["tuning"] = tune()
-    result["linears"] = [row for tp in arguments.tp for row in time_linears(tp, result["copy_gb_per_sec"])]
+        result["tuning"] = [row for name in own for row in tune(name, arguments.tp, arguments.rows)]
+    result["linears"] = [
+        describe(tp, name, num_rows, times_us, result["copy_gb_per_sec"])
+        for tp, name in product(arguments.tp, arguments.kernels)
+        for num_rows, times_us in time_linears(tp, name, arguments.rows).items()
+    ]
     print(json.dumps(result))
 
 
-def random_weight(num_out: int, num_in: int, *, has_zeros: bool) -> QuantizedWeight:
-    groups = num_in // own.GROUP_SIZE
-    return QuantizedWeight(
-        values=torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8, device="cuda"),
-        bits=4,
-        scales=torch.rand(num_out, groups, device="cuda") * 0.01 + 0.001,
-        zeros=torch.randint(0, 16, (num_out, groups), dtype=torch.uint8, device="cuda") if has_zeros else None,
-        group_size=own.GROUP_SIZE,
-    )
+def parse_arguments() -> argparse.Namespace:
+    installed = tuple(GEMLITE) if importlib.util.find_spec("gemlite") else ()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tune", action="store_true", help="time every launch configuration of our own kernels")
+    parser.add_argument("--tp", type=int, nargs="+", default=[2], choices=SHAPES)
+    parser.add_argument("--kernels", nargs="+", default=[*DEFAULT_KERNELS, *installed], choices=[*FORMATS, *OTHERS])
+    parser.add_argument("--rows", type=int, nargs="+", default=list(NUM_ROWS))
+    parser.add_argument("--skip-check", action="store_true", help="time without comparing with float64 first")
+    return parser.parse_args()
 
 
-def check_kernels() -> None:
-    """Every kernel against float64; the error allowed is that of rounding the result to bf16."""
-    for (num_out, num_in), has_zeros in product(((5120, 8192), (8192, 4096), (1040, 384)), (False, True)):
-        weight = random_weight(num_out, num_in, has_zeros=has_zeros)
-        exact = weight.dequantize(torch.float64)
-        layer = own.W4A16Linear(weight)
-        rounded = own.dequantize_w4(layer.packed, layer.scales)
-        # Half a unit in the last place of bf16, and the lost bits of the scale.
-        assert ((rounded.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-18)).all()
-        for num_rows in (1, 3, 8, 9, 16, 31, 64):
-            rows = torch.randn(num_rows, num_in, device="cuda", dtype=torch.bfloat16)
-            expected = rows.double() @ exact.t()
-            for launch in launches(num_rows):
-                output = torch.full((num_rows, num_out), float("nan"), device="cuda", dtype=torch.bfloat16)
-                if num_out // own.OUTPUTS_PER_TILE % launch.row_tiles:
-                    continue
-                own.run_kernel(launch, rows, layer.packed, layer.scales, output)
-                error = ((output.double() - expected).abs() / expected.abs().mean()).max().item()
-                assert error < 0.03, f"{launch} {num_out}x{num_in} rows={num_rows}: {error}"
+def check_kernels(names: list[str] | None = None) -> None:
+    """Every launch of these formats (all, if none are named) against float64."""
+    for name, shape, has_zeros in product(names or FORMATS, CHECKED_SHAPES, (False, True)):
+        if not has_zeros or FORMATS[name].kind == "int":
+            check_format(name, shape, has_zeros=has_zeros)
     print("checked against float64")
 
 
-def launches(num_rows: int) -> list[own.Launch]:
-    """Configurations worth a try for this many rows."""
-    tiles = next(tiles for tiles in (1, 2, 4, 8) if num_rows <= tiles * own.ROWS_PER_TILE)
-    options = product((1, 2, 4), (4, 8, 16), (2, 4, 8))
-    every = [own.Launch(tiles, *option) for option in options]
-    return [launch for launch in every if launch.shared_bytes() <= own.MAX_SHARED_BYTES and fits_registers(launch)]
+def compile_all(names: list[str]) -> None:
+    every = {
+        (name, launch) for name in names for num_rows in (8, 16, 32, 64) for launch in launches(FORMATS[name], num_rows)
+    }
 
-
-def fits_registers(launch: own.Launch) -> bool:
-    """Partial sums and totals take 8 registers a pair of tiles, of 255."""
-    return launch.token_tiles * launch.row_tiles <= 16
-
-
-def compile_all() -> None:
-    every = {launch for num_rows in NUM_ROWS[:-1] for launch in launches(num_rows)}
-
-    def compile_in_thread(launch: own.Launch) -> None:
+    def compile_in_thread(pair: tuple[str, Launch]) -> None:
         # Makes the card's context current in this thread, which the driver asks for.
         torch.zeros((), device="cuda")
-        own.compile_kernel("w4a16", launch, 0)
+        FORMATS[pair[0]].compile(pair[1])
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(compile_in_thread, every))
 
 
-def tune() -> list[dict[str, Any]]:
-    """Every configuration at every shape of TP 2 and TP 1, fastest first."""
+def tune(name: str, degrees: list[int], row_counts: list[int]) -> list[dict[str, Any]]:
+    """Every configuration at every shape, fastest first, and where the one that is chosen stands."""
     found = []
-    for (num_out, num_in), num_rows in product((*SHAPES[2], *SHAPES[1][2:]), (1, 8, 16, 32, 64)):
-        times = []
-        for launch in launches(num_rows):
-            calls = own_calls(num_out, num_in, launch)
-            times.append((time_calls(calls, num_rows, num_in), launch))
+    shapes = dict.fromkeys(shape for tp in degrees for shape in SHAPES[tp])
+    for (num_out, num_in), num_rows in product(shapes, row_counts):
+        usable = [each for each in launches(FORMATS[name], num_rows) if num_out // 16 % each.row_tiles == 0]
+        times = [(time_calls(own_calls(name, num_out, num_in, each), num_rows, num_in), each) for each in usable]
         times.sort(key=lambda item: item[0])
-        best = [{"us": us, **vars(launch)} for us, launch in times[:4]]
-        found.append({"out": num_out, "in": num_in, "rows": num_rows, "best": best, "worst_us": times[-1][0]})
-        print(num_out, num_in, num_rows, " ".join(f"{us:.1f}us {tuple(vars(ln).values())}" for us, ln in times[:4]))
+        chosen = FORMATS[name].choose(num_rows, num_out // 16)
+        chosen_us = next(
+            us for us, each in times if vars(each) | {"token_tiles": 0} == vars(chosen) | {"token_tiles": 0}
+        )
+        best = [{"us": us, **vars(each)} for us, each in times[:4]]
+        found.append({"kernel": name, "out": num_out, "in": num_in, "rows": num_rows, "best": best,
+                      "chosen_us": chosen_us, "worst_us": times[-1][0]})  # fmt: skip
+        fastest = " ".join(f"{us:.1f}us {tuple(vars(each).values())}" for us, each in times[:4])
+        print(f"{name} {num_out}x{num_in} rows {num_rows}: {fastest}; chosen {chosen_us:.1f}us", flush=True)
     return found
 
 
-_CYCLES: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+# Calls of each kernel that go through more layers than the cache holds
+
+_CYCLES: dict[tuple[str, int, int], list[Packed]] = {}
 
 
-def cycle(num_out: int, num_in: int) -> list[tuple[Tensor, Tensor]]:
-    """Random packed layers, as many as exceed the cache; any bits are a valid weight."""
-    if (num_out, num_in) not in _CYCLES:
+def cycle_length(num_out: int, num_in: int, bits: float) -> int:
+    return max(2, round(CYCLE_BYTES / (num_out * num_in * bits / 8)))
+
+
+def cycle(name: str, num_out: int, num_in: int) -> list[Packed]:
+    key = name, num_out, num_in
+    if key not in _CYCLES:
         _CYCLES.clear()
-        count = max(2, round(CYCLE_BYTES / (num_out * num_in / 2)))
-        shape = (num_out // own.OUTPUTS_PER_TILE, num_in // own.GROUP_SIZE)
-        _CYCLES[num_out, num_in] = [
-            (
-                torch.randint(-(2**31), 2**31 - 1, (*shape, 2, 32, 4), dtype=torch.int32, device="cuda"),
-                torch.rand(*shape, own.OUTPUTS_PER_TILE, device="cuda"),
-            )
-            for _ in range(count)
-        ]
-    return _CYCLES[num_out, num_in]
+        count = cycle_length(num_out, num_in, FORMATS[name].bits)
+        _CYCLES[key] = [FORMATS[name].random_packed(num_out, num_in) for _ in range(count)]
+    return _CYCLES[key]
 
 
-def own_calls(num_out: int, num_in: int, launch: own.Launch | None) -> list[Call]:
-    def bind(packed: Tensor, scales: Tensor) -> Call:
-        def call(rows: Tensor) -> Tensor:
-            output = rows.new_empty(len(rows), num_out)
-            own.run_kernel(launch or own.choose_launch(len(rows), len(packed)), rows, packed, scales, output)
-            return output
+def own_calls(name: str, num_out: int, num_in: int, launch: Launch | None = None) -> list[Call]:
+    own = FORMATS[name]
 
-        return call
+    def call(weight: Packed, rows: Tensor) -> Tensor:
+        output = rows.new_empty(len(rows), num_out)
+        own.run(launch or own.choose(len(rows), num_out // 16), rows, weight, output)
+        return output
 
-    return [bind(packed, scales) for packed, scales in cycle(num_out, num_in)]
+    return [partial(call, weight) for weight in cycle(name, num_out, num_in)]
 
 
 def dequantize_calls(num_out: int, num_in: int) -> list[Call]:
     """What more rows than the kernel takes go through."""
-
-    def bind(packed: Tensor, scales: Tensor) -> Call:
-        return lambda rows: torch.nn.functional.linear(rows, own.dequantize_w4(packed, scales))
-
-    return [bind(packed, scales) for packed, scales in cycle(num_out, num_in)]
+    own = FORMATS["w4"]
+    return [lambda rows, w=weight: F.linear(rows, own.dequantize(w)) for weight in cycle("w4", num_out, num_in)]
 
 
 def tinygemm_calls(num_out: int, num_in: int) -> list[Call]:
-    count = max(2, round(CYCLE_BYTES / (num_out * num_in / 2)))
-    first = TinygemmLinear(random_weight(num_out, num_in, has_zeros=False))
-
-    def bind(packed: Tensor) -> Call:
-        return lambda rows: torch.ops.aten._weight_int4pack_mm(rows, packed, first.group_size, first.scales_and_shifts)
-
-    return [bind(first.packed.clone()) for _ in range(count)]
+    first = TinygemmLinear(FORMATS["w4"].random_weight(num_out, num_in))
+    layers = [first, *(deepcopy(first) for _ in range(cycle_length(num_out, num_in, 4) - 1))]
+    return [layer.multiply for layer in layers]
 
 
 def bf16_calls(num_out: int, num_in: int) -> list[Call]:
     weights = [torch.randn(num_out, num_in, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    return [lambda rows, w=weight: torch.nn.functional.linear(rows, w) for weight in weights]
+    return [lambda rows, w=weight: F.linear(rows, w) for weight in weights]
+
+
+def gemlite_calls(name: str, num_out: int, num_in: int) -> list[Call]:
+    """GemLite, where it is installed (pip install gemlite: numpy, tqdm and triton beside torch)."""
+    from gemlite.helper import A16W8_FP8, A16W8_INT8, A16Wn
+
+    weight = FORMATS[name].random_weight(num_out, num_in)
+    scales = weight.scales.bfloat16()
+    if name == "w4":
+        zeros = torch.full_like(scales, 8)
+        first = A16Wn(dtype=torch.bfloat16).from_weights(weight.values, scales, zeros, 4, weight.group_size)
+    elif name == "int8":
+        signed = (weight.values.int() - 128).to(torch.int8)
+        first = A16W8_INT8(dtype=torch.bfloat16).from_weights(signed, scales=scales)
+    else:
+        first = A16W8_FP8(dtype=torch.bfloat16).from_weights(weight.values, scales=scales)
+    check_gemlite(name, first, weight.dequantize(torch.float32))
+    return [first, *(deepcopy(first) for _ in range(cycle_length(num_out, num_in, FORMATS[name].bits) - 1))]
+
+
+def check_gemlite(name: str, layer: Call, weight: Tensor) -> None:
+    """That it was given the weight in the form it takes: a comparison with it is worth nothing else."""
+    rows = torch.randn(4, weight.shape[1], device="cuda", dtype=torch.bfloat16)
+    expected = rows.float() @ weight.t()
+    error = (layer(rows).float() - expected).abs().max() / expected.std()
+    assert error < 0.1, f"gemlite {name}: {error}"
+
+
+# By name: bits of a weight, the most rows worth timing, and the calls.
+OTHERS: dict[str, tuple[float, int, Callable[[int, int], list[Call]]]] = {
+    "tinygemm": (4.25, MAX_OWN_ROWS, tinygemm_calls),
+    "dequantize": (4.25, 8192, dequantize_calls),
+    "bf16": (16, 8192, bf16_calls),
+    "gemlite-w4": (4.25, 8192, partial(gemlite_calls, "w4")),
+    "gemlite-int8": (8, 8192, partial(gemlite_calls, "int8")),
+    "gemlite-fp8": (8, 8192, partial(gemlite_calls, "fp8")),
+}
 
 
 def time_calls(calls: list[Call], num_rows: int, num_in: int) -> float:
@@ -191,60 +212,61 @@ def time_calls(calls: list[Call], num_rows: int, num_in: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call(rows)
+    return time_on_card(graph.replay) * 1e3 / len(calls)
+
+
+def time_on_card(run: Callable[[], object]) -> float:
+    """Milliseconds, the median of six after two."""
     times = []
     for _ in range(8):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        graph.replay()
+        run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+        times.append(begin.elapsed_time(end))
     return statistics.median(times[2:])
 
 
-def time_linears(tp: int, copy_gb_per_sec: float) -> list[dict[str, Any]]:
-    found = []
-    kernels: dict[str, Callable[[int, int], list[Call]]] = {
-        "w4a16": lambda num_out, num_in: own_calls(num_out, num_in, None),
-        "tinygemm": tinygemm_calls,
-        "dequantize": dequantize_calls,
-        "bf16": bf16_calls,
+def time_linears(tp: int, name: str, row_counts: list[int]) -> dict[int, list[float]]:
+    """Microseconds of each of the shapes, by number of rows; without those that the kernel does not take."""
+    most_rows, make = (MAX_OWN_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
+    times: dict[int, list[float]] = {num_rows: [] for num_rows in row_counts if num_rows <= most_rows}
+    for num_out, num_in in SHAPES[tp]:
+        calls = make(num_out, num_in)
+        for num_rows, times_us in times.items():
+            times_us.append(time_calls(calls, num_rows, num_in))
+    return times
+
+
+def describe(tp: int, name: str, num_rows: int, times_us: list[float], copy_gb_per_sec: float) -> dict[str, Any]:
+    """One line of the table, printed too."""
+    sizes = [num_out * num_in * held_bits(name, num_in) / 8 for num_out, num_in in SHAPES[tp]]
+    gb_per_sec = sum(sizes) / sum(times_us) / 1e3
+    row = {
+        "tp": tp,
+        "kernel": name,
+        "rows": num_rows,
+        "us": times_us,
+        "ms_80_layers": sum(times_us) * NUM_LAYERS / 1e3,
+        "gb_per_sec": gb_per_sec,
+        "share_of_copy": gb_per_sec / copy_gb_per_sec,
     }
-    for (name, make), num_rows in product(kernels.items(), NUM_ROWS):
-        if num_rows > own.MAX_ROWS and name in ("w4a16", "tinygemm"):
-            continue
-        times_us = [time_calls(make(*shape), num_rows, shape[1]) for shape in SHAPES[tp]]
-        bits = 16 if name == "bf16" else 4.25
-        num_bytes = sum(num_out * num_in * bits / 8 for num_out, num_in in SHAPES[tp])
-        gb_per_sec = num_bytes / sum(times_us) / 1e3
-        row = {
-            "tp": tp,
-            "kernel": name,
-            "rows": num_rows,
-            "us": times_us,
-            "ms_80_layers": sum(times_us) * NUM_LAYERS / 1e3,
-            "gb_per_sec": gb_per_sec,
-            "share_of_copy": gb_per_sec / copy_gb_per_sec,
-        }
-        found.append(row)
-        print(f"TP{tp} {name:9} rows {num_rows:3}: {row['ms_80_layers']:.2f} ms for 80 layers, {gb_per_sec:.0f} GB/s "
-              f"({row['share_of_copy']:.0%} of copy) {[round(us, 1) for us in times_us]}")  # fmt: skip
-    return found
+    print(f"TP{tp} {name:12} rows {num_rows:3}: {row['ms_80_layers']:.2f} ms for 80 layers, {gb_per_sec:.0f} GB/s "
+          f"({row['share_of_copy']:.0%} of copy) {[round(us, 1) for us in times_us]}", flush=True)  # fmt: skip
+    return row
+
+
+def held_bits(name: str, num_in: int) -> float:
+    """Bits of a weight that must be read, with its share of scales."""
+    return FORMATS[name].held_bits(num_in) if name in FORMATS else OTHERS[name][0]
 
 
 def measure_copy() -> float:
     """GB/s of a device-to-device copy, bytes read and written."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
+    return 2 * source.nbytes / time_on_card(lambda: target.copy_(source)) / 1e6
 
 
 if __name__ == "__main__":

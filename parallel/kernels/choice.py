@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parallel.kernels import dequantize, tinygemm, w4a16
+from parallel.kernels import dequantize, tinygemm, w4a16, w8a16
 from parallel.quantized import QuantizedWeight
 
 
@@ -23,6 +23,7 @@ class Kernel:
 # Fastest first; the last one takes everything. parallel/kernels/held.py predicts what each holds.
 KERNELS = {
     "w4a16": Kernel(w4a16.refusal, w4a16.W4A16Linear),
+    "w8a16": Kernel(w8a16.refusal, w8a16.W8A16Linear),
     "tinygemm": Kernel(tinygemm.refusal, tinygemm.TinygemmLinear),
     "dequantize": Kernel(dequantize.refusal, dequantize.DequantizeLinear),
 }

@@ -12,12 +12,14 @@ MAX_TINYGEMM_ROWS = 16
 BLOCK_ELEMENTS = 8 * 1024**2
 # Bytes that a dequantised block takes beside its place in the result: values unpacked, and numbers before rounding.
 # dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
-BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0}
-# w4a16: its kernel for many rows writes nothing but the result.
-# The own kernel: groups of 128 with a float32 scale, and up to 64 rows.
-W4A16_GROUP_SIZE = 128
-W4A16_BITS_PER_GROUP = 32
-MAX_W4A16_ROWS = 64
+BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
+# w4a16 and w8a16: their kernels for many rows write nothing but the result.
+# The own kernels: inputs in units of 128, a float32 scale a group, and up to 64 rows.
+UNIT_INPUTS = 128
+W4A16_GROUP_SIZES = (128, 64, 32)
+W8A16_GROUP_SIZE = 128
+OWN_BITS_PER_GROUP = 32
+MAX_OWN_ROWS = 64
 # bf16 scale and shift.
 TINYGEMM_BITS_PER_GROUP = 32
 SCALE_BITS = 16
@@ -31,9 +33,17 @@ LARGEST_TINYGEMM_GROUP = 256
 
 def predict_kernel(scheme: Scheme, device: str, dtype: str) -> str:
     """The kernel that linears of usual shapes get (parallel/kernels/choice.py decides, tensor by tensor)."""
-    if device != "cuda" or dtype != "bfloat16" or scheme.bits != 4 or scheme.has_codebook:
+    if device != "cuda" or dtype != "bfloat16":
         return "dequantize"
-    return "tinygemm" if scheme.group_size and scheme.group_size % W4A16_GROUP_SIZE else "w4a16"
+    if scheme.bits == 8:
+        return "dequantize" if scheme.group_size and scheme.group_size % W8A16_GROUP_SIZE else "w8a16"
+    fitting = scheme.group_size is None or own_group_size(scheme.group_size) is not None
+    return "w4a16" if fitting else "tinygemm"
+
+
+def own_group_size(group_size: int) -> int | None:
+    """Into which of the sizes that w4a16 knows groups of this size are cut; None: into none."""
+    return next((size for size in W4A16_GROUP_SIZES if group_size % size == 0), None)
 
 
 def stored_bits(scheme: Scheme, num_in: int) -> float:
@@ -49,7 +59,9 @@ def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
     group_size = scheme.group_size or num_in
     kernel = predict_kernel(scheme, device, dtype)
     if kernel == "w4a16":
-        return scheme.bits + W4A16_BITS_PER_GROUP / W4A16_GROUP_SIZE
+        return scheme.bits + OWN_BITS_PER_GROUP / (own_group_size(group_size) or W4A16_GROUP_SIZES[0])
+    if kernel == "w8a16":
+        return scheme.bits + OWN_BITS_PER_GROUP / (W8A16_GROUP_SIZE if scheme.group_size else num_in)
     if kernel == "tinygemm":
         return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(group_size, LARGEST_TINYGEMM_GROUP)
     per_group = scale_bits(scheme) + (ZERO_BITS if scheme.has_zeros else 0)
@@ -64,6 +76,6 @@ def scale_bits(scheme: Scheme) -> int:
 def dequantized_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:
     """Bytes that a product of `num_rows` rows takes for its dequantised weight of `numel` elements; 0: none."""
     kernel = predict_kernel(scheme, device, dtype)
-    if num_rows <= {"w4a16": MAX_W4A16_ROWS, "tinygemm": MAX_TINYGEMM_ROWS}.get(kernel, 0):
+    if num_rows <= {"w4a16": MAX_OWN_ROWS, "w8a16": MAX_OWN_ROWS, "tinygemm": MAX_TINYGEMM_ROWS}.get(kernel, 0):
         return 0
     return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]

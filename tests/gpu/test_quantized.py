@@ -115,8 +115,7 @@ def test_answers_begin_as_on_the_cpu_in_float32(folders: dict[str, Path], tmp_pa
     assert report["device"] == "cuda"
     assert report["outputs"][0]["token_ids"][:4] == exact["outputs"][0]["token_ids"][:4]
     kernel = next(iter(report["load"]["kernels"]))
-    scheme = WRITERS[name].scheme
-    assert kernel.startswith("dequantize" if scheme.bits == 8 or scheme.has_codebook else ("w4a16", "tinygemm"))
+    assert kernel.startswith(("w8a16", "dequantize") if WRITERS[name].scheme.bits == 8 else ("w4a16", "tinygemm"))
     predicted = report["predicted"]["cards"][0]["lines"]
     weights = sum(size for line, size in predicted.items() if line.startswith("weights."))
     assert report["cards"][0]["memory"]["weights_bytes"] == pytest.approx(weights, rel=0.01)

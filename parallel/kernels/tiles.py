@@ -1,0 +1,104 @@
+"""What the own kernels of packed weights (w4a16, w8a16) share: units, launches, and their compilation.
+
+Compiled at run time by the NVRTC that torch brings; no CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.kernels.held import UNIT_INPUTS
+from parallel.quantized import QuantizedWeight
+
+OUTPUTS_PER_TILE = 16
+ROWS_PER_TILE = 8
+# Without asking for more, a block gets this much.
+MAX_SHARED_BYTES = 48 * 1024
+SCALE_BYTES = 4
+# For up to so many tokens: (at least so many tiles of 16 outputs, row_tiles, warps).
+Launches = dict[int, tuple[tuple[int, int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is compiled: tokens and outputs a block takes, its warps, and the stages of each one's ring."""
+
+    token_tiles: int
+    row_tiles: int
+    warps: int
+    depth: int
+
+    def shared_bytes(self, unit_bytes: int) -> int:
+        """Shared memory of a block: the rings of its warps, later their sums. A unit is 128 inputs of 16 outputs."""
+        ring = self.depth * self.row_tiles * unit_bytes
+        return self.warps * max(ring, self.row_tiles * self.token_tiles * 512)
+
+    def options(self) -> tuple[str, ...]:
+        return (f"-DNT={self.token_tiles}", f"-DRT={self.row_tiles}", f"-DWARPS={self.warps}", f"-DDEPTH={self.depth}")
+
+
+def choose_launch(launches: Launches, num_rows: int, num_tiles: int) -> Launch:
+    """The launch for `num_rows` tokens and a weight of `num_tiles` times 16 outputs."""
+    most_rows = next(most for most in launches if num_rows <= most)
+    row_tiles, warps = next((rows, warps) for least, rows, warps in launches[most_rows] if num_tiles >= least)
+    while num_tiles % row_tiles:
+        row_tiles //= 2
+    return Launch(max(1, most_rows // ROWS_PER_TILE), row_tiles, warps, depth=2)
+
+
+def tile_refusal(weight: QuantizedWeight, dtype: torch.dtype, bits: int) -> str | None:
+    """Why no own kernel of `bits` takes this weight, in a few words, whatever its groups; None: one may."""
+    num_out, num_in = weight.shape
+    checks = {
+        "not on a card of sm_80 or later": has_tensor_cores(weight.values.device),
+        f"{weight.bits} bits": weight.bits == bits,
+        f"activations in {str(dtype).removeprefix('torch.')}": dtype == torch.bfloat16,
+        f"{num_out} outputs": num_out % OUTPUTS_PER_TILE == 0 and num_out > 0,
+        f"{num_in} inputs": num_in % UNIT_INPUTS == 0 and num_in > 0,
+    }
+    return next((reason for reason, passed in checks.items() if not passed), None)
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def fits_groups(weight: QuantizedWeight, group_size: int) -> bool:
+    """Whether each `group_size` inputs share a scale, once they are sorted by group."""
+    blocks = weight.groups().sort().values.view(-1, group_size)
+    return bool((blocks[:, 0] == blocks[:, -1]).all())
+
+
+def tile_scales(per_output: Tensor) -> Tensor:
+    """[out, groups] -> [out / 16, groups, 16], as the kernels read them."""
+    return per_output.unflatten(0, (-1, OUTPUTS_PER_TILE)).transpose(1, 2).contiguous()
+
+
+def untile_scales(tiled: Tensor) -> Tensor:
+    """The inverse of `tile_scales`."""
+    return tiled.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+@cache
+def compile_kernel(file: str, name: str, options: tuple[str, ...], device_index: int) -> Callable[..., None]:
+    """A kernel of `file` in this folder, compiled for the card of this process."""
+    folder = Path(__file__).parent
+    source = (folder / file).read_text(encoding="utf-8")
+    compiled: Callable[..., None] = torch.cuda._compile_kernel(source, name, nvcc_options=[f"-I{folder}", *options])
+    return compiled
+
+
+@cache
+def compile_problem(file: str, name: str, options: tuple[str, ...], device_index: int) -> str | None:
+    """Why the kernel cannot be compiled on this card; None: it can."""
+    try:
+        compile_kernel(file, name, options, device_index)
+    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
+        return f"it cannot be compiled: {str(error).splitlines()[0]}"
+    return None

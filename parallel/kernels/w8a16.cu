@@ -1,0 +1,199 @@
+// Y[m, n] = sum over k of X[m, k] * weight[n, k]   for up to 8 * NT rows m, where weight[n, k] is
+//   (q[n, k] - zero[n, group]) * scale[n, group], or with E4M3  float8_e4m3[n, k] * scale[n, group];
+// a group is 128 inputs (GROUPED) or all of them.
+//
+// Built as w4a16.cu: a block takes 16 * RT outputs, its warps deal the units of 128 inputs among themselves, and each
+// streams its own through a ring of DEPTH stages in shared memory.
+//
+// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), GROUPED, E4M3 (0 or 1).
+//
+// Layouts (w8a16.py packs them):
+//   weights  [N / 16][K / 128][4][32 lanes] of 16 bytes: quarter s of a unit. Word 2 * i + p of lane (g, c) holds inputs
+//            32 * s + 8 * c + 4 * i + 2 * p and the one after it, in its low and its high half, of row g and row g + 8.
+//            Integers: row g in the low byte. E4M3: row g in bits 15 (sign) and 10 to 4, which is where bf16 has them;
+//            row g + 8 in the bits left: 11 (sign), 14 to 12 and 3 to 0.
+//   scales   [N / 16][K / 128 or 1][16] of 4 bytes: float32; of integers the last 8 bits are the zero, and the scale is
+//            what it is without them.
+
+#include "tile.cuh"
+
+#define UNIT_BYTES (2048 + GROUPED * 64)
+#define STAGE_BYTES (RT * UNIT_BYTES)
+#define RING_BYTES (DEPTH * STAGE_BYTES)
+#define SUM_BYTES (RT * NT * 512)
+
+#if E4M3
+
+#define UNIT 1.0f
+
+__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale); }
+
+__device__ __forceinline__ u32 zero_of(u32) { return 0x80008000u; }
+
+// Exponents of bf16 begin 120 lower than those of e4m3; the product is exact, for subnormal numbers too.
+__device__ __forceinline__ void decode(u32* a, u32 w, u32 z0, u32 z1) {
+  a[0] = fma_pair(w & 0x87f087f0u, 0x7b807b80u, z0);
+  a[1] = fma_pair(w << 4 & 0x80f080f0u | w >> 4 & 0x07000700u, 0x7b807b80u, z1);
+}
+
+#else
+
+// Weights are computed in 64ths.
+#define UNIT 64.0f
+
+__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale & 0xffffff00u); }
+
+// The bf16 pair -zero / 64, twice, from a scale's last bits.
+__device__ __forceinline__ u32 zero_of(u32 scale) {
+  return fma_pair((scale & 255u) * 0x10001u, 0xff00ff00u, 0x80008000u);
+}
+
+// As bf16, the bits of a byte are that many times 2**-133; times 2**127 and less the zero, exactly (q - zero) / 64.
+__device__ __forceinline__ void decode(u32* a, u32 w, u32 z0, u32 z1) {
+  a[0] = fma_pair(w & 0x00ff00ffu, 0x7f007f00u, z0);
+  a[1] = fma_pair(permute(w, 0, 0x4341), 0x7f007f00u, z1);
+}
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const unsigned short* __restrict__ x,
+      unsigned short* __restrict__ y, int num_out, int num_in, int num_rows) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+  const int units = num_in >> 7;
+  const int tile0 = blockIdx.x * RT;
+  const uint4* w = weights + (size_t)tile0 * units * 128 + lane;
+  const u32* s = scales + (size_t)tile0 * (GROUPED ? units : 1) * 16;
+
+  // The ring while units stream, then the partial sums.
+  __shared__ __align__(16) unsigned char memory[WARPS * (RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES)];
+  const unsigned char* ring = memory + warp * RING_BYTES;
+  const u32 ring_address = shared_address(ring);
+
+  auto fetch = [&](int unit, int slot) {
+    if (unit < units) {
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        const u32 stage = ring_address + slot * STAGE_BYTES + r * UNIT_BYTES;
+        const uint4* from = w + ((size_t)r * units + unit) * 128;
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) copy_async(stage + quarter * 512 + lane * 16, from + quarter * 32);
+        if (GROUPED && lane < 4) copy_async(stage + 2048 + lane * 16, s + ((size_t)r * units + unit) * 16 + lane * 4);
+      }
+    }
+    commit_copies();
+  };
+
+  float acc[RT][NT][4] = {};
+#pragma unroll
+  for (int d = 0; d < DEPTH - 1; d++) fetch(warp + d * WARPS, d);
+
+  u32 scale[RT][2];
+  if (!GROUPED) {
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) scale[r][i] = __ldg(s + r * 16 + g + 8 * i);
+  }
+
+  // Where they fit into registers, the activations of a whole unit are on their way while its weights are waited for.
+  constexpr bool early = NT <= 2;
+  uint4 tokens[early ? 4 : 1][NT];
+  auto load_tokens = [&](int unit, int quarter) {
+#pragma unroll
+    for (int t = 0; t < NT; t++) {
+      const int m = t * 8 + g;
+      tokens[early ? quarter : 0][t] = make_uint4(0, 0, 0, 0);
+      if (m < num_rows)
+        tokens[early ? quarter : 0][t] = __ldg((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
+    }
+  };
+
+  int slot = 0;
+  for (int unit = warp; unit < units; unit += WARPS) {
+    fetch(unit + (DEPTH - 1) * WARPS, (slot + DEPTH - 1) & (DEPTH - 1));
+    if (early) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; quarter++) load_tokens(unit, quarter);
+    }
+    await_copies<DEPTH - 1>();
+    __syncwarp();
+    const unsigned char* stage = ring + slot * STAGE_BYTES;
+    if (GROUPED) {
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) scale[r][i] = *(const u32*)(stage + r * UNIT_BYTES + 2048 + g * 4 + i * 32);
+    }
+    float part[RT][GROUPED ? NT : 1][4] = {};
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++) {
+      if (!early) load_tokens(unit, quarter);
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        const uint4 now = *(const uint4*)(stage + r * UNIT_BYTES + quarter * 512 + lane * 16);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const u32 z0 = zero_of(scale[r][0]), z1 = zero_of(scale[r][1]);
+          u32 a[4];
+          decode(a, word(now, 2 * i), z0, z1);
+          decode(a + 2, word(now, 2 * i + 1), z0, z1);
+#pragma unroll
+          for (int t = 0; t < NT; t++) {
+            const uint4 b = tokens[early ? quarter : 0][t];
+            multiply(GROUPED ? part[r][t] : acc[r][t], a, i ? b.z : b.x, i ? b.w : b.y);
+          }
+        }
+      }
+    }
+    if (GROUPED) {
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) acc[r][t][j] += part[r][t][j] * scale_of(scale[r][j >> 1]);
+    }
+    // The next round overwrites this slot.
+    __syncwarp();
+    slot = (slot + 1) & (DEPTH - 1);
+  }
+  if (!GROUPED) {
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) acc[r][t][j] *= scale_of(scale[r][j >> 1]);
+  }
+
+  await_copies<0>();
+  __syncthreads();
+  store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
+}
+
+// The same weight as bf16 [N, K], rounded once, for matrix products of many rows. Block (8 warps): a tile and 8 units.
+extern "C" __global__ void __launch_bounds__(256)
+dequantize_w8(const uint4* __restrict__ weights, const u32* __restrict__ scales, uint4* __restrict__ out, int units) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  const int in_tile = blockIdx.y * 8 + (threadIdx.x >> 5);
+  if (in_tile >= units) return;
+  const size_t unit = (size_t)blockIdx.x * units + in_tile;
+  const u32* scale = scales + (GROUPED ? unit : blockIdx.x) * 16 + g;
+  const u32 s[2] = {__ldg(scale), __ldg(scale + 8)};
+#pragma unroll
+  for (int quarter = 0; quarter < 4; quarter++) {
+    const uint4 now = __ldg(weights + unit * 128 + quarter * 32 + lane);
+    u32 pairs[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) decode(pairs[i], word(now, i), zero_of(s[0]), zero_of(s[1]));
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float f = scale_of(s[r]) * UNIT;
+      // A row has 16 * units pieces of 16 bytes.
+      out[(((size_t)blockIdx.x * 16 + g + 8 * r) * units + in_tile) * 16 + quarter * 4 + c] =
+          make_uint4(scale_pair(pairs[0][r], f), scale_pair(pairs[1][r], f), scale_pair(pairs[2][r], f),
+                     scale_pair(pairs[3][r], f));
+    }
+  }
+}

@@ -1,0 +1,197 @@
+"""W8A16 for few rows on our own kernel (w8a16.cu): int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
+
+What it reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 64 rows.
+Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80 and sm_86 run the same code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.kernels.grouping import GroupedLinear, group_inputs
+from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
+from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
+from parallel.kernels.tiles import (
+    OUTPUTS_PER_TILE,
+    SCALE_BYTES,
+    Launch,
+    Launches,
+    choose_launch,
+    compile_kernel,
+    compile_problem,
+    fits_groups,
+    tile_refusal,
+    tile_scales,
+    untile_scales,
+)
+from parallel.quantized import QuantizedWeight
+
+ZERO_BITS = 0xFF
+MIDDLE = 128
+
+# Not yet measured: the launches of w4a16 that read as many bytes a block.
+LAUNCHES: Launches = {
+    8: ((512, 2, 4), (0, 1, 8)),
+    16: ((512, 2, 4), (0, 1, 8)),
+    32: ((0, 2, 4),),
+    64: ((512, 2, 4), (0, 1, 4)),
+}
+
+
+class W8A16Linear(GroupedLinear):
+    """[..., in] -> [..., out], bf16. Holds 8 bits a weight and a float32 scale for 128 inputs, or for all of an output.
+
+    Scales of integers are rounded to 16 bits of their fraction, which is nothing for those that come in 16 bits.
+    """
+
+    packed: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        grouped = group_inputs(weight, W8A16_GROUP_SIZE)
+        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
+        self.is_float = weight.is_float
+        self.register_buffer("packed", pack_values(grouped.values))
+        self.register_buffer("scales", pack_scales(weight, grouped.groups))
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return w8a16(rows, self.packed, self.scales, self.is_float)
+
+    def dequantize(self) -> Tensor:
+        return dequantize_w8(self.packed, self.scales, self.is_float)
+
+
+def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot take this weight, in a few words; None: it can."""
+    why_not = tile_refusal(weight, dtype, bits=8) or values_refusal(weight)
+    if why_not is not None:
+        return why_not
+    options = kernel_options(choose_launch(LAUNCHES, 1, 512), is_grouped=False, is_float=weight.is_float)
+    return compile_problem("w8a16.cu", "w8a16", options, weight.values.device.index)
+
+
+def values_refusal(weight: QuantizedWeight) -> str | None:
+    if weight.codebook is not None:
+        return "a codebook of 8 bits"
+    if weight.values.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        return f"values in {str(weight.values.dtype).removeprefix('torch.')}"
+    if weight.scales.shape[1] > 1 and not fits_groups(weight, W8A16_GROUP_SIZE):
+        return f"groups of other than {W8A16_GROUP_SIZE}"
+    return None
+
+
+def pack_values(values: Tensor) -> Tensor:
+    """[out, in] uint8 or float8_e4m3fn -> [out / 16, in / 128, 4, 32, 4] int32 in the order of w8a16.cu.
+
+    Word 2 * i + p of lane (g, c) in quarter s: input 32 * s + 8 * c + 4 * i + 2 * p in its low half, the next in its
+    high half; rows g and g + 8 of each.
+    """
+    # tile, high row, g, unit, s, c, i, p, odd
+    parts = values.view(torch.uint8).view(-1, 2, 8, values.shape[1] // UNIT_INPUTS, 4, 4, 2, 2, 2)
+    # -> tile, unit, s, g, c, i, p, odd, high row
+    halves = parts.permute(0, 3, 4, 2, 5, 6, 7, 8, 1)
+    halves = interleave(halves) if values.is_floating_point() else halves.contiguous()
+    return halves.flatten(-2).view(torch.int32).view(*halves.shape[:3], 32, 4)
+
+
+def unpack_values(packed: Tensor, *, is_float: bool) -> Tensor:
+    """The inverse of `pack_values`."""
+    tiles, units = packed.shape[:2]
+    halves = packed.view(torch.uint8).view(tiles, units, 4, 8, 4, 2, 2, 2, 2)
+    halves = separate(halves) if is_float else halves
+    values = halves.permute(0, 8, 3, 1, 2, 4, 5, 6, 7).reshape(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS)
+    return values.view(torch.float8_e4m3fn) if is_float else values
+
+
+def interleave(halves: Tensor) -> Tensor:
+    """[..., 2] bytes -> the first in the bits where bf16 has them, the second in the rest."""
+    first, second = halves.unbind(-1)
+    low = (first & 0x0F) << 4 | second & 0x0F
+    high = first & 0x80 | second & 0x70 | (second & 0x80) >> 4 | (first & 0x70) >> 4
+    return torch.stack([low, high], dim=-1)
+
+
+def separate(halves: Tensor) -> Tensor:
+    """The inverse of `interleave`."""
+    low, high = halves.unbind(-1)
+    first = high & 0x80 | (high & 0x07) << 4 | low >> 4
+    second = (high & 0x08) << 4 | high & 0x70 | low & 0x0F
+    return torch.stack([first, second], dim=-1)
+
+
+def pack_scales(weight: QuantizedWeight, groups: Tensor) -> Tensor:
+    """[out / 16, groups or 1, 16] float32; of integers, the last 8 bits of each are the zero."""
+    groups = groups if weight.scales.shape[1] > 1 else groups.new_zeros(1)
+    scales = weight.scales[:, groups].float().contiguous()
+    if weight.is_float:
+        return tile_scales(scales)
+    zeros = MIDDLE if weight.zeros is None else weight.zeros[:, groups].to(torch.int32)
+    rounded = (scales.view(torch.int32) + (ZERO_BITS + 1) // 2) & ~ZERO_BITS
+    return tile_scales((rounded | zeros).view(torch.float32))
+
+
+def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
+    """[out, in] float32, columns as they are packed: what the kernels compute with, by plain torch."""
+    per_output = untile_scales(scales)
+    values = unpack_values(packed, is_float=is_float).float().unflatten(1, (per_output.shape[1], -1))
+    if is_float:
+        return (values * per_output.unsqueeze(-1)).flatten(1)
+    bits = per_output.view(torch.int32)
+    exact, zeros = (bits & ~ZERO_BITS).view(torch.float32), bits & ZERO_BITS
+    return ((values - zeros.unsqueeze(-1)) * exact.unsqueeze(-1)).flatten(1)
+
+
+@torch.library.custom_op("launch70b::w8a16", mutates_args=())
+def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
+    """[m, in] bf16 -> [m, out] bf16, m from 1 to 64, by the packed weight."""
+    output = rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
+    launch = choose_launch(LAUNCHES, len(rows), len(packed))
+    run_kernel(launch, rows.contiguous(), packed, scales, output, is_float=is_float)
+    return output
+
+
+@w8a16.register_fake
+def _(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
+    return rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
+
+
+def run_kernel(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, *, is_float: bool) -> None:
+    tiles, units = packed.shape[:2]
+    options = kernel_options(launch, is_grouped=is_grouped(scales), is_float=is_float)
+    compile_kernel("w8a16.cu", "w8a16", options, packed.device.index)(
+        grid=(tiles // launch.row_tiles, 1, 1),
+        block=(launch.warps * 32, 1, 1),
+        args=[packed, scales, rows, output, tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)],
+    )
+
+
+def is_grouped(scales: Tensor) -> bool:
+    return scales.shape[1] > 1
+
+
+def unit_bytes(*, is_grouped: bool) -> int:
+    """Bytes of 128 inputs of 16 outputs, with their scales."""
+    return OUTPUTS_PER_TILE * (UNIT_INPUTS + SCALE_BYTES * int(is_grouped))
+
+
+def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
+    return (*launch.options(), f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
+
+
+@torch.library.custom_op("launch70b::dequantize_w8", mutates_args=())
+def dequantize_w8(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
+    """The weight as [out, in] bf16, columns as they are packed."""
+    tiles, units = packed.shape[:2]
+    weight = scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)
+    options = kernel_options(Launch(1, 1, 8, 2), is_grouped=is_grouped(scales), is_float=is_float)
+    compile_kernel("w8a16.cu", "dequantize_w8", options, packed.device.index)(
+        grid=(tiles, -(-units // 8), 1), block=(256, 1, 1), args=[packed, scales, weight, units]
+    )
+    return weight
+
+
+@dequantize_w8.register_fake
+def _(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
+    tiles, units = packed.shape[:2]
+    return scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)

@@ -1,0 +1,42 @@
+"""What kernels are predicted to hold, against what their packed weights do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.checkpoint.formats.scheme import Scheme
+from parallel.kernels.held import dequantized_bytes, held_bits, predict_kernel
+from parallel.kernels.w4a16 import W4A16Linear
+from parallel.kernels.w8a16 import W8A16Linear
+from parallel.quantized import QuantizedWeight
+
+SHAPE = (64, 768)
+LINEARS = {"w4a16": W4A16Linear, "w8a16": W8A16Linear}
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "kernel"),
+    [(4, 128, "w4a16"), (4, 64, "w4a16"), (4, 32, "w4a16"), (4, 96, "w4a16"), (4, 256, "w4a16"), (4, None, "w4a16"),
+     (8, 128, "w8a16"), (8, 256, "w8a16"), (8, None, "w8a16")],
+)  # fmt: skip
+def test_predicted_bits_are_those_that_our_kernels_hold(bits: int, group_size: int | None, kernel: str) -> None:
+    scheme = Scheme("any", "any", bits, group_size)
+    assert predict_kernel(scheme, "cuda", "bfloat16") == kernel
+    scales = torch.rand(SHAPE[0], scheme.num_groups(SHAPE[1]))
+    weight = QuantizedWeight(torch.zeros(SHAPE, dtype=torch.uint8), bits, scales, None, group_size or SHAPE[1])
+    held = sum(buffer.nbytes for buffer in LINEARS[kernel](weight).buffers())
+    assert held * 8 / (SHAPE[0] * SHAPE[1]) == held_bits(scheme, "cuda", "bfloat16", SHAPE[1])
+    # Up to 64 rows read the packed weight; more dequantise it, into nothing but the result.
+    assert dequantized_bytes(scheme, "cuda", "bfloat16", 2, 64, 1000) == 0
+    assert dequantized_bytes(scheme, "cuda", "bfloat16", 2, 65, 1000) == 2000
+
+
+@pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 16, "tinygemm"), (8, 64, "dequantize")])
+def test_groups_that_our_kernels_do_not_know_go_elsewhere(bits: int, group_size: int, kernel: str) -> None:
+    assert predict_kernel(Scheme("any", "any", bits, group_size), "cuda", "bfloat16") == kernel
+
+
+def test_without_a_card_or_in_float32_weights_are_dequantised() -> None:
+    scheme = Scheme("any", "any", 8, None)
+    assert {predict_kernel(scheme, "cpu", "bfloat16"), predict_kernel(scheme, "cuda", "float32")} == {"dequantize"}

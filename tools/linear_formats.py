@@ -1,0 +1,169 @@
+"""The formats that our own linear kernels multiply by: random weights of each, packed, run and checked on a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from parallel.kernels import w4a16, w8a16
+from parallel.kernels.tiles import (
+    MAX_SHARED_BYTES,
+    OUTPUTS_PER_TILE,
+    ROWS_PER_TILE,
+    Launch,
+    choose_launch,
+    compile_kernel,
+)
+from parallel.quantized import QuantizedWeight
+
+# The table of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix E.
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+# NaN in e4m3, with its sign: no checkpoint that loads has one.
+E4M3_NAN = (0x7F, 0xFF)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Buffers of a packed linear."""
+
+    packed: Tensor
+    scales: Tensor
+    codebook: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OwnFormat:
+    """`group_size` inputs share a scale; None: all of an output. `kind`: int, e4m3 or codebook."""
+
+    bits: int
+    group_size: int | None
+    kind: str = "int"
+
+    def num_groups(self, num_in: int) -> int:
+        return num_in // (self.group_size or num_in)
+
+    def held_bits(self, num_in: int) -> float:
+        return self.bits + 32 / (self.group_size or num_in)
+
+    def random_weight(self, num_out: int, num_in: int, *, has_zeros: bool = False) -> QuantizedWeight:
+        """Fresh values and scales; zeros only where integers may have them."""
+        groups = self.num_groups(num_in)
+        values = torch.randint(0, 2**self.bits, (num_out, num_in), dtype=torch.uint8, device="cuda")
+        if self.kind == "e4m3":
+            for nan in E4M3_NAN:
+                values[values == nan] = nan - 1
+            values = values.view(torch.float8_e4m3fn)
+        zeros = torch.randint(0, 2**self.bits, (num_out, groups), dtype=torch.uint8, device="cuda")
+        return QuantizedWeight(
+            values,
+            self.bits,
+            torch.rand(num_out, groups, device="cuda") * 0.01 + 0.001,
+            zeros if has_zeros and self.kind == "int" else None,
+            self.group_size or num_in,
+            codebook=torch.tensor(NF4, device="cuda") if self.kind == "codebook" else None,
+        )
+
+    def random_packed(self, num_out: int, num_in: int) -> Packed:
+        """Any bits are a valid weight."""
+        tiles, units = num_out // OUTPUTS_PER_TILE, num_in // 128
+        shape = (tiles, units, self.bits // 2, 32, 4)
+        return Packed(
+            torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda"),
+            torch.rand(tiles, self.num_groups(num_in), OUTPUTS_PER_TILE, device="cuda"),
+            w4a16.pack_codebook(torch.tensor(NF4, device="cuda")) if self.kind == "codebook" else None,
+        )
+
+    def layer(self, weight: QuantizedWeight) -> nn.Module:
+        return w4a16.W4A16Linear(weight) if self.bits == 4 else w8a16.W8A16Linear(weight)
+
+    def run(self, launch: Launch, rows: Tensor, weight: Packed, output: Tensor) -> None:
+        if self.bits == 4:
+            w4a16.run_kernel(launch, rows, weight.packed, weight.scales, weight.codebook, output)
+        else:
+            w8a16.run_kernel(launch, rows, weight.packed, weight.scales, output, is_float=self.kind == "e4m3")
+
+    def dequantize(self, weight: Packed) -> Tensor:
+        if self.bits == 4:
+            return w4a16.dequantize_w4(weight.packed, weight.scales, weight.codebook)
+        return w8a16.dequantize_w8(weight.packed, weight.scales, self.kind == "e4m3")
+
+    def choose(self, num_rows: int, num_tiles: int) -> Launch:
+        return choose_launch(w4a16.LAUNCHES if self.bits == 4 else w8a16.LAUNCHES, num_rows, num_tiles)
+
+    def unit_bytes(self) -> int:
+        if self.bits == 4:
+            return w4a16.unit_bytes(self.group_size or 128)
+        return w8a16.unit_bytes(is_grouped=self.group_size is not None)
+
+    def compile(self, launch: Launch) -> None:
+        """Ahead of its use, in whatever thread."""
+        if self.bits == 4:
+            codebook = torch.zeros(8) if self.kind == "codebook" else None
+            options = w4a16.kernel_options(launch, self.group_size or 128, codebook)
+        else:
+            is_grouped = self.group_size is not None
+            options = w8a16.kernel_options(launch, is_grouped=is_grouped, is_float=self.kind == "e4m3")
+        compile_kernel(f"w{self.bits}a16.cu", f"w{self.bits}a16", options, torch.cuda.current_device())
+
+
+FORMATS = {
+    "w4": OwnFormat(4, 128),
+    "w4-g64": OwnFormat(4, 64),
+    "w4-g32": OwnFormat(4, 32),
+    "nf4": OwnFormat(4, 64, "codebook"),
+    "int8": OwnFormat(8, None),
+    "int8-g128": OwnFormat(8, 128),
+    "fp8": OwnFormat(8, None, "e4m3"),
+    "fp8-block": OwnFormat(8, 128, "e4m3"),
+}
+
+
+def launches(own: OwnFormat, num_rows: int) -> list[Launch]:
+    """Configurations worth a try for this many rows."""
+    tiles = next(tiles for tiles in (1, 2, 4, 8) if num_rows <= tiles * ROWS_PER_TILE)
+    every = [Launch(tiles, *option) for option in product((1, 2, 4), (2, 4, 8, 16), (2, 4, 8))]
+    return [each for each in every if each.shared_bytes(own.unit_bytes()) <= MAX_SHARED_BYTES and fits_registers(each)]
+
+
+def fits_registers(launch: Launch) -> bool:
+    """Partial sums and totals take 8 registers a pair of tiles, of 255."""
+    return launch.token_tiles * launch.row_tiles <= 16
+
+
+def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
+    """What the kernel is to compute with: the entries of a codebook in bf16."""
+    if weight.codebook is None:
+        return weight
+    return replace(weight, codebook=weight.codebook.bfloat16().float())
+
+
+def check_format(name: str, shape: tuple[int, int], *, has_zeros: bool) -> None:
+    """Every launch of a format against float64 on fresh values, the output filled with NaN beforehand.
+
+    Raises:
+        AssertionError: an output is off by more than its own rounding to bf16.
+    """
+    own = FORMATS[name]
+    weight = rounded_codebook(own.random_weight(*shape, has_zeros=has_zeros))
+    exact = weight.dequantize(torch.float64)
+    layer = own.layer(weight)
+    packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
+    # Half a unit in the last place of bf16, and the lost bits of a scale.
+    assert ((own.dequantize(packed).double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
+    for num_rows in (1, 3, 8, 9, 16, 31, 64):
+        rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        expected = rows.double() @ exact.t()
+        for launch in launches(own, num_rows):
+            if shape[0] // OUTPUTS_PER_TILE % launch.row_tiles:
+                continue
+            output = torch.full((num_rows, shape[0]), float("nan"), device="cuda", dtype=torch.bfloat16)
+            own.run(launch, rows, packed, output)
+            # Sums in float32 and the lost bits of scales are small beside the outputs' usual size.
+            allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
+            excess = ((output.double() - expected).abs() / allowed).max().item()
+            assert excess <= 1, f"{name} {launch} {shape} rows={num_rows}: {excess} of what is allowed"
