@@ -65,7 +65,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, parts: Ordered[Part]) -> Tensor:
-        """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those that are whole now.
+        """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
         The parts follow what is in the cache, and their sequences have pages.
         """
@@ -106,7 +106,7 @@ class Engine:
         lengths = rows.lengths()
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            return paged_attention(query, cache.keys, cache.values, rows.block_table, lengths, self.decoder.scale)
+            return paged_attention(query, cache, rows.block_table, lengths, self.decoder.scale)
 
         return self.decoder.logits(self.decoder(rows.inputs(), attend, self.caches))
 

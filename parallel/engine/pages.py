@@ -1,41 +1,119 @@
+"""Keys and values in pages of 64 tokens: their storage on the card, and who holds which page, on the host.
+
+A token's slot is page * PAGE_SIZE + its place in the page. Page 0 belongs to nobody: rows that pad a batch write there.
+"""
+
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parallel.engine.limits import PAGE_SIZE
+from parallel.engine.limits import PAGE_SIZE as PAGE_SIZE
+
+SCRATCH_PAGE = 0
+FP8 = torch.float8_e4m3fn
+# The largest e4m3 number; torch's cast turns what is beyond into NaN.
+FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
 class PagedKV:
+    """One layer: keys and values, [num_pages, kv_heads, PAGE_SIZE, head_dim] each, contiguous."""
+
     keys: Tensor
     values: Tensor
 
 
-def allocate_pages(num_layers, num_pages, kv_heads, head_dim, dtype, device):
-    s = torch.zeros(num_layers, 2, num_pages, kv_heads, PAGE_SIZE, head_dim, dtype=dtype, device=device)
-    return [PagedKV(l[0], l[1]) for l in s]
+def kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in: `auto` as the model computes, `fp8` e4m3 without scales."""
+    dtypes = {"auto": model_dtype, "fp8": FP8}
+    if name not in dtypes:
+        raise ValueError(f"engine.kv_dtype={name} is none of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def allocate_pages(
+    num_layers: int, num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> list[PagedKV]:
+    """Storage of all layers in one allocation of num_layers * 2 * num_pages * kv_heads * 64 * head_dim zeros."""
+    shape = (num_layers, 2, num_pages, kv_heads, PAGE_SIZE, head_dim)
+    return [PagedKV(*layer) for layer in torch.zeros(shape, dtype=dtype, device=device)]
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-num_tokens // PAGE_SIZE)
+
+
+class OutOfPagesError(RuntimeError):
+    """More pages are asked for than are free."""
 
 
 class PageAllocator:
-    def __init__(self, num_pages):
-        self.free = list(range(num_pages - 1, 0, -1))
+    """Lends pages 1 to num_pages - 1; those given back last go out first."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
+        self._lent: set[int] = set()
 
     @property
-    def num_free(self):
-        return len(self.free)
+    def num_free(self) -> int:
+        return len(self._free)
 
-    def allocate(self, n):
-        assert n <= len(self.free)
-        return [self.free.pop() for _ in range(n)]
+    def allocate(self, num: int) -> list[int]:
+        """`num` pages nobody holds; raises OutOfPagesError, and lends none, where fewer are free."""
+        if num > len(self._free):
+            raise OutOfPagesError(
+                f"{num} pages of {PAGE_SIZE} tokens asked for, {len(self._free)} of {self.num_pages - 1} are free"
+            )
+        pages = [self._free.pop() for _ in range(num)]
+        self._lent.update(pages)
+        return pages
 
-    def release(self, pages):
-        self.free += pages
+    def release(self, pages: Iterable[int]) -> None:
+        """Takes pages back; their content may still be read until they are lent again and written."""
+        for page in pages:
+            assert page in self._lent, f"{page=} is given back, but is not lent"
+            self._lent.remove(page)
+            self._free.append(page)
 
 
-def gather_kv(kv, table, length, dtype):
-    n = -(-length // PAGE_SIZE)
-    f = lambda x: x[table[:n].long()].transpose(1, 2).flatten(0, 1)[:length].to(dtype)
-    return f(kv.keys), f(kv.values)
+def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
+    """Slots of the tokens at positions start to end - 1 of a sequence with these pages: [end - start] int64, CPU."""
+    positions = torch.arange(start, end)
+    return torch.tensor(pages)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+
+
+def write_kv(kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Stores [tokens, kv_heads, head_dim] keys and values at `slots` [tokens] int64, clamped where KV is fp8."""
+    pages, places = slots // PAGE_SIZE, slots % PAGE_SIZE
+    for stored, new in ((kv.keys, key), (kv.values, value)):
+        as_bits(stored)[pages, :, places] = as_bits(to_stored(new, stored.dtype))
+
+
+def gather_kv(kv: PagedKV, block_table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first `length` tokens of the sequence with pages `block_table` [pages].
+
+    [length, kv_heads, head_dim] each, contiguous, in `dtype`.
+    """
+    pages = block_table[: pages_for(length)].long()
+
+    def gather(stored: Tensor) -> Tensor:
+        paged = as_bits(stored)[pages].view(stored.dtype).transpose(1, 2)
+        return paged.flatten(0, 1)[:length].to(dtype).contiguous()
+
+    return gather(kv.keys), gather(kv.values)
+
+
+def to_stored(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """`new` in the dtype of the storage, saturating where that is fp8."""
+    return (new.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else new).to(dtype)
+
+
+def as_bits(stored: Tensor) -> Tensor:
+    """fp8 as bytes, which every operator can index; the rest as it is."""
+    return stored.view(torch.uint8) if stored.dtype == FP8 else stored

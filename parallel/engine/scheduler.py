@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.limits import PAGE_SIZE
+from parallel.engine.pages import pages_for
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 
@@ -26,7 +26,7 @@ class Scheduler:
         """Takes waiting sequences in for as long as there are rows and pages for them; returns those."""
         admitted = []
         while self.waiting and len(self.prefilling) + len(self.running) < self.engine.limits.batch_size:
-            needed = pages_for(self.waiting[0])
+            needed = pages_for(self.waiting[0].num_tokens)
             if needed > self.engine.pages.num_free:
                 break
             sequence = self.waiting.popleft()
@@ -63,7 +63,3 @@ class Scheduler:
     def retire_sampled(self) -> None:
         for sequence in [sequence for sequence in self.running if sequence.is_sampled]:
             self.retire(sequence)
-
-
-def pages_for(sequence: Sequence) -> int:
-    return -(-sequence.num_tokens // PAGE_SIZE)

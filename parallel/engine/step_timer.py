@@ -10,7 +10,7 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.graphs import capture
-from parallel.engine.scheduler import pages_for
+from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.linear import swapped_communicator
 
@@ -26,7 +26,7 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
     """
     sequences = [EngineSequence(index, [0] * (length - 1), max_tokens=2) for index, length in enumerate(contexts)]
     for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence))
+        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
         sequence.num_sampled = 1
         engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
     try:

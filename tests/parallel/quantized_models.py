@@ -14,11 +14,8 @@ from transformers import Qwen2Config
 from parallel.checkpoint.headers import CheckpointError, read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.limits import EngineLimits
-from parallel.engine.sampling import gather_logits
 from tests.parallel.packers import CASES, FLOAT8_CASES, NF4_CASES, Case
-from tests.parallel.ranks import CPU, build, forced_logits
+from tests.parallel.ranks import CPU, build, whole_logits
 from tests.parallel.small_models import COMMON, load_whole, write_model
 
 # Heads of 12: a rank's keys end within AWQ's words of 8, its part of o_proj within a group of 32. The MLP is dealt in
@@ -95,10 +92,8 @@ def run_one(communicator: Communicator, folder: Path) -> QuantizedRun:
         for name, layer in module.named_modules()
         if name.endswith("_proj")
     }
-    engine = Engine(module, communicator, CPU, EngineLimits(max_context=32, batch_size=2, prefill_chunk=64))
-    steps = forced_logits(engine, PROMPTS, [[token] for token in NEXT])
     return QuantizedRun(
-        logits=torch.stack([gather_logits(step, engine.sampler.shards, communicator) for step in steps]),
+        logits=whole_logits(communicator, module, PROMPTS, NEXT),
         load=load,
         held_bytes=held_bytes,
         on_meta=[name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta],

@@ -17,8 +17,8 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
-from parallel.engine.scheduler import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
@@ -78,7 +78,7 @@ def forced_logits(engine: Engine, prompts: Sequence[list[int]], forced: Sequence
     """[step, prompt, local vocabulary]: after each prompt, and then after each of its forced tokens in turn."""
     sequences = [EngineSequence(row, prompt, max_tokens=len(forced[row]) + 1) for row, prompt in enumerate(prompts)]
     for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence))
+        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
     steps = [torch.cat([prefill_whole(engine, sequence) for sequence in sequences])]
     for tokens in zip(*forced, strict=True):
         for sequence, token in zip(sequences, tokens, strict=True):
@@ -91,6 +91,15 @@ def forced_logits(engine: Engine, prompts: Sequence[list[int]], forced: Sequence
     for sequence in sequences:
         engine.pages.release(sequence.pages)
     return torch.stack(steps)
+
+
+def whole_logits(
+    communicator: Communicator, module: nn.Module, prompts: list[list[int]], following: list[int]
+) -> Tensor:
+    """[2, prompt, vocabulary]: after each prompt, and after one more token. The module's weights are taken over."""
+    engine = Engine(module, communicator, CPU, EngineLimits(max_context=32, batch_size=2, prefill_chunk=64))
+    steps = forced_logits(engine, prompts, [[token] for token in following])
+    return torch.stack([gather_logits(step, engine.sampler.shards, communicator) for step in steps])
 
 
 def prefill_whole(engine: Engine, sequence: EngineSequence) -> Tensor:

@@ -18,13 +18,11 @@ from parallel.checkpoint.load import LoadResult
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.sampling import gather_logits
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.memory import peak_bytes
 from tests.parallel.quantized_models import NEXT, PROMPTS
-from tests.parallel.ranks import CPU, run_on_ranks
+from tests.parallel.ranks import CPU, run_on_ranks, whole_logits
 from tests.parallel.small_models import COMMON
 from tools.quantization import is_linear
 
@@ -63,14 +61,13 @@ def meta_model(communicator: Communicator, config: PretrainedConfig, dtype: torc
 def fill(communicator: Communicator, config: PretrainedConfig, scheme: Scheme | None) -> Run:
     model, progress = meta_model(communicator, config, torch.float32), []
     load = fill_dummy(model, scheme, CPU, on_progress=lambda done, total: progress.append((done, total)))
-    engine = Engine(model.module, CPU, max_context=32, prefill_chunk=64)
-    steps = [engine.prefill(PROMPTS), engine.decode(torch.tensor(NEXT))]
     module = model.module
     packed = {f"{name}.weight": layer.packed.dequantize(torch.float32)
               for name, layer in module.named_modules() if getattr(layer, "packed", None) is not None}  # fmt: skip
+    weights = {name: p.data for name, p in module.named_parameters(remove_duplicate=False)} | packed
     return Run(
-        weights={name: p.data for name, p in module.named_parameters(remove_duplicate=False)} | packed,
-        logits=torch.stack([gather_logits(step, engine.vocabulary_shards, communicator) for step in steps]),
+        weights=weights,
+        logits=whole_logits(communicator, module, PROMPTS, NEXT),
         load=load,
         progress=progress,
         shares_head=module.get_input_embeddings().weight is module.lm_head.weight,

@@ -16,7 +16,8 @@ from parallel.checkpoint.formats.registry import FORMATS, format_of
 from parallel.checkpoint.formats.scheme import Box, is_expected
 from parallel.checkpoint.headers import CheckpointError, read_header
 from parallel.checkpoint.match import viewed
-from parallel.checkpoint.quantized import decode, local_tensors
+from parallel.checkpoint.quantized import decode, local_slices
+from parallel.checkpoint.read_ahead import ReadAhead
 from parallel.quantized import QuantizedWeight
 from tests.parallel.packers import (
     CASES,
@@ -59,7 +60,9 @@ def read(
             assert is_expected(part, entries[part.name].shape, scheme, *shape)
             assert entries[part.name].dtype in part.dtypes
     entries = viewed(parts, scheme, entries, *shape)
-    return decode(local_tensors(entries, scheme, shape[1], box), scheme, box, CPU)
+    reads = local_slices(entries, scheme, shape[1], box)
+    with ReadAhead(reads.values(), CPU) as reader:
+        return decode(reads, scheme, box, {name: reader.take(wanted) for name, wanted in reads.items()})
 
 
 def cut(weight: Tensor, box: Box) -> Tensor:

@@ -19,11 +19,9 @@ from parallel.checkpoint.load_memory import load_bytes
 from parallel.checkpoint.quantize import quantize_weight
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine
-from parallel.engine.sampling import gather_logits
 from tests.parallel.memory import peak_bytes
 from tests.parallel.quantized_models import NEXT, PROMPTS
-from tests.parallel.ranks import CPU, build, run_on_ranks
+from tests.parallel.ranks import CPU, build, run_on_ranks, whole_logits
 from tests.parallel.small_models import COMMON, DEMO, load_whole, write_model
 from tools.corpus import is_held_out
 from tools.quantization import is_linear
@@ -60,14 +58,14 @@ def run_kinds(communicator: Communicator, folder: Path) -> dict[str, Run]:
 def run_one(communicator: Communicator, folder: Path, kind: str) -> Run:
     model = build(communicator, folder)
     load = load_checkpoint(model, read_checkpoint(folder), CPU, quantize=QUANTIZE_SCHEMES[kind])
-    engine = Engine(model.module, CPU, max_context=32, prefill_chunk=64)
-    steps = [engine.prefill(PROMPTS), engine.decode(torch.tensor(NEXT))]
     layers = {name: layer for name, layer in model.module.named_modules() if name.endswith("_proj")}
+    weights = {f"{name}.weight": layer.packed.dequantize(torch.float32) for name, layer in layers.items()}
+    plain = [name for name, _ in model.module.named_parameters()]
     return Run(
-        weights={f"{name}.weight": layer.packed.dequantize(torch.float32) for name, layer in layers.items()},
-        logits=torch.stack([gather_logits(step, engine.vocabulary_shards, communicator) for step in steps]),
+        weights=weights,
+        logits=whole_logits(communicator, model.module, PROMPTS, NEXT),
         load=load,
-        plain=[name for name, _ in model.module.named_parameters()],
+        plain=plain,
         on_meta=[n for n, t in (*model.module.named_parameters(), *model.module.named_buffers()) if t.is_meta],
     )
 

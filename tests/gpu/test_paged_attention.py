@@ -1,0 +1,163 @@
+"""Paged attention on a card, against float64 on fresh inputs among poison; every failure names its case and its error."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.engine.pages import FP8, PagedKV, allocate_pages, gather_kv, slots_of, write_kv
+from parallel.kernels import paged_attention as own
+from tests.parallel.paged import Case, gather, make_case
+
+pytestmark = pytest.mark.gpu
+
+BF16, F16 = torch.bfloat16, torch.float16
+# dtype of the query, of KV, and the error allowed: rounding of weights and output; a wrong layout gives 1 and more.
+KINDS = {
+    "bf16": (BF16, None, 0.08),
+    "e4m3": (BF16, FP8, 0.08),
+    "fp16": (F16, None, 0.02),
+    "fp16-e4m3": (F16, FP8, 0.02),
+}
+GROUPS = (1, 4, 5, 7, 8, 16)
+
+
+def batches() -> dict[str, list[int]]:
+    return {
+        "ragged": [0, 1, 63, 64, 65, 127, 128, 129, 511, 4096],
+        "32k": [32768],
+        "nothing": [0, 0],
+        "one token": [1],
+        "512": [512],
+        "32 sequences": [random.choice((0, random.randrange(1, 700), random.randrange(1, 3000))) for _ in range(32)],
+    }
+
+
+def attend(case: Case) -> Tensor:
+    poison = torch.full((4 * 1024**2,), float("nan"), device="cuda")
+    del poison
+    return own.paged_attention(case.query, case.kv, case.block_table, case.lengths, case.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("head_dim", own.HEAD_DIMS)
+def test_agrees_with_float64(head_dim: int, group: int, kind: str) -> None:
+    dtype, kv_dtype, allowed = KINDS[kind]
+    failures = []
+    for name, lengths in batches().items():
+        case = make_case(lengths, 2, group, head_dim, dtype=dtype, kv_dtype=kv_dtype, device="cuda")
+        problem = own.refusal(case.query, case.kv.keys)
+        assert problem is None, problem
+        first = attend(case)
+        error = case.worst_error(first)
+        if not error < allowed:
+            failures.append(f"{name} {lengths}: error {error:.4f}, {worst_rows(case, first)}")
+        if not torch.equal(first, attend(case)):
+            failures.append(f"{name}: another result the second time")
+    assert not failures, "\n".join(failures)
+
+
+def worst_rows(case: Case, output: Tensor) -> str:
+    """Which sequences and query heads are off, by how much: enough to tell a bad split from a bad layout."""
+    exact = case.expected()
+    off = (output.double() - exact).abs().amax(-1) / exact.abs().mean((1, 2)).clamp(min=1e-30).unsqueeze(1)
+    rows = {int(case.lengths[row]): [round(float(e), 3) for e in off[row]] for row in range(min(len(off), 10))}
+    return f"by length, each head: {rows}"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+def test_every_number_of_splits_gives_the_same(kind: str) -> None:
+    dtype, kv_dtype, allowed = KINDS[kind]
+    case = make_case([5000, 1, 0, 700, 129], 1, 8, 128, dtype=dtype, kv_dtype=kv_dtype, device="cuda")
+    errors = {}
+    for splits in (1, 2, 3, 7, 40, 64, 128):
+        tensors = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths)
+        errors[splits] = case.worst_error(own.run_kernel(splits, *tensors, case.scale))
+    assert max(errors.values()) < allowed, errors
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+def test_a_captured_graph_follows_lengths_and_pages(kind: str) -> None:
+    dtype, kv_dtype, allowed = KINDS[kind]
+    case = make_case([300, 0, 64, 9], 2, 8, 128, dtype=dtype, kv_dtype=kv_dtype, max_pages=80, device="cuda")
+    # A later case brings its own pages; the storage must be as large.
+    later = [make_case(each, 2, 8, 128, dtype=dtype, kv_dtype=kv_dtype, max_pages=80, device="cuda")
+             for each in ([301, 1, 65, 10], [0, 0, 0, 0], [5000, 128, 129, 4095], [1, 2, 3, 4])]  # fmt: skip
+    num_pages = max(len(each.kv.keys) for each in (case, *later))
+    held = make_static(case, num_pages)
+    attend(held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = own.paged_attention(held.query, held.kv, held.block_table, held.lengths, held.scale)
+    failures = []
+    for each in (case, *later, case):
+        load(held, each)
+        output.fill_(float("nan"))
+        graph.replay()
+        if not (error := each.worst_error(output)) < allowed:
+            failures.append(f"{each.lengths.tolist()}: error {error:.4f}, {worst_rows(each, output)}")
+    assert not failures, "\n".join(failures)
+
+
+def make_static(case: Case, num_pages: int) -> Case:
+    shape = (num_pages, *case.kv.keys.shape[1:])
+    stored = [torch.full(shape, float("nan"), device="cuda").to(case.kv.keys.dtype) for _ in range(2)]
+    held = Case(case.query.clone(), PagedKV(*stored), case.block_table.clone(), case.lengths.clone(), case.scale)
+    load(held, case)
+    return held
+
+
+def load(held: Case, case: Case) -> None:
+    for name in ("query", "block_table", "lengths"):
+        getattr(held, name).copy_(getattr(case, name))
+    for to, new in ((held.kv.keys, case.kv.keys), (held.kv.values, case.kv.values)):
+        to.fill_(float("nan"))
+        to[: len(new)].copy_(new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_what_the_kernel_refuses_is_attended_all_the_same(dtype: torch.dtype) -> None:
+    case = make_case([0, 1, 300], 2, 3, 48, dtype=dtype, device="cuda")
+    assert own.refusal(case.query, case.kv.keys) is not None
+    assert case.worst_error(attend(case)) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+def test_pages_on_a_card_hold_what_is_written(dtype: torch.dtype) -> None:
+    kv = allocate_pages(2, 6, 2, 128, dtype, "cuda")[1]
+    keys, values = torch.randn(2, 150, 2, 128, device="cuda").to(dtype).to(BF16)
+    keys[7, 1, 3] = 1000
+    write_kv(kv, keys, values, slots_of([4, 1, 3], 0, 150).cuda())
+    found = gather_kv(kv, torch.tensor([4, 1, 3], device="cuda", dtype=torch.int32), 150, BF16)
+    keys[7, 1, 3] = 448 if dtype == FP8 else 1000
+    assert torch.equal(torch.stack(found), torch.stack([keys, values]))
+    assert torch.equal(gather(kv.keys, torch.tensor([4, 1, 3]), 150).transpose(0, 1), keys.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 1), (512, 512), (333, 1111), (2048, 8192), (1, 700)])
+def test_prefill_agrees_with_float64_and_builds_no_square_of_tokens(
+    dtype: torch.dtype, tokens: int, length: int
+) -> None:
+    query = torch.randn(tokens, 16, 128, device="cuda").to(dtype)
+    keys, values = torch.randn(2, length, 2, 128, device="cuda").to(dtype)
+    own.prefill_attention(query[-1:], keys[:1], values[:1], 0.1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = own.prefill_attention(query, keys, values, 0.1)
+    used = torch.cuda.max_memory_allocated() - before
+    # Output, sums of exponents, and in float32 keys and values for every query head.
+    assert used < 4 * output.nbytes + 3 * 16 * length * 128 * 4 + 16 * 1024**2, f"{used / 2**20:.1f} MiB"
+    errors = []
+    for at in {0, tokens // 2, tokens - 1}:
+        seen = length - tokens + at + 1
+        grouped = query[at].double().view(2, 8, 128)
+        weights = (torch.einsum("gjd,tgd->gjt", grouped, keys[:seen].double()) * 0.1).softmax(-1)
+        exact = torch.einsum("gjt,tgd->gjd", weights, values[:seen].double()).reshape(16, 128)
+        errors.append(float((output[at].double() - exact).abs().max() / exact.abs().mean()))
+    assert max(errors) < 0.08, errors

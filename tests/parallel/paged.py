@@ -1,0 +1,84 @@
+"""Sequences in shuffled pages among poison, and what attention over them is, in float64: an independent reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.engine.pages import PAGE_SIZE, PagedKV
+
+# Where a page table has no page: reading there is out of bounds.
+NO_PAGE = 2**30
+
+
+@dataclass
+class Case:
+    """What `paged_attention` is given, and the storage before it was paged."""
+
+    query: Tensor
+    kv: PagedKV
+    block_table: Tensor
+    lengths: Tensor
+    scale: float
+
+    def expected(self) -> Tensor:
+        """[batch, heads, head_dim] float64 by SDPA over one token at a time of a sequence's own pages."""
+        return torch.stack([self.attend_one(row) for row in range(len(self.query))])
+
+    def attend_one(self, row: int) -> Tensor:
+        length = int(self.lengths[row])
+        query = self.query[row].double()
+        if length == 0:
+            return torch.zeros_like(query)
+        group = query.shape[0] // self.kv.keys.shape[1]
+        keys, values = (gather(stored, self.block_table[row], length) for stored in (self.kv.keys, self.kv.values))
+        scores = torch.stack([keys[head // group] @ query[head] for head in range(len(query))]) * self.scale
+        weights = scores.softmax(-1)
+        return torch.stack([weights[head] @ values[head // group] for head in range(len(query))])
+
+    def worst_error(self, output: Tensor) -> float:
+        """Of any sequence, in units of the mean size of its exact result; infinite where anything is not finite."""
+        exact = self.expected()
+        size = exact.abs().mean((1, 2)).clamp(min=1e-30)
+        error = ((output.double() - exact).abs().amax((1, 2)) / size).max()
+        return float(error) if error.isfinite() else math.inf
+
+
+def gather(stored: Tensor, pages: Tensor, length: int) -> Tensor:
+    """[kv_heads, length, head_dim] float64."""
+    held = [stored[int(page)].float() for page in pages[: -(-length // PAGE_SIZE)]]
+    return torch.cat(held, dim=1)[:, :length].double()
+
+
+def make_case(
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    max_pages: int | None = None,
+    device: str = "cpu",
+) -> Case:
+    """Fresh normal keys, values and queries; every slot that no sequence fills holds NaN, every free entry NO_PAGE."""
+    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    columns = max_pages or max(1, *counts) + 1
+    order = torch.randperm(sum(counts) + 2).tolist()
+    shape = (len(order), kv_heads, PAGE_SIZE, head_dim)
+    table = torch.full((len(lengths), columns), NO_PAGE, dtype=torch.int32)
+    filled = torch.zeros(len(order), 1, PAGE_SIZE, 1, dtype=torch.bool)
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        pages = [order.pop() for _ in range(count)]
+        table[row, :count] = torch.tensor(pages, dtype=torch.int32)
+        for index, page in enumerate(pages):
+            filled[page, :, : length - index * PAGE_SIZE] = True
+    stored = [torch.randn(shape, device=device).masked_fill(~filled.to(device), math.nan) for _ in range(2)]
+    keys, values = (each.to(kv_dtype or dtype) for each in stored)
+    # A slice of a wider row, as the projection's output is.
+    query = torch.randn(len(lengths), kv_heads * (group + 2), head_dim, device=device).to(dtype)[:, : kv_heads * group]
+    table, tokens = table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Case(query * 1.5, PagedKV(keys, values), table, tokens, head_dim**-0.5)

@@ -1,0 +1,104 @@
+"""Pages: who holds which, what is stored where, and what fp8 storage does to a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.engine.pages import (
+    FP8,
+    PAGE_SIZE,
+    OutOfPagesError,
+    PageAllocator,
+    PagedKV,
+    allocate_pages,
+    gather_kv,
+    kv_dtype,
+    pages_for,
+    slots_of,
+    write_kv,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, FP8]
+
+
+def poisoned(num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
+    shape = (num_pages, kv_heads, PAGE_SIZE, head_dim)
+    return PagedKV(*(torch.full(shape, float("nan")).to(dtype) for _ in range(2)))
+
+
+def test_pages_are_lent_once_and_the_scratch_page_never() -> None:
+    allocator = PageAllocator(10)
+    first, second = allocator.allocate(4), allocator.allocate(5)
+    assert sorted(first + second) == list(range(1, 10))
+    allocator.release(first)
+    assert allocator.num_free == 4
+    assert set(allocator.allocate(4)) == set(first)
+
+
+def test_asking_for_more_pages_than_are_free_says_so_and_lends_none() -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(1)
+    with pytest.raises(OutOfPagesError, match="3 pages of 64 tokens asked for, 2 of 3 are free"):
+        allocator.allocate(3)
+    assert allocator.num_free == 2
+
+
+@pytest.mark.parametrize("pages", [[1, 1], [2], [0]])
+def test_a_page_that_is_not_lent_cannot_be_given_back(pages: list[int]) -> None:
+    allocator = PageAllocator(4)
+    assert allocator.allocate(1) == [1]
+    with pytest.raises(AssertionError, match="is not lent"):
+        allocator.release(pages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_are_separate_contiguous_zeros(dtype: torch.dtype) -> None:
+    layers = allocate_pages(3, 4, 2, 8, dtype, "cpu")
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    assert all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors)
+    assert all(tensor.shape == (4, 2, PAGE_SIZE, 8) for tensor in tensors)
+    assert not torch.stack([tensor.float() for tensor in tensors]).any()
+    assert len({tensor.data_ptr() for tensor in tensors}) == 6
+    write_kv(layers[1], torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([70]))
+    assert [bool(tensor.float().any()) for tensor in tensors] == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_what_is_written_token_by_token_is_gathered(dtype: torch.dtype, length: int) -> None:
+    kv = poisoned(8, 3, 16, dtype)
+    pages = [5, 2, 7, 1][: pages_for(length)]
+    keys, values = torch.randn(2, length, 3, 16).to(dtype).float()
+    for start, end in ((0, length // 2), (length // 2, length)):
+        write_kv(kv, keys[start:end], values[start:end], slots_of(pages, start, end))
+    found = gather_kv(kv, torch.tensor([*pages, 10**6], dtype=torch.int32), length, torch.float32)
+    assert all(tensor.is_contiguous() for tensor in found)
+    torch.testing.assert_close(torch.stack(found), torch.stack([keys, values]), rtol=0, atol=0)
+    # Nothing else was touched: every other slot still holds its poison.
+    assert int(kv.keys.float().isnan().all(-1).all(1).sum()) == 8 * PAGE_SIZE - length
+
+
+def test_a_slot_is_a_page_and_a_place_in_it() -> None:
+    kv = poisoned(4, 2, 8, torch.float32)
+    key, value = torch.randn(2, 1, 2, 8)
+    write_kv(kv, key, value, slots_of([3, 2], 64 + 5, 64 + 6))
+    assert torch.equal(kv.keys[2, :, 5], key[0])
+    assert torch.equal(kv.values[2, :, 5], value[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_saturates_and_rounds_to_the_nearest(dtype: torch.dtype) -> None:
+    kv = poisoned(2, 1, 8, FP8)
+    new = torch.tensor([1e4, -1e4, 448, 460, -500, 1.0625, 17.1, 0.0], dtype=dtype).view(1, 1, 8)
+    write_kv(kv, new, -new, torch.tensor([64]))
+    expected = torch.tensor([448, -448, 448, 448, -448, 1.0, 18, 0])
+    assert torch.equal(kv.keys[1, 0, 0].float(), expected)
+    assert torch.equal(kv.values[1, 0, 0].float(), -expected)
+
+
+def test_kv_dtype_is_the_models_or_fp8() -> None:
+    assert kv_dtype("auto", torch.bfloat16) == torch.bfloat16
+    assert kv_dtype("fp8", torch.bfloat16) == FP8
+    with pytest.raises(ValueError, match="=int8 is none of auto, fp8"):
+        kv_dtype("int8", torch.bfloat16)
