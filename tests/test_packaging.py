@@ -37,9 +37,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_every_module_and_every_config_is_installed(installed: Path) -> None:
+def test_every_module_config_and_kernel_is_installed(installed: Path) -> None:
+    patterns = ("*.py", "*.yaml", "*.cu", "*.cuh")
     for package in ("launcher", "parallel", "conf", "tools"):
-        files = {path.relative_to(ROOT) for pattern in ("*.py", "*.yaml") for path in (ROOT / package).rglob(pattern)}
+        files = {path.relative_to(ROOT) for pattern in patterns for path in (ROOT / package).rglob(pattern)}
         assert files
         assert {file for file in files if not (installed / file).is_file()} == set()
 

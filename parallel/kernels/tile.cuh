@@ -1,60 +1,18 @@
-// What the kernels of packed weights share: bf16 tensor cores, asynchronous copies, and the sum over a block's warps.
+// What the kernels of packed weights share: the order of a fragment's inputs, and the sum over a block's warps.
 //
 // Weights are the 16-row side of mma.m16n8k16, so 8 tokens share a tile and none of it is wasted at batch 1. Inputs of a
 // group are taken in an order of the packers' choice: lane (g = lane / 4, c = lane % 4) has, in quarter s of a group of
 // 128, inputs 32 * s + 8 * c to + 7, four for each of two steps, of rows g and g + 8. So a lane reads X 16 bytes at a
 // time, and its four neighbours read the 64 bytes in a row.
 
-typedef unsigned int u32;
-
-__device__ __forceinline__ void copy_async(u32 shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until all but the last `pending` commits of this thread have arrived.
-template <int pending>
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
-__device__ __forceinline__ u32 shared_address(const void* memory) { return (u32)__cvta_generic_to_shared(memory); }
-
-// a * b + c of two bf16 pairs, subnormal numbers included.
-__device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-// Byte i of the result is the byte of (a, b) that nibble i of `selector` names, 0 to 7; with bit 3, its sign repeated.
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
-
-__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+#include "device.cuh"
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-__device__ __forceinline__ unsigned short to_bf16(float v) {
-  unsigned short h;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
-  return h;
-}
 
 // A bf16 pair times a float, rounded once.
 __device__ __forceinline__ u32 scale_pair(u32 pair, float scale) {
   const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
-  u32 result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high * scale), "f"(low * scale));
-  return result;
+  return to_pair(low * scale, high * scale);
 }
 
 // Adds up `acc` over the warps of a block, always in the same order, and writes it times `unit` for the tokens there are.

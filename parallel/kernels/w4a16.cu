@@ -71,9 +71,7 @@ __device__ __forceinline__ u32 zero_of(u32) { return 0; }
 struct Decoder {
   // (q & 0x000f000f) | 0x43004300 is the bf16 pair 128 + q; adding -(128 + zero) leaves q - zero exactly.
   __device__ __forceinline__ static u32 subtract_zero(u32 q, u32 negative_zero) {
-    u32 pair;
-    asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(pair) : "r"(q));
-    return fma_pair(pair, 0x3f803f80u, negative_zero);
+    return fma_pair(and_or<0x000f000fu, 0x43004300u>(q), 0x3f803f80u, negative_zero);
   }
 
   // The four registers of a fragment; z0 and z1: `zero_of` its upper and lower rows.

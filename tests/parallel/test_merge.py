@@ -43,6 +43,7 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], QuantizedWeight]]] = {
     "tinygemm": (tinygemm.TinygemmLinear, lambda num_out: with_zeros(weight_of(num_out))),
     "dequantize": (DequantizeLinear, lambda num_out: with_zeros(weight_of(num_out))),
     "dequantize 8 bits": (DequantizeLinear, lambda num_out: weight_of(num_out, 8)),
+    "dequantize float8": (DequantizeLinear, lambda num_out: as_float8(weight_of(num_out, 8))),
 }
 
 

@@ -1,0 +1,151 @@
+// CUDA, and parallel/kernels/device.cuh, on threads of a CPU: one for each of a block's, meeting where a warp does.
+// Asynchronous copies arrive as early (EAGER) or as late as they may.
+#define DEVICE_CUH
+
+#include <pthread.h>
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(threads)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+typedef unsigned int u32;
+struct uint4 { u32 x, y, z, w; };
+struct Index { int x, y; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static thread_local Index threadIdx, blockIdx;
+
+struct Barrier {
+  pthread_barrier_t barrier;
+  explicit Barrier(int threads) { pthread_barrier_init(&barrier, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&barrier); }
+  void meet() { pthread_barrier_wait(&barrier); }
+};
+struct Warp : Barrier {
+  u32 a[32][4], b[32][2], word[32];
+  Warp() : Barrier(32) {}
+};
+static Barrier* block;
+static Warp* warps;
+inline Warp& own_warp() { return warps[threadIdx.x / 32]; }
+inline int own_lane() { return threadIdx.x % 32; }
+inline void __syncwarp() { own_warp().meet(); }
+inline void __syncthreads() { block->meet(); }
+inline u32 __shfl_sync(u32, u32 value, int lane) {
+  Warp& warp = own_warp();
+  warp.word[own_lane()] = value;
+  warp.meet();
+  const u32 found = warp.word[lane];
+  warp.meet();
+  return found;
+}
+template <class T> inline T __ldg(const T* from) { return *from; }
+inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
+
+struct Copy { char* to; const void* from; };
+static thread_local std::vector<Copy> started;
+static thread_local std::deque<std::vector<Copy>> committed;
+static char origin;
+inline u32 shared_address(const void* memory) { return (u32)((const char*)memory - &origin); }
+inline void copy_async(u32 shared, const void* global) {
+  char* to = &origin + (int32_t)shared;
+  if (EAGER) memcpy(to, global, 16);
+  else started.push_back({to, global});
+}
+inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }
+template <int pending> inline void await_copies() {
+  for (; (int)committed.size() > pending; committed.pop_front())
+    for (const Copy& copy : committed.front()) memcpy(copy.to, copy.from, 16);
+}
+
+inline float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
+inline unsigned short to_bf16(float value) {
+  u32 bits;
+  memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 to_pair(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+inline u32 fma_half(u32 a, u32 b, u32 c) { return to_bf16(from_bf16(a) * (double)from_bf16(b) + from_bf16(c)); }
+inline u32 fma_pair(u32 a, u32 b, u32 c) {
+  return fma_half(a & 0xffff, b & 0xffff, c & 0xffff) | fma_half(a >> 16, b >> 16, c >> 16) << 16;
+}
+template <u32 mask, u32 bits> inline u32 and_or(u32 value) { return (value & mask) | bits; }
+inline u32 permute(u32 a, u32 b, u32 selector) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) {
+    const u32 nibble = selector >> 4 * i & 15;
+    const u32 byte = both >> 8 * (nibble & 7) & 255;
+    result |= (nibble & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+  return result;
+}
+
+// Fragments of mma.m16n8k16, from the PTX manual: a[16][16] and b[16][8] in registers of bf16 pairs, c[16][8] in float32.
+inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+  Warp& warp = own_warp();
+  memcpy(warp.a[own_lane()], a, 16);
+  warp.b[own_lane()][0] = b0;
+  warp.b[own_lane()][1] = b1;
+  warp.meet();
+  for (int j = 0; j < 4; j++) {
+    const int row = own_lane() / 4 + j / 2 * 8, column = own_lane() % 4 * 2 + j % 2;
+    double sum = c[j];
+    for (int k = 0; k < 16; k++) {
+      const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      sum += (double)from_bf16(left >> k % 2 * 16 & 0xffff) * from_bf16(right >> k % 2 * 16 & 0xffff);
+    }
+    c[j] = sum;
+  }
+  warp.meet();
+}
+
+static void run_grid(Index grid, int num_threads, const std::function<void()>& kernel) {
+  for (int i = 0; i < grid.x * grid.y; i++) {
+    Barrier meeting(num_threads);
+    std::vector<Warp> all(num_threads / 32);
+    block = &meeting;
+    warps = all.data();
+    std::vector<std::thread> threads;
+    for (int t = 0; t < num_threads; t++)
+      threads.emplace_back([=, &kernel] {
+        threadIdx = {t, 0};
+        blockIdx = {i % grid.x, i / grid.x};
+        kernel();
+      });
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+#include KERNEL_FILE
+
+#if CODEBOOK
+#define CODEBOOK_ARGUMENT , (const u32*)codebook
+#else
+#define CODEBOOK_ARGUMENT
+#endif
+
+extern "C" void run_multiply(const void* weights, const void* scales, const void* codebook, const void* x, void* y,
+                             int num_out, int num_in, int num_rows) {
+  run_grid({num_out / 16 / RT, 1}, WARPS * 32, [=] {
+    MULTIPLY((const uint4*)weights, (const u32*)scales, (const unsigned short*)x, (unsigned short*)y, num_out, num_in,
+             num_rows CODEBOOK_ARGUMENT);
+  });
+}
+
+extern "C" void run_dequantize(const void* weights, const void* scales, const void* codebook, void* out, int num_out,
+                               int num_in) {
+  run_grid({num_out / 16, (num_in / 128 + 7) / 8}, 256, [=] {
+    DEQUANTIZE((const uint4*)weights, (const u32*)scales, (uint4*)out, num_in / 128 CODEBOOK_ARGUMENT);
+  });
+}
