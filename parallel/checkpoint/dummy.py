@@ -61,7 +61,8 @@ def fill_dummy(
                 place(owners[name], plain_values(pool, name, shape, module, attribute), name)
         on_progress(done, len(model.full_shapes))
     move_buffers(model.module, device)
-    return LoadResult(bytes_read=0, sec=time.perf_counter() - start, kernels=dict(kernels))
+    sec = time.perf_counter() - start
+    return LoadResult(bytes_read=0, sec=sec, disk_wait_sec=0.0, decode_sec=sec, kernels=dict(kernels))
 
 
 class Pool:
