@@ -1,7 +1,4 @@
-"""Weights rounded to bitsandbytes' NF4: 16 numbers that halve the normal distribution into parts of equal weight.
-
-Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3 and appendix E.
-"""
+"""Weights rounded to bitsandbytes' NF4, absmax quantised too."""
 
 import json
 from typing import Any
@@ -9,19 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.nf4 import STATE
+from parallel.checkpoint.formats.nf4 import STATE, nf4_codebook
 from parallel.checkpoint.formats.scheme import NESTED_GROUP, TEXT_BYTES, Scheme
-
-# Where the outermost quantiles are: the mean of 1 - 1/32 and 1 - 1/30, the outer halves of 16 and of 15 parts.
-OUTERMOST = (2 - 1 / 32 - 1 / 30) / 2
-
-
-def nf4_codebook() -> Tensor:
-    """[16] float32, ascending, from -1 to 1: seven quantiles below zero, zero, eight above."""
-    below = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 8, dtype=torch.float64)[:-1])
-    above = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 9, dtype=torch.float64)[:-1])
-    numbers = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
-    return (numbers / numbers.max()).float()
 
 
 def nested_map() -> Tensor:
@@ -30,7 +16,7 @@ def nested_map() -> Tensor:
 
 
 def pack_nf4(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    """The stored tensors of a linear, absmax quantised too; its inputs must fill blocks."""
+    """The stored tensors of a linear, whose inputs must fill blocks."""
     assert scheme.group_size is not None and scheme.nested_scales
     blocks = weight.unflatten(1, (-1, scheme.group_size))
     absmax = blocks.abs().amax(dim=2)

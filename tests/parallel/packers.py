@@ -135,7 +135,7 @@ def float_quantized(linear: DrawnFloat8, config: dict[str, Any]) -> Stored:
 
 
 def fp8_block(linear: DrawnFloat8, config: dict[str, Any]) -> Stored:
-    return {"weight": linear.values, "weight_scale_inv": linear.scales}
+    return {"weight": linear.values, "weight_scale_inv": linear.scales, "activation_scale": torch.tensor(0.125)}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.shape import shape_from_checkpoint
+from parallel.checkpoint.formats.nf4 import nf4_codebook
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
 from tools.local_ranks import run_on_ranks
+from tools.quantization import WRITERS
 
 LEFT_ALONE = "model.layers.1.mlp.down_proj"
 IDS = torch.arange(3, 51).view(2, 24)
@@ -65,3 +67,22 @@ def test_plan_can_read_it(saved: tuple[Path, Tensor]) -> None:
     assert shape.scheme is not None and shape.scheme.layout == "nf4"
     # One linear of 35 is left as it is, in float32.
     assert 4 < shape.linear_bits < 6
+
+
+def test_codebook_is_that_of_bitsandbytes() -> None:
+    torch.testing.assert_close(nf4_codebook(), get_4bit_type("nf4", device="cpu"), rtol=0, atol=1e-6)
+
+
+def test_what_our_tool_writes_is_read_by_bitsandbytes() -> None:
+    writer = WRITERS["nf4"]
+    weight = torch.randn(40, 448, generator=torch.Generator().manual_seed(1))
+    stored = writer.stored(weight)
+    state = QuantState.from_dict(
+        {name.removeprefix("weight."): tensor for name, tensor in stored.items() if name != "weight"},
+        torch.device("cpu"),
+    )
+    back = dequantize_4bit(stored["weight"], state).float()
+    absmax = weight.unflatten(1, (-1, 64)).abs().amax(dim=2).repeat_interleave(64, dim=1)
+    # In bf16, which the state says.
+    assert bool(((back - weight).abs() <= 0.17 * absmax).all())
+    assert 0.05 < float((back - weight).std()) < 0.12

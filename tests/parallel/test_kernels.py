@@ -174,15 +174,24 @@ def test_codebook_is_looked_up_and_scaled(monkeypatch: pytest.MonkeyPatch) -> No
     assert layer.values.nbytes == 40 * 95
 
 
-def test_kernels_of_evenly_spaced_values_refuse_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_w4a16_refuses_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w4a16, "has_tensor_cores", lambda device: True)
     monkeypatch.setattr(w4a16, "compile_problem", lambda index: None)
     weight = quantized(draw((16, 128), 4, 128, seed=10), 4, 128)
     assert w4a16.refusal(weight, torch.bfloat16) is None
-    weight = replace(weight, codebook=torch.zeros(16))
-    assert w4a16.refusal(weight, torch.bfloat16) == "a codebook"
-    device = SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda")))
-    on_card = SimpleNamespace(**vars(weight) | vars(device), shape=weight.shape)
+    assert w4a16.refusal(replace(weight, codebook=torch.zeros(16)), torch.bfloat16) == "a codebook"
+
+
+def test_tinygemm_refuses_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tinygemm, "layout_problem", lambda device: None)
+    weight = quantized(draw((16, 128), 4, 128, seed=10), 4, 128)
+    # No card here: only where the values are is made up.
+    on_card = SimpleNamespace(
+        **vars(weight) | {"values": SimpleNamespace(device=torch.device("cuda"))}, shape=(16, 128)
+    )
+    on_card.groups = weight.groups
+    assert tinygemm.refusal(on_card, torch.bfloat16) is None  # type: ignore[arg-type]
+    on_card.codebook = torch.zeros(16)
     assert tinygemm.refusal(on_card, torch.bfloat16) == "a codebook"  # type: ignore[arg-type]
 
 

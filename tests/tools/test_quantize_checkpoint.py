@@ -22,11 +22,15 @@ from tools.quantization import WRITERS, is_linear, round_weight
 from tools.quantize_checkpoint import main
 
 FORMATS = tuple(WRITERS)
-# Of the measurements in this table, on 65,536 tokens. The test takes the first of them.
-TABLE = Path("results/perplexity_demo_202611.json")
+# What rounding to the nearest costs the demo model on 65,536 tokens. The test takes the first of them.
+TABLE = Path(__file__).parents[2] / "results" / "perplexity_demo_202611.json"
 NUM_TOKENS = 2 + 2 * 1024
-# By bits.
-MOST = {4: 0.05, 8: 0.003}
+# Share by which perplexity may rise: a tenth or more above the larger of the table and the first tokens alone.
+MOST = {
+    "awq": 0.038, "gptq": 0.051, "gptq_act_order": 0.051,
+    "w4a16": 0.051, "w4a16_zeros": 0.038, "w4a16_act_order": 0.051,
+    "w8a16": 0.0003, "fp8": 0.0025, "fp8_tensor": 0.002, "fp8_block": 0.0033, "nf4": 0.027,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +90,13 @@ def increases(folders: dict[str, Path]) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_perplexity_rises_no_more_than_was_measured(increases: dict[str, float], name: str) -> None:
-    assert abs(increases[name]) < MOST[WRITERS[name].scheme.bits]
+    assert abs(increases[name]) < MOST[name]
 
 
 def test_perplexities_in_the_table_are_within_the_same_bounds() -> None:
     rows = {row["format"]: row for row in json.loads(TABLE.read_text())["perplexity"]}
     assert set(rows) == {PLAIN, *FORMATS}
-    assert all(abs(rows[name]["increase"]) < MOST[WRITERS[name].scheme.bits] for name in FORMATS)
+    assert all(abs(rows[name]["increase"]) < MOST[name] for name in FORMATS)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -11,11 +11,15 @@ from parallel.checkpoint.formats import compressed_tensors
 from parallel.checkpoint.formats.scheme import Box, Part, Scheme
 from parallel.quantized import QuantizedWeight
 
+FLOATS = ("F32", "BF16", "F16")
+
 
 def parts(scheme: Scheme) -> tuple[Part, ...]:
     return (
         Part("weight", ("F8_E4M3",), (("out", 1), ("in", 1))),
-        Part("weight_scale_inv", ("F32", "BF16", "F16"), (("out", scheme.block_outputs), ("group", 1))),
+        Part("weight_scale_inv", FLOATS, (("out", scheme.block_outputs), ("group", 1))),
+        # Activations stay as they are here.
+        Part("activation_scale", FLOATS, (), required=False, used=False),
     )
 
 

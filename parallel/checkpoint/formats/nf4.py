@@ -20,6 +20,8 @@ from parallel.quantized import QuantizedWeight
 
 PER_BYTE = 2
 STATE = "weight.quant_state.bitsandbytes__nf4"
+# Where NF4's outermost quantiles are: the mean of 1 - 1/32 and 1 - 1/30, the outer halves of 16 and of 15 parts.
+OUTERMOST = (2 - 1 / 32 - 1 / 30) / 2
 
 
 def parts(scheme: Scheme) -> tuple[Part, ...]:
@@ -80,3 +82,14 @@ def nested_scales(stored: dict[str, Tensor], state: dict[str, Any], scheme: Sche
     blocks = (outputs * scheme.num_groups(num_in) + groups) // NESTED_GROUP
     by_block = stored["weight.nested_quant_map"][absmax.int()] * stored["weight.nested_absmax"][blocks]
     return by_block + state["nested_offset"]
+
+
+def nf4_codebook() -> Tensor:
+    """[16] float32, ascending from -1 to 1: quantiles of the normal distribution, seven below zero, zero, eight above.
+
+    For weights that come from no file. Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3 and appendix E.
+    """
+    below = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 8, dtype=torch.float64)[:-1])
+    above = torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, 9, dtype=torch.float64)[:-1])
+    numbers = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
+    return (numbers / numbers.max()).float()
