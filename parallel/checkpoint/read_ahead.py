@@ -37,7 +37,9 @@ class ReadAhead:
         self._device = device
         chunk_bytes = min(CHUNK_BYTES, limit_bytes // MAX_COPIES)
         self._chunks = deque(chunk for each in wanted for chunk in plan_chunks(each, chunk_bytes))
-        self._buffer_bytes = max((chunk.kept_bytes for chunk in self._chunks), default=1)
+        largest = max((chunk.kept_bytes for chunk in self._chunks), default=1)
+        # torch rounds pinned memory up to powers of two.
+        self._buffer_bytes = 1 << (largest - 1).bit_length()
         self._spare_buffers = max(MAX_COPIES, limit_bytes // self._buffer_bytes)
         self._free: list[Tensor] = []
         self._reading: deque[tuple[Chunk, Tensor, Future[None]]] = deque()
@@ -56,7 +58,9 @@ class ReadAhead:
         self._reading.clear()
         self._free.clear()
         if self._device.type == "cuda":
-            # torch would keep the pinned memory for itself. torch.cuda.graph calls this too.
+            # torch would keep the pinned memory for itself, and gives back only what no stream may still read.
+            # torch.cuda.graph calls the same.
+            torch.cuda.current_stream(self._device).synchronize()
             torch._C._host_emptyCache()
 
     def take(self, wanted: TensorSlice) -> Tensor:
