@@ -13,12 +13,12 @@ from torch import Tensor
 from parallel.checkpoint.chunks import Chunk, new_bytes, plan_chunks, read_chunk
 from parallel.checkpoint.read import TensorSlice
 
-# From results/read_cpu_202611.md: 4 threads reading 4 MiB at a time get what the disk and the page cache give, and so
-# do larger reads; a single thread has half of the cache's rate.
+# results/read_cpu_202611.md: from the disk, 4 threads of 4 MiB get what any other number gets (3.6 to 4.1 GB/s), and
+# more than reads of 16 MiB; O_DIRECT gets 2.5. That disk is a virtual one: an NVMe wants several reads under way.
 NUM_THREADS = 4
 CHUNK_BYTES = 4 * 2**20
 # Of host memory that a rank's buffers take at most, pinned where the device is a card: at 3.5 GB/s a rank they fill
-# while a linear is packed for 70 ms.
+# while a linear is packed for 70 ms. On a CPU, loads with 64 to 256 MiB took the same time, with 512 MiB longer.
 LIMIT_BYTES = 256 * 2**20
 # Copies to a card that may be under way: one runs while the next is queued, and further buffers serve the disk.
 MAX_COPIES = 2
