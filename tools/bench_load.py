@@ -1,8 +1,9 @@
 """How loading scales: bytes, seconds and memory of each rank, for several numbers of ranks on this machine's CPU.
 
-Usage: python -m tools.bench_load FOLDER --ranks 1 2 4
+Usage: python -m tools.bench_load FOLDER --ranks 1 2 4 [--cold]
 
-The last line of stdout is the table as JSON. Seconds depend on whether the files are in the page cache; run twice.
+The last line of stdout is the table as JSON. Seconds depend on whether the files are in the page cache: run twice, or
+drop them from it before each load with --cold.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.read_ahead import LIMIT_BYTES
+from tools.bench_read import drop_cache
 from tools.local_ranks import run_on_ranks
 
 SAMPLE_SEC = 0.005
 GB = 1e9
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class RankLoad:
     bytes_read: int
     sec: float
     gb_per_sec: float
+    disk_wait_sec: float
+    decode_sec: float
     # Highest sample, and what stays: the weights.
     peak_anonymous_bytes: int
     anonymous_bytes: int
@@ -40,19 +46,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="config.json and *.safetensors")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N")
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
+    parser.add_argument("--read-ahead-mib", type=int, default=LIMIT_BYTES // MIB, help="host buffers of a rank")
     parser.add_argument("--timeout-sec", type=float, default=600)
     args = parser.parse_args(argv)
-    runs = [bench(args.folder, num_ranks, args.timeout_sec) for num_ranks in args.ranks]
+    runs = [bench(args, num_ranks) for num_ranks in args.ranks]
     print("\n".join(table_lines(runs)))
     print(json.dumps({"folder": str(args.folder), "runs": runs}))
 
 
-def bench(folder: Path, num_ranks: int, timeout_sec: float) -> dict[str, Any]:
-    loads = run_on_ranks(load_one, num_ranks, folder, timeout_sec=timeout_sec)
-    return {"num_ranks": num_ranks, "ranks": [asdict(load) for load in loads]}
+def bench(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
+    if args.cold:
+        for file in args.folder.glob("*.safetensors"):
+            drop_cache(file)
+    limit_bytes = args.read_ahead_mib * MIB
+    loads = run_on_ranks(load_one, num_ranks, args.folder, limit_bytes, timeout_sec=args.timeout_sec)
+    return {"num_ranks": num_ranks, "cold": args.cold, "ranks": [asdict(load) for load in loads]}
 
 
-def load_one(communicator: Any, folder: Path) -> RankLoad:
+def load_one(communicator: Any, folder: Path, limit_bytes: int) -> RankLoad:
     """What one rank does: builds the model as the checkpoint has it, and loads it between two barriers."""
     import torch
     from transformers import AutoConfig
@@ -69,12 +81,14 @@ def load_one(communicator: Any, folder: Path) -> RankLoad:
     communicator.barrier()
     before = process_memory()
     with sampled_memory() as peak:
-        load = load_checkpoint(model, checkpoint, torch.device("cpu"))
+        load = load_checkpoint(model, checkpoint, torch.device("cpu"), read_ahead_bytes=limit_bytes)
         after = process_memory()
     return RankLoad(
         bytes_read=load.bytes_read,
         sec=load.sec,
         gb_per_sec=load.bytes_read / load.sec / GB,
+        disk_wait_sec=load.disk_wait_sec,
+        decode_sec=load.decode_sec,
         peak_anonymous_bytes=max(peak["RssAnon"], after["RssAnon"]) - before["RssAnon"],
         anonymous_bytes=after["RssAnon"] - before["RssAnon"],
         peak_file_bytes=max(peak["RssFile"], after["RssFile"]) - before["RssFile"],
@@ -108,12 +122,13 @@ def sampled_memory() -> Iterator[dict[str, int]]:
 
 
 def table_lines(runs: list[dict[str, Any]]) -> Iterator[str]:
-    yield "ranks  rank   read GB  seconds    GB/s  peak anonymous GB  kept GB  peak mapped GB"
+    yield "ranks  rank   read GB  seconds    GB/s  disk s  decode s  peak anonymous GB  kept GB  peak mapped GB"
     for run in runs:
         for rank, load in enumerate(run["ranks"]):
             yield (
                 f"{run['num_ranks']:5}  {rank:4}  {load['bytes_read'] / GB:8.4f}  {load['sec']:7.3f}  "
-                f"{load['gb_per_sec']:6.2f}  {load['peak_anonymous_bytes'] / GB:17.4f}  "
+                f"{load['gb_per_sec']:6.2f}  {load['disk_wait_sec']:6.2f}  {load['decode_sec']:8.2f}  "
+                f"{load['peak_anonymous_bytes'] / GB:17.4f}  "
                 f"{load['anonymous_bytes'] / GB:7.4f}  {load['peak_file_bytes'] / GB:14.4f}"
             )
 

@@ -2,26 +2,28 @@
 
 Usage: python -m tools.bench_read FILE --threads 1 2 4 8 --chunk-mib 4 16
 
-The file is dropped from the page cache before each cold read. The last line of stdout is the table as JSON.
+The file is dropped from the page cache before each cold read. Rates are the best of several. The last line of stdout is
+the table as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 MIB = 2**20
-REPEATS = 3
+REPEATS = 5
 
+Rates = tuple[float, float | None]
 Read = Callable[[Path, int, mmap.mmap], None]
 
 
@@ -30,33 +32,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--chunk-mib", type=int, nargs="+", default=[4, 16], metavar="N")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     args = parser.parse_args(argv)
+    settings = list(itertools.product(args.chunk_mib, args.threads, args.methods))
+    # Round after round, so that what else the machine does hits all alike.
+    rounds = [[measure(args.file, *setting) for setting in settings] for _ in range(REPEATS)]
     rows = [
-        bench(args.file, method, num_threads, chunk_mib)
-        for chunk_mib in args.chunk_mib
-        for num_threads in args.threads
-        for method in METHODS
+        {"method": method, "threads": num_threads, "chunk_mib": chunk_mib, **best(rates)}
+        for (chunk_mib, num_threads, method), rates in zip(settings, zip(*rounds, strict=True), strict=True)
     ]
     print("\n".join(table_lines(rows)))
-    print(json.dumps({"file_bytes": args.file.stat().st_size, "reads": rows}))
+    print(json.dumps({"file_bytes": args.file.stat().st_size, "repeats": REPEATS, "reads": rows}))
 
 
-def bench(file: Path, method: str, num_threads: int, chunk_mib: int) -> dict[str, Any]:
-    """Medians in GB/s of REPEATS reads, each after the file has left the page cache, and with it there."""
-    cold, warm = [], []
-    for _ in range(REPEATS):
-        drop_cache(file)
-        cold.append(read_file(file, METHODS[method], num_threads, chunk_mib * MIB))
+def measure(file: Path, chunk_mib: int, num_threads: int, method: str) -> Rates:
+    """GB/s after the file has left the page cache, and once it is there again."""
+    drop_cache(file)
+    cold = read_file(file, METHODS[method], num_threads, chunk_mib * MIB)
     # O_DIRECT goes past the cache, and leaves nothing there for the next run.
-    if method != "direct":
-        warm = [read_file(file, METHODS[method], num_threads, chunk_mib * MIB) for _ in range(REPEATS)]
-    return {
-        "method": method,
-        "threads": num_threads,
-        "chunk_mib": chunk_mib,
-        "cold_gb_per_sec": statistics.median(cold),
-        "warm_gb_per_sec": statistics.median(warm) if warm else None,
-    }
+    warm = None if method == "direct" else read_file(file, METHODS[method], num_threads, chunk_mib * MIB)
+    return cold, warm
+
+
+def best(rates: Sequence[Rates]) -> dict[str, float | None]:
+    cold, warm = zip(*rates, strict=True)
+    return {"cold_gb_per_sec": max(cold), "warm_gb_per_sec": None if None in warm else max(warm)}
 
 
 def read_file(file: Path, read: Read, num_threads: int, chunk_bytes: int) -> float:

@@ -1,7 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object: {name of a run: its report.json, ...}, or what tools/bench_linears, tools/bench_load
-or tools/perplexity printed. Tables under results/ are made by this alone.
+The input is one JSON object: {name of a run: its report.json, ...}, or what one of tools/bench_linears, bench_load,
+bench_read and perplexity printed. Tables under results/ are made by this alone.
 """
 
 from __future__ import annotations
@@ -26,20 +26,31 @@ def main(path: Path) -> None:
 
 
 def choose_render(result: dict[str, Any]) -> Callable[[str, dict[str, Any]], str]:
-    """The page for what a file holds: what one of `renders` made, or reports of runs."""
-    renders = {"linears": render_linears, "runs": render_loads, "perplexity": render_perplexity}
+    """The page for what a file holds: that of a benchmark's tool, or reports of runs."""
+    renders = {
+        "linears": render_linears,
+        "runs": render_loads,
+        "reads": render_reads,
+        "perplexity": render_perplexity,
+    }
     return next((draw for key, draw in renders.items() if key in result), render)
 
 
 def render_loads(title: str, result: dict[str, Any]) -> str:
     """The page of tools/bench_load: what each rank read and held."""
-    columns = ("ranks", "rank", "read MB", "seconds", "GB/s", "peak anonymous MB above the start", "peak mapped MB")
+    columns = (
+        "page cache", "ranks", "rank", "read MB", "seconds", "of them disk", "decoding", "GB/s",
+        "peak anonymous MB above the start", "peak mapped MB",
+    )  # fmt: skip
     rows = [
         [
+            "cold" if run["cold"] else "warm",
             str(run["num_ranks"]),
             str(rank),
             number(load["bytes_read"] / 1e6),
             number(load["sec"]),
+            number(load["disk_wait_sec"]),
+            number(load["decode_sec"]),
             number(load["gb_per_sec"]),
             number(load["peak_anonymous_bytes"] / 1e6),
             number(load["peak_file_bytes"] / 1e6),
@@ -47,7 +58,27 @@ def render_loads(title: str, result: dict[str, Any]) -> str:
         for run in result["runs"]
         for rank, load in enumerate(run["ranks"])
     ]
-    where = f"Measured on a CPU of two cores, page cache warm: {result['folder']}."
+    where = f"Measured on a CPU of two cores: {result['folder']}."
+    return page(title, where, table(columns, rows), result["commands"])
+
+
+def render_reads(title: str, result: dict[str, Any]) -> str:
+    """The page of tools/bench_read: rates by method, threads and size."""
+    columns = ("method", "threads", "MiB a read", "GB/s from the disk", "GB/s from the page cache")
+    rows = [
+        [
+            row["method"],
+            str(row["threads"]),
+            str(row["chunk_mib"]),
+            number(row["cold_gb_per_sec"]),
+            number(row["warm_gb_per_sec"]),
+        ]
+        for row in result["reads"]
+    ]
+    where = (
+        f"Measured on {result['where']}: a file of {number(result['file_bytes'] / 1e6)} MB, the best of "
+        f"{result['repeats']} reads."
+    )
     return page(title, where, table(columns, rows), result["commands"])
 
 

@@ -1,4 +1,10 @@
-"""Fills a sharded meta model from safetensors: each rank reads its own slices, file by file, and nothing else."""
+"""Fills a sharded meta model from safetensors: each rank takes its own slices, file by file.
+
+What every rank needs, each reads for itself: norms, and in GPTQ the input side's group indices (in act order all scales
+of row-parallel linears too). For Llama-70B at two ranks that is 2.6 MB of 141 GB in bf16, 2.6 MB of 39.8 GB in AWQ, 16
+MB in GPTQ and 488 MB in act order, 1.2 %. The second rank finds it in the page cache, at 10 GB/s and more: to broadcast
+it would save 50 ms at best, and hold the ranks in step.
+"""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from parallel.checkpoint.chunks import Chunk, new_bytes, plan_chunks, read_chunk
 from parallel.checkpoint.read import TensorSlice
 
-# From results/read_cpu_202611.md: 4 threads reading 4 MiB at a time get what the disk and the page cache give, and so
-# do larger reads; a single thread has half of the cache's rate.
+# results/read_cpu_202611.md: from the disk, 4 threads of 4 MiB get what any other number gets (3.6 to 4.1 GB/s), and
+# more than reads of 16 MiB; O_DIRECT gets 2.5. That disk is a virtual one: an NVMe wants several reads under way.
 NUM_THREADS = 4
 CHUNK_BYTES = 4 * 2**20
 # Of host memory that a rank's buffers take at most, pinned where the device is a card: at 3.5 GB/s a rank they fill
-# while a linear is packed for 70 ms.
+# while a linear is packed for 70 ms. On a CPU, loads with 64 to 256 MiB took the same time, with 512 MiB longer.
 LIMIT_BYTES = 256 * 2**20
 # Copies to a card that may be under way: one runs while the next is queued, and further buffers serve the disk.
 MAX_COPIES = 2
@@ -37,7 +37,9 @@ class ReadAhead:
         self._device = device
         chunk_bytes = min(CHUNK_BYTES, limit_bytes // MAX_COPIES)
         self._chunks = deque(chunk for each in wanted for chunk in plan_chunks(each, chunk_bytes))
-        self._buffer_bytes = max((chunk.kept_bytes for chunk in self._chunks), default=1)
+        largest = max((chunk.kept_bytes for chunk in self._chunks), default=1)
+        # torch rounds pinned memory up to powers of two.
+        self._buffer_bytes = 1 << (largest - 1).bit_length()
         self._spare_buffers = max(MAX_COPIES, limit_bytes // self._buffer_bytes)
         self._free: list[Tensor] = []
         self._reading: deque[tuple[Chunk, Tensor, Future[None]]] = deque()
@@ -56,7 +58,9 @@ class ReadAhead:
         self._reading.clear()
         self._free.clear()
         if self._device.type == "cuda":
-            # torch would keep the pinned memory for itself. torch.cuda.graph calls this too.
+            # torch would keep the pinned memory for itself, and gives back only what no stream may still read.
+            # torch.cuda.graph calls the same.
+            torch.cuda.current_stream(self._device).synchronize()
             torch._C._host_emptyCache()
 
     def take(self, wanted: TensorSlice) -> Tensor:

@@ -132,8 +132,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path: Path, monkeyp
     clock = Clock(monkeypatch)
     shown, _, err = follower(tmp_path)
     for number in range(1, 101):
-        shown._show({"kind": "progress", "stage": "loading weights", "done": number * 10**8, "total": 10**10,
-                     "unit": "bytes", "rank": 0})  # fmt: skip
+        shown._show_progress("loading weights", number * 10**8, 10**10, "bytes", rank=0)
         clock.now += 0.5
     said = err.getvalue().splitlines()
     assert len(said) == 4, said

@@ -125,7 +125,7 @@ def matrices(file: Path) -> list[TensorSlice]:
     return [TensorSlice(entry) for name, entry in read_header(file).items() if name.startswith("matrix")]
 
 
-@pytest.mark.parametrize("limit_bytes", [500, 5000, 20_000])
+@pytest.mark.parametrize("limit_bytes", [2**9, 2**12, 2**14])
 def test_buffers_stay_within_the_limit_and_are_used_again(
     file: Path, limit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

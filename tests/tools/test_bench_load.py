@@ -16,17 +16,19 @@ MIB = 2**20
 
 
 def test_bytes_of_the_ranks_add_up_and_memory_follows_them(capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(DEMO), "--ranks", "1", "2"])
+    main([str(DEMO), "--ranks", "1", "2", "--cold"])
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     checkpoint = read_checkpoint(DEMO)
     norm_bytes = sum(entry.num_bytes for name, entry in checkpoint.tensors.items() if name.endswith("norm.weight"))
     for run, num_ranks in zip(result["runs"], (1, 2), strict=True):
         assert run["num_ranks"] == len(run["ranks"]) == num_ranks
+        assert run["cold"]
         total = sum(load["bytes_read"] for load in run["ranks"])
         assert total == checkpoint.total_bytes + (num_ranks - 1) * norm_bytes
         for load in run["ranks"]:
             assert load["gb_per_sec"] == pytest.approx(load["bytes_read"] / load["sec"] / 1e9)
+            assert 0 < load["disk_wait_sec"] + load["decode_sec"] < load["sec"]
             assert load["peak_anonymous_bytes"] >= load["anonymous_bytes"]
             # Small tensors may come from memory that the process already had.
             assert abs(load["anonymous_bytes"] - load["bytes_read"]) < load["bytes_read"] * 0.2 + 2 * MIB
