@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.transports import host_memory
-from parallel.transports.host_memory import KIB, Channel, choose_launch
+from parallel.transports.host_memory import KIB, SlotChannel, choose_launch
 from tools.ranks_on_one_card import RanksOnOneCard, ranks_on_one_card
 
 SIZES = tuple(KIB * 2**i for i in range(11))
@@ -96,7 +96,7 @@ def time_replays(ranks: RanksOnOneCard, num_bytes: int, repeats: int) -> list[fl
     """Microseconds a call of the slowest rank, for each replay of `CALLS_PER_GRAPH` calls."""
     buffers = [torch.zeros_like(message) for message in messages(ranks, num_bytes)]
 
-    def calls(channel: Channel) -> None:
+    def calls(channel: SlotChannel) -> None:
         for _ in range(CALLS_PER_GRAPH):
             channel.all_reduce(buffers[channel.rank], buffers[channel.rank])
 
@@ -104,7 +104,7 @@ def time_replays(ranks: RanksOnOneCard, num_bytes: int, repeats: int) -> list[fl
     begins = [torch.cuda.Event(enable_timing=True) for _ in graphs]
     ends = [torch.cuda.Event(enable_timing=True) for _ in graphs]
 
-    def replay(channel: Channel) -> None:
+    def replay(channel: SlotChannel) -> None:
         begins[channel.rank].record()
         graphs[channel.rank].replay()
         ends[channel.rank].record()

@@ -16,7 +16,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import torch
 from torch import Tensor
 
-from parallel.transports.host_memory import MAX_BYTES, Channel, Layout
+from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
 from parallel.transports.shared_region import SharedRegion, create_memory
 
 
@@ -37,12 +37,12 @@ class RanksOnOneCard:
         os.close(descriptor)
         self.region.register()
         self.channels = [
-            Channel(self.region, layout, rank, device, timeout_sec=timeout_sec) for rank in range(world_size)
+            SlotChannel(self.region, layout, rank, device, timeout_sec=timeout_sec) for rank in range(world_size)
         ]
         self.streams = [torch.cuda.Stream(device) for _ in range(world_size)]
         torch.cuda.synchronize(device)
 
-    def run(self, call: Callable[[Channel], object], ranks: Sequence[int] | None = None) -> None:
+    def run(self, call: Callable[[SlotChannel], object], ranks: Sequence[int] | None = None) -> None:
         """Calls `call(channel)` for each rank on its own stream, after what the current stream has queued."""
         chosen = range(len(self.channels)) if ranks is None else ranks
         current = torch.cuda.current_stream(self.device)
@@ -55,7 +55,7 @@ class RanksOnOneCard:
         for rank in chosen:
             current.wait_stream(self.streams[rank])
 
-    def capture(self, call: Callable[[Channel], object]) -> list[torch.cuda.CUDAGraph]:
+    def capture(self, call: Callable[[SlotChannel], object]) -> list[torch.cuda.CUDAGraph]:
         """One graph a rank of what `call(channel)` queues."""
         graphs = []
         for channel, stream in zip(self.channels, self.streams, strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import TransportError
-from parallel.transports.host_memory import KIB, MAX_BYTES, Channel, HostMemory
+from parallel.transports.host_memory import KIB, MAX_BYTES, HostMemory, SlotChannel
 from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
 from tools.local_ranks import receive_result
 from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card
@@ -123,7 +123,7 @@ def test_graphs_replay_right(ranks: RanksOnOneCard) -> None:
     counts = (8192, 1, 131, 8192, 60_000, 8192, 7)
     buffers = [[torch.zeros(count, device=DEVICE).bfloat16() for count in counts] for _ in ranks.channels]
 
-    def calls(channel: Channel) -> None:
+    def calls(channel: SlotChannel) -> None:
         for buffer in buffers[channel.rank]:
             channel.all_reduce(buffer, buffer)
 

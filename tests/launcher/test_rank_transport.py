@@ -115,5 +115,5 @@ def test_what_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_works_without_nccl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     proofs = {"nccl": Proof("nccl", error="rank 1: gave wrong sums of 4 bytes of float32")}
-    with pytest.raises(TransportError, match=r"self-test of nccl failed on rank 1: gave wrong .*limits.peer_access=off"):
+    with pytest.raises(TransportError, match=r"nccl failed on rank 1: gave wrong .*limits.peer_access=off"):
         open_with(monkeypatch, tmp_path, TransportKind.auto, proofs)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
 from parallel.transports import shared_region
+from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.host_memory import (
     DATA_BYTES,
     KIB,
     LAUNCHES,
     LINE_BYTES,
     MAX_BYTES,
-    PAGE_BYTES,
     HostMemory,
     Layout,
     choose_launch,
@@ -42,10 +42,11 @@ def test_slots_are_whole_pages_and_do_not_overlap(world_size: int) -> None:
     starts = [layout.slot(rank, epoch) for rank in range(world_size) for epoch in (0, 1)]
     assert all(start % PAGE_BYTES == 0 for start in starts)
     ends = [start + layout.slot_lines * LINE_BYTES for start in starts]
-    errors = [layout.error(rank) + 4 for rank in range(world_size)]
+    errors = [rank * ERROR_STRIDE + 4 for rank in range(world_size)]
     # In this order, without a gap: error words, then each rank's two slots.
     assert max(errors) <= starts[0] == PAGE_BYTES
     assert ends == [*starts[1:], layout.num_bytes]
+    assert [layout.own(rank) for rank in range(world_size)] == list(zip(starts[::2], ends[1::2], strict=True))
     assert layout.slot_lines * DATA_BYTES == 6 * KIB
     assert [layout.slot(1, epoch) for epoch in (2, 3)] == [layout.slot(1, epoch) for epoch in (0, 1)]
 
