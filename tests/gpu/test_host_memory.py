@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from parallel.communicator import TransportError
 from parallel.transports.host_memory import KIB, MAX_BYTES, HostMemory, SlotChannel
 from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
 from tools.local_ranks import receive_result
-from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card
+from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card, two_step_on_one_card
 
 pytestmark = pytest.mark.gpu
 
@@ -27,12 +28,12 @@ EPSILON = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0*
 
 
 @pytest.fixture(scope="module", params=(2, 3, 4))
-def ranks(request: pytest.FixtureRequest) -> Iterator[RanksOnOneCard]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[RanksOnOneCard[SlotChannel]]:
     with ranks_on_one_card(request.param, DEVICE) as opened:
         yield opened
 
 
-def fresh(ranks: RanksOnOneCard, count: int, dtype: torch.dtype) -> list[Tensor]:
+def fresh(ranks: RanksOnOneCard[Any], count: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(count, device=DEVICE).to(dtype) for _ in ranks.channels]
 
 
@@ -51,7 +52,7 @@ def assert_sums(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_length_is_summed(ranks: RanksOnOneCard, dtype: torch.dtype) -> None:
+def test_every_length_is_summed(ranks: RanksOnOneCard[Any], dtype: torch.dtype) -> None:
     """Around lines, blocks and grids, and the largest; each into poisoned memory, whose neighbours stay poisoned."""
     largest = MAX_BYTES // dtype.itemsize
     for count in (*range(1, 20), 511, 512, 1023, 4097, 8192, 16385, 99_991, largest - 1, largest):
@@ -64,7 +65,7 @@ def test_every_length_is_summed(ranks: RanksOnOneCard, dtype: torch.dtype) -> No
         assert all(each[count:].isnan().all() for each in wide), count
 
 
-def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard) -> None:
+def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard[SlotChannel]) -> None:
     for num_bytes in (*range(1, 26), 1000, 4096, 65_537, MAX_BYTES):
         sources = [torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=DEVICE) for _ in ranks.channels]
         expected = torch.stack(sources)
@@ -76,7 +77,7 @@ def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard) -> None:
         assert all((each[expected.numel() :] == 165).all() for each in wide), num_bytes
 
 
-def test_special_values_survive(ranks: RanksOnOneCard) -> None:
+def test_special_values_survive(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """A sum of minus zeros is minus zero, infinities and NaN pass, and what is too large becomes infinity."""
     for dtype in DTYPES:
         large = torch.finfo(dtype).max
@@ -91,7 +92,7 @@ def test_special_values_survive(ranks: RanksOnOneCard) -> None:
             assert target[0].signbit()
 
 
-def test_soak_of_random_sizes(ranks: RanksOnOneCard) -> None:
+def test_soak_of_random_sizes(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """Many calls in flight, sizes, types and kinds mixed, all verified; nothing waits for the host in between."""
     generator = random.Random(int.from_bytes(os.urandom(4), "little"))
     for _ in range(12):
@@ -118,7 +119,7 @@ def test_soak_of_random_sizes(ranks: RanksOnOneCard) -> None:
                 assert_sums(sources, targets)
 
 
-def test_graphs_replay_right(ranks: RanksOnOneCard) -> None:
+def test_graphs_replay_right(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """An odd number of calls of several sizes, in place, replayed on fresh values between plain calls."""
     counts = (8192, 1, 131, 8192, 60_000, 8192, 7)
     buffers = [[torch.zeros(count, device=DEVICE).bfloat16() for count in counts] for _ in ranks.channels]
@@ -144,7 +145,7 @@ def test_graphs_replay_right(ranks: RanksOnOneCard) -> None:
         assert_sums(plain, targets)
 
 
-def test_epochs_wrap(ranks: RanksOnOneCard) -> None:
+def test_epochs_wrap(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """The largest slot lines were never written: they still carry zero, which no epoch may be."""
     for channel in ranks.channels:
         channel.state[0] = -4 << 32
@@ -175,6 +176,65 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
         for _ in range(2000):
             ranks.run(call, ranks=(0, 2))
         torch.cuda.synchronize()
+
+
+# --- Large messages -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_large_messages_are_summed_in_two_steps(world_size: int) -> None:
+    """Pieces of 256 KiB: messages around units, chunks, pieces, and several of them; in place and not."""
+    with two_step_on_one_card(world_size, DEVICE, piece_bytes=256 * KIB) as ranks:
+        for dtype in DTYPES:
+            unit = 16 // dtype.itemsize
+            for units in (1, 2, 3, 5, 2047, 2048, 2049, 4 * 2048, 4 * 2048 + 1, 16_384, 16_385, 50_001, 200_003):
+                sources = fresh(ranks, units * unit, dtype)
+                wide = [torch.full((units * unit + 16,), float("nan"), dtype=dtype, device=DEVICE) for _ in sources]
+                targets = [each[: units * unit] for each in wide]
+                ranks.run(lambda channel, s=sources, t=targets: channel.all_reduce(s[channel.rank], t[channel.rank]))  # type: ignore[misc]
+                ranks.check()
+                assert_sums(sources, targets)
+                assert all(each[units * unit :].isnan().all() for each in wide), units
+                in_place = [source.clone() for source in sources]
+                ranks.run(lambda channel, b=in_place: channel.all_reduce(b[channel.rank], b[channel.rank]))  # type: ignore[misc]
+                ranks.check()
+                assert_sums(sources, in_place)
+
+
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_two_steps_soak(world_size: int) -> None:
+    """Messages of prefill and smaller ones in flight together, and in a graph, in pieces as they are used."""
+    generator = random.Random(int.from_bytes(os.urandom(4), "little"))
+    with two_step_on_one_card(world_size, DEVICE) as ranks:
+        for _ in range(10):
+            counts = [8 * generator.randint(1, 2 ** generator.randint(0, 21)) for _ in range(10)]
+            batch = [fresh(ranks, count, torch.bfloat16) for count in counts]
+            buffers = [[source.clone() for source in sources] for sources in batch]
+            torch.cuda.synchronize()
+            for buffer in buffers:
+                for channel, stream in zip(ranks.channels, ranks.streams, strict=True):
+                    with torch.cuda.stream(stream):
+                        channel.all_reduce(buffer[channel.rank], buffer[channel.rank])
+            ranks.check()
+            for sources, buffer in zip(batch, buffers, strict=True):
+                assert_sums(sources, buffer)
+        graphs = ranks.capture(lambda channel: channel.all_reduce(buffers[0][channel.rank], buffers[0][channel.rank]))
+        for _ in range(10):
+            sources = fresh(ranks, counts[0], torch.bfloat16)
+            for target, source in zip(buffers[0], sources, strict=True):
+                target.copy_(source)
+            ranks.run(lambda channel: graphs[channel.rank].replay())
+            ranks.check()
+            assert_sums(sources, buffers[0])
+
+
+def test_a_rank_missing_from_two_steps_is_named() -> None:
+    with two_step_on_one_card(2, DEVICE, timeout_sec=0.3) as ranks:
+        buffers = fresh(ranks, 2**20, torch.bfloat16)
+        ranks.run(lambda channel: channel.all_reduce(buffers[channel.rank], buffers[channel.rank]), ranks=(1,))
+        torch.cuda.synchronize()
+        with pytest.raises(TransportError, match="rank 0 did not answer rank 1 through host memory within"):
+            ranks.channels[1].check()
 
 
 # --- Ranks as processes -------------------------------------------------------------------------------------------
