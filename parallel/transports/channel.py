@@ -79,6 +79,11 @@ class Channel:
                 timeout_ms]  # fmt: skip
         self.kernels[name](grid=(blocks, 1, 1), block=(threads, 1, 1), args=args)
 
+    def close(self) -> None:
+        """Gives the memory back; nothing may be launched after it."""
+        torch.cuda.synchronize(self.state.device)
+        self.region.unregister()
+
     def check(self) -> None:
         """Raises TransportError if a call that the card has run was given up for want of a peer's answer."""
         missing = self.error.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
-from parallel.transports import shared_region
+from parallel.transports import shared_region, two_step
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.host_memory import (
     DATA_BYTES,
@@ -22,6 +23,7 @@ from parallel.transports.host_memory import (
     LAUNCHES,
     LINE_BYTES,
     MAX_BYTES,
+    MAX_RANKS,
     HostMemory,
     Layout,
     choose_launch,
@@ -30,6 +32,15 @@ from parallel.transports.host_memory import (
 )
 from parallel.transports.shared_region import SharedRegion, gather_texts, open_region, share_region
 from parallel.transports.solo import Solo
+from parallel.transports.two_step import (
+    CHUNK_BYTES,
+    FLAG_BYTES,
+    MAX_CHUNKS,
+    THREADS,
+    UNIT_BYTES,
+    TwoStepHostMemory,
+    TwoStepLayout,
+)
 from tests.parallel.ranks import CPU, run_on_ranks
 from tools.ranks_on_one_card import ordered_sum
 
@@ -68,6 +79,32 @@ def test_every_block_has_a_line_to_carry(num_bytes: int) -> None:
 def test_measured_launches_are_kept() -> None:
     assert [choose_launch(size * KIB) for size in (16, 64, 256)] == [(8, 256), (16, 256), (32, 512)]
     assert LAUNCHES[-1][0] == MAX_BYTES
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_parts_fit_their_slots_and_flags(world_size: int) -> None:
+    layout = TwoStepLayout(world_size)
+    part = -(-layout.slot_units // world_size)
+    assert part <= layout.slot_units // 2
+    assert -(-part * UNIT_BYTES // CHUNK_BYTES) <= MAX_CHUNKS
+    areas = [layout.own(rank) for rank in range(world_size)]
+    assert all(start % PAGE_BYTES == 0 for start, _ in areas)
+    # Two slots and two of sums; in rank order, without a gap, after the flags.
+    assert all(end - start == (2 + 2 * 0.5) * layout.piece_bytes for start, end in areas)
+    assert [start for start, _ in areas] == [areas[0][0], *(end for _, end in areas[:-1])]
+    assert areas[0][0] >= PAGE_BYTES + 2 * world_size * MAX_CHUNKS * 4
+    assert areas[-1][1] == layout.num_bytes
+
+
+def test_numbers_of_the_kernels_are_those_of_the_host() -> None:
+    folder = Path(two_step.__file__).parent
+    text = "".join((folder / f"host_memory{part}.cu").read_text() for part in ("_common", "", "_two_step"))
+    found = dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
+    assert int(found["UNITS_PER_THREAD"]) * THREADS * UNIT_BYTES == CHUNK_BYTES
+    expected = {"PAGE_BYTES": PAGE_BYTES, "ERROR_STRIDE": ERROR_STRIDE, "DATA_BYTES": DATA_BYTES,
+                "LINE_BYTES": LINE_BYTES, "THREADS": THREADS, "MAX_CHUNKS": MAX_CHUNKS, "MAX_RANKS": MAX_RANKS,
+                "UNIT_BYTES": UNIT_BYTES, "FLAG_BYTES": FLAG_BYTES}  # fmt: skip
+    assert {name: int(found[name]) for name in expected} == expected
 
 
 # --- The life of the memory ----------------------------------------------------------------------------------------
@@ -309,6 +346,21 @@ def test_empty_messages_reach_no_kernel() -> None:
     communicator.all_reduce(torch.ones(0))
     communicator.all_gather(torch.ones(0, 3))
     assert (inner.calls, len(channel.given)) == (2, 0)
+
+
+def test_two_steps_carry_large_all_reduces_of_whole_units() -> None:
+    inner, channel = Counting(), FakeChannel()
+    communicator = TwoStepHostMemory(inner, channel)  # type: ignore[arg-type]
+    communicator.min_bytes = 64
+    communicator.all_reduce(torch.ones(16))
+    communicator.all_reduce(torch.ones(1000, dtype=torch.bfloat16).view(10, 100).T)
+    assert (inner.calls, len(channel.given)) == (0, 2)
+    # Too small, not whole units, of another type, and a gather.
+    communicator.all_reduce(torch.ones(12))
+    communicator.all_reduce(torch.ones(17))
+    communicator.all_reduce(torch.ones(16, dtype=torch.float64))
+    communicator.all_gather(torch.ones(16))
+    assert (inner.calls, len(channel.given)) == (4, 2)
 
 
 @pytest.mark.parametrize(
