@@ -87,6 +87,8 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
         raise failure(small_proof)
     else:
         ranges = force_ranges(base_proof, small_proof, large_proof, "engine.transport=host_memory was asked for")
+    # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
+    torch.cuda.empty_cache()
     return Choice(compose(base, small, large, ranges, job.run.timeouts.collective_sec), ranges)
 
 
