@@ -1,13 +1,10 @@
-"""Host memory carries exact sums: with ranks as streams of one card, side by side, and as processes that take turns."""
+"""Host memory carries exact sums, with ranks as streams of one card, side by side."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +12,9 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import TransportError
-from parallel.transports.host_memory import KIB, MAX_BYTES, HostMemory, SlotChannel
-from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
-from tools.local_ranks import receive_result
-from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card, two_step_on_one_card
+from parallel.transports.host_memory import MAX_BYTES, SlotChannel
+from tests.gpu.one_card import DEVICE
+from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card
 
 pytestmark = pytest.mark.gpu
 
@@ -176,175 +172,3 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
         for _ in range(2000):
             ranks.run(call, ranks=(0, 2))
         torch.cuda.synchronize()
-
-
-# --- Large messages -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("world_size", (2, 3, 4))
-def test_large_messages_are_summed_in_two_steps(world_size: int) -> None:
-    """Pieces of 256 KiB: messages around units, chunks, pieces, and several of them; in place and not."""
-    with two_step_on_one_card(world_size, DEVICE, piece_bytes=256 * KIB) as ranks:
-        for dtype in DTYPES:
-            unit = 16 // dtype.itemsize
-            for units in (1, 2, 3, 5, 2047, 2048, 2049, 4 * 2048, 4 * 2048 + 1, 16_384, 16_385, 50_001, 200_003):
-                sources = fresh(ranks, units * unit, dtype)
-                wide = [torch.full((units * unit + 16,), float("nan"), dtype=dtype, device=DEVICE) for _ in sources]
-                targets = [each[: units * unit] for each in wide]
-                ranks.run(lambda channel, s=sources, t=targets: channel.all_reduce(s[channel.rank], t[channel.rank]))  # type: ignore[misc]
-                ranks.check()
-                assert_sums(sources, targets)
-                assert all(each[units * unit :].isnan().all() for each in wide), units
-                in_place = [source.clone() for source in sources]
-                ranks.run(lambda channel, b=in_place: channel.all_reduce(b[channel.rank], b[channel.rank]))  # type: ignore[misc]
-                ranks.check()
-                assert_sums(sources, in_place)
-
-
-@pytest.mark.parametrize("world_size", (2, 4))
-def test_two_steps_soak(world_size: int) -> None:
-    """Messages of prefill and smaller ones in flight together, and in a graph, in pieces as they are used."""
-    generator = random.Random(int.from_bytes(os.urandom(4), "little"))
-    with two_step_on_one_card(world_size, DEVICE) as ranks:
-        for _ in range(10):
-            counts = [8 * generator.randint(1, 2 ** generator.randint(0, 21)) for _ in range(10)]
-            batch = [fresh(ranks, count, torch.bfloat16) for count in counts]
-            buffers = [[source.clone() for source in sources] for sources in batch]
-            torch.cuda.synchronize()
-            for buffer in buffers:
-                for channel, stream in zip(ranks.channels, ranks.streams, strict=True):
-                    with torch.cuda.stream(stream):
-                        channel.all_reduce(buffer[channel.rank], buffer[channel.rank])
-            ranks.check()
-            for sources, buffer in zip(batch, buffers, strict=True):
-                assert_sums(sources, buffer)
-        graphs = ranks.capture(lambda channel: channel.all_reduce(buffers[0][channel.rank], buffers[0][channel.rank]))
-        for _ in range(10):
-            sources = fresh(ranks, counts[0], torch.bfloat16)
-            for target, source in zip(buffers[0], sources, strict=True):
-                target.copy_(source)
-            ranks.run(lambda channel: graphs[channel.rank].replay())
-            ranks.check()
-            assert_sums(sources, buffers[0])
-
-
-def test_a_rank_missing_from_two_steps_is_named() -> None:
-    with two_step_on_one_card(2, DEVICE, timeout_sec=0.3) as ranks:
-        buffers = fresh(ranks, 2**20, torch.bfloat16)
-        ranks.run(lambda channel: channel.all_reduce(buffers[channel.rank], buffers[channel.rank]), ranks=(1,))
-        torch.cuda.synchronize()
-        with pytest.raises(TransportError, match="rank 0 did not answer rank 1 through host memory within"):
-            ranks.channels[1].check()
-
-
-# --- Ranks as processes -------------------------------------------------------------------------------------------
-
-
-def values(rank: int, step: int, count: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(count, generator=generator).to(dtype)
-
-
-def use_communicator(communicator: HostMemory) -> list[str]:
-    """What came out wrong, of plain calls, views, graphs and gathers."""
-    wrong: list[str] = []
-    world_size = communicator.world_size
-
-    def expected(step: int, count: int, dtype: torch.dtype) -> Tensor:
-        return ordered_sum([values(rank, step, count, dtype) for rank in range(world_size)])
-
-    def note(what: str, ok: bool) -> None:
-        wrong.extend([] if ok else [what])
-
-    for step, (count, dtype) in enumerate((c, d) for d in DTYPES for c in (1, 3, 8192, 50_001)):
-        tensor = values(communicator.rank, step, count, dtype).to(DEVICE)
-        note(f"{count} {dtype} in place", communicator.all_reduce(tensor) is tensor)
-        note(f"{count} {dtype}", torch.equal(tensor.cpu(), expected(step, count, dtype)))
-    for step, count in enumerate((8 * 100_003, 5 * 2**20), start=60):
-        tensor = values(communicator.rank, step, count, torch.bfloat16).to(DEVICE)
-        communicator.all_reduce(tensor)
-        note(f"{count} in two steps", torch.equal(tensor.cpu(), expected(step, count, torch.bfloat16)))
-    # A view that is not aligned, one that is not contiguous, and a large message that fits neither.
-    base = torch.zeros(101, dtype=torch.bfloat16, device=DEVICE)
-    base[1:] = values(communicator.rank, 50, 100, torch.bfloat16)
-    communicator.all_reduce(base[1:])
-    note("misaligned", torch.equal(base[1:].cpu(), expected(50, 100, torch.bfloat16)) and base[0].item() == 0)
-    square = values(communicator.rank, 51, 100, torch.float32).view(10, 10).to(DEVICE)
-    communicator.all_reduce(square.T)
-    note("transposed", torch.equal(square.cpu().view(-1), expected(51, 100, torch.float32)))
-    large = torch.full((MAX_BYTES // 4 + 1,), float(communicator.rank + 1), device=DEVICE)
-    communicator.all_reduce(large)
-    note("large", bool((large == world_size * (world_size + 1) / 2).all()))
-    for dtype in (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool):
-        ours = torch.arange(15, device=DEVICE).add(communicator.rank).remainder(2).to(dtype).view(3, 5)
-        rows = [torch.arange(15).add(rank).remainder(2).to(dtype).view(3, 5) for rank in range(world_size)]
-        gathered = communicator.all_gather(ours.T)
-        note(f"gather {dtype}", torch.equal(gathered.cpu(), torch.stack(rows).transpose(1, 2)))
-    wrong += replay_graph(communicator, expected)
-    communicator.barrier()
-    return wrong
-
-
-def replay_graph(communicator: HostMemory, expected: object) -> list[str]:
-    buffers = [torch.zeros(8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
-    graph, wrong = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for buffer in buffers:
-            communicator.all_reduce(buffer)
-        gathered = communicator.all_gather(buffers[0][:2])
-    for replay in range(5):
-        for i, buffer in enumerate(buffers):
-            buffer.copy_(values(communicator.rank, 100 + 10 * replay + i, 8192, torch.bfloat16))
-        graph.replay()
-        for i, buffer in enumerate(buffers):
-            if not torch.equal(buffer.cpu(), expected(100 + 10 * replay + i, 8192, torch.bfloat16)):  # type: ignore[operator]
-                wrong.append(f"replay {replay} buffer {i}")
-        if not torch.equal(gathered, buffers[0][:2].expand_as(gathered)):
-            wrong.append(f"replay {replay} gather")
-    return wrong
-
-
-@pytest.mark.parametrize("world_size", (2, 3, 4))
-def test_processes_that_share_a_card_agree(world_size: int, tmp_path: Path) -> None:
-    assert list(run_on_one_card(use_communicator, world_size, tmp_path)) == [[]] * world_size
-
-
-def lose_peer(communicator: HostMemory) -> str:
-    message = torch.ones(8192, device=DEVICE)
-    communicator.all_reduce(message)
-    communicator.barrier()
-    if communicator.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    communicator.all_reduce(message)
-    try:
-        communicator.barrier()
-    except TransportError as error:
-        return str(error)
-    return "nothing was noticed"
-
-
-def test_a_killed_peer_becomes_an_error(tmp_path: Path) -> None:
-    processes, connections = start_on_one_card(lose_peer, 2, tmp_path, timeout_sec=2)
-    message = receive_result(connections[0], 0)
-    assert "rank 1 did not answer rank 0 through host memory within 2 s (timeouts.collective_sec" in message
-    for process in processes:
-        process.join(timeout=60)
-        assert not process.is_alive()
-
-
-def wait_for_nobody(communicator: HostMemory) -> None:
-    if communicator.rank == 0:
-        communicator.all_reduce(torch.ones(16 * KIB, device=DEVICE))
-    else:
-        time.sleep(600)
-
-
-def test_a_kernel_that_waits_does_not_keep_its_process(tmp_path: Path) -> None:
-    """Rank 0's card waits ten minutes; the process ends when it is killed, as the elastic agent would."""
-    processes, connections = start_on_one_card(wait_for_nobody, 2, tmp_path, timeout_sec=600)
-    receive_result(connections[0], 0)
-    for process in processes:
-        process.kill()
-        process.join(timeout=60)
-        assert not process.is_alive()
-    assert torch.ones(4, device=DEVICE).sum().item() == 4
