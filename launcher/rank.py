@@ -54,7 +54,7 @@ class RankContext:
 
 
 def range_name(ranges: Sequence[Range], i: int) -> str:
-    """all_sizes, or up_to_N_bytes and then larger."""
+    """all_sizes, or up_to_N_bytes for each and then larger."""
     if len(ranges) == 1:
         return "all_sizes"
     limit = ranges[i].up_to_bytes

@@ -12,12 +12,30 @@ from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
 from parallel.selftest import DECODE_BYTES, check_transport
-from parallel.transport_choice import PREFILL_BYTES, TIMED_BYTES, Choice, Proof, Range, choose, force, prove
+from parallel.transport_choice import (
+    TIMED_BYTES,
+    TIMED_LARGE_BYTES,
+    Proof,
+    Range,
+    force_ranges,
+    plan_ranges,
+    prove,
+)
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
+from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 
 OnTimeout = Callable[[TransportError], None]
 CPU = torch.device("cpu")
+SMALL, LARGE = HostMemory.name, TwoStepHostMemory.name
 C = TypeVar("C", bound=Communicator)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A transport that has proved itself, and which part of it carries which sizes, smallest first."""
+
+    communicator: Communicator
+    ranges: tuple[Range, ...]
 
 
 def open_transport(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
@@ -55,20 +73,47 @@ def open_kind(job: Job, kind: str, device: torch.device) -> Communicator:
 def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
     """NCCL, and host memory for the messages at which it is faster; engine.transport narrows the choice."""
     wanted, tester = job.run.engine.transport, Tester(job, device, on_timeout, open_kind(job, "gloo", CPU))
-    base, base_proof = tester.prove("nccl", lambda: open_kind(job, "nccl", device), (*TIMED_BYTES, PREFILL_BYTES))
+    base, base_proof = tester.prove("nccl", lambda: open_kind(job, "nccl", device), (*TIMED_BYTES, *TIMED_LARGE_BYTES))
     if base is None:
         raise failure(base_proof)
     if wanted == TransportKind.nccl:
         return Choice(base, (Range("nccl", None, "engine.transport=nccl was asked for", base_proof.times_us),))
     inner = base
-    other, other_proof = tester.prove("host_memory", lambda: open_slots(job, inner, device), TIMED_BYTES)
-    if other is not None:
-        other.channel.timeout_sec = job.run.timeouts.collective_sec
+    large, large_proof = tester.prove(LARGE, lambda: open_two_step(job, inner, device), TIMED_LARGE_BYTES)
+    small, small_proof = tester.prove(SMALL, lambda: open_slots(job, inner, device), TIMED_BYTES)
     if wanted == TransportKind.auto:
-        return choose(base, base_proof, other, other_proof)
-    if other is None:
-        raise failure(other_proof)
-    return force(other, base_proof, other_proof, "engine.transport=host_memory was asked for")
+        ranges = plan_ranges(base_proof, small_proof, large_proof)
+    elif small is None:
+        raise failure(small_proof)
+    else:
+        ranges = force_ranges(base_proof, small_proof, large_proof, "engine.transport=host_memory was asked for")
+    # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
+    torch.cuda.empty_cache()
+    return Choice(compose(base, small, large, ranges, job.run.timeouts.collective_sec), ranges)
+
+
+def compose(
+    base: Communicator,
+    small: HostMemory | None,
+    large: TwoStepHostMemory | None,
+    ranges: Sequence[Range],
+    timeout_sec: float,
+) -> Communicator:
+    """One communicator that hands each message to the transport of its range; what has no range is closed."""
+    limits, chosen = {each.name: each.up_to_bytes for each in ranges}, base
+    for each in (small, large):
+        if each is not None:
+            each.channel.timeout_sec = timeout_sec
+            if each.name not in limits:
+                each.channel.close()
+    if large is not None and LARGE in limits:
+        large.min_bytes, large.inner = (ranges[-2].up_to_bytes or 0) + 1, base
+        chosen = large
+    limit = limits.get(SMALL)
+    if small is not None and limit:
+        small.max_bytes, small.inner = limit, chosen
+        chosen = small
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -90,6 +135,11 @@ class Tester:
             timeout_sec=self.job.run.timeouts.selftest_sec,
             on_timeout=self.on_timeout,
         )
+
+
+def open_two_step(job: Job, inner: Communicator, device: torch.device) -> TwoStepHostMemory:
+    """Bounded as `open_slots`."""
+    return wrap_two_step(inner, device, timeout_sec=job.run.timeouts.selftest_sec / 4)
 
 
 def open_slots(job: Job, inner: Communicator, device: torch.device) -> HostMemory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,15 +22,10 @@ SUM_BYTES = (4, 1000, DECODE_BYTES, 256 * KIB, 1024 * KIB)
 TIMED_BYTES = (4 * KIB, DECODE_BYTES, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB)
 # 2048 tokens of a 70B, one chunk of prefill.
 PREFILL_BYTES = 32 * 1024 * KIB
+TIMED_LARGE_BYTES = (1024 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 C = TypeVar("C", bound=Communicator)
-
-
-class Bounded(Communicator, Protocol):
-    """A communicator that hands messages above `max_bytes` on to another."""
-
-    max_bytes: int
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,6 @@ class Range:
     up_to_bytes: int | None
     reason: str
     times_us: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Choice:
-    communicator: Communicator
-    ranges: tuple[Range, ...]
 
 
 def prove(
@@ -129,41 +118,51 @@ def faster_up_to(times: dict[int, float], base: dict[int, float]) -> int:
     return limit
 
 
-def choose(base: Communicator, base_proof: Proof, other: Bounded | None, other_proof: Proof | None) -> Choice:
-    """The faster of the two for small messages, `base` for the rest; limits `other` to what it is faster at."""
-    limit = 0 if other is None or other_proof is None else faster_up_to(other_proof.times_us, base_proof.times_us)
-    if other is None or other_proof is None or limit == 0:
-        reason = why_base_alone(base_proof, other_proof)
-        return Choice(base, (Range(base_proof.name, None, reason, base_proof.times_us),))
-    other.max_bytes = limit
-    reason = compare(other_proof, base_proof, DECODE_BYTES if limit >= DECODE_BYTES else limit)
-    return Choice(
-        other, (Range(other_proof.name, limit, reason, other_proof.times_us), rest(base_proof, other_proof, limit))
-    )
+def faster_from(times: dict[int, float], base: dict[int, float]) -> int:
+    """The smallest size from which on every measured time is below `base`'s; 0 where the largest is not."""
+    limit = 0
+    for size in sorted(times, reverse=True):
+        if times[size] >= base[size]:
+            break
+        limit = size
+    return limit
 
 
-def force(other: Bounded, base_proof: Proof, other_proof: Proof, reason: str) -> Choice:
-    """`other` for whatever it can carry, since a user asked for it."""
-    ranges = (
-        Range(other_proof.name, other.max_bytes, reason, other_proof.times_us),
-        rest(base_proof, other_proof, other.max_bytes),
-    )
-    return Choice(other, ranges)
+def plan_ranges(base: Proof, small: Proof, large: Proof) -> tuple[Range, ...]:
+    """Who carries what: `small` and `large` the sizes up to and from which they are faster than `base`, it the rest.
+
+    A candidate that failed has no sizes; the range of `base` says why.
+    """
+    limit, start = faster_up_to(small.times_us, base.times_us), faster_from(large.times_us, base.times_us)
+    reasons = [why_not(base, small), why_not(base, large)]
+    ranges = middle(base, limit, start, "; ".join(filter(None, reasons)) or "between what the others are timed at")
+    if limit:
+        size = DECODE_BYTES if limit >= DECODE_BYTES in small.times_us else limit
+        ranges.insert(0, Range(small.name, limit, compare(small, base, size), small.times_us))
+    if start:
+        ranges.append(Range(large.name, None, compare(large, base, max(large.times_us)), large.times_us))
+    return tuple(ranges)
 
 
-def rest(base: Proof, other: Proof, limit: int) -> Range:
-    """The messages above `limit`, at which `other` is slower or which it cannot carry."""
-    slower = [size for size in sorted(other.times_us) if size > limit]
-    reason = compare(base, other, slower[0]) if slower else f"larger than the slots of {other.name}"
-    return Range(base.name, None, reason, base.times_us)
+def force_ranges(base: Proof, small: Proof, large: Proof, reason: str) -> tuple[Range, ...]:
+    """`small` and `large` for all that they were timed at, since a user asked for them; `large` only if it works."""
+    limit, start = max(small.times_us), min(large.times_us, default=0)
+    ranges = middle(base, limit, start, why_not(base, large) or "what the others do not carry")
+    ranges.insert(0, Range(small.name, limit, reason, small.times_us))
+    return (*ranges, Range(large.name, None, reason, large.times_us)) if start else tuple(ranges)
 
 
-def why_base_alone(base: Proof, other: Proof | None) -> str:
-    if other is None:
-        return "the only candidate"
+def middle(base: Proof, limit: int, start: int, reason: str) -> list[Range]:
+    """What is left to `base` above `limit` and below `start` (0: no end)."""
+    return [Range(base.name, start - 1 if start else None, reason, base.times_us)] if start != limit + 1 else []
+
+
+def why_not(base: Proof, other: Proof) -> str:
+    """Why `other` does not carry all that it was timed at; "" where it does."""
     if other.error:
         return f"{other.name} was left out: {other.error}"
-    return compare(base, other, min(other.times_us))
+    slower = [size for size in sorted(other.times_us) if other.times_us[size] >= base.times_us[size]]
+    return compare(base, other, slower[0]) if slower else ""
 
 
 def compare(better: Proof, worse: Proof, size: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 # Streams that share one of the card's queues wait for one another, and ranks must not. CUDA reads it when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -16,33 +17,34 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import torch
 from torch import Tensor
 
-from parallel.transports.host_memory import MAX_BYTES, Channel, Layout
+from parallel.transports.channel import Channel
+from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
 from parallel.transports.shared_region import SharedRegion, create_memory
+from parallel.transports.two_step import PIECE_BYTES, TwoStepChannel, TwoStepLayout
+
+C = TypeVar("C", bound=Channel)
 
 
-class RanksOnOneCard:
-    """`world_size` channels over one registered region, and a stream for each.
+class RanksOnOneCard(Generic[C]):
+    """A channel a rank over one registered region, and a stream for each.
 
     Memory must be allocated and inputs made before `run`: what waits for the card would wait for a peer's kernel too.
     """
 
     def __init__(
-        self, world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
+        self, world_size: int, device: torch.device, num_bytes: int, make: Callable[[SharedRegion, int], C]
     ) -> None:
         self.device = device
         torch.zeros(1, device=device)
-        layout = Layout(world_size, max_bytes)
-        descriptor = create_memory(layout.num_bytes)
-        self.region = SharedRegion(descriptor, layout.num_bytes)
+        descriptor = create_memory(num_bytes)
+        self.region = SharedRegion(descriptor, num_bytes)
         os.close(descriptor)
         self.region.register()
-        self.channels = [
-            Channel(self.region, layout, rank, device, timeout_sec=timeout_sec) for rank in range(world_size)
-        ]
+        self.channels = [make(self.region, rank) for rank in range(world_size)]
         self.streams = [torch.cuda.Stream(device) for _ in range(world_size)]
         torch.cuda.synchronize(device)
 
-    def run(self, call: Callable[[Channel], object], ranks: Sequence[int] | None = None) -> None:
+    def run(self, call: Callable[[C], object], ranks: Sequence[int] | None = None) -> None:
         """Calls `call(channel)` for each rank on its own stream, after what the current stream has queued."""
         chosen = range(len(self.channels)) if ranks is None else ranks
         current = torch.cuda.current_stream(self.device)
@@ -55,7 +57,7 @@ class RanksOnOneCard:
         for rank in chosen:
             current.wait_stream(self.streams[rank])
 
-    def capture(self, call: Callable[[Channel], object]) -> list[torch.cuda.CUDAGraph]:
+    def capture(self, call: Callable[[C], object]) -> list[torch.cuda.CUDAGraph]:
         """One graph a rank of what `call(channel)` queues."""
         graphs = []
         for channel, stream in zip(self.channels, self.streams, strict=True):
@@ -74,12 +76,34 @@ class RanksOnOneCard:
 @contextmanager
 def ranks_on_one_card(
     world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
-) -> Iterator[RanksOnOneCard]:
-    ranks = RanksOnOneCard(world_size, device, max_bytes=max_bytes, timeout_sec=timeout_sec)
+) -> Iterator[RanksOnOneCard[SlotChannel]]:
+    """Ranks that talk through slots."""
+    layout = Layout(world_size, max_bytes)
+
+    def make(region: SharedRegion, rank: int) -> SlotChannel:
+        return SlotChannel(region, layout, rank, device, timeout_sec=timeout_sec)
+
+    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+
+
+@contextmanager
+def two_step_on_one_card(
+    world_size: int, device: torch.device, *, piece_bytes: int = PIECE_BYTES, timeout_sec: float = 10
+) -> Iterator[RanksOnOneCard[TwoStepChannel]]:
+    """Ranks that exchange large messages in two steps."""
+    layout = TwoStepLayout(world_size, piece_bytes)
+
+    def make(region: SharedRegion, rank: int) -> TwoStepChannel:
+        return TwoStepChannel(region, layout, rank, device, timeout_sec=timeout_sec)
+
+    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+
+
+def closing(ranks: RanksOnOneCard[C]) -> Iterator[RanksOnOneCard[C]]:
     try:
         yield ranks
     finally:
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(ranks.device)
         ranks.region.unregister()
 
 

@@ -19,17 +19,27 @@ def run_probe(context: RankContext) -> dict[str, Any]:
 
 
 def probed_transports(context: RankContext) -> list[str]:
-    """Those the run chose from what it found, and gloo as the yardstick that works everywhere."""
+    """What the run talks through, what that is made of, and gloo as the yardstick that works everywhere."""
     if context.communicator.world_size == 1:
         return []
-    return list(dict.fromkeys([context.communicator.name, context.job.placement.transport, "gloo"]))
+    return list(dict.fromkeys([*opened_transports(context), "gloo"]))
 
 
 def open_transport(context: RankContext, name: str) -> Communicator:
-    known = {each.name: each for each in (context.communicator, getattr(context.communicator, "inner", None)) if each}
-    if name in known:
-        return known[name]
+    opened = opened_transports(context)
+    if name in opened:
+        return opened[name]
     return open_communicator(name, context.device, timeout_sec=context.job.run.timeouts.collective_sec)
+
+
+def opened_transports(context: RankContext) -> dict[str, Communicator]:
+    """The run's communicator and those within it, to which it hands on what it does not carry."""
+    opened: dict[str, Communicator] = {}
+    communicator: Communicator | None = context.communicator
+    while communicator is not None:
+        opened[communicator.name] = communicator
+        communicator = getattr(communicator, "inner", None)
+    return opened
 
 
 def time_sizes(context: RankContext, communicator: Communicator) -> list[dict[str, Any]]:

@@ -8,28 +8,9 @@
 //
 // Region (host_memory.py, Layout): a page with an error word a rank, 64 bytes apart; then for each rank two slots of
 // `slot_lines` lines. The slot of a call is its epoch's parity; why two are enough is said in host_memory.py.
-//
-// State, on the card, of one rank: the epoch in the upper and the blocks that have arrived in the lower half of one
-// word, then the peer that did not answer, plus one. The last block to arrive bumps the epoch for the next launch, so
-// that a captured graph replays correctly and grids may differ from call to call.
-//
-// Defined by the host: WORLD, the number of ranks.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char u8;
 
 #define LINE_BYTES 16
 #define DATA_BYTES 8
-#define PAGE_BYTES 4096
-#define ERROR_STRIDE 64
-// A poll takes about a microsecond; the clock is looked at once in so many.
-#define POLLS_PER_LOOK 128
-
-struct State {
-  u64 epoch_and_arrived;
-  u32 failed;
-};
 
 __device__ __forceinline__ void write_line(u8* line, uint2 data, u32 epoch) {
   const u64 flag = (u64)epoch << 32;
@@ -49,58 +30,6 @@ __device__ __forceinline__ Words read_line(const u8* line) {
                : "memory");
   return words;
 }
-
-__device__ __forceinline__ u64 now_ns() {
-  u64 time;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-  return time;
-}
-
-struct BFloat16 {
-  static __device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-  static __device__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-  static __device__ u32 pair(float low, float high) {
-    u32 result;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-  }
-};
-
-struct Float16 {
-  static __device__ float widen(unsigned short half) {
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(half));
-    return result;
-  }
-  static __device__ float low(u32 pair) { return widen((unsigned short)pair); }
-  static __device__ float high(u32 pair) { return widen((unsigned short)(pair >> 16)); }
-  static __device__ u32 pair(float low, float high) {
-    u32 result;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-  }
-};
-
-// Sums of four bytes of each rank, in float32, in rank order, rounded once.
-template <class Element>
-struct Sum {
-  static __device__ u32 of(const u32* words) {
-    float low = Element::low(words[0]), high = Element::high(words[0]);
-#pragma unroll
-    for (int r = 1; r < WORLD; ++r) low += Element::low(words[r]), high += Element::high(words[r]);
-    return Element::pair(low, high);
-  }
-};
-
-template <>
-struct Sum<float> {
-  static __device__ u32 of(const u32* words) {
-    float sum = __uint_as_float(words[0]);
-#pragma unroll
-    for (int r = 1; r < WORLD; ++r) sum += __uint_as_float(words[r]);
-    return __float_as_uint(sum);
-  }
-};
 
 // Eight bytes of `data` from 8 * line on; those beyond its end are zero. `data` is aligned to 8.
 __device__ __forceinline__ uint2 load_message(const u8* data, int line, int num_bytes) {
@@ -143,31 +72,6 @@ struct Gather {
   }
 };
 
-// Bounds the wait for a peer, so that its death becomes an error on the host and never a card that hangs.
-struct Watch {
-  u64 limit_ns, start_ns;
-  u32 polls;
-
-  __device__ bool given_up(State* state, u8* error, int peer) {
-    if (++polls % POLLS_PER_LOOK) return false;
-    if (*(volatile u32*)&state->failed) return true;
-    const u64 now = now_ns();
-    if (start_ns == 0) start_ns = now;
-    if (now - start_ns < limit_ns) return false;
-    if (atomicCAS(&state->failed, 0u, (u32)peer + 1) == 0)
-      asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(error), "r"((u32)peer + 1) : "memory");
-    return true;
-  }
-};
-
-// The epoch of this launch. Zero is skipped when the count wraps: untouched lines carry it.
-__device__ u32 enter(State* state) {
-  const u64 before = atomicAdd(&state->epoch_and_arrived, 1ull);
-  const u32 last = (u32)(before >> 32), epoch = last == 0xffffffffu ? 2u : last + 1;
-  if ((u32)before == gridDim.x - 1) atomicExch(&state->epoch_and_arrived, (u64)epoch << 32);
-  return epoch;
-}
-
 // Reads one line of every peer into `values`; false: one of them did not answer in time.
 __device__ __forceinline__ bool read_peers(uint2* values, const u8* line, size_t stride, int rank, u32 epoch,
                                            Watch& watch, State* state, u8* error) {
@@ -188,25 +92,19 @@ __device__ __forceinline__ bool read_peers(uint2* values, const u8* line, size_t
 template <class Step>
 __device__ __forceinline__ void exchange(const u8* in, u8* out, State* state, u8* region, int num_bytes, int slot_lines,
                                          int rank, int timeout_ms) {
-  __shared__ u32 shared_epoch, shared_failed;
   const int start = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   const int num_lines = (num_bytes + DATA_BYTES - 1) / DATA_BYTES;
   // Asked for before the epoch is known, so that the two waits overlap.
   uint2 own = start < num_lines ? load_message(in, start, num_bytes) : make_uint2(0, 0);
-  if (threadIdx.x == 0) {
-    shared_failed = *(volatile u32*)&state->failed;
-    shared_epoch = enter(state);
-  }
-  __syncthreads();
-  if (shared_failed) return;
-  const u32 epoch = shared_epoch;
+  u32 epoch;
+  if (!begin(state, epoch)) return;
   const size_t slot_bytes = (size_t)slot_lines * LINE_BYTES, stride = 2 * slot_bytes;
   u8* slots = region + PAGE_BYTES + (epoch & 1) * slot_bytes;
 
   for (int k = start; k < num_lines; k += step)
     write_line(slots + rank * stride + (size_t)k * LINE_BYTES, k == start ? own : load_message(in, k, num_bytes), epoch);
 
-  Watch watch = {(u64)timeout_ms * 1000000ull, 0, 0};
+  Watch watch = watch_for(timeout_ms);
   for (int k = start; k < num_lines; k += step) {
     if (k != start) own = load_message(in, k, num_bytes);
     uint2 values[WORLD];
@@ -220,13 +118,11 @@ __device__ __forceinline__ void exchange(const u8* in, u8* out, State* state, u8
   }
 }
 
-// The region's address comes in two halves: the launcher of kernels passes whole numbers as 32 bits.
 #define KERNEL(name, step)                                                                                            \
   extern "C" __global__ void __launch_bounds__(512)                                                                   \
   name(const u8* in, u8* out, State* state, int region_low, int region_high, int num_bytes, int slot_lines, int rank, \
        int timeout_ms) {                                                                                              \
-    u8* region = (u8*)((u64)(u32)region_high << 32 | (u32)region_low);                                                \
-    exchange<step>(in, out, state, region, num_bytes, slot_lines, rank, timeout_ms);                                  \
+    exchange<step>(in, out, state, address(region_low, region_high), num_bytes, slot_lines, rank, timeout_ms);        \
   }
 
 KERNEL(reduce_bfloat16, Reduce<BFloat16>)

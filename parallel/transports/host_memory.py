@@ -11,22 +11,18 @@ peer, so this holds whatever the sizes and grids of the calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator, TransportError
-from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
+from parallel.communicator import Communicator
+from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, open_channel
+from parallel.transports.shared_region import SharedRegion
 from parallel.transports.torch_distributed import open_nccl
 
 KIB = 1024
-PAGE_BYTES = 4096
-ERROR_STRIDE = 64
 DATA_BYTES = 8
 LINE_BYTES = 16
 MAX_RANKS = 4
@@ -34,14 +30,7 @@ MAX_RANKS = 4
 MAX_BYTES = 512 * KIB
 # (up to so many bytes, blocks, threads), on an H200 at PCIe 5.0: 4.3 us, 7.6 us and 20.5 us at these sizes.
 LAUNCHES = ((16 * KIB, 8, 256), (64 * KIB, 16, 256), (256 * KIB, 32, 512), (MAX_BYTES, 64, 512))
-REDUCTIONS = {
-    torch.bfloat16: "reduce_bfloat16",
-    torch.float16: "reduce_float16",
-    torch.float32: "reduce_float32",
-}
 GATHER = "gather_bytes"
-# The kernel takes its limit as 32 bits.
-MAX_TIMEOUT_MS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -71,8 +60,8 @@ class Layout:
     def slot(self, rank: int, epoch: int) -> int:
         return PAGE_BYTES + (2 * rank + epoch % 2) * self.slot_bytes
 
-    def error(self, rank: int) -> int:
-        return rank * ERROR_STRIDE
+    def own(self, rank: int) -> tuple[int, int]:
+        return self.slot(rank, 0), self.slot(rank, 1) + self.slot_bytes
 
 
 def choose_launch(num_bytes: int) -> tuple[int, int]:
@@ -82,57 +71,28 @@ def choose_launch(num_bytes: int) -> tuple[int, int]:
     return min(blocks, -(-lines // threads)), threads
 
 
-@cache
-def compile_kernel(name: str, world_size: int, device_index: int) -> Callable[..., None]:
-    """A kernel of host_memory.cu, compiled for the card of this process."""
-    source = (Path(__file__).parent / "host_memory.cu").read_text(encoding="utf-8")
-    kernel: Callable[..., None] = torch.cuda._compile_kernel(source, name, nvcc_options=[f"-DWORLD={world_size}"])
-    return kernel
-
-
-class Channel:
-    """One rank's end of a registered region: its state on the card, and the launches.
-
-    Calls must follow one another on the card, as on one stream; every rank makes the same ones.
-    """
+class SlotChannel(Channel):
+    """Collectives of up to `layout.max_bytes`, on tensors that are contiguous and aligned to 8 bytes."""
 
     def __init__(
         self, region: SharedRegion, layout: Layout, rank: int, device: torch.device, *, timeout_sec: float
     ) -> None:
-        self.region, self.layout, self.rank = region, layout, rank
-        self.timeout_sec = timeout_sec
-        # Epoch and arrivals, then the peer that did not answer, plus one.
-        self.state = torch.zeros(2, dtype=torch.int64, device=device)
-        self.error = region.word(layout.error(rank))
-        # All of them now: loading code needs the card, which may be waiting for a peer later.
         names = (*REDUCTIONS.values(), GATHER)
-        self.kernels = {name: compile_kernel(name, layout.world_size, device.index) for name in names}
+        super().__init__(
+            region, layout.world_size, rank, device, source="host_memory.cu", names=names, timeout_sec=timeout_sec
+        )
+        self.layout = layout
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        """Sum over the ranks of `source`, into `target` (it may be the same); both contiguous, aligned to 8 bytes."""
+        """Sum over the ranks of `source`, into `target`, which may be the same."""
         self._launch(REDUCTIONS[source.dtype], source, target)
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
-        """`source` of each rank into `target`, [world_size, ...]; both contiguous, aligned to 8 bytes."""
+        """`source` of each rank, of any type, into `target`, [world_size, ...]."""
         self._launch(GATHER, source, target)
 
     def _launch(self, name: str, source: Tensor, target: Tensor) -> None:
-        blocks, threads = choose_launch(source.nbytes)
-        address = self.region.device_address
-        timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        args = [source, target, self.state, address & 0xFFFFFFFF, address >> 32, source.nbytes, self.layout.slot_lines,
-                self.rank, timeout_ms]  # fmt: skip
-        self.kernels[name](grid=(blocks, 1, 1), block=(threads, 1, 1), args=args)
-
-    def check(self) -> None:
-        """Raises TransportError if a call that the card has run was given up for want of a peer's answer."""
-        missing = self.error.value
-        if missing:
-            raise TransportError(
-                f"rank {missing - 1} did not answer rank {self.rank} through host memory within {self.timeout_sec:g} s "
-                "(timeouts.collective_sec; a quarter of timeouts.selftest_sec in the self-test). Its log says what it "
-                "was doing; engine.transport=nccl avoids host memory."
-            )
+        self.launch(name, source, target, source.nbytes, self.layout.slot_lines, *choose_launch(source.nbytes))
 
 
 class HostMemory:
@@ -140,7 +100,7 @@ class HostMemory:
 
     name = "host_memory"
 
-    def __init__(self, inner: Communicator, channel: Channel) -> None:
+    def __init__(self, inner: Communicator, channel: SlotChannel) -> None:
         self.inner, self.channel = inner, channel
         self.rank, self.world_size = inner.rank, inner.world_size
         self.capturable = inner.capturable
@@ -189,26 +149,11 @@ def wrap_host_memory(
     """Opens slots for all ranks of `inner`, which carries what is too large for them.
 
     Raises:
-        TransportError: on every rank, if one of them cannot map or register the memory or compile the kernels.
+        TransportError: as `open_channel`.
     """
     layout = Layout(inner.world_size, max_bytes)
-    region = share_region(inner, device, layout.num_bytes)
-    region.touch(layout.slot(inner.rank, 0), layout.slot(inner.rank, 0) + 2 * layout.slot_bytes)
-    # Registration brings in the pages that nobody has touched.
-    inner.barrier()
-    channel, problem = None, ""
-    try:
-        region.register()
-        channel = Channel(region, layout, inner.rank, device, timeout_sec=timeout_sec)
-    except Exception as error:  # The driver refuses the memory; NVRTC is missing or refuses the code.
-        problem = first_line(error)
-    raise_everywhere(inner, device, problem)
-    assert channel is not None
-    return HostMemory(inner, channel)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0].removesuffix(".")
+    make = lambda region: SlotChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
+    return HostMemory(inner, open_channel(inner, device, layout, make))
 
 
 def open_host_memory(device: torch.device, timeout: timedelta) -> HostMemory:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.torch_distributed import open_gloo
+from parallel.transports.two_step import wrap_two_step
 from tools.local_ranks import collect_results
 
 DEVICE = torch.device("cuda", 0)
@@ -65,7 +66,8 @@ def rank_main(
         "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size, timeout=limit
     )
     try:
-        communicator: HostMemory = wrap_host_memory(open_gloo(DEVICE, limit), DEVICE, timeout_sec=timeout_sec)
+        large = wrap_two_step(open_gloo(DEVICE, limit), DEVICE, timeout_sec=timeout_sec)
+        communicator: HostMemory = wrap_host_memory(large, DEVICE, timeout_sec=timeout_sec)
         answer = (None, function(communicator, *args))
     except BaseException:
         answer = (traceback.format_exc(), None)

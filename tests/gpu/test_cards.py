@@ -29,8 +29,11 @@ def test_two_cards_answer_like_one(
     args = ("gpus=2", f"limits.peer_access={peer_access}", f"engine.transport={transport}", *FP32)
     report = run(*args, folder=tmp_path / "run").report
     names = [each["name"] for each in report["transport"].values()]
-    assert names in {"auto": (["nccl"], ["host_memory", "nccl"]), "nccl": (["nccl"],),
-                     "host_memory": (["host_memory", "nccl"],)}[transport]  # fmt: skip
+    assert "nccl" in names and set(names) <= {"host_memory", "nccl", "host_memory_two_step"}
+    if transport == "nccl":
+        assert names == ["nccl"]
+    if transport == "host_memory":
+        assert names[0] == "host_memory"
     assert report["outputs"][0]["token_ids"] == one_card_tokens
 
 

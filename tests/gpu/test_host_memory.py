@@ -1,22 +1,19 @@
-"""Host memory carries exact sums: with ranks as streams of one card, side by side, and as processes that take turns."""
+"""Host memory carries exact sums, with ranks as streams of one card, side by side."""
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel.communicator import TransportError
-from parallel.transports.host_memory import KIB, MAX_BYTES, Channel, HostMemory
-from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
-from tools.local_ranks import receive_result
+from parallel.transports.host_memory import MAX_BYTES, SlotChannel
+from tests.gpu.one_card import DEVICE
 from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card
 
 pytestmark = pytest.mark.gpu
@@ -27,12 +24,12 @@ EPSILON = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0*
 
 
 @pytest.fixture(scope="module", params=(2, 3, 4))
-def ranks(request: pytest.FixtureRequest) -> Iterator[RanksOnOneCard]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[RanksOnOneCard[SlotChannel]]:
     with ranks_on_one_card(request.param, DEVICE) as opened:
         yield opened
 
 
-def fresh(ranks: RanksOnOneCard, count: int, dtype: torch.dtype) -> list[Tensor]:
+def fresh(ranks: RanksOnOneCard[Any], count: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(count, device=DEVICE).to(dtype) for _ in ranks.channels]
 
 
@@ -51,7 +48,7 @@ def assert_sums(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_length_is_summed(ranks: RanksOnOneCard, dtype: torch.dtype) -> None:
+def test_every_length_is_summed(ranks: RanksOnOneCard[Any], dtype: torch.dtype) -> None:
     """Around lines, blocks and grids, and the largest; each into poisoned memory, whose neighbours stay poisoned."""
     largest = MAX_BYTES // dtype.itemsize
     for count in (*range(1, 20), 511, 512, 1023, 4097, 8192, 16385, 99_991, largest - 1, largest):
@@ -64,7 +61,7 @@ def test_every_length_is_summed(ranks: RanksOnOneCard, dtype: torch.dtype) -> No
         assert all(each[count:].isnan().all() for each in wide), count
 
 
-def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard) -> None:
+def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard[SlotChannel]) -> None:
     for num_bytes in (*range(1, 26), 1000, 4096, 65_537, MAX_BYTES):
         sources = [torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=DEVICE) for _ in ranks.channels]
         expected = torch.stack(sources)
@@ -76,7 +73,7 @@ def test_bytes_are_gathered_in_rank_order(ranks: RanksOnOneCard) -> None:
         assert all((each[expected.numel() :] == 165).all() for each in wide), num_bytes
 
 
-def test_special_values_survive(ranks: RanksOnOneCard) -> None:
+def test_special_values_survive(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """A sum of minus zeros is minus zero, infinities and NaN pass, and what is too large becomes infinity."""
     for dtype in DTYPES:
         large = torch.finfo(dtype).max
@@ -91,7 +88,7 @@ def test_special_values_survive(ranks: RanksOnOneCard) -> None:
             assert target[0].signbit()
 
 
-def test_soak_of_random_sizes(ranks: RanksOnOneCard) -> None:
+def test_soak_of_random_sizes(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """Many calls in flight, sizes, types and kinds mixed, all verified; nothing waits for the host in between."""
     generator = random.Random(int.from_bytes(os.urandom(4), "little"))
     for _ in range(12):
@@ -118,12 +115,12 @@ def test_soak_of_random_sizes(ranks: RanksOnOneCard) -> None:
                 assert_sums(sources, targets)
 
 
-def test_graphs_replay_right(ranks: RanksOnOneCard) -> None:
+def test_graphs_replay_right(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """An odd number of calls of several sizes, in place, replayed on fresh values between plain calls."""
     counts = (8192, 1, 131, 8192, 60_000, 8192, 7)
     buffers = [[torch.zeros(count, device=DEVICE).bfloat16() for count in counts] for _ in ranks.channels]
 
-    def calls(channel: Channel) -> None:
+    def calls(channel: SlotChannel) -> None:
         for buffer in buffers[channel.rank]:
             channel.all_reduce(buffer, buffer)
 
@@ -144,7 +141,7 @@ def test_graphs_replay_right(ranks: RanksOnOneCard) -> None:
         assert_sums(plain, targets)
 
 
-def test_epochs_wrap(ranks: RanksOnOneCard) -> None:
+def test_epochs_wrap(ranks: RanksOnOneCard[SlotChannel]) -> None:
     """The largest slot lines were never written: they still carry zero, which no epoch may be."""
     for channel in ranks.channels:
         channel.state[0] = -4 << 32
@@ -175,112 +172,3 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
         for _ in range(2000):
             ranks.run(call, ranks=(0, 2))
         torch.cuda.synchronize()
-
-
-# --- Ranks as processes -------------------------------------------------------------------------------------------
-
-
-def values(rank: int, step: int, count: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(count, generator=generator).to(dtype)
-
-
-def use_communicator(communicator: HostMemory) -> list[str]:
-    """What came out wrong, of plain calls, views, graphs and gathers."""
-    wrong: list[str] = []
-    world_size = communicator.world_size
-
-    def expected(step: int, count: int, dtype: torch.dtype) -> Tensor:
-        return ordered_sum([values(rank, step, count, dtype) for rank in range(world_size)])
-
-    def note(what: str, ok: bool) -> None:
-        wrong.extend([] if ok else [what])
-
-    for step, (count, dtype) in enumerate((c, d) for d in DTYPES for c in (1, 3, 8192, 50_001)):
-        tensor = values(communicator.rank, step, count, dtype).to(DEVICE)
-        note(f"{count} {dtype} in place", communicator.all_reduce(tensor) is tensor)
-        note(f"{count} {dtype}", torch.equal(tensor.cpu(), expected(step, count, dtype)))
-    # A view that is not aligned, one that is not contiguous, and a message that is too large.
-    base = torch.zeros(101, dtype=torch.bfloat16, device=DEVICE)
-    base[1:] = values(communicator.rank, 50, 100, torch.bfloat16)
-    communicator.all_reduce(base[1:])
-    note("misaligned", torch.equal(base[1:].cpu(), expected(50, 100, torch.bfloat16)) and base[0].item() == 0)
-    square = values(communicator.rank, 51, 100, torch.float32).view(10, 10).to(DEVICE)
-    communicator.all_reduce(square.T)
-    note("transposed", torch.equal(square.cpu().view(-1), expected(51, 100, torch.float32)))
-    large = torch.full((MAX_BYTES // 4 + 1,), float(communicator.rank + 1), device=DEVICE)
-    communicator.all_reduce(large)
-    note("large", bool((large == world_size * (world_size + 1) / 2).all()))
-    for dtype in (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool):
-        ours = torch.arange(15, device=DEVICE).add(communicator.rank).remainder(2).to(dtype).view(3, 5)
-        rows = [torch.arange(15).add(rank).remainder(2).to(dtype).view(3, 5) for rank in range(world_size)]
-        gathered = communicator.all_gather(ours.T)
-        note(f"gather {dtype}", torch.equal(gathered.cpu(), torch.stack(rows).transpose(1, 2)))
-    wrong += replay_graph(communicator, expected)
-    communicator.barrier()
-    return wrong
-
-
-def replay_graph(communicator: HostMemory, expected: object) -> list[str]:
-    buffers = [torch.zeros(8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
-    graph, wrong = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for buffer in buffers:
-            communicator.all_reduce(buffer)
-        gathered = communicator.all_gather(buffers[0][:2])
-    for replay in range(5):
-        for i, buffer in enumerate(buffers):
-            buffer.copy_(values(communicator.rank, 100 + 10 * replay + i, 8192, torch.bfloat16))
-        graph.replay()
-        for i, buffer in enumerate(buffers):
-            if not torch.equal(buffer.cpu(), expected(100 + 10 * replay + i, 8192, torch.bfloat16)):  # type: ignore[operator]
-                wrong.append(f"replay {replay} buffer {i}")
-        if not torch.equal(gathered, buffers[0][:2].expand_as(gathered)):
-            wrong.append(f"replay {replay} gather")
-    return wrong
-
-
-@pytest.mark.parametrize("world_size", (2, 3, 4))
-def test_processes_that_share_a_card_agree(world_size: int, tmp_path: Path) -> None:
-    assert list(run_on_one_card(use_communicator, world_size, tmp_path)) == [[]] * world_size
-
-
-def lose_peer(communicator: HostMemory) -> str:
-    message = torch.ones(8192, device=DEVICE)
-    communicator.all_reduce(message)
-    communicator.barrier()
-    if communicator.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    communicator.all_reduce(message)
-    try:
-        communicator.barrier()
-    except TransportError as error:
-        return str(error)
-    return "nothing was noticed"
-
-
-def test_a_killed_peer_becomes_an_error(tmp_path: Path) -> None:
-    processes, connections = start_on_one_card(lose_peer, 2, tmp_path, timeout_sec=2)
-    message = receive_result(connections[0], 0)
-    assert "rank 1 did not answer rank 0 through host memory within 2 s (timeouts.collective_sec" in message
-    for process in processes:
-        process.join(timeout=60)
-        assert not process.is_alive()
-
-
-def wait_for_nobody(communicator: HostMemory) -> None:
-    if communicator.rank == 0:
-        communicator.all_reduce(torch.ones(16 * KIB, device=DEVICE))
-    else:
-        time.sleep(600)
-
-
-def test_a_kernel_that_waits_does_not_keep_its_process(tmp_path: Path) -> None:
-    """Rank 0's card waits ten minutes; the process ends when it is killed, as the elastic agent would."""
-    processes, connections = start_on_one_card(wait_for_nobody, 2, tmp_path, timeout_sec=600)
-    receive_result(connections[0], 0)
-    for process in processes:
-        process.kill()
-        process.join(timeout=60)
-        assert not process.is_alive()
-    assert torch.ones(4, device=DEVICE).sum().item() == 4

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
 
 from launcher import rank_transport
 from launcher.config import TransportKind
@@ -17,8 +16,9 @@ from launcher.rank_transport import open_transport
 from parallel.communicator import TransportError
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
-from parallel.transports.host_memory import KIB
+from parallel.transports.host_memory import KIB, HostMemory
 from parallel.transports.solo import Solo
+from parallel.transports.two_step import TwoStepHostMemory
 from tests.launcher.jobs import make_job, make_run
 
 CPU = torch.device("cpu")
@@ -44,30 +44,39 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
     assert found["larger"]["prefill_gb_per_sec"] == pytest.approx(2**25 / 1183e-6 / 1e9)
 
 
+SMALL, LARGE = HostMemory.name, TwoStepHostMemory.name
+MIB = 2**20
+
+
+class FakeChannel:
+    closed = False
+    timeout_sec = 0.0
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Fake(Solo):
     """Stands for a transport; its proof is what a test says."""
 
-    max_bytes = 512 * KIB
+    max_bytes = min_bytes = 0
 
     def __init__(self, name: str) -> None:
         super().__init__(CPU)
         self.name = name
-        self.channel = self
-        self.timeout_sec = 0.0
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        raise AssertionError("nobody should talk through a fake")
+        self.channel = FakeChannel()
+        self.inner: Fake | None = None
 
 
 def open_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, proofs: dict[str, Proof]
-) -> tuple[Any, list[str]]:
-    """The choice among fakes with these proofs, and the names of those that were tried."""
-    tried: list[str] = []
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, *proofs: Proof
+) -> tuple[Any, dict[str, Fake]]:
+    """The choice among fakes with these proofs, and all that were tried."""
+    by_name, tried = {proof.name: proof for proof in proofs}, {}
 
     def fake_prove(name: str, opener: object, sizes: object, **_: object) -> tuple[Fake | None, Proof]:
-        tried.append(name)
-        return (None if proofs[name].error else Fake(name)), proofs[name]
+        tried[name] = Fake(name)
+        return (None if by_name[name].error else tried[name]), by_name[name]
 
     monkeypatch.setattr(rank_transport, "prove", fake_prove)
     monkeypatch.setattr(rank_transport, "open_kind", lambda job, kind, device: Fake(kind))
@@ -76,46 +85,53 @@ def open_with(
     return open_transport(make_job(tmp_path, cards=True, run=run), CPU, lambda error: None), tried
 
 
-FASTER = {"nccl": Proof("nccl", {DECODE_BYTES: 24.7}), "host_memory": Proof("host_memory", {DECODE_BYTES: 4.3})}
-SLOWER = {"nccl": Proof("nccl", {DECODE_BYTES: 3.0}), "host_memory": Proof("host_memory", {DECODE_BYTES: 4.3})}
-BROKEN = {**FASTER, "host_memory": Proof("host_memory", error="rank 0: no memory")}
+NCCL = Proof("nccl", {DECODE_BYTES: 24.7, MIB: 63.0})
+FAST, SLOW = Proof(SMALL, {DECODE_BYTES: 4.3}), Proof(SMALL, {DECODE_BYTES: 99.0})
+FAST_LARGE, SLOW_LARGE = Proof(LARGE, {MIB: 40.0}), Proof(LARGE, {MIB: 99.0})
+BROKEN, BROKEN_LARGE = Proof(SMALL, error="rank 0: no memory"), Proof(LARGE, error="rank 0: no memory")
 
 
 @pytest.mark.parametrize(
-    ("kind", "proofs", "names", "tried"),
+    ("kind", "small", "large", "chain"),
     [
-        (TransportKind.auto, FASTER, ["host_memory", "nccl"], ["nccl", "host_memory"]),
-        (TransportKind.auto, SLOWER, ["nccl"], ["nccl", "host_memory"]),
-        (TransportKind.auto, BROKEN, ["nccl"], ["nccl", "host_memory"]),
-        (TransportKind.nccl, FASTER, ["nccl"], ["nccl"]),
-        (TransportKind.host_memory, SLOWER, ["host_memory", "nccl"], ["nccl", "host_memory"]),
+        (TransportKind.auto, FAST, FAST_LARGE, [SMALL, LARGE, "nccl"]),
+        (TransportKind.auto, FAST, SLOW_LARGE, [SMALL, "nccl"]),
+        (TransportKind.auto, SLOW, FAST_LARGE, [LARGE, "nccl"]),
+        (TransportKind.auto, SLOW, BROKEN_LARGE, ["nccl"]),
+        (TransportKind.auto, BROKEN, SLOW_LARGE, ["nccl"]),
+        (TransportKind.nccl, FAST, FAST_LARGE, ["nccl"]),
+        (TransportKind.host_memory, SLOW, SLOW_LARGE, [SMALL, LARGE, "nccl"]),
+        (TransportKind.host_memory, SLOW, BROKEN_LARGE, [SMALL, "nccl"]),
     ],
 )
-def test_engine_transport_narrows_the_choice(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kind: TransportKind,
-    proofs: dict[str, Proof],
-    names: list[str],
-    tried: list[str],
+def test_each_hands_on_what_it_does_not_carry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, small: Proof, large: Proof, chain: list[str]
 ) -> None:
-    choice, all_tried = open_with(monkeypatch, tmp_path, kind, proofs)
-    assert [each.name for each in choice.ranges] == names
-    assert choice.communicator.name == names[0]
-    assert all_tried == tried
-    if names[0] == "host_memory":
-        # The limit of the self-test ends with it.
-        assert choice.communicator.timeout_sec == make_run().timeouts.collective_sec
+    choice, tried = open_with(monkeypatch, tmp_path, kind, NCCL, small, large)
+    names, each = [], choice.communicator
+    while each is not None:
+        names.append(each.name)
+        if each.name == SMALL:
+            assert each.max_bytes == DECODE_BYTES
+        if each.name == LARGE:
+            assert each.min_bytes == MIB
+        if each.name != "nccl":
+            # The limit of the self-test ends with it.
+            assert each.channel.timeout_sec == make_run().timeouts.collective_sec
+        each = each.inner
+    assert names == chain
+    assert {range_.name for range_ in choice.ranges} == set(chain)
+    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", LARGE, SMALL])
+    working = {proof.name for proof in (small, large) if not proof.error} & set(tried)
+    assert {name for name in working if tried[name].channel.closed} == working - set(chain)
 
 
 def test_what_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"self-test of host_memory failed on rank 0: no memory\."):
-        open_with(monkeypatch, tmp_path, TransportKind.host_memory, BROKEN)
+        open_with(monkeypatch, tmp_path, TransportKind.host_memory, NCCL, BROKEN, FAST_LARGE)
 
 
 def test_nothing_works_without_nccl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    proofs = {"nccl": Proof("nccl", error="rank 1: gave wrong sums of 4 bytes of float32")}
-    with pytest.raises(
-        TransportError, match=r"self-test of nccl failed on rank 1: gave wrong .*limits.peer_access=off"
-    ):
-        open_with(monkeypatch, tmp_path, TransportKind.auto, proofs)
+    broken = Proof("nccl", error="rank 1: gave wrong sums of 4 bytes of float32")
+    with pytest.raises(TransportError, match=r"nccl failed on rank 1: gave wrong .*limits.peer_access=off"):
+        open_with(monkeypatch, tmp_path, TransportKind.auto, broken)

@@ -1,9 +1,9 @@
-"""Host memory without a card: its layout, its memory's life, and its protocol run by processes instead of kernels."""
+"""Host memory without a card: its layouts, who carries what, and its protocol run by processes instead of kernels."""
 
 from __future__ import annotations
 
-import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -13,23 +13,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallel.communicator import Communicator, TransportError
-from parallel.transports import shared_region
+from parallel.communicator import Communicator
+from parallel.transports import two_step
+from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.host_memory import (
     DATA_BYTES,
     KIB,
     LAUNCHES,
     LINE_BYTES,
     MAX_BYTES,
-    PAGE_BYTES,
+    MAX_RANKS,
     HostMemory,
     Layout,
     choose_launch,
     is_plain,
-    wrap_host_memory,
 )
-from parallel.transports.shared_region import SharedRegion, gather_texts, open_region, share_region
+from parallel.transports.shared_region import SharedRegion, share_region
 from parallel.transports.solo import Solo
+from parallel.transports.two_step import (
+    CHUNK_BYTES,
+    FLAG_BYTES,
+    MAX_CHUNKS,
+    THREADS,
+    UNIT_BYTES,
+    TwoStepHostMemory,
+    TwoStepLayout,
+)
 from tests.parallel.ranks import CPU, run_on_ranks
 from tools.ranks_on_one_card import ordered_sum
 
@@ -42,10 +51,11 @@ def test_slots_are_whole_pages_and_do_not_overlap(world_size: int) -> None:
     starts = [layout.slot(rank, epoch) for rank in range(world_size) for epoch in (0, 1)]
     assert all(start % PAGE_BYTES == 0 for start in starts)
     ends = [start + layout.slot_lines * LINE_BYTES for start in starts]
-    errors = [layout.error(rank) + 4 for rank in range(world_size)]
+    errors = [rank * ERROR_STRIDE + 4 for rank in range(world_size)]
     # In this order, without a gap: error words, then each rank's two slots.
     assert max(errors) <= starts[0] == PAGE_BYTES
     assert ends == [*starts[1:], layout.num_bytes]
+    assert [layout.own(rank) for rank in range(world_size)] == list(zip(starts[::2], ends[1::2], strict=True))
     assert layout.slot_lines * DATA_BYTES == 6 * KIB
     assert [layout.slot(1, epoch) for epoch in (2, 3)] == [layout.slot(1, epoch) for epoch in (0, 1)]
 
@@ -69,92 +79,30 @@ def test_measured_launches_are_kept() -> None:
     assert LAUNCHES[-1][0] == MAX_BYTES
 
 
-# --- The life of the memory ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_parts_fit_their_slots_and_flags(world_size: int) -> None:
+    layout = TwoStepLayout(world_size)
+    part = -(-layout.slot_units // world_size)
+    assert part <= layout.slot_units // 2
+    assert -(-part * UNIT_BYTES // CHUNK_BYTES) <= MAX_CHUNKS
+    areas = [layout.own(rank) for rank in range(world_size)]
+    assert all(start % PAGE_BYTES == 0 for start, _ in areas)
+    # Two slots and two of sums; in rank order, without a gap, after the flags.
+    assert all(end - start == (2 + 2 * 0.5) * layout.piece_bytes for start, end in areas)
+    assert [start for start, _ in areas] == [areas[0][0], *(end for _, end in areas[:-1])]
+    assert areas[0][0] >= PAGE_BYTES + 2 * world_size * MAX_CHUNKS * 4
+    assert areas[-1][1] == layout.num_bytes
 
 
-def share(communicator: Communicator) -> tuple[list[int], set[str], list[str]]:
-    """What each rank wrote, as all see it; new names in /dev/shm; the memory's descriptors that are still open."""
-    before = names_in_shm()
-    region = share_region(communicator, CPU, PAGE_BYTES)
-    region.word(64 * communicator.rank).value = 7 + communicator.rank
-    communicator.barrier()
-    seen = [region.word(64 * rank).value for rank in range(communicator.world_size)]
-    links = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
-    return seen, names_in_shm() - before, [link for link in links if "launch70b" in link]
-
-
-def names_in_shm() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-@pytest.mark.parametrize("world_size", (2, 3))
-def test_all_ranks_see_one_memory_that_has_no_name(world_size: int) -> None:
-    for seen, names, descriptors in run_on_ranks(share, world_size):
-        assert seen == list(range(7, 7 + world_size))
-        assert names == set()
-        # The mapping itself keeps one, Python's own.
-        assert len(descriptors) == 1
-
-
-def fail_on_rank_0(communicator: Communicator) -> str:
-    os.memfd_create = refuse  # type: ignore[assignment]
-    with pytest.raises(TransportError) as caught:
-        share_region(communicator, CPU, PAGE_BYTES)
-    communicator.barrier()
-    return str(caught.value)
-
-
-def refuse(name: str, flags: int) -> int:
-    raise OSError(12, "Cannot allocate memory")
-
-
-def test_memory_that_cannot_be_made_is_told_on_every_rank() -> None:
-    messages = run_on_ranks(fail_on_rank_0, 3)
-    assert len(set(messages)) == 1
-    assert messages[0].startswith(f"rank 0 cannot create {PAGE_BYTES} bytes of shared memory: ")
-    assert "Cannot allocate memory" in messages[0]
-
-
-def fail_to_open(communicator: Communicator) -> str:
-    if communicator.rank == 1:
-        # In another pid namespace, rank 0's number is nobody's.
-        shared_region.open_region = lambda pid, *rest: open_region(2**22 + 1, *rest)
-    with pytest.raises(TransportError) as caught:
-        share_region(communicator, CPU, PAGE_BYTES)
-    communicator.barrier()
-    return str(caught.value)
-
-
-def test_memory_that_one_rank_cannot_open_is_told_on_every_rank() -> None:
-    messages = run_on_ranks(fail_to_open, 3)
-    assert len(set(messages)) == 1
-    assert "rank 1 cannot open rank 0's memory" in messages[0]
-    assert "must share a machine, a user and a pid namespace" in messages[0]
-
-
-def wrap(communicator: Communicator) -> str:
-    with pytest.raises(TransportError) as caught:
-        wrap_host_memory(communicator, CPU, timeout_sec=1, max_bytes=SMALL)
-    communicator.barrier()
-    return str(caught.value)
-
-
-def test_a_machine_without_a_driver_is_an_error_with_a_reason() -> None:
-    messages = run_on_ranks(wrap, 2)
-    assert len(set(messages)) == 1
-    assert messages[0].startswith("rank 0 c")
-
-
-def texts(communicator: Communicator) -> list[str]:
-    return gather_texts(communicator, CPU, ("short", "", "ä" * 400)[communicator.rank])
-
-
-def test_texts_of_all_ranks_are_gathered_and_cut() -> None:
-    for result in run_on_ranks(texts, 3):
-        assert result == ["short", "", "ä" * 128]
-
-
-# --- The protocol, as the kernel runs it ----------------------------------------------------------------------------
+def test_numbers_of_the_kernels_are_those_of_the_host() -> None:
+    folder = Path(two_step.__file__).parent
+    text = "".join((folder / f"host_memory{part}.cu").read_text() for part in ("_common", "", "_two_step"))
+    found = dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
+    assert int(found["UNITS_PER_THREAD"]) * THREADS * UNIT_BYTES == CHUNK_BYTES
+    expected = {"PAGE_BYTES": PAGE_BYTES, "ERROR_STRIDE": ERROR_STRIDE, "DATA_BYTES": DATA_BYTES,
+                "LINE_BYTES": LINE_BYTES, "THREADS": THREADS, "MAX_CHUNKS": MAX_CHUNKS, "MAX_RANKS": MAX_RANKS,
+                "UNIT_BYTES": UNIT_BYTES, "FLAG_BYTES": FLAG_BYTES}  # fmt: skip
+    assert {name: int(found[name]) for name in expected} == expected
 
 
 class Overrun(RuntimeError):
@@ -236,9 +184,6 @@ def test_one_slot_would_not_be_enough_and_two_are(num_slots: int, outcome: str) 
     assert run_on_ranks(run_ahead, 2, num_slots) == [outcome, "fine"]
 
 
-# --- The communicator around a channel ------------------------------------------------------------------------------
-
-
 class FakeChannel:
     """Adds and gathers as if there were two ranks with the same message, and keeps what it was given."""
 
@@ -308,6 +253,21 @@ def test_empty_messages_reach_no_kernel() -> None:
     communicator.all_reduce(torch.ones(0))
     communicator.all_gather(torch.ones(0, 3))
     assert (inner.calls, len(channel.given)) == (2, 0)
+
+
+def test_two_steps_carry_large_all_reduces_of_whole_units() -> None:
+    inner, channel = Counting(), FakeChannel()
+    communicator = TwoStepHostMemory(inner, channel)  # type: ignore[arg-type]
+    communicator.min_bytes = 64
+    communicator.all_reduce(torch.ones(16))
+    communicator.all_reduce(torch.ones(1000, dtype=torch.bfloat16).view(10, 100).T)
+    assert (inner.calls, len(channel.given)) == (0, 2)
+    # Too small, not whole units, of another type, and a gather.
+    communicator.all_reduce(torch.ones(12))
+    communicator.all_reduce(torch.ones(17))
+    communicator.all_reduce(torch.ones(16, dtype=torch.float64))
+    communicator.all_gather(torch.ones(16))
+    assert (inner.calls, len(channel.given)) == (4, 2)
 
 
 @pytest.mark.parametrize(

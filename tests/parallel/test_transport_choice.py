@@ -8,26 +8,32 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.selftest import DECODE_BYTES
-from parallel.transport_choice import Choice, Proof, choose, faster_up_to, force, prove
-from parallel.transports.solo import Solo
+from parallel.transport_choice import Proof, Range, faster_from, faster_up_to, force_ranges, plan_ranges, prove
 from tests.parallel.ranks import CPU, run_on_ranks
 
 SIZES = (1024, DECODE_BYTES)
-NCCL = Proof("nccl", {4096: 24.0, DECODE_BYTES: 24.7, 65536: 28.3, 262144: 46.7, 524288: 50.0})
+LARGE_SIZES = (2**20, 2**22, 2**25)
+NCCL = Proof(
+    "nccl",
+    {4096: 24.0, DECODE_BYTES: 24.7, 65536: 28.3, 262144: 46.7, 524288: 50.0, 2**20: 63.0, 2**22: 180.0, 2**25: 1183.0},
+)
+FAILED_SMALL = Proof("host_memory", error="rank 1: gave wrong sums of 4 bytes of float32")
+FAILED_LARGE = Proof("two_step", error="rank 0: no memory")
 
 
-class Limited(Solo):
-    name = "host_memory"
-    max_bytes = 524288
+def small(*times: float) -> Proof:
+    return Proof("host_memory", dict(zip(NCCL.times_us, times, strict=False)))
 
 
-def measured(*times: float) -> Proof:
-    return Proof("host_memory", dict(zip(NCCL.times_us, times, strict=True)))
+def large(*times: float) -> Proof:
+    return Proof("two_step", dict(zip(LARGE_SIZES, times, strict=True)))
 
 
-def chosen(proof: Proof | None) -> tuple[Choice, Solo, Limited]:
-    base, other = Solo(CPU), Limited(CPU)
-    return choose(base, NCCL, None if proof is None or proof.error else other, proof), base, other
+SLOW_SMALL, SLOW_LARGE = small(99, 99, 99, 99, 99), large(9999, 9999, 9999)
+
+
+def ends(ranges: tuple[Range, ...]) -> list[tuple[str, int | None]]:
+    return [(each.name, each.up_to_bytes) for each in ranges]
 
 
 @pytest.mark.parametrize(
@@ -39,54 +45,70 @@ def chosen(proof: Proof | None) -> tuple[Choice, Solo, Limited]:
         ((23.9, 99.0, 1.0, 1.0, 1.0), 4096),
     ],
 )
-def test_the_faster_one_carries_messages_up_to_where_it_stops_being_faster(
+def test_small_messages_go_the_faster_way_up_to_where_it_stops_being_faster(
     times: tuple[float, ...], limit: int
 ) -> None:
-    choice, _, other = chosen(measured(*times))
-    assert choice.communicator is other
-    assert other.max_bytes == limit
-    small, large = choice.ranges
-    assert (small.name, small.up_to_bytes, large.name, large.up_to_bytes) == ("host_memory", limit, "nccl", None)
+    assert ends(plan_ranges(NCCL, small(*times), SLOW_LARGE)) == [("host_memory", limit), ("nccl", None)]
 
 
-def test_reasons_are_the_two_times() -> None:
-    small, large = chosen(measured(3.0, 4.3, 7.6, 60.0, 80.0))[0].ranges
-    assert small.reason == "4.3 us for 16384 bytes, where nccl takes 24.7 us"
-    assert large.reason == "46.7 us for 262144 bytes, where host_memory takes 60.0 us"
-    assert small.times_us[DECODE_BYTES] == 4.3
+@pytest.mark.parametrize(
+    ("times", "start"),
+    [
+        ((60.0, 150.0, 700.0), 2**20),
+        ((63.0, 150.0, 700.0), 2**22),
+        ((60.0, 180.0, 700.0), 2**25),
+    ],
+)
+def test_large_messages_go_the_faster_way_from_where_it_stays_faster(times: tuple[float, ...], start: int) -> None:
+    assert ends(plan_ranges(NCCL, SLOW_SMALL, large(*times))) == [("nccl", start - 1), ("two_step", None)]
 
 
-def test_what_is_faster_everywhere_leaves_the_rest_for_its_size() -> None:
-    _, large = chosen(measured(1, 1, 1, 1, 1))[0].ranges
-    assert large.reason == "larger than the slots of host_memory"
+def test_each_has_its_range_and_its_two_times_for_a_reason() -> None:
+    ranges = plan_ranges(NCCL, small(3.0, 4.3, 7.6, 60.0, 80.0), large(70.0, 150.0, 700.0))
+    assert ends(ranges) == [("host_memory", 65536), ("nccl", 2**22 - 1), ("two_step", None)]
+    assert [each.reason for each in ranges] == [
+        "4.3 us for 16384 bytes, where nccl takes 24.7 us",
+        "46.7 us for 262144 bytes, where host_memory takes 60.0 us; "
+        "63.0 us for 1048576 bytes, where two_step takes 70.0 us",
+        "700.0 us for 33554432 bytes, where nccl takes 1183.0 us",
+    ]
+    assert ranges[0].times_us[DECODE_BYTES] == 4.3
+
+
+def test_what_nobody_else_was_timed_at_is_left_to_the_base() -> None:
+    middle = plan_ranges(NCCL, small(1, 1, 1, 1, 1), large(1, 1, 1))[1]
+    assert (middle.name, middle.up_to_bytes, middle.reason) == (
+        "nccl",
+        2**20 - 1,
+        "between what the others are timed at",
+    )
 
 
 @pytest.mark.parametrize("first", (24.0, 30.0))
-def test_a_slower_one_is_not_chosen(first: float) -> None:
-    choice, base, _ = chosen(measured(first, 1.0, 1.0, 1.0, 1.0))
-    assert choice.communicator is base
-    [only] = choice.ranges
+def test_slower_ones_are_not_chosen(first: float) -> None:
+    [only] = plan_ranges(NCCL, small(first, 1.0, 1.0, 1.0, 1.0), large(1.0, 1.0, 1183.0))
     assert (only.name, only.up_to_bytes) == ("nccl", None)
-    assert only.reason == f"24.0 us for 4096 bytes, where host_memory takes {first:.1f} us"
+    assert only.reason.startswith(f"24.0 us for 4096 bytes, where host_memory takes {first:.1f} us; 1183.0 us for")
 
 
-def test_one_that_failed_is_left_out_with_its_reason() -> None:
-    choice, base, _ = chosen(Proof("host_memory", error="rank 1: gave wrong sums of 4 bytes of float32"))
-    assert choice.communicator is base
-    [only] = choice.ranges
-    assert only.reason == "host_memory was left out: rank 1: gave wrong sums of 4 bytes of float32"
+def test_those_that_failed_are_left_out_with_their_reasons() -> None:
+    [only] = plan_ranges(NCCL, FAILED_SMALL, FAILED_LARGE)
+    assert (only.name, only.up_to_bytes) == ("nccl", None)
+    assert only.reason == (
+        "host_memory was left out: rank 1: gave wrong sums of 4 bytes of float32; "
+        "two_step was left out: rank 0: no memory"
+    )
 
 
-def test_one_that_was_asked_for_carries_all_it_can_however_slow() -> None:
-    other = Limited(CPU)
-    choice = force(other, NCCL, measured(99, 99, 99, 99, 99), "it was asked for")
-    assert choice.communicator is other
-    assert [(each.name, each.up_to_bytes) for each in choice.ranges] == [("host_memory", 524288), ("nccl", None)]
-    assert choice.ranges[0].reason == "it was asked for"
+def test_those_that_were_asked_for_carry_all_they_can_however_slow() -> None:
+    ranges = force_ranges(NCCL, SLOW_SMALL, SLOW_LARGE, "it was asked for")
+    assert ends(ranges) == [("host_memory", 524288), ("nccl", 2**20 - 1), ("two_step", None)]
+    assert [ranges[0].reason, ranges[2].reason] == ["it was asked for"] * 2
+    assert ends(force_ranges(NCCL, SLOW_SMALL, FAILED_LARGE, "")) == [("host_memory", 524288), ("nccl", None)]
 
 
 def test_nothing_is_faster_than_itself() -> None:
-    assert faster_up_to(NCCL.times_us, NCCL.times_us) == 0
+    assert faster_up_to(NCCL.times_us, NCCL.times_us) == faster_from(NCCL.times_us, NCCL.times_us) == 0
 
 
 # --- Proofs on ranks ------------------------------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""One rank's end of a region of host memory: its state on the card, the launches, and the limit on its waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from parallel.communicator import Communicator, TransportError
+from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
+
+# host_memory_common.cu has the same numbers.
+PAGE_BYTES = 4096
+ERROR_STRIDE = 64
+REDUCTIONS = {
+    torch.bfloat16: "reduce_bfloat16",
+    torch.float16: "reduce_float16",
+    torch.float32: "reduce_float32",
+}
+# The kernels take their limit as 32 bits.
+MAX_TIMEOUT_MS = 2**31 - 1
+
+
+class RegionLayout(Protocol):
+    """Where things lie in a region; all in bytes."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def own(self, rank: int) -> tuple[int, int]:
+        """Start and end of what `rank` writes."""
+        ...
+
+
+@cache
+def compile_kernel(source: str, name: str, world_size: int, device_index: int) -> Callable[..., None]:
+    """Kernel `name` of a source file here, compiled for the card of this process."""
+    folder = Path(__file__).parent
+    text = "\n".join((folder / file).read_text(encoding="utf-8") for file in ("host_memory_common.cu", source))
+    kernel: Callable[..., None] = torch.cuda._compile_kernel(text, name, nvcc_options=[f"-DWORLD={world_size}"])
+    return kernel
+
+
+class Channel:
+    """Launches the kernels of one source file over a registered region.
+
+    Calls must follow one another on the card, as on one stream; every rank makes the same ones.
+    """
+
+    def __init__(
+        self,
+        region: SharedRegion,
+        world_size: int,
+        rank: int,
+        device: torch.device,
+        *,
+        source: str,
+        names: Sequence[str],
+        timeout_sec: float,
+    ) -> None:
+        self.region, self.rank = region, rank
+        self.timeout_sec = timeout_sec
+        # Epoch and arrivals, then the peer that did not answer, plus one.
+        self.state = torch.zeros(2, dtype=torch.int64, device=device)
+        self.error = region.word(rank * ERROR_STRIDE)
+        # All of them now: loading code needs the card, which may be waiting for a peer later.
+        self.kernels = {name: compile_kernel(source, name, world_size, device.index) for name in names}
+
+    def launch(
+        self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
+    ) -> None:
+        address = self.region.device_address
+        timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
+        args = [source, target, self.state, address & 0xFFFFFFFF, address >> 32, num_bytes, slot_size, self.rank,
+                timeout_ms]  # fmt: skip
+        self.kernels[name](grid=(blocks, 1, 1), block=(threads, 1, 1), args=args)
+
+    def close(self) -> None:
+        """Gives the memory back; nothing may be launched after it."""
+        torch.cuda.synchronize(self.state.device)
+        self.region.unregister()
+
+    def check(self) -> None:
+        """Raises TransportError if a call that the card has run was given up for want of a peer's answer."""
+        missing = self.error.value
+        if missing:
+            raise TransportError(
+                f"rank {missing - 1} did not answer rank {self.rank} through host memory within {self.timeout_sec:g} s "
+                "(timeouts.collective_sec; a quarter of timeouts.selftest_sec in the self-test). Its log says what it "
+                "was doing; engine.transport=nccl avoids host memory."
+            )
+
+
+C = TypeVar("C", bound=Channel)
+
+
+def open_channel(
+    communicator: Communicator, device: torch.device, layout: RegionLayout, make: Callable[[SharedRegion], C]
+) -> C:
+    """A region for all ranks of `communicator`, registered, and this rank's end of it.
+
+    Raises:
+        TransportError: on every rank, if one of them cannot map or register the memory or compile the kernels.
+    """
+    region = share_region(communicator, device, layout.num_bytes)
+    region.touch(*layout.own(communicator.rank))
+    # Registration brings in the pages that nobody has touched.
+    communicator.barrier()
+    channel, problem = None, ""
+    try:
+        region.register()
+        channel = make(region)
+    except Exception as error:  # The driver refuses the memory; NVRTC is missing or refuses the code.
+        problem = first_line(error)
+    raise_everywhere(communicator, device, problem)
+    assert channel is not None
+    return channel
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0].removesuffix(".")

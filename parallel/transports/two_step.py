@@ -1,0 +1,138 @@
+"""All-reduce of large messages through pinned host memory, in two steps: sums of parts, then their exchange.
+
+Each rank sends the others what they sum up and reads back the sums (host_memory_two_step.cu), so that each card's link
+carries the message about once in each direction, both at a time. A message longer than a slot goes in pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.communicator import Communicator
+from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, open_channel
+from parallel.transports.host_memory import MAX_RANKS
+from parallel.transports.shared_region import SharedRegion
+
+MIB = 1024 * 1024
+PIECE_BYTES = 8 * MIB
+UNIT_BYTES = 16
+# As in host_memory_two_step.cu.
+THREADS = 512
+CHUNK_BYTES = THREADS * 4 * UNIT_BYTES
+MAX_CHUNKS = 256
+FLAG_BYTES = 4
+# Enough to have both directions of a PCIe 5.0 link full of requests, and four rounds of a piece on two ranks.
+BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class TwoStepLayout:
+    """A page of error words, the flags, then for each rank two slots and two slots of sums, half as large; in bytes."""
+
+    world_size: int
+    piece_bytes: int = PIECE_BYTES
+
+    def __post_init__(self) -> None:
+        assert 2 <= self.world_size <= MAX_RANKS, self.world_size
+        assert self.piece_bytes % (2 * PAGE_BYTES) == 0, self.piece_bytes
+        assert self.piece_bytes // 2 <= MAX_CHUNKS * CHUNK_BYTES, self.piece_bytes
+
+    @property
+    def slot_units(self) -> int:
+        return self.piece_bytes // UNIT_BYTES
+
+    @property
+    def start(self) -> int:
+        # Whole pages, so that slots are.
+        return PAGE_BYTES + 2 * MAX_RANKS * MAX_CHUNKS * FLAG_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        return self.own(self.world_size)[0]
+
+    def own(self, rank: int) -> tuple[int, int]:
+        area = 3 * self.piece_bytes
+        return self.start + rank * area, self.start + (rank + 1) * area
+
+
+class TwoStepChannel(Channel):
+    """All-reduce of any length that is a multiple of 16 bytes, on tensors that are contiguous and aligned to 16."""
+
+    def __init__(
+        self, region: SharedRegion, layout: TwoStepLayout, rank: int, device: torch.device, *, timeout_sec: float
+    ) -> None:
+        super().__init__(
+            region,
+            layout.world_size,
+            rank,
+            device,
+            source="host_memory_two_step.cu",
+            names=tuple(REDUCTIONS.values()),
+            timeout_sec=timeout_sec,
+        )
+        self.layout = layout
+
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """Sum over the ranks of `source`, into `target`, which may be the same."""
+        piece = self.layout.piece_bytes // source.element_size()
+        for start in range(0, source.numel(), piece):
+            part, result = source.view(-1)[start : start + piece], target.view(-1)[start : start + piece]
+            chunks = -(-part.nbytes // (self.layout.world_size * CHUNK_BYTES))
+            self.launch(
+                REDUCTIONS[source.dtype],
+                part,
+                result,
+                part.nbytes,
+                self.layout.slot_units,
+                min(BLOCKS, chunks),
+                THREADS,
+            )
+
+
+class TwoStepHostMemory:
+    """All-reduces from `min_bytes` on through host memory in two steps, everything else through `inner`."""
+
+    name = "host_memory_two_step"
+
+    def __init__(self, inner: Communicator, channel: TwoStepChannel) -> None:
+        self.inner, self.channel = inner, channel
+        self.rank, self.world_size = inner.rank, inner.world_size
+        self.capturable = inner.capturable
+        self.min_bytes = UNIT_BYTES
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        # By what all ranks know: the length and the type, not where the tensor lies.
+        if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
+            return self.inner.all_reduce(tensor)
+        if tensor.is_contiguous() and tensor.data_ptr() % UNIT_BYTES == 0:
+            self.channel.all_reduce(tensor, tensor)
+            return tensor
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        self.channel.all_reduce(copy, copy)
+        return tensor.copy_(copy)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self.inner.all_gather(tensor)
+
+    def barrier(self) -> None:
+        torch.cuda.synchronize(self.channel.state.device)
+        self.check()
+        self.inner.barrier()
+
+    def check(self) -> None:
+        self.channel.check()
+        self.inner.check()
+
+
+def wrap_two_step(inner: Communicator, device: torch.device, *, timeout_sec: float) -> TwoStepHostMemory:
+    """Opens slots for all ranks of `inner`, which carries all but large all-reduces.
+
+    Raises:
+        TransportError: as `open_channel`.
+    """
+    layout = TwoStepLayout(inner.world_size)
+    make = lambda region: TwoStepChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
+    return TwoStepHostMemory(inner, open_channel(inner, device, layout, make))
