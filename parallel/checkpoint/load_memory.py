@@ -13,8 +13,9 @@ from parallel.kernels.held import held_bits, predict_kernel, stored_bits
 # A byte a weight is what decoding and rounding give. Of 4-bit values, halves of bytes are taken apart and put in order.
 VALUE_BYTES = 1.0
 UNPACK_BYTES = {4: 2.0, 8: 1.0}
-# w4a16 spreads values as int32, permutes them, and joins eight to a word; the others join two to a byte.
-PACK_BYTES = {"w4a16": 9.0}
+# w4a16 spreads values as int32, permutes them, and joins eight to a word; w8a16 permutes bytes and deals the bits of
+# e4m3 numbers anew; the others join two values of 4 bits to a byte.
+PACK_BYTES = {"w4a16": 9.0, "w8a16": 2.0}
 JOIN_BYTES = {4: 2.0, 8: 0.0}
 
 

@@ -33,11 +33,10 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     num_out, num_in = weight.shape
     group_size = scheme.group_size or max(num_in, 1)
     num_groups = max(1, -(-num_in // group_size))
-    values = torch.empty(
-        num_out, num_in, dtype=torch.float8_e4m3fn if scheme.is_float else torch.uint8, device=weight.device
-    )
-    scales = torch.empty(num_out, num_groups, dtype=torch.bfloat16, device=weight.device)
-    zeros = torch.empty(num_out, num_groups, dtype=torch.uint8, device=weight.device) if scheme.has_zeros else None
+    dtype, device = torch.float8_e4m3fn if scheme.is_float else torch.uint8, weight.device
+    values = torch.empty(num_out, num_in, dtype=dtype, device=device)
+    scales = torch.empty(num_out, num_groups, dtype=torch.bfloat16, device=device)
+    zeros = torch.empty(num_out, num_groups, dtype=torch.uint8, device=device) if scheme.has_zeros else None
     for rows in row_blocks(num_out, num_groups * group_size):
         groups = split_groups(weight[rows].float(), num_groups, group_size)
         levels, scale, zero = rounding_of(scheme)(groups, scheme.bits)

@@ -27,6 +27,8 @@ from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, plan_run
 from launcher.plan_text import describe, plan_tables
 from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
 from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.kernels.held import held_bits
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 LLAMA_70B = shape_from_facts(
@@ -433,9 +435,10 @@ def test_fewer_bits_are_advised_on_the_cpu() -> None:
     assert "gpus=" not in message
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("int4", 4.25), ("int8", 8.125), ("fp8", 8.125)])
-def test_rounded_weights_are_counted_as_kernels_hold_them(kind: str, bits: float) -> None:
+@pytest.mark.parametrize("kind", QUANTIZE_SCHEMES)
+def test_rounded_weights_are_counted_as_kernels_hold_them(kind: str) -> None:
     decided = plan(quantized_shape(LLAMA_8B, kind), cards_of(2), 2)
+    bits = held_bits(QUANTIZE_SCHEMES[kind], "cuda", "bfloat16", LLAMA_8B.hidden_size)
     for card in decided.cards:
         linears = card.lines["weights.attention"] + card.lines["weights.mlp"]
         assert linears == pytest.approx(LLAMA_8B.num_linear_weights / 2 * bits / 8, rel=1e-6)

@@ -36,6 +36,8 @@ CONFIG = Qwen2Config(
     tie_word_embeddings=False,
 )
 TOLERANCE = 1e-4
+# Host memory for what is read ahead.
+READ_AHEAD = 2**18
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
 
@@ -198,7 +200,8 @@ def load_peaks(communicator: Communicator) -> dict[str, tuple[int, int]]:
 def load_peak(communicator: Communicator, kind: str) -> tuple[int, int]:
     model = build(communicator, DEMO, torch.bfloat16)
     checkpoint = read_checkpoint(DEMO)
-    peak = peak_bytes(lambda: load_checkpoint(model, checkpoint, CPU, quantize=QUANTIZE_SCHEMES[kind]))
+    scheme = QUANTIZE_SCHEMES[kind]
+    peak = peak_bytes(lambda: load_checkpoint(model, checkpoint, CPU, quantize=scheme, read_ahead_bytes=READ_AHEAD))
     module = model.module
     return peak, sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
@@ -206,4 +209,4 @@ def load_peak(communicator: Communicator, kind: str) -> tuple[int, int]:
 def test_never_more_than_one_plain_tensor_is_in_memory() -> None:
     for kind, (peak, held) in run_on_ranks(load_peaks, 1)[0].items():
         one = load_bytes(QUANTIZE_SCHEMES[kind], "cpu", "bfloat16", 2, 256, 256 * 768)
-        assert peak <= held + one < read_checkpoint(DEMO).total_bytes
+        assert peak <= held + one + READ_AHEAD < read_checkpoint(DEMO).total_bytes
