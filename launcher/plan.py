@@ -15,11 +15,10 @@ from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from launcher.units import GIB, MIB
+from parallel.engine.limits import PAGE_SIZE
 from parallel.partition import choose_grain
 
 DEFAULT_MAX_CONTEXT = 8192
-# A context that was cut to what fits is rounded down to this many tokens.
-CONTEXT_STEP = 16
 # The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
 # (capacities in public PyTorch out-of-memory messages).
 DRIVER_RESERVED_BYTES = 400 * MIB
@@ -171,7 +170,7 @@ def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], in
     if most < needed:
         raise refuse_memory(demand, budgets, inventory, needed)
     if most < wanted:
-        return max(most // CONTEXT_STEP * CONTEXT_STEP, needed), "what fits beside the weights."
+        return max(most // PAGE_SIZE * PAGE_SIZE, needed), "what fits beside the weights."
     if wanted == limit:
         return wanted, f"{limit_reason}."
     return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."

@@ -118,7 +118,8 @@ def shape_from_config(folder: Path) -> ModelShape:
     _check(fields, str(file))
     scheme: Scheme | None = fields["scheme"]
     linear_bits = stored_bits(scheme, fields["hidden_size"]) if scheme else 8.0 * DTYPE_BYTES[fields["dtype"]]
-    return ModelShape(**fields, linear_bits=linear_bits, source="config.json")
+    shape = ModelShape(**fields, linear_bits=linear_bits, source="config.json")
+    return replace(shape, not_loadable=shape.not_loadable or _awkward_inputs(shape))
 
 
 def quantized_shape(shape: ModelShape, kind: str) -> ModelShape:

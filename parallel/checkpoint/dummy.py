@@ -117,7 +117,14 @@ def quantized_values(pool: Pool, name: str, shape: tuple[int, ...], box: Box, sc
         zeros=zeros,
         group_size=scheme.group_size or max(box.shape[1], 1),
         group_of=groups_of(name, num_in, box, scheme, pool.device),
+        codebook=codebook_of(scheme, pool.device),
     )
+
+
+def codebook_of(scheme: Scheme, device: torch.device) -> Tensor | None:
+    """The numbers that levels stand for without one, so that the spread is the same."""
+    middle = 2 ** (scheme.bits - 1)
+    return torch.arange(-middle, middle, dtype=torch.float32, device=device) if scheme.has_codebook else None
 
 
 def groups_of(name: str, num_in: int, box: Box, scheme: Scheme, device: torch.device) -> Tensor | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.formats.scheme import Scheme
+from parallel.checkpoint.formats.scheme import Box, Scheme
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
 from parallel.checkpoint.quantize import cut_inputs, quantize_weight
@@ -112,8 +112,8 @@ def load_checkpoint(
 
 
 def place_step(step: Step, stored: Stored) -> str | None:
-    for name, values in stored.items():
-        check_finite(values, step.reads[name].entry)
+    for name, wanted in step.reads.items():
+        check_finite(stored[name], wanted.entry)
     return step.place(stored)
 
 
@@ -123,17 +123,23 @@ def plain_steps(model: ShardedModel, matches: Matches, quantize: Scheme | None) 
         module, attribute = owners[name][0]
         if quantize is not None and name in model.linears:
             assert isinstance(module, ShardedLayer)
-            yield rounding_step(module, name, entry, quantize)
+            yield rounding_step(module, entry, quantize)
             continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
         yield Step({name: TensorSlice(entry, slices)}, partial(place_parameter, owners[name], name))
 
 
-def rounding_step(layer: ShardedLayer, name: str, entry: TensorEntry, scheme: Scheme) -> Step:
+def rounding_step(layer: ShardedLayer, entry: TensorEntry, scheme: Scheme) -> Step:
     box = local_box(layer, entry.shape)
     wide = widen(box, scheme, entry.shape[1])
-    reads = {name: TensorSlice(entry, (slice(*wide.outputs), slice(*wide.inputs)))}
-    return Step(reads, lambda stored: install(layer, cut_inputs(quantize_weight(stored[name], scheme), wide, box)))
+    read = TensorSlice(entry, (slice(*wide.outputs), slice(*wide.inputs)))
+    return Step({entry.name: read}, partial(place_rounded, layer, entry.name, scheme, wide, box))
+
+
+def place_rounded(layer: ShardedLayer, name: str, scheme: Scheme, wide: Box, box: Box, stored: Stored) -> str:
+    """Rounds what was read, the inputs of `wide`, and packs those of `box`; returns the kernel's name and reason."""
+    # Taken out, so that it is gone before the packing begins.
+    return install(layer, cut_inputs(quantize_weight(stored.pop(name), scheme), wide, box))
 
 
 def quantized_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:

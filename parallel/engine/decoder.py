@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.merged import merge_linears
@@ -68,9 +69,7 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(
-        self, attention: nn.Module, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV
-    ) -> Tensor:
+    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
             return attention.o_proj(normed.new_empty(len(normed), 0))
@@ -92,13 +91,13 @@ class Decoder:
         return attention.o_proj(attend(query, cache).flatten(1))
 
 
-def local_outputs(attention: nn.Module, name: str) -> int:
+def local_outputs(attention: Any, name: str) -> int:
     """How many outputs of a column-parallel projection this rank has."""
     layer = getattr(attention, name)
     return int(layer._partition_sizes[layer.tp_index])
 
 
-def merge_layer(layer: nn.Module) -> None:
+def merge_layer(layer: Any) -> None:
     """Merges the projections of a decoder layer, in place."""
     attention, mlp = layer.self_attn, layer.mlp
     attention.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class StepGraphs:
 
 
 @torch.inference_mode()
-def capture(run: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """What `run` does on the card, as a graph; it is run before, too."""
     for _ in range(NUM_WARM_UPS):
         run()

@@ -17,16 +17,26 @@ class MergedLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, weight: nn.Parameter | None, packed: nn.Module | None, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | nn.Module, bias: Tensor | None) -> None:
+        """`weight`: [sum of outs, in], or what multiplies by a quantised one."""
         super().__init__()
-        self.weight, self.packed = weight, packed
+        self.multiply = weight if isinstance(weight, nn.Module) else PlainWeight(weight)
         self.register_buffer("bias", bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(hidden, self.weight, self.bias)
-        output: Tensor = self.packed(hidden)
+        output: Tensor = self.multiply(hidden)
         return output if self.bias is None else output.add_(self.bias)
+
+
+class PlainWeight(nn.Module):
+    """[..., in] -> [..., out] by a weight of numbers."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
 
 
 class SideBySide(nn.Module):
@@ -42,13 +52,18 @@ class SideBySide(nn.Module):
 
 def merge_linears(layers: Sequence[ColumnParallelLinear]) -> nn.Module:
     """One module in place of `layers`, whose weights it takes over: they must not be used again."""
-    packed = merge([layer.packed for layer in layers]) if all(layer.packed is not None for layer in layers) else None
-    if packed is None and any(layer.packed is not None for layer in layers):
+    weight = merge_weights(layers)
+    if weight is None:
         return SideBySide(layers)
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    weight = None
-    if packed is None:
-        weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     for layer in layers:
         layer.weight = layer.bias = layer.packed = None
-    return MergedLinear(weight, packed, bias)
+    return MergedLinear(weight, bias)
+
+
+def merge_weights(layers: Sequence[ColumnParallelLinear]) -> Tensor | nn.Module | None:
+    """None where they are stored in different ways."""
+    packed = [layer.packed for layer in layers if layer.packed is not None]
+    if not packed:
+        return torch.cat([layer.weight for layer in layers])
+    return merge(packed) if len(packed) == len(layers) else None

@@ -29,10 +29,9 @@ class Rows:
 
     @classmethod
     def empty(cls, num_rows: int, num_pages: int, device: torch.device) -> Rows:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return cls(*(zeros(num_rows) for _ in range(4)), zeros(num_rows, num_pages, dtype=torch.int32))
+        tokens, positions, active, keys = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
+        table = torch.zeros(num_rows, num_pages, dtype=torch.int32, device=device)
+        return cls(tokens, positions, active, keys, table)
 
     def first(self, num_rows: int) -> Rows:
         """A view of the first rows."""

@@ -10,6 +10,7 @@ from launcher.config import (
     DType,
     HardwareConfig,
     HardwareKind,
+    KVDType,
     LimitsConfig,
     ModelConfig,
     ModelFacts,
@@ -251,11 +252,20 @@ def test_lines_add_up_and_name_every_part() -> None:
 
 def test_kv_cache_is_counted_for_the_heads_of_each_rank() -> None:
     decided = plan(LLAMA_70B_AWQ, cards_of(3), 3, engine__max_context=1000, workload__batch_size=4)
-    # 80 layers x keys and values x 3, 3 and 2 heads x 128 x bf16.
+    # 16 pages a sequence and one more, of 64 tokens x 80 layers x keys and values x 3, 3 and 2 heads x 128 x bf16.
     assert [card.lines["kv_cache"] for card in decided.cards] == [
-        4 * 1000 * 80 * 2 * heads * 128 * 2 for heads in (3, 3, 2)
+        (4 * 16 + 1) * 64 * 80 * 2 * heads * 128 * 2 for heads in (3, 3, 2)
     ]
     assert decided.kv_bytes_per_token == 80 * 2 * 3 * 128 * 2
+
+
+def test_fp8_halves_the_kv_cache_and_is_advised_where_it_would_fit() -> None:
+    sizes = [plan(LLAMA_70B_AWQ, cards_of(2), 2, engine__kv_dtype=kind) for kind in (KVDType.auto, KVDType.fp8)]
+    bf16, fp8 = (decided.cards[0].lines["kv_cache"] / decided.max_context for decided in sizes)
+    assert fp8 == pytest.approx(bf16 / 2, rel=0.02)
+    changes = {"engine__max_context": 40000}
+    assert "engine.kv_dtype=fp8" in refused(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
+    plan(LLAMA_70B_AWQ, cards_of(2), 2, engine__kv_dtype=KVDType.fp8, **changes)
 
 
 def test_budget_is_the_card_less_what_the_driver_keeps() -> None:
@@ -287,7 +297,7 @@ def test_card_that_hides_its_memory_asks_for_a_limit() -> None:
 
 
 def test_no_line_shrinks_as_the_context_grows() -> None:
-    demand = Demand(LLAMA_8B, 3, 128, "bfloat16", "cuda", "nccl", batch_size=3, prefill_chunk=512)
+    demand = Demand(LLAMA_8B, 3, 128, "bfloat16", "auto", "cuda", "nccl", batch_size=3, prefill_chunk=512)
     totals = [sum(demand.lines(tokens)[0].values()) for tokens in range(1, 6000, 7)]
     assert totals == sorted(totals)
 
@@ -375,20 +385,20 @@ def test_workload_beyond_the_model_names_output_tokens() -> None:
 def test_workload_that_does_not_fit_is_refused_with_sizes() -> None:
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=60000)
     assert "sequences of 60128 tokens" in message
-    assert "kv_cache 9.17" in message
+    assert "kv_cache 9.19" in message
 
 
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:
     changes = {"engine__max_context": 12000, "workload__batch_size": 4}
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
     assert f"rank 1 on card 1 ({RTX_4090}): " in message
-    assert "weights 18.52, kv_cache 7.32" in message
-    assert "workload.batch_size=1" in message
+    assert "weights 18.52, kv_cache 7.35" in message
+    assert "workload.batch_size=2" in message
     assert "gpus=3 with 3 such cards" in message
     advised = int(message.split("engine.max_context=")[1].split(")")[0])
     assert plan(LLAMA_70B_AWQ, cards_of(2), 2, **(changes | {"engine__max_context": advised})).max_context == advised
     refused(LLAMA_70B_AWQ, cards_of(2), 2, **(changes | {"engine__max_context": advised + 1}))
-    plan(LLAMA_70B_AWQ, cards_of(2), 2, **(changes | {"workload__batch_size": 1}))
+    plan(LLAMA_70B_AWQ, cards_of(2), 2, **(changes | {"workload__batch_size": 2}))
     plan(LLAMA_70B_AWQ, cards_of(3), 3, **changes)
 
 
@@ -422,7 +432,7 @@ def test_fewer_bits_are_advised_beside_more_cards(facts: HardwareConfig) -> None
 
 
 def test_context_that_does_not_fit_may_fit_beside_fewer_bits(facts: HardwareConfig) -> None:
-    changes = {"engine__max_context": 60000}
+    changes = {"engine__max_context": 66000}
     message = refused(LLAMA_8B, read_inventory(facts, 1), 1, **changes)
     assert "model.quantize=int8 or model.quantize=int4" in message
     plan(quantized_shape(LLAMA_8B, "int8"), read_inventory(facts, 1), 1, **changes)

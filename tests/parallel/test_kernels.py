@@ -1,7 +1,6 @@
 """Multiplications by packed weights: the reference itself, and what of tinygemm can be checked without a card."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.formats.config import read_scheme
-from parallel.kernels import tinygemm, w4a16
+from parallel.kernels import tinygemm
 from parallel.kernels.choice import KERNELS, choose_kernel, pack_linear
 from parallel.kernels.dequantize import DequantizeLinear, pack_pairs
 from parallel.kernels.grouping import GroupedLinear
@@ -172,14 +171,6 @@ def test_codebook_is_looked_up_and_scaled(monkeypatch: pytest.MonkeyPatch) -> No
     hidden = torch.randn(3, 190, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(layer(hidden), hidden @ expected.t(), rtol=1e-12, atol=1e-12)
     assert layer.values.nbytes == 40 * 95
-
-
-def test_w4a16_refuses_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4a16, "has_tensor_cores", lambda device: True)
-    monkeypatch.setattr(w4a16, "compile_problem", lambda index: None)
-    weight = quantized(draw((16, 128), 4, 128, seed=10), 4, 128)
-    assert w4a16.refusal(weight, torch.bfloat16) is None
-    assert w4a16.refusal(replace(weight, codebook=torch.zeros(16)), torch.bfloat16) == "a codebook"
 
 
 def test_tinygemm_refuses_a_codebook(monkeypatch: pytest.MonkeyPatch) -> None:
