@@ -212,8 +212,9 @@ def compile_problem(launch: Launch, device_index: int) -> str | None:
 
 @cache
 def compile_kernel(launch: Launch, device_index: int) -> Callable[..., None]:
-    """The kernel of paged_attention.cu, compiled for the card of this process."""
-    source = (Path(__file__).parent / "paged_attention.cu").read_text(encoding="utf-8")
+    """The kernel of paged_attention.cu and instructions.cu, compiled for the card of this process."""
+    files = ("instructions.cu", "paged_attention.cu")
+    source = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
     kernel = torch.cuda._compile_kernel(source, "paged_attention", nvcc_options=launch.options())
     kernel.set_shared_memory_config(launch.shared_bytes())
     compiled: Callable[..., None] = kernel

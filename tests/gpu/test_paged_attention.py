@@ -1,4 +1,4 @@
-"""Paged attention on a card, against float64 on fresh inputs among poison; every failure names its case and its error."""
+"""Paged attention on a card, against float64 on fresh inputs among poison; a failure names its case and its error."""
 
 from __future__ import annotations
 
