@@ -3,7 +3,7 @@
     python -m tools.perplexity results/perplexity_demo_202611.json
 
 Weights are rounded to the nearest (tools/quantize_checkpoint); the products are in float32, so that what differs from
-bf16 is the format alone.
+bf16 is the format alone. One row more is of bf16 weights with keys and values in e4m3 (engine.kv_dtype=fp8).
 """
 
 import argparse
@@ -11,18 +11,25 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from launcher.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
+from parallel.engine.engine import Engine, Part
+from parallel.engine.limits import EngineLimits
+from parallel.engine.pages import pages_for
+from parallel.engine.sequence import Sequence
 from parallel.partition import QUANT_GROUP
 from parallel.shard import build_sharded_model
 from tools.corpus import collect
@@ -34,7 +41,9 @@ from tools.quantize_checkpoint import GIB, quantize
 
 DEMO = Path("launcher/models/demo")
 PLAIN = "bf16"
+KV_FP8 = "bf16, KV in fp8"
 TIMEOUT_SEC = 1800.0
+CPU = torch.device("cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,10 +85,11 @@ def measure(folders: dict[str, Path], stream: NDArray[np.int64]) -> Iterator[dic
     losses = {
         name: run_on_ranks(mean_loss, 1, folder, stream, timeout_sec=TIMEOUT_SEC)[0] for name, folder in folders.items()
     }
-    for name, folder in folders.items():
+    losses[KV_FP8] = run_on_ranks(mean_loss_with_fp8_kv, 1, folders[PLAIN], stream, timeout_sec=TIMEOUT_SEC)[0]
+    for name in losses:
         yield {
             "format": name,
-            "linear_bits": round(shape_from_checkpoint(folder).linear_bits, 3),
+            "linear_bits": round(shape_from_checkpoint(folders.get(name, folders[PLAIN])).linear_bits, 3),
             "perplexity": round(math.exp(losses[name]), 4),
             "increase": round(math.exp(losses[name] - losses[PLAIN]) - 1, 6),
         }
@@ -87,10 +97,36 @@ def measure(folders: dict[str, Path], stream: NDArray[np.int64]) -> Iterator[dic
 
 def mean_loss(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
     """Nats a token, on one rank."""
+    return evaluate(load(communicator, folder), stream, CONTEXT, batch=4)
+
+
+def mean_loss_with_fp8_kv(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
+    limits = EngineLimits(max_context=CONTEXT, batch_size=1, prefill_chunk=CONTEXT)
+    engine = Engine(load(communicator, folder), communicator, CPU, limits, kv_dtype=torch.float8_e4m3fn)
+    return evaluate(EngineModel(engine), stream, CONTEXT, batch=1)
+
+
+def load(communicator: Communicator, folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     model = build_sharded_model(config, communicator, dtype=torch.float32, grain=QUANT_GROUP)
-    load_checkpoint(model, read_checkpoint(folder), torch.device("cpu"))
-    return evaluate(model.module, stream, CONTEXT, batch=4)
+    load_checkpoint(model, read_checkpoint(folder), CPU)
+    return model.module
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """An engine in the manner of a transformers model: one prompt [1, tokens] in, the logits after each token out."""
+
+    engine: Engine
+    device: torch.device = CPU
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, *, use_cache: bool) -> CausalLMOutput:
+        sequence = Sequence(0, ids[0].tolist(), max_tokens=1)
+        sequence.pages = self.engine.pages.allocate(pages_for(sequence.num_tokens))
+        hidden = self.engine.hidden_states([Part(sequence, 0, len(sequence.prompt))])
+        self.engine.pages.release(sequence.pages)
+        return CausalLMOutput(logits=self.engine.decoder.logits(hidden)[None])
 
 
 if __name__ == "__main__":

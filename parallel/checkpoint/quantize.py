@@ -85,8 +85,13 @@ def round_with_zeros(groups: Tensor, bits: int) -> Rounded:
 def grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale, as bf16 holds it, and zero of 2**bits levels from `low` to `high`."""
     largest = 2**bits - 1
-    scale = as_stored((high - low) / largest)
+    scale = as_stored(divide(high - low, largest))
     return scale, (-low / scale).round_().clamp_(0, largest)
+
+
+def divide(values: Tensor, by: float) -> Tensor:
+    """The nearest quotients: by a number that is no tensor, cards multiply by its rounded inverse."""
+    return values / torch.full_like(values, by)
 
 
 def levels_of(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -112,13 +117,13 @@ def halving_sum(values: Tensor) -> Tensor:
 def round_symmetric(groups: Tensor, bits: int) -> Rounded:
     """Levels around a zero in the middle, as many on either side."""
     middle = 2 ** (bits - 1)
-    scale = as_stored(groups.abs().amax(-1, keepdim=True) / (middle - 1))
+    scale = as_stored(divide(groups.abs().amax(-1, keepdim=True), middle - 1))
     return (groups / scale).round_().clamp_(1 - middle, middle - 1).add_(middle), scale, None
 
 
 def round_float8(groups: Tensor, bits: int) -> Rounded:
     """The largest weight of a group becomes the largest e4m3 number."""
-    scale = as_stored(groups.abs().amax(-1, keepdim=True) / FLOAT8_MAX)
+    scale = as_stored(divide(groups.abs().amax(-1, keepdim=True), FLOAT8_MAX))
     return (groups / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX), scale, None
 
 

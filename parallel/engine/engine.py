@@ -69,12 +69,17 @@ class Engine:
 
         The parts follow what is in the cache, and their sequences have pages.
         """
-        hidden = self.decoder(self._tokens(parts), self._attend(parts), self.caches)
+        hidden = self.hidden_states(parts)
         for part in parts:
             part.sequence.num_prefilled = part.end
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
         whole = [row for row, part in enumerate(parts) if part.sequence.is_prefilled]
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
+
+    @torch.inference_mode()
+    def hidden_states(self, parts: Ordered[Part]) -> Tensor:
+        """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
+        return self.decoder(self._tokens(parts), self._attend(parts), self.caches)
 
     @torch.inference_mode()
     def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
