@@ -7,9 +7,9 @@
 // splits, always in the same order. How many splits there are is the host's choice; how long they are follows from the
 // sequence's length, read here, so that a captured graph stays right as sequences grow.
 //
-// The host puts instructions.cu before this and defines HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8
-// query heads), WARPS, DEPTH (units of a warp's ring), MAX_SPLITS, MAX_COUNTERS, QUERY_F16 (0: bf16) and KV_FP8 (0: as
-// the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
+// Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 query heads), WARPS, DEPTH (units
+// of a warp's ring), MAX_SPLITS, MAX_COUNTERS, QUERY_F16 (0: bf16), KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16,
+// which holds every e4m3 number).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
@@ -20,6 +20,8 @@
 // which dimension is which row or step of an mma is free as long as both sides agree: lane (g, c) reads 16 bytes of keys
 // g and g + 8 at a time, for two steps of the product with the query (four of e4m3), and for the other product all its
 // dimensions of tokens 2c, 2c + 1, 2c + 8, 2c + 9, which byte permutations pair up.
+
+#include "attention.cuh"
 
 #define TILE 16
 #define COLUMNS (8 * NT)
@@ -82,12 +84,11 @@ __device__ __forceinline__ void combine(const float4* partial, const float2* max
 extern "C" __global__ void __launch_bounds__(WARPS * 32, NT == 1 ? 2 : 1)
 paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, const u8* __restrict__ values,
                 const int* __restrict__ block_table, const int* __restrict__ lengths, u16* out, float* partial,
-                float* maxima_sums, int scale_log2_bits, int query_stride, int table_stride, int max_pages, int kv_heads,
+                float* maxima_sums, float scale_log2, int query_stride, int table_stride, int max_pages, int kv_heads,
                 int group) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int head = blockIdx.x, split = blockIdx.y, sequence = blockIdx.z, num_splits = gridDim.y;
   const int pair = sequence * kv_heads + head;
-  const float scale_log2 = __int_as_float(scale_log2_bits);
   uint2* own_out = (uint2*)(out + (size_t)pair * group * HEAD_DIM);
 
   const int length = min(lengths[sequence], max_pages * PAGE_SIZE);

@@ -6,8 +6,6 @@ What it reads is what must be read: keys and values once, for all query heads th
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +17,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits, pages_for
+from parallel.kernels.launch import Kernel, load_kernel
 
+SOURCE = Path(__file__).with_name("paged_attention.cu")
+PARAMETERS = "PPPPPPPPfiiiii"
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
 WARPS = 8
@@ -72,7 +73,7 @@ class Launch:
         ring, sums = self.depth * self.unit_bytes, columns * self.head_dim * 4
         return max(WARPS * ring, WARPS * sums, MAX_SPLITS * columns * 4)
 
-    def options(self) -> list[str]:
+    def options(self) -> tuple[str, ...]:
         values = {
             "HEAD_DIM": self.head_dim,
             "PAGE_SIZE": PAGE_SIZE,
@@ -84,7 +85,7 @@ class Launch:
             "QUERY_F16": int(self.query_f16),
             "KV_FP8": int(self.kv_fp8),
         }
-        return [f"-D{name}={value}" for name, value in values.items()]
+        return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
 @torch.library.custom_op("launch70b::paged_attention", mutates_args=(), device_types="cuda")
@@ -177,16 +178,11 @@ def run_kernel(
         (num_splits if num_splits > 1 else 0) * batch * heads * (head_dim + 2), dtype=torch.float32
     )
     partial, maxima_sums = workspace.tensor_split([workspace.numel() // (head_dim + 2) * head_dim])
-    tensors = [query, keys, values, block_table, lengths, output, partial, maxima_sums]
-    strides = [query.stride(0), block_table.stride(0)]
-    numbers = [float_bits(scale * math.log2(math.e)), *strides, block_table.shape[1], kv_heads, heads // kv_heads]
-    launch = launch_for(query, keys)
-    compile_kernel(launch, query.device.index)(
-        grid=(kv_heads, num_splits, batch),
-        block=(WARPS * 32, 1, 1),
-        args=[*tensors, *numbers],
-        shared_mem=launch.shared_bytes(),
-    )
+    tensors = (query, keys, values, block_table, lengths, output, partial, maxima_sums)
+    strides = (query.stride(0), block_table.stride(0))
+    sizes = (block_table.shape[1], kv_heads, heads // kv_heads)
+    kernel = load(launch_for(query, keys), query.device.index)
+    kernel((kv_heads, num_splits, batch), WARPS * 32, *tensors, scale * math.log2(math.e), *strides, *sizes)
     return output
 
 
@@ -195,30 +191,20 @@ def has_aligned_rows(query: Tensor) -> bool:
     return query.stride()[1:] == (query.shape[2], 1) and query.stride(0) % 8 == 0 and query.data_ptr() % 16 == 0
 
 
-def float_bits(number: float) -> int:
-    """A float32 as the int that passes through the launch as it is."""
-    return int(struct.unpack("i", struct.pack("f", number))[0])
-
-
 @cache
 def compile_problem(launch: Launch, device_index: int) -> str | None:
     """Why the kernel cannot be compiled on this card; None: it can."""
     try:
-        compile_kernel(launch, device_index)
+        load(launch, device_index)
     except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
         return f"it cannot be compiled: {str(error).splitlines()[0]}"
     return None
 
 
 @cache
-def compile_kernel(launch: Launch, device_index: int) -> Callable[..., None]:
-    """The kernel of paged_attention.cu and instructions.cu, compiled for the card of this process."""
-    files = ("instructions.cu", "paged_attention.cu")
-    source = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
-    kernel = torch.cuda._compile_kernel(source, "paged_attention", nvcc_options=launch.options())
-    kernel.set_shared_memory_config(launch.shared_bytes())
-    compiled: Callable[..., None] = kernel
-    return compiled
+def load(launch: Launch, device_index: int) -> Kernel:
+    """The kernel of paged_attention.cu, compiled for the card of this process."""
+    return load_kernel(SOURCE, "paged_attention", launch.options(), PARAMETERS, device_index, launch.shared_bytes())
 
 
 def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
 // What paged_attention.cu is made of: instructions that C++ has no name for, and arithmetic on small vectors.
 //
-// Defined by the host: QUERY_F16 and KV_FP8, as there. The host puts this file before that one.
+// Defined by the host: QUERY_F16 and KV_FP8, as there.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
