@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.kernels import reference
-from parallel.kernels.launch import Kernel, load_kernel
+from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
 from parallel.kernels.operators import operator
 
 FOLDER = Path(__file__).parent
@@ -173,13 +173,9 @@ def takes_pages(pages: Tensor, dtype: torch.dtype) -> bool:
 @cache
 def problem(device_index: int) -> str | None:
     """Why a card has no kernels, so that plain torch computes; None: it has."""
-    if torch.cuda.get_device_capability(device_index) < (8, 0):
+    if not has_tensor_cores(torch.device("cuda", device_index)):
         return "older than sm_80"
-    try:
-        silu_kernel(device_index)
-    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
-        return f"they cannot be compiled: {str(error).splitlines()[0]}"
-    return None
+    return load_problem(silu_kernel, device_index)
 
 
 def norm_vectors(tokens: int, hidden_size: int) -> int:
