@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.kernels import w4a16, w8a16
-from parallel.kernels.tiles import (
-    MAX_SHARED_BYTES,
-    OUTPUTS_PER_TILE,
-    ROWS_PER_TILE,
-    Launch,
-    choose_launch,
-    compile_kernel,
-)
+from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch, choose_launch
 from parallel.quantized import QuantizedWeight
 
 # The table of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix E.
@@ -103,12 +96,10 @@ class OwnFormat:
     def compile(self, launch: Launch) -> None:
         """Ahead of its use, in whatever thread."""
         if self.bits == 4:
-            codebook = torch.zeros(8) if self.kind == "codebook" else None
-            options = w4a16.kernel_options(launch, self.group_size or 128, codebook)
+            w4a16.multiply_kernel(launch, self.group_size or 128, self.kind == "codebook", torch.cuda.current_device())
         else:
             is_grouped = self.group_size is not None
-            options = w8a16.kernel_options(launch, is_grouped=is_grouped, is_float=self.kind == "e4m3")
-        compile_kernel(f"w{self.bits}a16.cu", f"w{self.bits}a16", options, torch.cuda.current_device())
+            w8a16.multiply_kernel(launch, is_grouped, self.kind == "e4m3", torch.cuda.current_device())
 
 
 FORMATS = {

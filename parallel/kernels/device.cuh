@@ -1,9 +1,13 @@
-// The instructions that the kernels of packed weights are made of, as PTX. tests/parallel/emulated.h has them in C++.
+// What kernels in bf16 are made of: pairs in a 32-bit word, the first in the low half, and instructions as PTX, since
+// NVRTC comes without CUDA's own headers. tests/parallel/emulated.h has the same in C++.
 
 #ifndef DEVICE_CUH
 #define DEVICE_CUH
 
 typedef unsigned int u32;
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 __device__ __forceinline__ void copy_async(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

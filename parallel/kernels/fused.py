@@ -5,7 +5,7 @@ On a card and in bf16 they run as kernels of fused_*.cu, else as the plain torch
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.kernels import reference
-from parallel.kernels.launch import Kernel, load_kernel
+from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
 from parallel.kernels.operators import operator
 
 FOLDER = Path(__file__).parent
@@ -23,10 +23,9 @@ PIECE_BYTES = 16
 WARP = 32
 MAX_THREADS = 1024
 MAX_HIDDEN = 16384
-# Up to so many rows, a thread holds as little of a row as can be, for latency; above, more of it, for throughput.
-# About a card's multiprocessors; where the two cross has not been measured (tools/bench_fused.py times both).
-FEW_ROWS = 128
-MANY_ROWS_VECTORS = 4
+# Pieces of a row that a thread of a norm holds: 2.30 us at 1 token, 2.54 at 32, 6.24 at 512; one takes 2.50, 2.68 and
+# 6.36, four 2.35, 2.55 and 6.63 (add_rms_norm of H = 8192, H200, tools/bench_fused.py).
+NORM_VECTORS = 2
 SILU_THREADS = 256
 ROTARY_THREADS = 128
 HEAD_DIMS = range(64, 257, 16)
@@ -37,7 +36,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[tokens, H] by [H] -> [tokens, H]: hidden / sqrt(mean(hidden ** 2) + eps), rounded, times weight."""
     if not takes(hidden, weight) or hidden.shape[1] > MAX_HIDDEN:
         return reference.rms_norm(hidden, weight, eps)
-    return launch_norm(norm_vectors(*hidden.shape), hidden, None, weight, eps)
+    return launch_norm(NORM_VECTORS, hidden, None, weight, eps)
 
 
 @operator(lambda hidden, residual, weight, eps: hidden.new_empty(hidden.shape), mutates=["residual"])
@@ -45,7 +44,7 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     """Adds [tokens, H] to `residual` in place, rounded; returns `rms_norm` of the sum."""
     if not takes(hidden, residual, weight) or hidden.shape[1] > MAX_HIDDEN:
         return reference.add_rms_norm(hidden, residual, weight, eps)
-    return launch_norm(norm_vectors(*hidden.shape), hidden, residual, weight, eps)
+    return launch_norm(NORM_VECTORS, hidden, residual, weight, eps)
 
 
 @operator(lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
@@ -55,7 +54,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if not takes(gate_up) or gate_up.shape[1] % (2 * PIECE):
         return reference.silu_mul(gate_up)
     output = gate_up.new_empty(tokens, pieces * PIECE)
-    silu_kernel(gate_up.device.index)(
+    silu_kernel(gate_up.device)(
         (tokens, -(-pieces // SILU_THREADS), 1),
         SILU_THREADS,
         gate_up,
@@ -96,13 +95,15 @@ def rotary_and_cache(
     assert cos.shape[1] * 2 == key_pages.shape[3], f"{cos.shape=} is for another head than that of {key_pages.shape=}"
     assert cos.dtype == sin.dtype == torch.float32 and positions.dtype == slots.dtype == torch.int64
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    if not (takes(qkv, *norms) and takes_pages(key_pages, qkv.dtype) and takes_pages(value_pages, key_pages.dtype)):
+    shape, strides = key_pages.shape, (key_pages.stride(), value_pages.stride())
+    aligned = (key_pages.data_ptr() | value_pages.data_ptr()) % PIECE_BYTES == 0
+    dtypes = qkv.dtype, key_pages.dtype, value_pages.dtype
+    if not (takes(qkv, *norms) and aligned and takes_pages(shape, *strides, *dtypes)):
         return reference.rotary_and_cache(
             qkv, cos, sin, positions, slots, key_pages, value_pages, heads, kv_heads, q_norm, k_norm, eps
         )
-    page_size, head_dim = key_pages.shape[2:]
-    query = qkv.new_empty(len(qkv), heads, head_dim)
-    kernel, heads_per_block = rotary_kernel(head_dim, page_size, key_pages.dtype, qkv.device.index)
+    query = qkv.new_empty(len(qkv), heads, shape[3])
+    kernel, heads_per_block = rotary_kernel(shape[3], shape[2], key_pages.dtype, qkv.device)
     kernel(
         (len(qkv), -(-(heads + 2 * kv_heads) // heads_per_block), 1),
         ROTARY_THREADS,
@@ -116,8 +117,8 @@ def rotary_and_cache(
         query,
         q_norm,
         k_norm,
-        key_pages.stride(0),
-        value_pages.stride(0),
+        strides[0][0],
+        strides[1][0],
         qkv.stride(0) // PIECE,
         heads,
         kv_heads,
@@ -145,84 +146,77 @@ def rotary_tables(rotary: nn.Module, max_positions: int) -> tuple[Tensor, Tensor
 
 def takes(*tensors: Tensor) -> bool:
     """Whether kernels can read these, [n] or [tokens, n], piece by piece."""
-    first = tensors[0]
-    if not first.is_cuda or not first.numel() or problem(first.device.index):
-        return False
-    return all(
-        t.dtype == torch.bfloat16
-        and t.shape[-1] % PIECE == 0
-        and t.stride(-1) == 1
-        and (t.dim() == 1 or t.stride(0) % PIECE == 0)
-        and t.data_ptr() % PIECE_BYTES == 0
-        for t in tensors
-    )
+    return all([t.data_ptr() % PIECE_BYTES == 0 and fits(t.dtype, t.shape, t.stride(), t.device) for t in tensors])
 
 
-def takes_pages(pages: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel can write these; what lies inside a page has no gaps."""
-    page_size, head_dim = pages.shape[2:]
+# As many layouts as a few prompts have lengths.
+@lru_cache(maxsize=4096)
+def fits(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], device: torch.device) -> bool:
     return (
-        pages.dtype in (dtype, torch.float8_e4m3fn)
-        and head_dim in HEAD_DIMS
-        and pages.stride()[1:] == (page_size * head_dim, head_dim, 1)
-        and pages.stride(0) % PIECE == 0
-        and pages.data_ptr() % PIECE_BYTES == 0
+        dtype == torch.bfloat16
+        and shape.numel() > 0
+        and shape[-1] % PIECE == 0
+        and strides[-1] == 1
+        and all(stride % PIECE == 0 for stride in strides[:-1])
+        and problem(device) is None
     )
 
 
 @cache
-def problem(device_index: int) -> str | None:
-    """Why a card has no kernels, so that plain torch computes; None: it has."""
-    if torch.cuda.get_device_capability(device_index) < (8, 0):
-        return "older than sm_80"
-    try:
-        silu_kernel(device_index)
-    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
-        return f"they cannot be compiled: {str(error).splitlines()[0]}"
-    return None
+def takes_pages(
+    shape: torch.Size,
+    key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    *page_dtypes: torch.dtype,
+) -> bool:
+    """Whether the kernel can write pages of keys and of values; what lies inside a page has no gaps."""
+    page_size, head_dim = shape[2:]
+    return (
+        head_dim in HEAD_DIMS
+        and page_dtypes[0] == page_dtypes[1]
+        and page_dtypes[0] in (dtype, torch.float8_e4m3fn)
+        and all(strides[1:] == (page_size * head_dim, head_dim, 1) for strides in (key_strides, value_strides))
+        and all(strides[0] % PIECE == 0 for strides in (key_strides, value_strides))
+    )
 
 
-def norm_vectors(tokens: int, hidden_size: int) -> int:
-    """Pieces of a row that a thread holds."""
-    least = -(-hidden_size // (PIECE * MAX_THREADS))
-    return least if tokens <= FEW_ROWS else max(least, MANY_ROWS_VECTORS)
+@cache
+def problem(device: torch.device) -> str | None:
+    """Why a device has no kernels, so that plain torch computes; None: it has."""
+    if not has_tensor_cores(device):
+        return "not on a card of sm_80 or later"
+    return load_problem(silu_kernel, device)
 
 
 def launch_norm(vectors: int, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     tokens, hidden_size = hidden.shape
-    pieces = hidden_size // PIECE
     output = hidden.new_empty(tokens, hidden_size)
-    norm_kernel(vectors, hidden.device.index)(
-        (tokens, 1, 1),
-        -(-pieces // (vectors * WARP)) * WARP,
-        hidden,
-        residual,
-        weight,
-        output,
-        pieces,
-        hidden.stride(0) // PIECE,
-        0 if residual is None else residual.stride(0) // PIECE,
-        eps,
-    )
+    kernel, pieces, threads = norm_kernel(vectors, hidden_size, hidden.device)
+    strides = hidden.stride(0) // PIECE, 0 if residual is None else residual.stride(0) // PIECE
+    kernel((tokens, 1, 1), threads, hidden, residual, weight, output, pieces, *strides, eps)
     return output
 
 
 @cache
-def norm_kernel(vectors: int, device_index: int) -> Kernel:
-    most = min(MAX_THREADS, MAX_HIDDEN // (PIECE * vectors))
-    options = (f"-DVECTORS={vectors}", f"-DMAX_THREADS={most}")
-    return load_kernel(FOLDER / "fused_norm.cu", "rms_norm", options, "PPPPiiif", device_index)
+def norm_kernel(vectors: int, hidden_size: int, device: torch.device) -> tuple[Kernel, int, int]:
+    """The kernel, the pieces of a row, and the threads of a block."""
+    pieces = hidden_size // PIECE
+    vectors = max(vectors, -(-pieces // MAX_THREADS))
+    options = (f"-DVECTORS={vectors}", f"-DMAX_THREADS={min(MAX_THREADS, MAX_HIDDEN // (PIECE * vectors))}")
+    kernel = load_kernel(FOLDER / "fused_norm.cu", "rms_norm", options, "PPPPiiif", device.index)
+    return kernel, pieces, -(-pieces // (vectors * WARP)) * WARP
 
 
 @cache
-def silu_kernel(device_index: int) -> Kernel:
-    return load_kernel(FOLDER / "fused_silu.cu", "silu_mul", (), "PPii", device_index)
+def silu_kernel(device: torch.device) -> Kernel:
+    return load_kernel(FOLDER / "fused_silu.cu", "silu_mul", (), "PPii", device.index)
 
 
 @cache
-def rotary_kernel(head_dim: int, page_size: int, dtype: torch.dtype, device_index: int) -> tuple[Kernel, int]:
+def rotary_kernel(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Kernel, int]:
     """The kernel, and how many heads a block of it takes."""
     lanes = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
     options = (f"-DHEAD_DIM={head_dim}", f"-DPAGE_SIZE={page_size}", f"-DE4M3={int(dtype == torch.float8_e4m3fn)}")
-    kernel = load_kernel(FOLDER / "fused_rotary.cu", "rotary_and_cache", options, "PPPPPPPPPPqqiiif", device_index)
+    kernel = load_kernel(FOLDER / "fused_rotary.cu", "rotary_and_cache", options, "PPPPPPPPPPqqiiif", device.index)
     return kernel, ROTARY_THREADS // lanes

@@ -5,15 +5,15 @@
 //
 // Defined by the host: VECTORS, pieces of 16 bytes that a thread holds; MAX_THREADS.
 
-#include "bf16.cuh"
+#include "device.cuh"
 
-__device__ __forceinline__ u32 add(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
+__device__ __forceinline__ u32 add(u32 a, u32 b) { return to_pair(low(a) + low(b), high(a) + high(b)); }
 __device__ __forceinline__ float square(u32 a) { return low(a) * low(a) + high(a) * high(a); }
 
 // The product with the norm is rounded before that with the weight, as transformers does.
 __device__ __forceinline__ u32 scale(u32 a, float factor, u32 weight) {
-  const u32 normed = pack(low(a) * factor, high(a) * factor);
-  return pack(low(normed) * low(weight), high(normed) * high(weight));
+  const u32 normed = to_pair(low(a) * factor, high(a) * factor);
+  return to_pair(low(normed) * low(weight), high(normed) * high(weight));
 }
 
 // The sum over the block, in every thread; always in the same order.

@@ -5,7 +5,7 @@
 //
 // Defined by the host: HEAD_DIM (a multiple of 16, up to 256), PAGE_SIZE (tokens), E4M3 (1: pages hold e4m3, 0: bf16).
 
-#include "bf16.cuh"
+#include "device.cuh"
 
 typedef long long i64;
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void unpack8(const uint4& v, float* x) {
 }
 
 __device__ __forceinline__ uint4 pack8(const float* x) {
-  return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+  return make_uint4(to_pair(x[0], x[1]), to_pair(x[2], x[3]), to_pair(x[4], x[5]), to_pair(x[6], x[7]));
 }
 
 // To the nearest, ties to even, beyond 448 to 448; only what is no number stays none. By integers: cards before sm_89
@@ -61,8 +61,8 @@ __device__ __forceinline__ void scale8(float* x, float factor, const uint4& weig
   unpack8(weight, w);
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
-    const u32 normed = pack(x[i] * factor, x[i + 1] * factor);
-    const u32 scaled = pack(low(normed) * w[i], high(normed) * w[i + 1]);
+    const u32 normed = to_pair(x[i] * factor, x[i + 1] * factor);
+    const u32 scaled = to_pair(low(normed) * w[i], high(normed) * w[i + 1]);
     x[i] = low(scaled), x[i + 1] = high(scaled);
   }
 }

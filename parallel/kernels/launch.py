@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -82,6 +82,22 @@ def load_kernel(
         # Above 48 KB a kernel must be told beforehand.
         loaded[name].set_shared_memory_config(shared_bytes)
     return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes)
+
+
+@cache
+def load_problem(load: Callable[..., object], *arguments: Hashable) -> str | None:
+    """Why what `load(*arguments)` loads cannot be compiled on this card; None: it can."""
+    try:
+        load(*arguments)
+    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
+        return f"it cannot be compiled: {str(error).splitlines()[0]}"
+    return None
+
+
+@cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether `device` is a card of sm_80 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

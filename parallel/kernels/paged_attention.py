@@ -17,7 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits, pages_for
-from parallel.kernels.launch import Kernel, load_kernel
+from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
+from parallel.kernels.operators import operator
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
 PARAMETERS = "PPPPPPPPfiiiii"
@@ -88,26 +89,19 @@ class Launch:
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
-@torch.library.custom_op("launch70b::paged_attention", mutates_args=(), device_types="cuda")
+@operator(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
 def attend(query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """`paged_attention` on tensors."""
+    if not query.is_cuda:
+        # Lengths can be read without waiting for a card.
+        longest = int(lengths.max()) if len(lengths) else 0
+        return attend_gathered(query, keys, values, block_table[:, : pages_for(longest)], lengths, scale)
     if refusal(query, keys) is not None:
         return attend_gathered(query, keys, values, block_table, lengths, scale)
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
     pairs = len(query) * keys.shape[1]
     num_splits = choose_splits(pairs, block_table.shape[1] * PAGE_SIZE, multiprocessors)
     return run_kernel(num_splits, query, keys, values, block_table, lengths, scale)
-
-
-@attend.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-@attend.register_kernel("cpu")
-def _(query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    longest = int(lengths.max()) if len(lengths) else 0
-    return attend_gathered(query, keys, values, block_table[:, : pages_for(longest)], lengths, scale)
 
 
 def attend_gathered(
@@ -131,27 +125,34 @@ def attend_gathered(
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:
     """Why the kernel cannot take these, in a few words; None: it can."""
-    head_dim, group = query.shape[-1], query.shape[1] // keys.shape[1]
-    checks = {
-        "not on a card of sm_80 or later": has_tensor_cores(query.device),
-        f"activations in {str(query.dtype).removeprefix('torch.')}": query.dtype in (torch.bfloat16, torch.float16),
-        f"KV in {str(keys.dtype).removeprefix('torch.')}": keys.dtype in (query.dtype, FP8),
-        f"heads of {head_dim}": head_dim in HEAD_DIMS,
-        f"{group} query heads for a KV head": group <= MAX_GROUP,
-        f"{len(query)} sequences": len(query) * keys.shape[1] <= MAX_COUNTERS,
-    }
-    failed = [reason for reason, passed in checks.items() if not passed]
-    return failed[0] if failed else compile_problem(launch_for(query, keys), query.device.index)
+    return find_refusal(*query.shape, keys.shape[1], query.dtype, keys.dtype, query.device)
 
 
 @cache
-def has_tensor_cores(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def find_refusal(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    group = heads // kv_heads
+    checks = {
+        "not on a card of sm_80 or later": has_tensor_cores(device),
+        f"activations in {str(dtype).removeprefix('torch.')}": dtype in (torch.bfloat16, torch.float16),
+        f"KV in {str(kv_dtype).removeprefix('torch.')}": kv_dtype in (dtype, FP8),
+        f"heads of {head_dim}": head_dim in HEAD_DIMS,
+        f"{group} query heads for a KV head": group <= MAX_GROUP,
+        f"{batch} sequences": batch * kv_heads <= MAX_COUNTERS,
+    }
+    failed = [reason for reason, passed in checks.items() if not passed]
+    return failed[0] if failed else load_problem(load, launch_for(head_dim, group, dtype, kv_dtype), device.index)
 
 
-def launch_for(query: Tensor, keys: Tensor) -> Launch:
-    group = query.shape[1] // keys.shape[1]
-    return Launch(query.shape[-1], -(-group // 8), query.dtype == torch.float16, keys.dtype == FP8)
+def launch_for(head_dim: int, group: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> Launch:
+    return Launch(head_dim, -(-group // 8), dtype == torch.float16, kv_dtype == FP8)
 
 
 def choose_splits(pairs: int, max_tokens: int, multiprocessors: int) -> int:
@@ -181,7 +182,8 @@ def run_kernel(
     tensors = (query, keys, values, block_table, lengths, output, partial, maxima_sums)
     strides = (query.stride(0), block_table.stride(0))
     sizes = (block_table.shape[1], kv_heads, heads // kv_heads)
-    kernel = load(launch_for(query, keys), query.device.index)
+    launch = launch_for(head_dim, heads // kv_heads, query.dtype, keys.dtype)
+    kernel = load(launch, query.device.index)
     kernel((kv_heads, num_splits, batch), WARPS * 32, *tensors, scale * math.log2(math.e), *strides, *sizes)
     return output
 
@@ -189,16 +191,6 @@ def run_kernel(
 def has_aligned_rows(query: Tensor) -> bool:
     """Whether the kernel can read 16 bytes at a time: a slice of the projection's output often is."""
     return query.stride()[1:] == (query.shape[2], 1) and query.stride(0) % 8 == 0 and query.data_ptr() % 16 == 0
-
-
-@cache
-def compile_problem(launch: Launch, device_index: int) -> str | None:
-    """Why the kernel cannot be compiled on this card; None: it can."""
-    try:
-        load(launch, device_index)
-    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
-        return f"it cannot be compiled: {str(error).splitlines()[0]}"
-    return None
 
 
 @cache

@@ -11,8 +11,7 @@ __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x
 
 // A bf16 pair times a float, rounded once.
 __device__ __forceinline__ u32 scale_pair(u32 pair, float scale) {
-  const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
-  return to_pair(low * scale, high * scale);
+  return to_pair(low(pair) * scale, high(pair) * scale);
 }
 
 // Adds up `acc` over the warps of a block, always in the same order, and writes it times `unit` for the tokens there are.

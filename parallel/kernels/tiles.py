@@ -1,11 +1,7 @@
-"""What the own kernels of packed weights (w4a16, w8a16) share: units, launches, and their compilation.
-
-Compiled at run time by the NVRTC that torch brings; no CUDA toolkit is needed.
-"""
+"""What the own kernels of packed weights (w4a16, w8a16) share: units, launches, blocks of rows, and compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,13 +10,18 @@ import torch
 from torch import Tensor
 
 from parallel.kernels.held import UNIT_INPUTS
+from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel
 from parallel.quantized import QuantizedWeight
 
+FOLDER = Path(__file__).parent
+WARP = 32
 OUTPUTS_PER_TILE = 16
 ROWS_PER_TILE = 8
 # Without asking for more, a block gets this much.
 MAX_SHARED_BYTES = 48 * 1024
 SCALE_BYTES = 4
+# As in the sources: each takes a unit of inputs.
+DEQUANTIZE_WARPS = 8
 # For up to so many tokens: (at least so many tiles of 16 outputs, row_tiles, warps).
 Launches = dict[int, tuple[tuple[int, int, int], ...]]
 
@@ -65,10 +66,6 @@ def tile_refusal(weight: QuantizedWeight, dtype: torch.dtype, bits: int) -> str 
     return next((reason for reason, passed in checks.items() if not passed), None)
 
 
-def has_tensor_cores(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def fits_groups(weight: QuantizedWeight, group_size: int) -> bool:
     """Whether each `group_size` inputs share a scale, once they are sorted by group."""
     blocks = weight.groups().sort().values.view(-1, group_size)
@@ -85,20 +82,13 @@ def untile_scales(tiled: Tensor) -> Tensor:
     return tiled.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-@cache
-def compile_kernel(file: str, name: str, options: tuple[str, ...], device_index: int) -> Callable[..., None]:
-    """A kernel of `file` in this folder, compiled for the card of this process."""
-    folder = Path(__file__).parent
-    source = (folder / file).read_text(encoding="utf-8")
-    compiled: Callable[..., None] = torch.cuda._compile_kernel(source, name, nvcc_options=[f"-I{folder}", *options])
-    return compiled
+def empty_weight(packed: Tensor) -> Tensor:
+    """Room for a dequantised weight: [out, in] bf16."""
+    tiles, units = packed.shape[:2]
+    return packed.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)
 
 
 @cache
-def compile_problem(file: str, name: str, options: tuple[str, ...], device_index: int) -> str | None:
-    """Why the kernel cannot be compiled on this card; None: it can."""
-    try:
-        compile_kernel(file, name, options, device_index)
-    except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
-        return f"it cannot be compiled: {str(error).splitlines()[0]}"
-    return None
+def compile_kernel(file: str, name: str, options: tuple[str, ...], device_index: int, parameters: str) -> Kernel:
+    """A kernel of `file` in this folder, compiled for the card of this process; `parameters` as in launch.Kernel."""
+    return load_kernel(FOLDER / file, name, options, parameters, device_index)

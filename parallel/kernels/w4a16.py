@@ -5,20 +5,26 @@ What it reads is what must be read: half a byte a weight and 4 bytes a group of 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
 from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
+from parallel.kernels.launch import Kernel, load_problem
+from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
+    DEQUANTIZE_WARPS,
     OUTPUTS_PER_TILE,
     SCALE_BYTES,
+    WARP,
     Launch,
     Launches,
     choose_launch,
     compile_kernel,
-    compile_problem,
+    empty_weight,
     fits_groups,
     tile_refusal,
     tile_scales,
@@ -72,8 +78,8 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return why_not
     if find_group_size(weight) is None:
         return f"groups of other than {', '.join(map(str, W4A16_GROUP_SIZES))}"
-    options = kernel_options(choose_launch(LAUNCHES, 1, 512), UNIT_INPUTS, None)
-    return compile_problem("w4a16.cu", "w4a16", options, weight.values.device.index)
+    launch = launch_for(num_rows=1, num_tiles=512)
+    return load_problem(multiply_kernel, launch, W4A16_GROUP_SIZES[0], False, weight.values.device.index)
 
 
 def find_group_size(weight: QuantizedWeight) -> int | None:
@@ -140,31 +146,59 @@ def unpack_codebook(packed: Tensor) -> Tensor:
     return packed.view(torch.uint8).view(2, 16).t().contiguous().view(torch.bfloat16).flatten().float()
 
 
-@torch.library.custom_op("launch70b::w4a16", mutates_args=())
+@operator(lambda rows, packed, scales, codebook=None: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
 def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
     """[m, in] bf16 -> [m, out] bf16, m from 1 to 64, by the packed weight."""
     output = rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    run_kernel(choose_launch(LAUNCHES, len(rows), len(packed)), rows.contiguous(), packed, scales, codebook, output)
+    run_kernel(launch_for(len(rows), len(packed)), rows.contiguous(), packed, scales, codebook, output)
     return output
-
-
-@w4a16.register_fake
-def _(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
-    return rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
 
 
 def run_kernel(
     launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor
 ) -> None:
     tiles, units = packed.shape[:2]
-    sizes = [tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)]
-    compile_kernel(
-        "w4a16.cu", "w4a16", kernel_options(launch, group_size(packed, scales), codebook), packed.device.index
-    )(
-        grid=(tiles // launch.row_tiles, 1, 1),
-        block=(launch.warps * 32, 1, 1),
-        args=[packed, scales, rows, output, *sizes, *([] if codebook is None else [codebook])],
-    )
+    kernel = multiply_kernel(launch, group_size(packed, scales), codebook is not None, packed.device.index)
+    sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
+    grid = (tiles // launch.row_tiles, 1, 1)
+    kernel(grid, launch.warps * WARP, packed, scales, rows, output, *sizes, *entries(codebook))
+
+
+@operator(lambda packed, scales, codebook=None: empty_weight(packed))
+def dequantize_w4(packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
+    """The weight as [out, in] bf16, columns as they are packed."""
+    tiles, units = packed.shape[:2]
+    weight = empty_weight(packed)
+    kernel = dequantize_kernel(group_size(packed, scales), codebook is not None, packed.device.index)
+    grid = (tiles, -(-units // DEQUANTIZE_WARPS), 1)
+    kernel(grid, DEQUANTIZE_WARPS * WARP, packed, scales, weight, units, *entries(codebook))
+    return weight
+
+
+def entries(codebook: Tensor | None) -> tuple[Tensor, ...]:
+    """The last parameter, which kernels have only with a codebook."""
+    return () if codebook is None else (codebook,)
+
+
+@cache
+def launch_for(num_rows: int, num_tiles: int) -> Launch:
+    return choose_launch(LAUNCHES, num_rows, num_tiles)
+
+
+@cache
+def multiply_kernel(launch: Launch, group_size: int, has_codebook: bool, device_index: int) -> Kernel:
+    options = kernel_options(launch, group_size, has_codebook=has_codebook)
+    return compile_kernel("w4a16.cu", "w4a16", options, device_index, "PPPPiii" + "P" * has_codebook)
+
+
+@cache
+def dequantize_kernel(group_size: int, has_codebook: bool, device_index: int) -> Kernel:
+    options = kernel_options(Launch(1, 1, DEQUANTIZE_WARPS, 2), group_size, has_codebook=has_codebook)
+    return compile_kernel("w4a16.cu", "dequantize_w4", options, device_index, "PPPi" + "P" * has_codebook)
+
+
+def kernel_options(launch: Launch, group_size: int, *, has_codebook: bool) -> tuple[str, ...]:
+    return (*launch.options(), f"-DGROUP={group_size}", f"-DCODEBOOK={int(has_codebook)}")
 
 
 def group_size(packed: Tensor, scales: Tensor) -> int:
@@ -174,27 +208,3 @@ def group_size(packed: Tensor, scales: Tensor) -> int:
 def unit_bytes(group_size: int) -> int:
     """Bytes of 128 inputs of 16 outputs, with their scales."""
     return OUTPUTS_PER_TILE * (UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * SCALE_BYTES)
-
-
-def kernel_options(launch: Launch, group_size: int, codebook: Tensor | None) -> tuple[str, ...]:
-    return (*launch.options(), f"-DGROUP={group_size}", f"-DCODEBOOK={int(codebook is not None)}")
-
-
-@torch.library.custom_op("launch70b::dequantize_w4", mutates_args=())
-def dequantize_w4(packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """The weight as [out, in] bf16, columns as they are packed."""
-    tiles, units = packed.shape[:2]
-    weight = scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)
-    options = kernel_options(Launch(1, 1, 8, 2), group_size(packed, scales), codebook)
-    compile_kernel("w4a16.cu", "dequantize_w4", options, packed.device.index)(
-        grid=(tiles, -(-units // 8), 1),
-        block=(256, 1, 1),
-        args=[packed, scales, weight, units, *([] if codebook is None else [codebook])],
-    )
-    return weight
-
-
-@dequantize_w4.register_fake
-def _(packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
-    tiles, units = packed.shape[:2]
-    return scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)

@@ -6,20 +6,26 @@ Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
 from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
+from parallel.kernels.launch import Kernel, load_problem
+from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
+    DEQUANTIZE_WARPS,
     OUTPUTS_PER_TILE,
     SCALE_BYTES,
+    WARP,
     Launch,
     Launches,
     choose_launch,
     compile_kernel,
-    compile_problem,
+    empty_weight,
     fits_groups,
     tile_refusal,
     tile_scales,
@@ -67,8 +73,8 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     why_not = tile_refusal(weight, dtype, bits=8) or values_refusal(weight)
     if why_not is not None:
         return why_not
-    options = kernel_options(choose_launch(LAUNCHES, 1, 512), is_grouped=False, is_float=weight.is_float)
-    return compile_problem("w8a16.cu", "w8a16", options, weight.values.device.index)
+    launch = launch_for(num_rows=1, num_tiles=512)
+    return load_problem(multiply_kernel, launch, False, weight.is_float, weight.values.device.index)
 
 
 def values_refusal(weight: QuantizedWeight) -> str | None:
@@ -142,28 +148,51 @@ def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
     return ((values - zeros.unsqueeze(-1)) * exact.unsqueeze(-1)).flatten(1)
 
 
-@torch.library.custom_op("launch70b::w8a16", mutates_args=())
+@operator(lambda rows, packed, scales, is_float: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
 def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
     """[m, in] bf16 -> [m, out] bf16, m from 1 to 64, by the packed weight."""
     output = rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    launch = choose_launch(LAUNCHES, len(rows), len(packed))
+    launch = launch_for(len(rows), len(packed))
     run_kernel(launch, rows.contiguous(), packed, scales, output, is_float=is_float)
     return output
 
 
-@w8a16.register_fake
-def _(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
-    return rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-
-
 def run_kernel(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, *, is_float: bool) -> None:
     tiles, units = packed.shape[:2]
-    options = kernel_options(launch, is_grouped=is_grouped(scales), is_float=is_float)
-    compile_kernel("w8a16.cu", "w8a16", options, packed.device.index)(
-        grid=(tiles // launch.row_tiles, 1, 1),
-        block=(launch.warps * 32, 1, 1),
-        args=[packed, scales, rows, output, tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)],
-    )
+    kernel = multiply_kernel(launch, is_grouped(scales), is_float, packed.device.index)
+    sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
+    kernel((tiles // launch.row_tiles, 1, 1), launch.warps * WARP, packed, scales, rows, output, *sizes)
+
+
+@operator(lambda packed, scales, is_float: empty_weight(packed))
+def dequantize_w8(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
+    """The weight as [out, in] bf16, columns as they are packed."""
+    tiles, units = packed.shape[:2]
+    weight = empty_weight(packed)
+    kernel = dequantize_kernel(is_grouped(scales), is_float, packed.device.index)
+    kernel((tiles, -(-units // DEQUANTIZE_WARPS), 1), DEQUANTIZE_WARPS * WARP, packed, scales, weight, units)
+    return weight
+
+
+@cache
+def launch_for(num_rows: int, num_tiles: int) -> Launch:
+    return choose_launch(LAUNCHES, num_rows, num_tiles)
+
+
+@cache
+def multiply_kernel(launch: Launch, is_grouped: bool, is_float: bool, device_index: int) -> Kernel:
+    options = kernel_options(launch, is_grouped=is_grouped, is_float=is_float)
+    return compile_kernel("w8a16.cu", "w8a16", options, device_index, "PPPPiii")
+
+
+@cache
+def dequantize_kernel(is_grouped: bool, is_float: bool, device_index: int) -> Kernel:
+    options = kernel_options(Launch(1, 1, DEQUANTIZE_WARPS, 2), is_grouped=is_grouped, is_float=is_float)
+    return compile_kernel("w8a16.cu", "dequantize_w8", options, device_index, "PPPi")
+
+
+def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
+    return (*launch.options(), f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
 
 
 def is_grouped(scales: Tensor) -> bool:
@@ -173,25 +202,3 @@ def is_grouped(scales: Tensor) -> bool:
 def unit_bytes(*, is_grouped: bool) -> int:
     """Bytes of 128 inputs of 16 outputs, with their scales."""
     return OUTPUTS_PER_TILE * (UNIT_INPUTS + SCALE_BYTES * int(is_grouped))
-
-
-def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
-    return (*launch.options(), f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
-
-
-@torch.library.custom_op("launch70b::dequantize_w8", mutates_args=())
-def dequantize_w8(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
-    """The weight as [out, in] bf16, columns as they are packed."""
-    tiles, units = packed.shape[:2]
-    weight = scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)
-    options = kernel_options(Launch(1, 1, 8, 2), is_grouped=is_grouped(scales), is_float=is_float)
-    compile_kernel("w8a16.cu", "dequantize_w8", options, packed.device.index)(
-        grid=(tiles, -(-units // 8), 1), block=(256, 1, 1), args=[packed, scales, weight, units]
-    )
-    return weight
-
-
-@dequantize_w8.register_fake
-def _(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
-    tiles, units = packed.shape[:2]
-    return scales.new_empty(tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, dtype=torch.bfloat16)

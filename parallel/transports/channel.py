@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
+from parallel.kernels.launch import load_kernel
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
-# host_memory_common.cu has the same numbers.
+# host_memory_common.cuh has the same numbers.
 PAGE_BYTES = 4096
 ERROR_STRIDE = 64
 REDUCTIONS = {
@@ -21,6 +21,9 @@ REDUCTIONS = {
     torch.float16: "reduce_float16",
     torch.float32: "reduce_float32",
 }
+FOLDER = Path(__file__).parent
+# Of every kernel: source, target, state, region; bytes, units of a slot, rank, limit.
+PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
 
@@ -34,15 +37,6 @@ class RegionLayout(Protocol):
     def own(self, rank: int) -> tuple[int, int]:
         """Start and end of what `rank` writes."""
         ...
-
-
-@cache
-def compile_kernel(source: str, name: str, world_size: int, device_index: int) -> Callable[..., None]:
-    """Kernel `name` of a source file here, compiled for the card of this process."""
-    folder = Path(__file__).parent
-    text = "\n".join((folder / file).read_text(encoding="utf-8") for file in ("host_memory_common.cu", source))
-    kernel: Callable[..., None] = torch.cuda._compile_kernel(text, name, nvcc_options=[f"-DWORLD={world_size}"])
-    return kernel
 
 
 class Channel:
@@ -68,16 +62,17 @@ class Channel:
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
-        self.kernels = {name: compile_kernel(source, name, world_size, device.index) for name in names}
+        options = (f"-DWORLD={world_size}",)
+        self.kernels = {name: load_kernel(FOLDER / source, name, options, PARAMETERS, device.index) for name in names}
 
     def launch(
         self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
     ) -> None:
-        address = self.region.device_address
+        region = self.region.device_address
         timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        args = [source, target, self.state, address & 0xFFFFFFFF, address >> 32, num_bytes, slot_size, self.rank,
-                timeout_ms]  # fmt: skip
-        self.kernels[name](grid=(blocks, 1, 1), block=(threads, 1, 1), args=args)
+        self.kernels[name](
+            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
+        )
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""

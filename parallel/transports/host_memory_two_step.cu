@@ -14,6 +14,8 @@
 // Region (two_step.py, TwoStepLayout): a page of error words; the flags, [2][WORLD][MAX_CHUNKS] in room for MAX_RANKS;
 // for each rank two slots of `slot_units` units, then two slots of sums of half as many.
 
+#include "host_memory_common.cuh"
+
 #define THREADS 512
 #define UNITS_PER_THREAD 4
 #define CHUNK (THREADS * UNITS_PER_THREAD)
@@ -158,16 +160,16 @@ struct Call {
   }
 };
 
-#define KERNEL(name, element)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
-  name(const uint4* in, uint4* out, State* state, int region_low, int region_high, int num_bytes, int slot_units,   \
-       int rank, int timeout_ms) {                                                                                  \
-    u32 epoch;                                                                                                      \
-    if (!begin(state, epoch)) return;                                                                               \
-    const int units = num_bytes / UNIT_BYTES;                                                                       \
-    Call call = {in, out, state, address(region_low, region_high), units, (units + WORLD - 1) / WORLD, slot_units,  \
-                 rank, epoch, watch_for(timeout_ms)};                                                               \
-    call.run<element>();                                                                                            \
+#define KERNEL(name, element)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+  name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_units, int rank,                 \
+       int timeout_ms) {                                                                                               \
+    u32 epoch;                                                                                                         \
+    if (!begin(state, epoch)) return;                                                                                  \
+    const int units = num_bytes / UNIT_BYTES;                                                                          \
+    Call call = {in, out, state, region, units, (units + WORLD - 1) / WORLD, slot_units, rank, epoch,                  \
+                 watch_for(timeout_ms)};                                                                               \
+    call.run<element>();                                                                                               \
   }
 
 KERNEL(reduce_bfloat16, BFloat16)

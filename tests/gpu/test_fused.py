@@ -178,7 +178,7 @@ def test_other_dtypes_and_odd_sizes_go_through_plain_torch(dtype: torch.dtype) -
     assert torch.allclose(fused.rms_norm(hidden, weight, EPS).cpu(), expected, rtol=2e-3, atol=1e-5)
     gate_up = random(3, 2 * 12)
     assert torch.allclose(fused.silu_mul(gate_up).cpu(), reference.silu_mul(gate_up.cpu()), rtol=2**-7, atol=1e-6)
-    assert fused.problem(0) is None
+    assert fused.problem(torch.device("cuda", 0)) is None
 
 
 def test_a_layer_of_them_is_captured_in_a_graph() -> None:

@@ -68,6 +68,8 @@ template <int pending> inline void await_copies() {
     for (const Copy& copy : committed.front()) memcpy(copy.to, copy.from, 16);
 }
 
+inline float low(u32 pair) { return __uint_as_float(pair << 16); }
+inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 inline unsigned short to_bf16(float value) {
   u32 bits;

@@ -78,7 +78,7 @@ def test_the_source_computes_what_float64_does(tmp_path: Path, name: str, eager:
 def compile_source(folder: Path, layer: torch.nn.Module, launch: Launch, *, eager: bool) -> ctypes.CDLL:
     if isinstance(layer, w4a16.W4A16Linear):
         size = w4a16.group_size(layer.packed, layer.scales)
-        name, options = "w4", w4a16.kernel_options(launch, size, layer.codebook)
+        name, options = "w4", w4a16.kernel_options(launch, size, has_codebook=layer.codebook is not None)
     else:
         assert isinstance(layer, w8a16.W8A16Linear)
         grouped = w8a16.is_grouped(layer.scales)

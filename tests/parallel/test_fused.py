@@ -179,3 +179,27 @@ def test_the_dispatcher_knows_shapes_and_what_is_written() -> None:
 def test_no_tokens_are_no_trouble(num_tokens: int) -> None:
     assert fused.rms_norm(torch.randn(num_tokens, 16), torch.ones(16), EPS).shape == (num_tokens, 16)
     assert fused.silu_mul(torch.randn(num_tokens, 16)).shape == (num_tokens, 8)
+
+
+def test_a_block_of_a_norm_holds_a_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "load_kernel", lambda path, name, options, *others: options)
+    for hidden_size in range(fused.PIECE, fused.MAX_HIDDEN + 1, fused.PIECE):
+        options, pieces, threads = fused.norm_kernel.__wrapped__(fused.NORM_VECTORS, hidden_size, torch.device("cpu"))
+        vectors, most = (int(option.split("=")[1]) for option in options)
+        assert pieces * fused.PIECE == hidden_size and threads % fused.WARP == 0
+        assert pieces <= vectors * threads and threads <= most <= 1024
+
+
+def test_pages_that_the_kernel_can_write() -> None:
+    def takes(keys: Tensor, values: Tensor) -> bool:
+        return fused.takes_pages(
+            keys.shape, keys.stride(), values.stride(), torch.bfloat16, keys.dtype, values.dtype
+        )
+
+    pages = torch.zeros(5, 2, 16, 64, dtype=torch.bfloat16)
+    halves = torch.zeros(5, 2, 2, 16, 64, dtype=torch.bfloat16).unbind(1)
+    assert takes(pages, pages) and takes(*halves) and takes(pages, halves[0])
+    assert takes(pages.to(torch.float8_e4m3fn), pages.to(torch.float8_e4m3fn))
+    assert not takes(pages, pages.to(torch.float8_e4m3fn)) and not takes(pages.half(), pages.half())
+    assert not takes(pages[..., :40], pages[..., :40]) and not takes(pages, pages.transpose(1, 2))
+    assert not takes(pages[:, :, :8], pages[:, :, :8])

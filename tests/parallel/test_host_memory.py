@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.kernels.launch import read_source
 from parallel.transports import two_step
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.host_memory import (
@@ -96,7 +97,7 @@ def test_parts_fit_their_slots_and_flags(world_size: int) -> None:
 
 def test_numbers_of_the_kernels_are_those_of_the_host() -> None:
     folder = Path(two_step.__file__).parent
-    text = "".join((folder / f"host_memory{part}.cu").read_text() for part in ("_common", "", "_two_step"))
+    text = "".join(read_source(folder / f"host_memory{part}.cu") for part in ("", "_two_step"))
     found = dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
     assert int(found["UNITS_PER_THREAD"]) * THREADS * UNIT_BYTES == CHUNK_BYTES
     expected = {"PAGE_BYTES": PAGE_BYTES, "ERROR_STRIDE": ERROR_STRIDE, "DATA_BYTES": DATA_BYTES,

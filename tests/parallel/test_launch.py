@@ -46,9 +46,11 @@ def test_the_driver_gets_every_parameter_in_its_place(monkeypatch: pytest.Monkey
 
 def test_sources_hold_what_they_include() -> None:
     folder = Path(launch.__file__).parent
-    for path in folder.glob("*.cu"):
+    sources = [*folder.glob("*.cu"), *(folder.parent / "transports").glob("*.cu")]
+    assert {"w4a16.cu", "host_memory.cu"} <= {path.name for path in sources}
+    for path in sources:
         assert "#include" not in launch.read_source(path)
-    assert "u32 pack(" in launch.read_source(folder / "fused_silu.cu")
+    assert "u32 to_pair(" in launch.read_source(folder / "fused_silu.cu")
 
 
 def test_a_kernel_is_made_once(tmp_path: Path) -> None:

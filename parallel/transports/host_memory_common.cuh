@@ -112,6 +112,3 @@ __device__ __forceinline__ bool begin(State* state, u32& epoch) {
 }
 
 __device__ __forceinline__ Watch watch_for(int timeout_ms) { return Watch{(u64)timeout_ms * 1000000ull, 0, 0}; }
-
-// Addresses come in two halves: the launcher of kernels passes whole numbers as 32 bits.
-__device__ __forceinline__ u8* address(int low, int high) { return (u8*)((u64)(u32)high << 32 | (u32)low); }
