@@ -25,12 +25,22 @@ MEASURED_BY_RANKS = (
     "warm_up_sec",
     "ttft_ms",
     "tpot_ms",
+    "prefix_cache",
     "comm_share",
     "decode_step_ms",
     "all_reduce",
     "outputs",
 )
-MEASURED = ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
+MEASURED = (
+    "transport",
+    "load",
+    "ttft_ms",
+    "tpot_ms",
+    "prefix_cache",
+    "tokens_per_sec",
+    "tokens_per_joule",
+    "comm_share",
+)
 
 
 def build_report(job: Job, inventory: Inventory, telemetry: Telemetry) -> dict[str, Any]:

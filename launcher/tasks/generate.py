@@ -17,7 +17,7 @@ from launcher.config import KVDType, SamplingConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
-from launcher.tasks.measure import communication, latencies, memory
+from launcher.tasks.measure import communication, latencies, memory, reuse
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_sharded_model
 from parallel.checkpoint.load import LoadResult
@@ -64,6 +64,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "load": asdict(loaded.load),
         "warm_up_sec": warm_up_sec,
         **latencies(result),
+        "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
         **communication(context, loaded.engine, longest_contexts(token_ids, result)),
@@ -82,6 +83,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         EngineLimits(plan.max_context, run.workload.batch_size, run.engine.prefill_chunk),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
+        prefix_cache=run.engine.prefix_cache,
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,

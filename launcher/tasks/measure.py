@@ -25,6 +25,11 @@ def latencies(result: Result) -> dict[str, Any]:
     }
 
 
+def reuse(result: Result) -> dict[str, int]:
+    """Tokens of all prompts, and how many of them the cache had."""
+    return {"prompt_tokens": result.prompt_tokens, "reused_tokens": result.reused_tokens}
+
+
 def communication(context: RankContext, engine: Engine, contexts: Sequence[int]) -> dict[str, Any]:
     """Share of a decode step that its all-reduces take: the same step timed with them and without.
 

@@ -17,6 +17,7 @@ from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import PAGE_SIZE, EngineLimits
 from parallel.engine.pages import PageAllocator, PagedKV, allocate_pages, gather_kv
+from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
 from parallel.engine.sequence import Sequence
@@ -25,7 +26,7 @@ from parallel.kernels.paged_attention import paged_attention, prefill_attention
 
 @dataclass(frozen=True)
 class Part:
-    """Some neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache."""
+    """Some neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
 
     sequence: Sequence
     start: int
@@ -44,13 +45,14 @@ class Engine:
         *,
         sampling: SamplingParams | None = None,
         kv_dtype: torch.dtype | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
         self.decoder = Decoder(model, limits.max_context)
         self.dtype = model.lm_head.weight.dtype
         heads = (self.decoder.num_kv_heads, self.decoder.head_dim)
         self.caches = allocate_pages(self.decoder.num_layers, limits.num_pages, *heads, kv_dtype or self.dtype, device)
-        self.pages = PageAllocator(limits.num_pages)
+        self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         shards = VocabularyShards(tuple(model.lm_head._partition_sizes))
         self.sampler = Sampler(sampling or SamplingParams(), shards, communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
@@ -67,7 +69,8 @@ class Engine:
     def prefill(self, parts: Ordered[Part]) -> Tensor:
         """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
-        The parts follow what is in the cache, and their sequences have pages.
+        The parts follow what is in the cache, or parts before them, and their sequences have pages. Each layer writes
+        the keys and values of all parts before any part attends to them.
         """
         hidden = self.hidden_states(parts)
         for part in parts:

@@ -45,11 +45,14 @@ class Prompt:
 @dataclass
 class Result:
     """Answers in prompt order. `ttft_ms`: from each prompt's admission to its first token on the host; `step_ms`: of
-    each decode step, from the tokens before to its own on the host, with what was prefilled between them."""
+    each decode step, from the tokens before to its own on the host, with what was prefilled between them. Of
+    `prompt_tokens` in all, `reused_tokens` were found in the cache."""
 
     answers: list[Answer]
     ttft_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass
@@ -138,6 +141,8 @@ class Generation:
         now = time.perf_counter()
         for sequence in self.scheduler.admit():
             self.opened[sequence].admitted = now
+            self.result.prompt_tokens += len(sequence.prompt)
+            self.result.reused_tokens += sequence.num_reused
         parts = self.scheduler.next_parts()
         if parts:
             self.prefill(parts)

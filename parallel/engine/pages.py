@@ -64,12 +64,22 @@ class PageAllocator:
     def num_free(self) -> int:
         return len(self._free)
 
+    def check_free(self, num: int) -> None:
+        if num > self.num_free:
+            raise OutOfPagesError(
+                f"{num} pages of {PAGE_SIZE} tokens asked for, {self.num_free} of {self.num_pages - 1} are free"
+            )
+
+    def reserve(self, prompt: Sequence[int], num: int) -> tuple[list[int], int]:
+        """`num` pages for a prompt and its answer, and how many tokens of the prompt they hold already.
+
+        Raises OutOfPagesError as `allocate`.
+        """
+        return self.allocate(num), 0
+
     def allocate(self, num: int) -> list[int]:
         """`num` pages nobody holds; raises OutOfPagesError, and lends none, where fewer are free."""
-        if num > len(self._free):
-            raise OutOfPagesError(
-                f"{num} pages of {PAGE_SIZE} tokens asked for, {len(self._free)} of {self.num_pages - 1} are free"
-            )
+        self.check_free(num)
         pages = [self._free.pop() for _ in range(num)]
         self._lent.update(pages)
         return pages

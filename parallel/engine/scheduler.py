@@ -6,13 +6,22 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pages import pages_for
+from parallel.engine.pages import OutOfPagesError, pages_for
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 
 
 class Scheduler:
-    """Sequences in the order they came: waiting, being prefilled, running. Deterministic: ranks agree unasked."""
+    """Sequences in the order they came: waiting, being prefilled, running.
+
+    - Ranks agree unasked: decisions depend on the prompts, the limits and the tokens so far, never on time.
+    - A sequence has all the pages that it may need before its first token is read, so none is ever thrown out again.
+    - None starves. Nobody overtakes: prompts are taken in, and read, in their order. The first that waits gets its row
+      and its pages as those before it end, and they end: with each pass of prompts, of at most `prefill_chunk` tokens,
+      every running sequence takes a step. The price is that a prompt that is short of pages, or long to read, holds
+      up shorter ones behind it; with `EngineLimits.num_pages` pages, whoever has a row has pages.
+    - A prompt reads what another before it has, or will have, put into shared pages (see PrefixCache) after that one.
+    """
 
     def __init__(self, engine: Engine, sequences: Iterable[Sequence]) -> None:
         self.engine = engine
@@ -25,18 +34,32 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Takes waiting sequences in for as long as there are rows and pages for them; returns those."""
         admitted = []
-        while self.waiting and len(self.prefilling) + len(self.running) < self.engine.limits.batch_size:
-            needed = pages_for(self.waiting[0].num_tokens)
-            if needed > self.engine.pages.num_free:
-                break
-            sequence = self.waiting.popleft()
-            sequence.pages = self.engine.pages.allocate(needed)
-            self.prefilling.append(sequence)
-            admitted.append(sequence)
+        while self.waiting and self.num_open < self.engine.limits.batch_size and self.reserve(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+            self.prefilling.append(admitted[-1])
         return admitted
 
+    @property
+    def num_open(self) -> int:
+        return len(self.prefilling) + len(self.running)
+
+    def reserve(self, sequence: Sequence) -> bool:
+        """Gives a sequence its pages; False where it must wait for others to give theirs back.
+
+        Raises:
+            OutOfPagesError: there is nobody to wait for.
+        """
+        try:
+            pages, num_reused = self.engine.pages.reserve(sequence.prompt, pages_for(sequence.num_tokens))
+        except OutOfPagesError:
+            if self.num_open == 0:
+                raise
+            return False
+        sequence.pages, sequence.num_reused, sequence.num_prefilled = pages, num_reused, num_reused
+        return True
+
     def next_parts(self) -> list[Part]:
-        """What to prefill next: as much of the oldest prompts as one pass takes."""
+        """What to prefill next: as much of the oldest prompts as one pass takes, none before an older one's end."""
         room, parts = self.engine.limits.prefill_chunk, []
         for sequence in self.prefilling:
             start = sequence.num_prefilled

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class Sequence:
     """A prompt and how far it has come. Tokens are counted when their computation is queued, before the host sees them.
 
-    `key` seeds its draws. `max_tokens` bounds the answer, and `pages` hold the keys and values of both.
+    `key` seeds its draws. `max_tokens` bounds the answer, and `pages` hold the keys and values of both; of the prompt's
+    first `num_reused` tokens they held them before.
     """
 
     index: int
@@ -17,6 +18,7 @@ class Sequence:
     max_tokens: int
     key: int = 0
     pages: list[int] = field(default_factory=list)
+    num_reused: int = 0
     num_prefilled: int = 0
     num_sampled: int = 0
 

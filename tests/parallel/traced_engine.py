@@ -1,0 +1,93 @@
+"""An engine without a model: its cache holds which tokens a slot stands for, and its answers follow from all of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parallel.engine.engine import Part
+from parallel.engine.limits import PAGE_SIZE, EngineLimits
+from parallel.engine.pages import PageAllocator
+from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
+from parallel.engine.sequence import Sequence
+from parallel.transports.solo import Solo
+
+EOS = 1
+VOCABULARY = 20
+SAMPLER = Sampler(SamplingParams(), VocabularyShards((VOCABULARY,)), Solo(torch.device("cpu")))
+
+
+def next_token(tokens: Ordered[int]) -> int:
+    """Any of the vocabulary, EOS too, as all tokens before it decide."""
+    return zlib.crc32(bytes(tokens)) % VOCABULARY
+
+
+def answer_alone(prompt: Ordered[int], max_tokens: int) -> list[int]:
+    """What a prompt must be answered, whatever else is in the batch."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class TracedEngine:
+    """Keeps, slot by slot, what a real cache depends on: all tokens up to its own. Reads check every slot."""
+
+    limits: EngineLimits
+    pages: PageAllocator
+    sampler: Sampler = SAMPLER
+    # Tokens are below 256, so that bytes hold them. Events: ("prefill" or "step", the indices of its sequences)
+    events: list[tuple[str, list[int]]] = field(default_factory=list)
+    tokens: dict[Sequence, bytearray] = field(default_factory=dict)
+    slots: dict[int, bytes] = field(default_factory=dict)
+
+    def write(self, sequence: Sequence, start: int, end: int) -> None:
+        for position in range(start, end):
+            self.slots[self.slot(sequence, position)] = bytes(self.tokens[sequence][: position + 1])
+
+    def read(self, sequence: Sequence, end: int) -> None:
+        for position in range(end):
+            found = self.slots.get(self.slot(sequence, position))
+            assert found == self.tokens[sequence][: position + 1], f"{sequence.index=} {position=}"
+
+    def slot(self, sequence: Sequence, position: int) -> int:
+        return sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+
+    def prefill(self, parts: Ordered[Part]) -> Tensor:
+        assert 0 < sum(part.end - part.start for part in parts) <= self.limits.prefill_chunk
+        self.events.append(("prefill", [part.sequence.index for part in parts]))
+        for part in parts:
+            assert part.start == part.sequence.num_prefilled < part.end
+            self.tokens[part.sequence] = bytearray(part.sequence.prompt)
+            self.write(part.sequence, part.start, part.end)
+            part.sequence.num_prefilled = part.end
+        for part in parts:
+            self.read(part.sequence, part.end)
+        return torch.empty(0)
+
+    def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
+        assert all(sequence.is_prefilled and not sequence.num_sampled for sequence in sequences)
+        return self.extend(sequences)
+
+    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+        assert len(sequences) <= self.limits.batch_size
+        self.events.append(("step", [sequence.index for sequence in sequences]))
+        for sequence in sequences:
+            assert sequence.num_sampled < sequence.max_tokens
+            self.write(sequence, sequence.next_position, sequence.next_position + 1)
+        for sequence in sequences:
+            self.read(sequence, sequence.next_position + 1)
+        return self.extend(sequences)
+
+    def extend(self, sequences: Ordered[Sequence]) -> Tensor:
+        for sequence in sequences:
+            self.tokens[sequence].append(next_token(self.tokens[sequence]))
+            sequence.num_sampled += 1
+        return torch.tensor([self.tokens[sequence][-1] for sequence in sequences])
