@@ -20,6 +20,8 @@ from launcher.model_facts import ModelFacts as ModelFacts
 MAX_CARDS = 4
 # A generator's seed has 64 bits; the lower half tells prompts apart.
 MAX_SEED = 2**32 - 1
+# Tokens of a random prompt where workload.prompt_tokens does not say.
+RANDOM_PROMPT_TOKENS = 512
 
 
 class ConfigError(ValueError):
@@ -64,6 +66,15 @@ class TaskKind(str, Enum):
     generate = "generate"
     plan = "plan"
     probe = "probe"
+    bench = "bench"
+
+
+class BaselineKind(str, Enum):
+    """What task=bench can measure beside this engine."""
+
+    deepspeed = "deepspeed"
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 class HardwareKind(str, Enum):
@@ -127,21 +138,36 @@ class TaskConfig:
 
 @dataclass
 class WorkloadConfig:
-    # Tokens of a prompt that the plan counts with; null where the prompts themselves tell.
+    # Tokens of a prompt that the plan counts with; null where the prompts themselves tell (task=bench: 512).
     prompt_tokens: int | None = None
     # Tokens to generate per prompt, at most.
     output_tokens: int = 128
     # Prompts that run together.
     batch_size: int = 1
+    # The rest is for task=bench. Requests of a measured run; null: batch_size.
+    num_requests: int | None = None
+    # Requests a second, at random times (Poisson, by sampling.seed); null: the next comes when one before it has ended.
+    arrival_rate: float | None = None
+    # Measured runs; numbers are of all of them, with the spread between them.
+    repeats: int = 3
+    # Runs before them that are not measured.
+    warm_up: int = 1
 
     def problems(self) -> Iterator[str]:
-        for name, value in (
-            ("prompt_tokens", self.prompt_tokens),
-            ("output_tokens", self.output_tokens),
-            ("batch_size", self.batch_size),
-        ):
+        for name in ("prompt_tokens", "output_tokens", "batch_size", "num_requests", "repeats"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"workload.{name}={value} must be at least 1."
+        if self.arrival_rate is not None and not 0 < self.arrival_rate < math.inf:
+            yield f"workload.arrival_rate={self.arrival_rate} must be above 0 requests a second, or null."
+        if self.warm_up < 0:
+            yield f"workload.warm_up={self.warm_up} must be 0 (none) or above."
+
+    def bench_keys(self) -> list[str]:
+        """Keys that were set and that only task=bench reads."""
+        names = ("num_requests", "arrival_rate", "repeats", "warm_up")
+        default = WorkloadConfig()
+        return [f"workload.{name}" for name in names if getattr(self, name) != getattr(default, name)]
 
 
 @dataclass
@@ -230,6 +256,12 @@ class ProbeConfig:
 
 
 @dataclass
+class BenchConfig:
+    # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm.
+    baselines: list[BaselineKind] = field(default_factory=list)
+
+
+@dataclass
 class TimeoutsConfig:
     # Self-test of the links before the model is loaded.
     selftest_sec: float = 60.0
@@ -255,6 +287,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     prompt: str = MISSING
     # A .txt file (one prompt a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]}); replaces `prompt`.
@@ -265,6 +298,12 @@ class RunConfig:
     resume: bool = False
     # Wrap prompts in the model's chat template where it has one.
     chat: bool = True
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Tokens of each prompt, where that is known before the prompts are read."""
+        default = RANDOM_PROMPT_TOKENS if self.task.kind == TaskKind.bench else None
+        return self.workload.prompt_tokens or default
 
     def problems(self) -> Iterator[str]:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
@@ -281,13 +320,26 @@ class RunConfig:
                 f"hardware={self.hardware.name} describes cards for planning, but task={self.task.kind.value} runs. "
                 "Use hardware=local, or task=plan."
             )
+        yield from self._task_problems()
         max_context = self.engine.max_context
-        needed = (self.workload.prompt_tokens or 1) + self.workload.output_tokens
+        needed = (self.num_prompt_tokens or 1) + self.workload.output_tokens
         if max_context is not None and needed > max_context:
             yield (
                 f"workload.prompt_tokens + workload.output_tokens = {needed} exceeds engine.max_context="
                 f"{max_context}. Raise engine.max_context or lower workload.output_tokens."
             )
+
+    def _task_problems(self) -> Iterator[str]:
+        """Values that the task would leave unread."""
+        if self.task.kind == TaskKind.bench:
+            if self.prompts_file is not None:
+                yield "prompts_file is answered by task=generate; task=bench makes random prompts. Leave it out."
+            return
+        baselines = ["bench.baselines"] if self.bench.baselines else []
+        # A plan may be of a workload that is to be measured.
+        keys = [] if self.task.kind == TaskKind.plan else self.workload.bench_keys()
+        for key in (*keys, *baselines):
+            yield f"{key} is read by task=bench only, not by task={self.task.kind.value}. Leave it out."
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
