@@ -41,7 +41,7 @@ def timed_copy(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def step_bytes(engine: Engine, contexts: Sequence[int]) -> dict[str, int]:
-    """Bytes that this rank must read in a decode step of sequences with `contexts` tokens: weights, and keys and values.
+    """Bytes that this rank must read in a step of sequences with `contexts` tokens: weights, and keys and values.
 
     Of the embedding a step reads a row a sequence, which is left out; a tied one is read as the head.
     """

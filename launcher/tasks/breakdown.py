@@ -6,13 +6,12 @@ small kernels, but order does: both come after the step's last norm.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # Steps that are looked at. One before them, in which ranks wait for each other to start, is dropped.
@@ -68,19 +67,20 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
         return {"parts": None, "problem": f"the profiler saw {len(pieces)} kernels in {num_steps + 1} equal steps"}
     size = len(pieces) // (num_steps + 1)
     steps = [pieces[start : start + size] for start in range(size, len(pieces), size)]
-    parts, others = Counter(dict.fromkeys(NAMES, 0.0)), Counter[str]()
+    parts: dict[str, float] = dict.fromkeys(NAMES, 0.0)
+    others: dict[str, float] = {}
     for step in steps:
         for piece, part in zip(step, parts_of([piece.name for piece in step]), strict=True):
             parts[part] += piece.us / num_steps
             if part == OTHER:
-                others[piece.name] += piece.us / num_steps  # type: ignore[assignment]
+                others[piece.name] = others.get(piece.name, 0.0) + piece.us / num_steps
     end = max(piece.start_us + piece.us for piece in steps[-1])
     step_us = (end - steps[0][0].start_us) / num_steps
     parts["between"] = max(0.0, step_us - sum(parts.values()))
     return {
         "step_us": step_us,
         "parts": {name: {"us": us, "share": us / step_us} for name, us in parts.items()},
-        "other_us": dict(others.most_common(NUM_LISTED)),
+        "other_us": dict(sorted(others.items(), key=lambda item: -item[1])[:NUM_LISTED]),
         "problem": None,
     }
 
