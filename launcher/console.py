@@ -16,6 +16,7 @@ from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
 from launcher.units import GIB
 
+
 def stderr_console() -> Console:
     """Without a terminal (a batch job's log) lines are as long as tables need, not 80 columns."""
     console = Console(stderr=True)
