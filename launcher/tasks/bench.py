@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
 from launcher.tasks.measure import communication, memory
-from launcher.tasks.requests import num_requests, random_prompts
+from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
+from parallel.engine.arrivals import Agree, alone
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.step_timer import prepared_step, time_steps
@@ -28,11 +33,12 @@ class Bench:
     engine: Engine
     num_prompt_tokens: int
     vocab_size: int
+    agree: Agree
 
     def measure(self, number: int) -> MeasuredRun:
         """Run `number` of the workload: the same requests for the same number on every rank, new ones for each."""
         workload = self.context.job.run.workload
-        prompts = self.prompts(num_requests(workload), f"run {number}")
+        prompts = self.arriving(self.prompts(num_requests(workload), f"run {number}"))
         result, sec = self.answer(prompts, workload.output_tokens)
         check_same_tokens(self.context, result.answers)
         first = self.prompts(workload.batch_size, f"prefill {number}")
@@ -50,11 +56,19 @@ class Bench:
         ids = random_prompts(num, self.num_prompt_tokens, self.vocab_size, seed)
         return [Prompt(index, each) for index, each in enumerate(ids)]
 
+    def arriving(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts at their times, where the workload has any: the same in every run."""
+        run = self.context.job.run
+        if run.workload.arrival_rate is None:
+            return prompts
+        times = arrival_times(len(prompts), run.workload.arrival_rate, run.sampling.seed)
+        return [replace(prompt, arrival_sec=sec) for prompt, sec in zip(prompts, times, strict=True)]
+
     def answer(self, prompts: list[Prompt], num_tokens: int) -> tuple[Result, float]:
         """Answers of `num_tokens` each, and the seconds from a common start."""
         self.context.communicator.barrier()
         start = time.perf_counter()
-        result = generate(self.engine, prompts, text_tokenizer(None), StopRules(num_tokens))
+        result = generate(self.engine, prompts, text_tokenizer(None), StopRules(num_tokens), agree=self.agree)
         return result, time.perf_counter() - start
 
 
@@ -70,7 +84,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     assert num_prompt_tokens is not None
     copy_bytes_per_sec = copy_bandwidth(context.device)
     loaded = load_model(context, job.plan, None)
-    bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size)
+    bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size, open_agreement(context))
     warm_up_sec, (runs, span) = warm_up(bench), measure_runs(bench)
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
@@ -105,6 +119,20 @@ def measure_runs(bench: Bench) -> tuple[list[MeasuredRun], dict[str, float]]:
         runs.append(bench.measure(number))
         bench.context.events.progress("measuring", number + 1, num, "runs")
     return runs, {"start": start, "end": time.time()}
+
+
+def open_agreement(context: RankContext) -> Agree:
+    """Rank 0 decides and tells the others from host to host, where the device goes on meanwhile."""
+    if context.communicator.world_size == 1:
+        return alone
+    group = dist.new_group(backend="gloo")
+
+    def agree(decide: Callable[[], int]) -> int:
+        decision = torch.tensor([decide() if context.rank == 0 else 0])
+        dist.broadcast(decision, src=0, group=group)
+        return int(decision)
+
+    return agree
 
 
 def decode_step(context: RankContext, engine: Engine, contexts: list[int]) -> dict[str, Any]:
