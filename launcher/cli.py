@@ -23,8 +23,15 @@ from launcher.config import ConfigError, RunConfig, to_run_config
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.outcome import report_failure, write_report
 from launcher.override_errors import explain_composition, quoting_hint
-from launcher.run import StartRanks, execute
-from launcher.start import FORWARDED_SIGNALS, SIGNAL_EXIT_CODE, ignore_signals, interrupted, start_ranks
+from launcher.run import execute
+from launcher.start import (
+    FORWARDED_SIGNALS,
+    SIGNAL_EXIT_CODE,
+    StartRanks,
+    ignore_signals,
+    interrupted,
+    start_ranks,
+)
 
 
 class JobFailed(Exception):

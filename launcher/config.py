@@ -16,6 +16,10 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from launcher.model_facts import ModelFacts as ModelFacts
+from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
+from launcher.workload import BaselineKind as BaselineKind
+from launcher.workload import BenchConfig as BenchConfig
+from launcher.workload import WorkloadConfig as WorkloadConfig
 
 MAX_CARDS = 4
 # A generator's seed has 64 bits; the lower half tells prompts apart.
@@ -64,6 +68,7 @@ class TaskKind(str, Enum):
     generate = "generate"
     plan = "plan"
     probe = "probe"
+    bench = "bench"
 
 
 class HardwareKind(str, Enum):
@@ -123,25 +128,6 @@ class TopologyConfig:
 @dataclass
 class TaskConfig:
     kind: TaskKind = TaskKind.generate
-
-
-@dataclass
-class WorkloadConfig:
-    # Tokens of a prompt that the plan counts with; null where the prompts themselves tell.
-    prompt_tokens: int | None = None
-    # Tokens to generate per prompt, at most.
-    output_tokens: int = 128
-    # Prompts that run together.
-    batch_size: int = 1
-
-    def problems(self) -> Iterator[str]:
-        for name, value in (
-            ("prompt_tokens", self.prompt_tokens),
-            ("output_tokens", self.output_tokens),
-            ("batch_size", self.batch_size),
-        ):
-            if value is not None and value < 1:
-                yield f"workload.{name}={value} must be at least 1."
 
 
 @dataclass
@@ -258,6 +244,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     prompt: str = MISSING
     # A .txt file (one prompt a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]}); replaces `prompt`.
@@ -268,6 +255,12 @@ class RunConfig:
     resume: bool = False
     # Wrap prompts in the model's chat template where it has one.
     chat: bool = True
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Tokens of each prompt, where that is known before the prompts are read."""
+        default = RANDOM_PROMPT_TOKENS if self.task.kind == TaskKind.bench else None
+        return self.workload.prompt_tokens or default
 
     def problems(self) -> Iterator[str]:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
@@ -284,13 +277,26 @@ class RunConfig:
                 f"hardware={self.hardware.name} describes cards for planning, but task={self.task.kind.value} runs. "
                 "Use hardware=local, or task=plan."
             )
+        yield from self._task_problems()
         max_context = self.engine.max_context
-        needed = (self.workload.prompt_tokens or 1) + self.workload.output_tokens
+        needed = (self.num_prompt_tokens or 1) + self.workload.output_tokens
         if max_context is not None and needed > max_context:
             yield (
                 f"workload.prompt_tokens + workload.output_tokens = {needed} exceeds engine.max_context="
                 f"{max_context}. Raise engine.max_context or lower workload.output_tokens."
             )
+
+    def _task_problems(self) -> Iterator[str]:
+        """Values that the task would leave unread."""
+        if self.task.kind == TaskKind.bench:
+            if self.prompts_file is not None:
+                yield "prompts_file is answered by task=generate; task=bench makes random prompts. Leave it out."
+            return
+        baselines = ["bench.baselines"] if self.bench.baselines else []
+        # A plan may be of a workload that is to be measured.
+        keys = [] if self.task.kind == TaskKind.plan else self.workload.bench_keys()
+        for key in (*keys, *baselines):
+            yield f"{key} is read by task=bench only, not by task={self.task.kind.value}. Leave it out."
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

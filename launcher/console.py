@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launcher.amounts import UNKNOWN, amount, number, percent
+from launcher.bench_text import bench_table, breakdown_table
 from launcher.config import TaskKind
 from launcher.failures import Failure
 from launcher.plan import Plan
 from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
 from launcher.units import GIB
-
-UNKNOWN = "-"
 
 
 def stderr_console() -> Console:
@@ -50,10 +50,18 @@ def print_report(report: dict[str, Any]) -> None:
         print_inventory(console, report["inventory"])
         for transport, timings in (report.get("all_reduce") or {}).items():
             console.print(all_reduce_table(transport, timings))
+    elif report["task"] == TaskKind.bench.value:
+        print_bench(console, report)
     else:
         console.print(speed_table(report))
     console.print(cards_table(report["cards"]))
     console.print(f"report: {report['run_dir']}/report.json", highlight=False, soft_wrap=True)
+
+
+def print_bench(console: Console, report: dict[str, Any]) -> None:
+    console.print(bench_table(report))
+    breakdown = breakdown_table(report)
+    console.print(f"no breakdown: {report['breakdown']['problem']}" if breakdown is None else breakdown)
 
 
 def print_inventory(console: Console, inventory: dict[str, Any]) -> None:
@@ -138,18 +146,3 @@ def all_reduce_table(transport: str, timings: list[dict[str, Any]]) -> Table:
             "yes" if timing["exact"] else "NO",
         )
     return table
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; a dash for what was not measured."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def amount(num_bytes: int | None, unit_bytes: int) -> str:
-    return UNKNOWN if num_bytes is None else f"{num_bytes / unit_bytes:.2f}"
-
-
-def percent(share: float | None) -> str:
-    return UNKNOWN if share is None else f"{share * 100:.1f} %"

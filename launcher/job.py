@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from launcher.config import PeerAccess, RunConfig
+from launcher.config import BaselineKind, PeerAccess, RunConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt
 from launcher.shape import ModelShape
@@ -28,6 +28,8 @@ class Job:
     # None where weights are dummies of a model that is not on this machine.
     model_folder: str | None = None
     prompts: tuple[Prompt, ...] = ()
+    # Set where ranks are to run this instead of our engine.
+    baseline: BaselineKind | None = None
 
     @property
     def output_path(self) -> Path:

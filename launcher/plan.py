@@ -156,7 +156,7 @@ def _known(*sizes: int) -> Iterable[int]:
 def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
     """Tokens of a sequence and a sentence that says why so many."""
     limit, limit_reason = _context_limit(demand.shape)
-    needed = (run.workload.prompt_tokens or 1) + run.workload.output_tokens
+    needed = (run.num_prompt_tokens or 1) + run.workload.output_tokens
     asked = run.engine.max_context
     if asked is not None:
         _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")

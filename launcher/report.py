@@ -30,6 +30,12 @@ MEASURED_BY_RANKS = (
     "decode_step_ms",
     "all_reduce",
     "outputs",
+    "workload",
+    "prefill_tokens_per_sec",
+    "spread",
+    "bandwidth_share",
+    "bandwidth",
+    "breakdown",
 )
 MEASURED = (
     "transport",
@@ -123,7 +129,8 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
-    """Tokens per second and per joule over the whole generation, prefill included."""
+    """Tokens per second and per joule over the whole generation, prefill included; a rank that timed several runs knows
+    their rate itself."""
     span = result.get("generation")
     if not span or not result["generated_tokens"]:
         return {"tokens_per_sec": None, "tokens_per_joule": None}
@@ -131,7 +138,7 @@ def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
     energy_j = telemetry.energy_between(span["start"], span["end"])
     return {
         "generated_tokens": tokens,
-        "tokens_per_sec": tokens / (span["end"] - span["start"]),
+        "tokens_per_sec": result.get("tokens_per_sec") or tokens / (span["end"] - span["start"]),
         "tokens_per_joule": tokens / energy_j if energy_j else None,
     }
 
@@ -161,10 +168,10 @@ def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None
 
 
 def versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PACKAGES}
+    return {name: package_version(name) for name in PACKAGES}
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

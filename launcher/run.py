@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import QuantizeKind, RunConfig, TaskKind, WeightsKind
+from launcher.baseline_runs import run_baselines
+from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, WeightsKind
 from launcher.console import print_plan, print_report, print_warning
 from launcher.events import EventFollower
 from launcher.hardware import Inventory, read_inventory
@@ -17,11 +17,10 @@ from launcher.plan import plan_run
 from launcher.prompts import prompts_to_do, read_prompts
 from launcher.report import base_report, build_report
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
+from launcher.start import StartRanks
 from launcher.telemetry import Telemetry
 from launcher.topology import place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
-
-StartRanks = Callable[[Job, Path], None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         RunFailed: ranks were started and one failed.
     """
     world_size = resolve_world_size(run, env_world_size)
+    check_baselines(run, env_world_size)
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     job = Job(run, placement, str(run_dir), inventory.host_cores)
@@ -54,8 +54,23 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
         start_ranks(job, save_job(job))
     report = build_report(job, inventory, telemetry)
+    if run.task.kind == TaskKind.bench:
+        report["baselines"] = run_baselines(job, inventory, start_ranks)
     print_report(report)
     return report
+
+
+def check_baselines(run: RunConfig, env_world_size: int | None) -> None:
+    """Baselines need the cards for themselves, and ranks that torchrun started keep them to the end.
+
+    Raises:
+        ConfigError: torchrun made this process a rank.
+    """
+    if run.bench.baselines and (env_world_size or 1) > 1:
+        raise ConfigError(
+            f"bench.baselines runs in ranks that follow each other, but WORLD_SIZE={env_world_size} ranks were started "
+            f"already. Use `torchrun -m launcher gpus={env_world_size}`."
+        )
 
 
 def is_complete(job: Job) -> bool:

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +22,9 @@ from launcher.job import Job
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
+
+# (job, its file) -> when all ranks have ended well.
+StartRanks = Callable[[Job, Path], None]
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # Shells add the number of the signal that ended a process to this.

@@ -56,13 +56,25 @@ def run_rank(job: Job) -> None:
     (run_dir / "ranks").mkdir(exist_ok=True)
     (run_dir / "ranks" / f"{rank}.pid").write_text(str(os.getpid()))
 
+    run = run_task if job.baseline is None else run_baseline
+    write_results(run_dir, rank, run(job, rank, EventWriter(run_dir, rank=rank)))
+
+
+def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
     from launcher.rank import joined_rank
     from launcher.tasks import TASKS
 
-    with joined_rank(job, rank, EventWriter(run_dir, rank=rank)) as context:
+    with joined_rank(job, rank, events) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()
-    write_results(run_dir, rank, results)
+    return results
+
+
+def run_baseline(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
+    """Joins no process group of ours: a baseline makes its own."""
+    from launcher import baselines
+
+    return baselines.run_baseline(job, rank, events)
 
 
 def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ OURS = ("launcher", "parallel", "conf", "tools", "tests")
 # Packages that take a second or more to import, or that need torch.
 HEAVY = ("torch", "transformers", "deepspeed", "accelerate")
 # What runs inside a rank.
-IN_RANKS = ("launcher.worker", "launcher.rank", "launcher.tasks")
+IN_RANKS = ("launcher.worker", "launcher.rank", "launcher.tasks", "launcher.baselines")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("launcher", "parallel", "conf")

@@ -1,6 +1,10 @@
 """What a rank can be asked to do. Each task takes a RankContext and returns its results as plain values."""
 
 from launcher.config import TaskKind
-from launcher.tasks import generate, probe
+from launcher.tasks import bench, generate, probe
 
-TASKS = {TaskKind.generate: generate.run_generate, TaskKind.probe: probe.run_probe}
+TASKS = {
+    TaskKind.generate: generate.run_generate,
+    TaskKind.probe: probe.run_probe,
+    TaskKind.bench: bench.run_bench,
+}

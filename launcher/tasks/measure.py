@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from launcher.rank import RankContext
 from parallel.communicator import ElidedAllReduce
@@ -51,13 +53,16 @@ def communication(context: RankContext, engine: Engine, contexts: Sequence[int])
 
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
-    # The rotary frequencies are no weights.
-    buffers = (buffer for name, buffer in engine.model.named_buffers() if "rotary_emb" not in name)
-    weights = {id(tensor): tensor for tensor in (*engine.model.parameters(), *buffers)}
     on_card = device.type == "cuda"
     return {
-        "weights_bytes": sum(tensor.nbytes for tensor in weights.values()),
+        "weights_bytes": sum(tensor.nbytes for tensor in weight_tensors(engine.model)),
         "kv_cache_bytes": sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(device) if on_card else None,
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if on_card else None,
     }
+
+
+def weight_tensors(model: PreTrainedModel) -> list[Tensor]:
+    """Parameters and buffers, each once; the rotary frequencies are no weights."""
+    buffers = (buffer for name, buffer in model.named_buffers() if "rotary_emb" not in name)
+    return list({id(tensor): tensor for tensor in (*model.parameters(), *buffers)}.values())

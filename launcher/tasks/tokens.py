@@ -11,14 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from launcher.config import WeightsKind
+from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
 from launcher.prompts import Prompt, prompt_key
 
 # Any of these is a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Tokens of a random prompt where neither workload.prompt_tokens nor the context says otherwise.
-RANDOM_PROMPT_TOKENS = 512
 
 
 def load_tokenizer(job: Job) -> PreTrainedTokenizerFast | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine, Part
 from parallel.engine.pending import Pending
 from parallel.engine.scheduler import Scheduler
@@ -36,17 +37,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the index that seeds the answer's draws."""
+    """Token ids, the index that seeds the answer's draws, and the seconds after the start at which the prompt comes."""
 
     index: int
     token_ids: list[int]
+    arrival_sec: float | None = None
 
 
 @dataclass
 class Result:
-    """Answers in prompt order. `ttft_ms`: from each prompt's admission to its first token on the host; `step_ms`: of
-    each decode step, from the tokens before to its own on the host, with what was prefilled between them. Of
-    `prompt_tokens` in all, `reused_tokens` were found in the cache."""
+    """Answers in prompt order. `ttft_ms`: from each prompt's arrival (or admission where it has none) to its first
+    token on the host; `step_ms`: of each decode step, from the tokens before to its own on the host, with what was
+    prefilled between them. Of `prompt_tokens` in all, `reused_tokens` were found in the cache."""
 
     answers: list[Answer]
     ttft_ms: list[float] = field(default_factory=list)
@@ -57,13 +59,13 @@ class Result:
 
 @dataclass
 class Opened:
-    """An answer under way: its place in the result, what shows its text, and when its prompt was admitted."""
+    """An answer under way: its place in the result, what shows its text, and since when its prompt waits for it."""
 
     row: int
     answer: Answer
     stream: TextStream
     room: int
-    admitted: float = 0.0
+    since: float | None = None
 
 
 def generate(
@@ -72,13 +74,17 @@ def generate(
     tokenizer: Tokenizer,
     rules: StopRules,
     *,
+    agree: Agree = alone,
     on_text: Callable[[int, str], None] = lambda row, text: None,
     on_prefill: Callable[[int, int], None] = lambda done, total: None,
     on_answer: Callable[[int, Answer], None] = lambda row, answer: None,
 ) -> Result:
     """Answers `prompts`, as many at a time as the engine has rows.
 
+    Prompts with an `arrival_sec` wait for it; either all have one, in ascending order, or none.
+
     Args:
+        agree: how ranks agree on which prompts have come, where they come over time.
         on_text: called with (row, text) as soon as text of a prompt's answer may be shown.
         on_prefill: called with the tokens of prompts that are done, and all of them.
         on_answer: called with (row, answer) when one has ended.
@@ -87,7 +93,7 @@ def generate(
         ValueError: a prompt is empty or does not leave room for one token of answer.
     """
     check_lengths(prompts, engine.limits.max_context)
-    run = Generation(engine, prompts, tokenizer, rules, on_text, on_prefill, on_answer)
+    run = Generation(engine, prompts, tokenizer, rules, agree, on_text, on_prefill, on_answer)
     while run.go_on():
         pass
     return run.result
@@ -113,6 +119,7 @@ class Generation:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         rules: StopRules,
+        agree: Agree,
         on_text: Callable[[int, str], None],
         on_prefill: Callable[[int, int], None],
         on_answer: Callable[[int, Answer], None],
@@ -125,7 +132,11 @@ class Generation:
             sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room))
             self.opened[sequence] = Opened(row, Answer(), TextStream(tokenizer, rules.texts), room)
         self.result = Result([each.answer for each in self.opened.values()])
-        self.scheduler = Scheduler(engine, self.opened)
+        self.sequences = list(self.opened)
+        times = [prompt.arrival_sec for prompt in prompts if prompt.arrival_sec is not None]
+        assert len(times) in (0, len(prompts)), "either all prompts come at a time or none"
+        self.scheduler = Scheduler(engine, () if times else self.sequences)
+        self.arrivals = Arrivals(times, agree)
         self.pending: deque[Pending] = deque()
         self.last_arrival = 0.0
 
@@ -134,13 +145,15 @@ class Generation:
         queued = self.queue()
         while self.pending and (len(self.pending) > 1 or not queued):
             self.take(self.pending.popleft())
-        return queued or bool(self.pending)
+        return queued or bool(self.pending) or not self.arrivals.all_taken
 
     def queue(self) -> bool:
         """Queues a chunk of prompts and a step, where there is something for them to do."""
+        self.take_arrivals()
         now = time.perf_counter()
         for sequence in self.scheduler.admit():
-            self.opened[sequence].admitted = now
+            opened = self.opened[sequence]
+            opened.since = now if opened.since is None else opened.since
             self.result.prompt_tokens += len(sequence.prompt)
             self.result.reused_tokens += sequence.num_reused
         parts = self.scheduler.next_parts()
@@ -151,6 +164,13 @@ class Generation:
             self.pending.append(Pending.fetch(running, self.engine.step(running), is_step=True))
             self.scheduler.retire_sampled()
         return bool(parts or running)
+
+    def take_arrivals(self) -> None:
+        """Lets in the prompts that have come, and waits for the next where there is nothing else to do."""
+        for place in self.arrivals.take(wait=self.scheduler.is_idle and not self.pending):
+            sequence = self.sequences[place]
+            self.opened[sequence].since = self.arrivals.times[place]
+            self.scheduler.add([sequence])
 
     def prefill(self, parts: Sequence[Part]) -> None:
         logits = self.engine.prefill(parts)
@@ -173,7 +193,8 @@ class Generation:
             # What was computed before the host saw that the answer had ended is dropped.
             if opened.answer.finish_reason is None:
                 if not opened.answer.token_ids:
-                    self.result.ttft_ms.append((now - opened.admitted) * 1e3)
+                    assert opened.since is not None, "admitted before its first token"
+                    self.result.ttft_ms.append((now - opened.since) * 1e3)
                 self.take_token(sequence, opened, token)
 
     def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:

@@ -23,13 +23,21 @@ class Scheduler:
     - A prompt reads what another before it has, or will have, put into shared pages (see PrefixCache) after that one.
     """
 
-    def __init__(self, engine: Engine, sequences: Iterable[Sequence]) -> None:
+    def __init__(self, engine: Engine, sequences: Iterable[Sequence] = ()) -> None:
         self.engine = engine
-        self.waiting = deque(sequences)
+        self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
-        for sequence in self.waiting:
-            sequence.key = sequence_key(engine.sampler.params.seed, sequence.index)
+        self.add(sequences)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.prefilling or self.running)
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.key = sequence_key(self.engine.sampler.params.seed, sequence.index)
+            self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
         """Takes waiting sequences in for as long as there are rows and pages for them; returns those."""

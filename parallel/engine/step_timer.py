@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -19,7 +20,15 @@ NUM_WARM_UPS = 2
 
 
 def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
-    """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted.
+    """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
+    see `prepared_step`."""
+    with prepared_step(engine, contexts, communicator) as run:
+        return [_milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+
+
+@contextmanager
+def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communicator) -> Iterator[Callable[[], None]]:
+    """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
     Layers talk through `communicator`; on a card the step is captured with it. The engine must have no sequences open;
     what lies in their pages is attended to as it is.
@@ -32,13 +41,13 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
     try:
         with torch.inference_mode(), swapped_communicator(engine.model, communicator):
             engine.arrange(sequences)
-            return _time(engine, len(sequences), num_steps)
+            yield _same_step(engine, len(sequences))
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
 
 
-def _time(engine: Engine, num_rows: int, num_steps: int) -> list[float]:
+def _same_step(engine: Engine, num_rows: int) -> Callable[[], None]:
     """Every step starts from the same positions."""
     positions = engine.rows.positions.clone()
 
@@ -46,8 +55,7 @@ def _time(engine: Engine, num_rows: int, num_steps: int) -> list[float]:
         engine.rows.positions.copy_(positions)
         engine.step_rows(num_rows)
 
-    run = capture(step).replay if engine.device.type == "cuda" else step
-    return [_milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+    return capture(step).replay if engine.device.type == "cuda" else step
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:

@@ -1,0 +1,76 @@
+"""What task=bench found out, for reading: this engine and its baselines in one table, then its decode step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from launcher.amounts import amount, number, percent
+from launcher.units import GIB
+
+ENGINE = "launch70b"
+
+
+def bench_table(report: dict[str, Any]) -> Table:
+    """A row each; what could not be run has its reason below the table."""
+    where = f"{report['model']} on {report['world_size']} x {report['device']}"
+    table = Table("", title=f"{where}: {workload_text(report['workload'])}")
+    for name in ("TTFT ms", "ITL ms", "p99", "tokens/s", "prefill tokens/s", "communication", "GiB a card"):
+        table.add_column(name, justify="right")
+    baselines = report.get("baselines") or []
+    engine = report | {"name": ENGINE, "peak_bytes": max(card["peak_bytes"] or 0 for card in report["cards"]) or None}
+    for row in (engine, *(row for row in baselines if row["error"] is None)):
+        table.add_row(*cells(row))
+    missing = [f"{row['name']}: {row['error']}" for row in baselines if row["error"] is not None]
+    spread = f"lowest to highest of {report['workload']['repeats']} runs in brackets"
+    table.caption = "\n".join([spread, *missing])
+    return table
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    spread = row["spread"]
+    return [
+        row["name"],
+        with_spread(row["ttft_ms"], spread.get("ttft_ms")),
+        with_spread(row["tpot_ms"]["p50"], spread.get("tpot_p50_ms")),
+        number(row["tpot_ms"]["p99"]),
+        with_spread(row["tokens_per_sec"], spread.get("tokens_per_sec")),
+        with_spread(row["prefill_tokens_per_sec"], spread.get("prefill_tokens_per_sec")),
+        percent(row["comm_share"]),
+        amount(row["peak_bytes"], GIB),
+    ]
+
+
+def workload_text(workload: dict[str, Any]) -> str:
+    text = f"{workload['prompt_tokens']} + {workload['output_tokens']} tokens, {workload['batch_size']} at a time"
+    rate = workload["arrival_rate"]
+    return text if rate is None else f"{text}, {rate:g} requests/s"
+
+
+def with_spread(value: float | None, spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return number(value)
+    return f"{number(value)} ({number(spread['min'])}-{number(spread['max'])})"
+
+
+def breakdown_table(report: dict[str, Any]) -> Table | None:
+    """The parts of a decode step; None where the profiler saw none."""
+    found = report["breakdown"]
+    if found["parts"] is None:
+        return None
+    table = Table("decode step", "us", "share", title=step_text(report))
+    for name, part in found["parts"].items():
+        table.add_row(name.replace("_", "-"), number(part["us"]), percent(part["share"]))
+    listed = ", ".join(f"{name[:40]} {number(us)}" for name, us in list(found["other_us"].items())[:4])
+    table.caption = f"other: {listed}" if listed else None
+    return table
+
+
+def step_text(report: dict[str, Any]) -> str:
+    """The step by itself: its time, and how near that is to reading what must be read."""
+    text = f"decode step {number(report['decode_step_ms']['measured'])} ms"
+    share, found = report["bandwidth_share"], report["bandwidth"]
+    if share is None:
+        return text
+    return f"{text}, {percent(share)} of a copy's {number(found['copy_gb_per_sec'])} GB/s; with the profiler:"

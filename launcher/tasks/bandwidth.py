@@ -1,0 +1,69 @@
+"""How near a decode step comes to the time in which its card could just read what the step must read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from launcher.tasks.measure import weight_tensors
+from launcher.units import MIB
+from parallel.engine.engine import Engine
+from parallel.engine.limits import PAGE_SIZE
+
+# Far above the caches of any card (50 MB on an H200, 72 MB on an RTX 4090).
+COPY_BYTES = 512 * MIB
+NUM_COPIES = 10
+
+
+def copy_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that a card reads and writes while it copies memory, the median of some copies; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    source, target = torch.zeros(2, COPY_BYTES, dtype=torch.uint8, device=device)
+    target.copy_(source)
+    sec = statistics.median(timed_copy(source, target) for _ in range(NUM_COPIES))
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * COPY_BYTES / sec
+
+
+def timed_copy(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Seconds, by the card's own clock."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    target.copy_(source)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def step_bytes(engine: Engine, contexts: Sequence[int]) -> dict[str, int]:
+    """Bytes that this rank must read in a step of sequences with `contexts` tokens: weights, and keys and values.
+
+    Of the embedding a step reads a row a sequence, which is left out; a tied one is read as the head.
+    """
+    embedding, head = engine.model.model.embed_tokens.weight, engine.model.lm_head.weight
+    weights = sum(tensor.nbytes for tensor in weight_tensors(engine.model))
+    unread = 0 if head is embedding else embedding.nbytes
+    slots = engine.limits.num_pages * PAGE_SIZE
+    per_token = sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches) // slots
+    return {"weights": weights - unread, "kv": per_token * sum(contexts)}
+
+
+def bandwidth(
+    engine: Engine, contexts: Sequence[int], step_ms: float, copy_bytes_per_sec: float | None
+) -> dict[str, Any]:
+    """`bandwidth_share`: the time in which a copy would move the step's bytes, over that of the step; null on a CPU."""
+    num_bytes = step_bytes(engine, contexts)
+    floor_ms = sum(num_bytes.values()) / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None
+    return {
+        "bandwidth_share": floor_ms / step_ms if floor_ms else None,
+        "bandwidth": {
+            "copy_gb_per_sec": copy_bytes_per_sec / 1e9 if copy_bytes_per_sec else None,
+            "step_bytes": num_bytes,
+            "floor_ms": floor_ms,
+        },
+    }

@@ -1,0 +1,152 @@
+"""task=bench: the engine under a workload of random prompts, all answers of full length; see WorkloadConfig."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.rank import RankContext
+from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
+from launcher.tasks.breakdown import break_down, profile_steps
+from launcher.tasks.generate import check_same_tokens, load_model
+from launcher.tasks.measure import communication, memory
+from launcher.tasks.requests import arrival_times, num_requests, random_prompts
+from launcher.tasks.summary import MeasuredRun, summarise
+from launcher.tasks.tokens import text_tokenizer
+from parallel.engine.arrivals import Agree, alone
+from parallel.engine.engine import Engine
+from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.step_timer import prepared_step, time_steps
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An engine and the workload it is measured on."""
+
+    context: RankContext
+    engine: Engine
+    num_prompt_tokens: int
+    vocab_size: int
+    agree: Agree
+
+    def measure(self, number: int) -> MeasuredRun:
+        """Run `number` of the workload: the same requests for the same number on every rank, new ones for each."""
+        workload = self.context.job.run.workload
+        prompts = self.arriving(self.prompts(num_requests(workload), f"run {number}"))
+        result, sec = self.answer(prompts, workload.output_tokens)
+        check_same_tokens(self.context, result.answers)
+        first = self.prompts(workload.batch_size, f"prefill {number}")
+        _, prefill_sec = self.answer(first, 1)
+        return MeasuredRun(
+            result.ttft_ms,
+            result.step_ms,
+            sum(len(answer.token_ids) for answer in result.answers),
+            sec,
+            len(first) * self.num_prompt_tokens / prefill_sec,
+        )
+
+    def prompts(self, num: int, seed: str) -> list[Prompt]:
+        seed = f"{self.context.job.run.sampling.seed} {seed}"
+        ids = random_prompts(num, self.num_prompt_tokens, self.vocab_size, seed)
+        return [Prompt(index, each) for index, each in enumerate(ids)]
+
+    def arriving(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts at their times, where the workload has any: the same in every run."""
+        run = self.context.job.run
+        if run.workload.arrival_rate is None:
+            return prompts
+        times = arrival_times(len(prompts), run.workload.arrival_rate, run.sampling.seed)
+        return [replace(prompt, arrival_sec=sec) for prompt, sec in zip(prompts, times, strict=True)]
+
+    def answer(self, prompts: list[Prompt], num_tokens: int) -> tuple[Result, float]:
+        """Answers of `num_tokens` each, and the seconds from a common start."""
+        self.context.communicator.barrier()
+        start = time.perf_counter()
+        result = generate(self.engine, prompts, text_tokenizer(None), StopRules(num_tokens), agree=self.agree)
+        return result, time.perf_counter() - start
+
+
+def run_bench(context: RankContext) -> dict[str, Any]:
+    """Loads the model and measures it; the same measurements on all ranks, of which the first's are reported.
+
+    Raises:
+        RuntimeError: ranks picked different tokens.
+    """
+    job = context.job
+    assert job.plan is not None and job.shape is not None, "the parent plans a model for this task"
+    num_prompt_tokens = job.run.num_prompt_tokens
+    assert num_prompt_tokens is not None
+    copy_bytes_per_sec = copy_bandwidth(context.device)
+    loaded = load_model(context, job.plan, None)
+    bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size, open_agreement(context))
+    warm_up_sec, (runs, span) = warm_up(bench), measure_runs(bench)
+    contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
+    step = decode_step(context, bench.engine, contexts)
+    return {
+        "transport": context.transport_summary(),
+        "load": asdict(loaded.load),
+        "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
+        "warm_up_sec": warm_up_sec,
+        **summarise(runs),
+        "generated_tokens": sum(run.output_tokens for run in runs),
+        "generation": span,
+        **step,
+        **bandwidth(bench.engine, contexts, step["decode_step_ms"]["measured"], copy_bytes_per_sec),
+        "breakdown": breakdown(context, bench.engine, contexts),
+        "memory": memory(context.device, bench.engine),
+    }
+
+
+def warm_up(bench: Bench) -> float:
+    """Runs that are not measured; returns their seconds."""
+    start, num = time.perf_counter(), bench.context.job.run.workload.warm_up
+    for number in range(num):
+        bench.measure(-1 - number)
+        bench.context.events.progress("warming up", number + 1, num, "runs")
+    return time.perf_counter() - start
+
+
+def measure_runs(bench: Bench) -> tuple[list[MeasuredRun], dict[str, float]]:
+    """The measured runs, and between which times they were made."""
+    num, runs, start = bench.context.job.run.workload.repeats, [], time.time()
+    for number in range(num):
+        runs.append(bench.measure(number))
+        bench.context.events.progress("measuring", number + 1, num, "runs")
+    return runs, {"start": start, "end": time.time()}
+
+
+def open_agreement(context: RankContext) -> Agree:
+    """Rank 0 decides and tells the others from host to host, where the device goes on meanwhile."""
+    if context.communicator.world_size == 1:
+        return alone
+    group = dist.new_group(backend="gloo")
+
+    def agree(decide: Callable[[], int]) -> int:
+        decision = torch.tensor([decide() if context.rank == 0 else 0])
+        dist.broadcast(decision, src=0, group=group)
+        return int(decision)
+
+    return agree
+
+
+def decode_step(context: RankContext, engine: Engine, contexts: list[int]) -> dict[str, Any]:
+    """The step of full rows timed by itself: with all-reduces and, where that is measured, without."""
+    measured = communication(context, engine, contexts)
+    if "decode_step_ms" in measured:
+        return measured
+    num_steps = max(1, context.job.run.engine.comm_share_steps)
+    times = time_steps(engine, contexts, num_steps, context.communicator)
+    return measured | {"decode_step_ms": {"measured": statistics.median(times), "without_all_reduce": None}}
+
+
+def breakdown(context: RankContext, engine: Engine, contexts: list[int]) -> dict[str, Any]:
+    with prepared_step(engine, contexts, context.communicator) as run:
+        run()
+        context.communicator.barrier()
+        return break_down(profile_steps(run, context.device))

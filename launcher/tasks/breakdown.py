@@ -1,0 +1,100 @@
+"""Where the time of a decode step goes, part by part: its kernels as torch's profiler saw them, sorted by name.
+
+On a CPU, which has no kernels, its operators. Names do not tell the head from other linears, nor sampling from other
+small kernels, but order does: both come after the step's last norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# Steps that are looked at. One before them, in which ranks wait for each other to start, is dropped.
+NUM_STEPS = 5
+# Names contain one of these, in lower case; the first part that fits has the kernel.
+PARTS = {
+    "all_reduce": ("nccl", "gloo", "reduce_bfloat16", "reduce_float16", "reduce_float32", "gather_bytes"),
+    "attention": ("paged_attention", "flash", "fmha", "scaled_dot_product"),
+    "norms": ("rms_norm", "rsqrt"),
+    "rotary": ("rotary",),
+    "activation": ("silu",),
+    "linears": (
+        *("w4a16", "w8a16", "dequantize_w", "tinygemm", "gemm", "gemv", "nvjet", "cutlass", "splitk"),
+        *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
+    ),
+}
+OTHER = "other"
+NAMES = (*PARTS, "head", "sampling", OTHER)
+# Of the kernels in `other`, those with the most time are listed.
+NUM_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A kernel, or an operator on a CPU: its name, and its start and time in us."""
+
+    name: str
+    start_us: float
+    us: float
+
+
+def profile_steps(run: Callable[[], None], device: torch.device) -> list[Piece]:
+    """What NUM_STEPS + 1 calls of `run`, queued one after another, did on `device`, by start."""
+    on_card = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as profiler:
+        for _ in range(NUM_STEPS + 1):
+            run()
+        if on_card:
+            torch.cuda.synchronize(device)
+    wanted = DeviceType.CUDA if on_card else DeviceType.CPU
+    events = [each for each in profiler.events() or () if each.device_type == wanted and each.cpu_parent is None]
+    # Gloo works in a thread of its own, for which the operator that asked it waits.
+    events = [each for each in events if not each.name.startswith("c10d::")]
+    pieces = (Piece(each.name, each.time_range.start, each.time_range.elapsed_us()) for each in events)
+    return sorted(pieces, key=lambda piece: piece.start_us)
+
+
+def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str, Any]:
+    """Microseconds a step and share of each part, of `num_steps` steps and one before them.
+
+    `between` is the time in which nothing ran: gaps, which the profiler widens, and on a CPU Python and waiting.
+    `problem` says why there is nothing, where the pieces cannot be told apart by step.
+    """
+    if not pieces or len(pieces) % (num_steps + 1):
+        return {"parts": None, "problem": f"the profiler saw {len(pieces)} kernels in {num_steps + 1} equal steps"}
+    size = len(pieces) // (num_steps + 1)
+    steps = [pieces[start : start + size] for start in range(size, len(pieces), size)]
+    parts: dict[str, float] = dict.fromkeys(NAMES, 0.0)
+    others: dict[str, float] = {}
+    for step in steps:
+        for piece, part in zip(step, parts_of([piece.name for piece in step]), strict=True):
+            parts[part] += piece.us / num_steps
+            if part == OTHER:
+                others[piece.name] = others.get(piece.name, 0.0) + piece.us / num_steps
+    end = max(piece.start_us + piece.us for piece in steps[-1])
+    step_us = (end - steps[0][0].start_us) / num_steps
+    parts["between"] = max(0.0, step_us - sum(parts.values()))
+    return {
+        "step_us": step_us,
+        "parts": {name: {"us": us, "share": us / step_us} for name, us in parts.items()},
+        "other_us": dict(sorted(others.items(), key=lambda item: -item[1])[:NUM_LISTED]),
+        "problem": None,
+    }
+
+
+def parts_of(names: Sequence[str]) -> list[str]:
+    """The part of each piece of one step, in order."""
+    parts = [part_of(name) for name in names]
+    last_norm = max((place for place, part in enumerate(parts) if part == "norms"), default=len(parts))
+    late = ["head" if part == "linears" else "sampling" for part in parts[last_norm + 1 :]]
+    return [*parts[: last_norm + 1], *late]
+
+
+def part_of(name: str) -> str:
+    lower = name.lower()
+    return next((part for part, patterns in PARTS.items() if any(text in lower for text in patterns)), OTHER)

@@ -1,0 +1,59 @@
+"""What is asked of a model: how many tokens, how many requests, and what else is measured on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+# Tokens of a random prompt where workload.prompt_tokens does not say.
+RANDOM_PROMPT_TOKENS = 512
+
+
+class BaselineKind(str, Enum):
+    """What task=bench can measure beside this engine."""
+
+    deepspeed = "deepspeed"
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+@dataclass
+class WorkloadConfig:
+    # Tokens of a prompt that the plan counts with; null where the prompts themselves tell (task=bench: 512).
+    prompt_tokens: int | None = None
+    # Tokens to generate per prompt, at most.
+    output_tokens: int = 128
+    # Prompts that run together.
+    batch_size: int = 1
+    # The rest is for task=bench. Requests of a measured run; null: batch_size.
+    num_requests: int | None = None
+    # Requests a second, at random times (Poisson, by sampling.seed); null: the next comes when one before it has ended.
+    arrival_rate: float | None = None
+    # Measured runs; numbers are of all of them, with the spread between them.
+    repeats: int = 3
+    # Runs before them that are not measured.
+    warm_up: int = 1
+
+    def problems(self) -> Iterator[str]:
+        for name in ("prompt_tokens", "output_tokens", "batch_size", "num_requests", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"workload.{name}={value} must be at least 1."
+        if self.arrival_rate is not None and not 0 < self.arrival_rate < math.inf:
+            yield f"workload.arrival_rate={self.arrival_rate} must be above 0 requests a second, or null."
+        if self.warm_up < 0:
+            yield f"workload.warm_up={self.warm_up} must be 0 (none) or above."
+
+    def bench_keys(self) -> list[str]:
+        """Keys that were set and that only task=bench reads."""
+        names = ("num_requests", "arrival_rate", "repeats", "warm_up")
+        default = WorkloadConfig()
+        return [f"workload.{name}" for name in names if getattr(self, name) != getattr(default, name)]
+
+
+@dataclass
+class BenchConfig:
+    # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm.
+    baselines: list[BaselineKind] = field(default_factory=list)
