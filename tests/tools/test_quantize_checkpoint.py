@@ -30,7 +30,7 @@ MOST = {
     "awq": 0.038, "gptq": 0.051, "gptq_act_order": 0.051,
     "w4a16": 0.051, "w4a16_zeros": 0.038, "w4a16_act_order": 0.051,
     "w8a16": 0.0003, "fp8": 0.0025, "fp8_tensor": 0.002, "fp8_block": 0.0033, "nf4": 0.027,
-    KV_FP8: 0.004,
+    KV_FP8: 0.009,
 }  # fmt: skip
 
 
