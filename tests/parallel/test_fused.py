@@ -192,9 +192,7 @@ def test_a_block_of_a_norm_holds_a_whole_row(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_pages_that_the_kernel_can_write() -> None:
     def takes(keys: Tensor, values: Tensor) -> bool:
-        return fused.takes_pages(
-            keys.shape, keys.stride(), values.stride(), torch.bfloat16, keys.dtype, values.dtype
-        )
+        return fused.takes_pages(keys.shape, keys.stride(), values.stride(), torch.bfloat16, keys.dtype, values.dtype)
 
     pages = torch.zeros(5, 2, 16, 64, dtype=torch.bfloat16)
     halves = torch.zeros(5, 2, 2, 16, 64, dtype=torch.bfloat16).unbind(1)
