@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,10 +94,13 @@ def by_blocks(
     Args:
         step: blocks begin at multiples of this many rows.
     """
-    num_rows, num_columns = shape
     filled = torch.empty(shape, dtype=dtype, device=device)
-    block = max(1, BLOCK_ELEMENTS // max(num_columns * step, 1)) * step
-    for start in range(0, num_rows, block):
-        rows = slice(start, min(start + block, num_rows))
+    for rows in row_blocks(*shape, step):
         filled[rows] = make(rows)
     return filled
+
+
+def row_blocks(num_rows: int, num_columns: int, step: int = 1) -> Iterator[slice]:
+    """Rows a block of about BLOCK_ELEMENTS at a time; each begins at a multiple of `step`."""
+    block = max(1, BLOCK_ELEMENTS // max(num_columns * step, 1)) * step
+    return (slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block))

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.quantize_schemes import ROUNDED_AT_A_TIME, ROUNDING_BYTES
-from parallel.kernels.held import held_bits, predict_kernel, stored_bits
+from parallel.kernels.held import BLOCK_ELEMENTS, held_bits, predict_kernel, stored_bits
 
-# A byte a weight is what decoding and rounding give. Of 4-bit values, halves of bytes are taken apart and put in order.
+# A byte a weight is what decoding and rounding give.
 VALUE_BYTES = 1.0
-UNPACK_BYTES = {4: 2.0, 8: 1.0}
-# w4a16 spreads values as int32, permutes them, and joins eight to a word; w8a16 permutes bytes and deals the bits of
-# e4m3 numbers anew; the others join two values of 4 bits to a byte.
-PACK_BYTES = {"w4a16": 9.0, "w8a16": 2.0}
+# For each weight of a block of BLOCK_ELEMENTS: AWQ's values are put in order twice.
+DECODE_BLOCK_BYTES = {"awq": 2.0}
+# Likewise. w4a16 spreads values as int32, permutes them, and joins eight to a word; w8a16 permutes bytes, and deals the
+# bits of e4m3 numbers anew. Both take inputs in act order from a copy.
+PACK_BLOCK_BYTES = {"w4a16": 9.0, "w8a16": 1.0}
+FLOAT_BYTES = 1.0
+ACT_ORDER_BYTES = 1.0
+# The other kernels join two values of 4 bits to a byte, all of them at once.
 JOIN_BYTES = {4: 2.0, 8: 0.0}
 
 
@@ -25,12 +29,29 @@ def load_bytes(scheme: Scheme, device: str, dtype: str, stored_element_bytes: in
     Args:
         stored_element_bytes: of a weight in the file, where it is rounded here.
     """
-    pack = VALUE_BYTES + PACK_BYTES.get(predict_kernel(scheme, device, dtype), JOIN_BYTES[scheme.bits])
-    stays = held_bits(scheme, device, dtype, num_in) / 8
+    stays = numel * held_bits(scheme, device, dtype, num_in) / 8
+    pack = pack_bytes(scheme, predict_kernel(scheme, device, dtype), stays, numel)
     if scheme.layout == "rounded":
-        block = min(numel, ROUNDED_AT_A_TIME) * ROUNDING_BYTES
-        return round(max(numel * (stored_element_bytes + VALUE_BYTES) + block, numel * pack) - numel * stays)
-    stored = stored_bits(scheme, num_in) / 8
+        rounding = numel * (stored_element_bytes + VALUE_BYTES) + min(numel, ROUNDED_AT_A_TIME) * ROUNDING_BYTES
+        return round(max(rounding, pack) - stays)
+    stored = numel * stored_bits(scheme, num_in) / 8
+    return round(stored + max(decode_bytes(scheme, numel), pack) - stays)
+
+
+def decode_bytes(scheme: Scheme, numel: int) -> float:
+    """What decoding takes beside what is stored, its result included."""
     # GPTQ's words are transposed first.
-    decode = UNPACK_BYTES[scheme.bits] + (scheme.bits / 8 if scheme.layout == "gptq" else 0)
-    return round(numel * (stored + max(decode, pack) - stays))
+    transposed = scheme.bits / 8 if scheme.layout == "gptq" else 0
+    return numel * (VALUE_BYTES + transposed) + in_block(numel) * DECODE_BLOCK_BYTES.get(scheme.layout, 0)
+
+
+def pack_bytes(scheme: Scheme, kernel: str, stays: float, numel: int) -> float:
+    """What packing takes, the values and its result included."""
+    if kernel not in PACK_BLOCK_BYTES:
+        return numel * (VALUE_BYTES + JOIN_BYTES[scheme.bits])
+    block_bytes = PACK_BLOCK_BYTES[kernel] + FLOAT_BYTES * scheme.is_float + ACT_ORDER_BYTES * scheme.act_order
+    return numel * VALUE_BYTES + stays + in_block(numel) * block_bytes
+
+
+def in_block(numel: int) -> int:
+    return min(numel, BLOCK_ELEMENTS)

@@ -146,7 +146,8 @@ def rotary_tables(rotary: nn.Module, max_positions: int) -> tuple[Tensor, Tensor
 
 def takes(*tensors: Tensor) -> bool:
     """Whether kernels can read these, [n] or [tokens, n], piece by piece."""
-    return all([t.data_ptr() % PIECE_BYTES == 0 and fits(t.dtype, t.shape, t.stride(), t.device) for t in tensors])
+    # A list takes half the time of a generator.
+    return all([t.data_ptr() % PIECE_BYTES == 0 and fits(t.dtype, t.shape, t.stride(), t.device) for t in tensors])  # noqa: C419
 
 
 # As many layouts as a few prompts have lengths.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel.kernels.grouping import GroupedWeight
 from parallel.kernels.held import UNIT_INPUTS
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel
-from parallel.quantized import QuantizedWeight
+from parallel.quantized import QuantizedWeight, row_blocks
 
 FOLDER = Path(__file__).parent
 WARP = 32
@@ -70,6 +72,19 @@ def fits_groups(weight: QuantizedWeight, group_size: int) -> bool:
     """Whether each `group_size` inputs share a scale, once they are sorted by group."""
     blocks = weight.groups().sort().values.view(-1, group_size)
     return bool((blocks[:, 0] == blocks[:, -1]).all())
+
+
+def pack_by_blocks(weight: GroupedWeight, words: tuple[int, int, int], pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """[out / 16, in / 128, *words] int32: `pack` of [rows, in], a block of rows at a time.
+
+    What packing takes is a few bytes for each weight of a block, small beside the whole.
+    """
+    num_out, num_in = weight.values.shape
+    shape = (num_out // OUTPUTS_PER_TILE, num_in // UNIT_INPUTS, *words)
+    packed = torch.empty(shape, dtype=torch.int32, device=weight.values.device)
+    for rows in row_blocks(num_out, num_in, step=OUTPUTS_PER_TILE):
+        packed[rows.start // OUTPUTS_PER_TILE : rows.stop // OUTPUTS_PER_TILE] = pack(weight.columns(rows))
+    return packed
 
 
 def tile_scales(per_output: Tensor) -> Tensor:

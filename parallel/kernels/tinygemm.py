@@ -35,7 +35,7 @@ class TinygemmLinear(GroupedLinear):
         super().__init__(weight.shape[0], grouped.order, max_rows=MAX_TINYGEMM_ROWS)
         self.group_size = group_size
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(
-            pack_pairs(grouped.values), inner_tiles(weight.shape[1])
+            pack_pairs(grouped.columns()), inner_tiles(weight.shape[1])
         ))  # fmt: skip
         self.register_buffer("scales_and_shifts", scales_and_shifts(weight, grouped.groups))
 

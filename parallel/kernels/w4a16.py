@@ -5,7 +5,7 @@ What it reads is what must be read: half a byte a weight and 4 bytes a group of 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from parallel.kernels.tiles import (
     compile_kernel,
     empty_weight,
     fits_groups,
+    pack_by_blocks,
     tile_refusal,
     tile_scales,
     untile_scales,
@@ -33,6 +34,8 @@ from parallel.kernels.tiles import (
 from parallel.quantized import QuantizedWeight
 
 ZERO_BITS = 0xF
+# Words of a unit of a tile.
+PACKED_SHAPE = (2, 32, 4)
 
 # The fastest of those tried at the shapes of Llama-70B on an H200 (results/w4a16_h200_202611.json). More outputs a
 # block read the activations less often, and leave fewer blocks to fill the card. A deeper ring was never faster.
@@ -60,7 +63,8 @@ class W4A16Linear(GroupedLinear):
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
         super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
-        self.register_buffer("packed", pack_values(grouped.values, in_pairs=weight.codebook is not None))
+        pack = partial(pack_values, in_pairs=weight.codebook is not None)
+        self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
         self.register_buffer("codebook", None if weight.codebook is None else pack_codebook(weight.codebook))
 

@@ -27,6 +27,7 @@ from parallel.kernels.tiles import (
     compile_kernel,
     empty_weight,
     fits_groups,
+    pack_by_blocks,
     tile_refusal,
     tile_scales,
     untile_scales,
@@ -34,6 +35,8 @@ from parallel.kernels.tiles import (
 from parallel.quantized import QuantizedWeight
 
 ZERO_BITS = 0xFF
+# Words of a unit of a tile.
+PACKED_SHAPE = (4, 32, 4)
 MIDDLE = 128
 
 # Not yet measured: the launches of w4a16 that read as many bytes a block.
@@ -58,7 +61,7 @@ class W8A16Linear(GroupedLinear):
         grouped = group_inputs(weight, W8A16_GROUP_SIZE)
         super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
         self.is_float = weight.is_float
-        self.register_buffer("packed", pack_values(grouped.values))
+        self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack_values))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
 
     def multiply(self, rows: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ Words run over the outputs, and value i of a word is output 8 * word + ORDER[i];
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from parallel.checkpoint.formats.scheme import Box, Part, Scheme
 from parallel.checkpoint.formats.unpack import cut_groups, trim, unpack
-from parallel.quantized import QuantizedWeight
+from parallel.quantized import QuantizedWeight, by_blocks
 
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -27,9 +28,14 @@ def parts(scheme: Scheme) -> tuple[Part, ...]:
 
 def decode(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> QuantizedWeight:
     def by_output(words: Tensor) -> Tensor:
-        """[rows, words] -> [outputs, rows]."""
-        in_order = unpack(words, scheme.bits).unflatten(-1, (-1, PER_WORD))[..., POSITIONS].flatten(-2)
-        return trim(in_order, 1, box.outputs, PER_WORD).t().contiguous()
+        """[rows, words] -> [outputs, rows], a block of outputs at a time."""
+
+        def unpack_outputs(outputs: slice) -> Tensor:
+            some = words[:, outputs.start // PER_WORD : outputs.stop // PER_WORD]
+            return unpack(some, scheme.bits).unflatten(-1, (-1, PER_WORD))[..., POSITIONS].flatten(-2).t()
+
+        shape = (words.shape[1] * PER_WORD, len(words))
+        return trim(by_blocks(shape, torch.uint8, words.device, unpack_outputs, PER_WORD), 0, box.outputs, PER_WORD)
 
     return QuantizedWeight(
         values=by_output(stored["qweight"]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.formats.scheme import NESTED_GROUP, TEXT, Box, Part, Scheme, group_range
-from parallel.checkpoint.formats.unpack import cut_groups, trim
+from parallel.checkpoint.formats.unpack import cut_groups, split_bytes, trim
 from parallel.checkpoint.headers import CheckpointError
 from parallel.quantized import QuantizedWeight
 
@@ -42,13 +42,11 @@ def decode(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> QuantizedWeig
     """Raises CheckpointError where the state that is stored with a weight contradicts config.json."""
     assert scheme.group_size is not None
     state = read_state(stored[STATE], scheme)
-    pairs = stored["weight"]
-    values = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(-2)
     scales = stored["weight.absmax"]
     if scheme.nested_scales:
         scales = nested_scales(stored, state, scheme, box)
     return QuantizedWeight(
-        values=trim(values, 1, box.inputs, PER_BYTE).contiguous(),
+        values=trim(split_bytes(stored["weight"], first=1), 1, box.inputs, PER_BYTE).contiguous(),
         bits=scheme.bits,
         scales=scales,
         zeros=None,

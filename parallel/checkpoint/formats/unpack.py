@@ -15,7 +15,15 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     in_bytes = words.contiguous().as_strided(words.shape, (words.shape[1], 1)).view(torch.uint8)
     if bits == 8:
         return in_bytes
-    return torch.stack([in_bytes & 15, in_bytes >> 4], dim=-1).flatten(-2)
+    return split_bytes(in_bytes, first=0)
+
+
+def split_bytes(pairs: Tensor, first: int) -> Tensor:
+    """[rows, n] uint8 -> [rows, 2 * n], values below 16; `first` is 0 where a low half comes first, else 1."""
+    values = pairs.new_empty(len(pairs), 2 * pairs.shape[1])
+    torch.bitwise_and(pairs, 15, out=values[:, first::2])
+    torch.bitwise_right_shift(pairs, 4, out=values[:, 1 - first :: 2])
+    return values
 
 
 def trim(values: Tensor, dim: int, wanted: Range, per_word: int) -> Tensor:
