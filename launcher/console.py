@@ -66,11 +66,11 @@ def print_inventory(console: Console, inventory: dict[str, Any]) -> None:
 
 def speed_table(report: dict[str, Any]) -> Table:
     table = Table("measured", "", title=f"{report['model']} on {report['world_size']} x {report['device']}")
-    load, tpot, reuse = (report[name] or {} for name in ("load", "tpot_ms", "prefix_cache"))
+    load, tpot = report["load"] or {}, report["tpot_ms"] or {}
     rows = [
         ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
         ("time to first token", f"{number(report['ttft_ms'])} ms"),
-        ("prompt tokens reused", f"{number(reuse.get('reused_tokens'))} of {number(reuse.get('prompt_tokens'))}"),
+        ("prompt tokens reused", reuse(report["prefix_cache"])),
         ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
         ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
         ("share of communication", percent(report["comm_share"])),
@@ -149,6 +149,10 @@ def number(value: float | None) -> str:
 
 def amount(num_bytes: int | None, unit_bytes: int) -> str:
     return UNKNOWN if num_bytes is None else f"{num_bytes / unit_bytes:.2f}"
+
+
+def reuse(tokens: dict[str, int] | None) -> str:
+    return UNKNOWN if tokens is None else f"{tokens['reused_tokens']:,} of {tokens['prompt_tokens']:,}"
 
 
 def percent(share: float | None) -> str:
