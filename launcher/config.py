@@ -186,8 +186,7 @@ class EngineConfig:
     kv_dtype: KVDType = KVDType.auto
     # Tokens of prompt that go through the model at a time; bounds the memory of activations.
     prefill_chunk: int = 2048
-    # Keep the keys and values of prompts while there is room, and reuse them where a later prompt begins the same: whole
-    # pages of 64 tokens.
+    # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
     prefix_cache: bool = True
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
     comm_share_steps: int = 16

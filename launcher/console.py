@@ -74,11 +74,11 @@ def print_inventory(console: Console, inventory: dict[str, Any]) -> None:
 
 def speed_table(report: dict[str, Any]) -> Table:
     table = Table("measured", "", title=f"{report['model']} on {report['world_size']} x {report['device']}")
-    load, tpot, reuse = (report[name] or {} for name in ("load", "tpot_ms", "prefix_cache"))
+    load, tpot = report["load"] or {}, report["tpot_ms"] or {}
     rows = [
         ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
         ("time to first token", f"{number(report['ttft_ms'])} ms"),
-        ("prompt tokens reused", f"{number(reuse.get('reused_tokens'))} of {number(reuse.get('prompt_tokens'))}"),
+        ("prompt tokens reused", reuse(report["prefix_cache"])),
         ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
         ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
         ("share of communication", percent(report["comm_share"])),
@@ -87,6 +87,10 @@ def speed_table(report: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def reuse(tokens: dict[str, int] | None) -> str:
+    return UNKNOWN if tokens is None else f"{tokens['reused_tokens']:,} of {tokens['prompt_tokens']:,}"
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

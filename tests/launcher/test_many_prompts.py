@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tests.launcher.cli import SHORT, Result, run, run_together, started, texts
-from tests.launcher.models import TEMPLATE, change_json, copy_demo
+from tests.launcher.models import DEMO, TEMPLATE, change_json, copy_demo
 
 PROMPTS = ["def mean(values):\n", "import os\u2028", "class A:\n    def __init__(self", "é", "x = [", "for i in range("]
 # Float32, so that what else is in a batch leaves no trace in an answer.
@@ -126,6 +127,25 @@ def test_without_resume_answers_are_not_overwritten(
     error = run(*ARGS, prompts, f"output_file={folder / 'answers.jsonl'}", folder=folder / "refused").error
     assert "answers.jsonl exists. Add resume=true" in error["message"]
     assert texts(folder / "answers.jsonl") == expected
+
+
+# Prompts with a head in common
+
+
+def test_head_that_prompts_share_is_read_once_and_the_report_says_so(tmp_path: Path) -> None:
+    head = "".join(f"LIMIT_{n} = {n * n}\n" for n in range(40))
+    asked = [head + tail for tail in ("def a(", "class C", "import os")]
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    ids = [tokenizer.encode(text).ids for text in asked]
+    num_common = next(at for at, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    file = write_prompts(tmp_path / "shared.jsonl", *asked)
+    common = (*ARGS, "gpus=1", "workload.batch_size=2", f"prompts_file={file}")
+    on, off = (result.report for result in run_together(tmp_path, common, (*common, "engine.prefix_cache=false")))
+    reused = 2 * (num_common // 64 * 64)
+    assert on["prefix_cache"] == {"prompt_tokens": sum(map(len, ids)), "reused_tokens": reused}
+    assert reused > 300
+    assert off["prefix_cache"] is None
+    assert on["outputs"] == off["outputs"]
 
 
 # Chat templates and stop strings

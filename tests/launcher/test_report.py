@@ -25,7 +25,9 @@ CONTRACT = {
     "task", "model", "world_size", "device", "topology", "transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec",
     "comm_share", "cards", "predicted", "run_dir", "versions",
 }  # fmt: skip
-MEASURED = ("transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec", "tokens_per_joule", "comm_share")
+MEASURED = (
+    "transport", "load", "ttft_ms", "tpot_ms", "prefix_cache", "tokens_per_sec", "tokens_per_joule", "comm_share",
+)  # fmt: skip
 INVENTORY = Inventory("none", (), (), None, None, 64 * 2**30, 60 * 2**30, 16)
 SHAPE = shape_from_facts(
     ModelFacts(
@@ -44,6 +46,7 @@ RESULT = {
     "load": {"bytes_read": 100, "sec": 2.0, "gb_per_sec": 5e-8, "disk_wait_sec": 1.9, "decode_sec": 0.1},
     "ttft_ms": 20.0,
     "tpot_ms": {"p50": 10.0, "p99": 12.0},
+    "prefix_cache": {"prompt_tokens": 90, "reused_tokens": 64},
     "generated_tokens": 30,
     "generation": {"start": 1000.0, "end": 1002.0},
     "comm_share": 0.25,
@@ -116,7 +119,7 @@ def test_job_without_a_model_has_no_predictions(tmp_path: Path) -> None:
 
 def test_measurements_of_rank_0_are_the_runs(tmp_path: Path) -> None:
     report = build(tmp_path)
-    for name in ("transport", "ttft_ms", "tpot_ms", "comm_share", "decode_step_ms", "outputs"):
+    for name in ("transport", "ttft_ms", "tpot_ms", "prefix_cache", "comm_share", "decode_step_ms", "outputs"):
         assert report[name] == RESULT[name]
 
 

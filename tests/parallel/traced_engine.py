@@ -1,4 +1,4 @@
-"""An engine without a model: its cache holds which tokens a slot stands for, and its answers follow from all of them."""
+"""An engine without a model: its cache holds which tokens a slot stands for, and all of them decide its answers."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ def answer_alone(prompt: Ordered[int], max_tokens: int) -> list[int]:
 
 @dataclass
 class TracedEngine:
-    """Keeps, slot by slot, what a real cache depends on: all tokens up to its own. Reads check every slot."""
+    """Keeps, slot by slot, what a real cache depends on: all tokens up to its own. Reads check every slot.
+
+    Tokens are below 256, so that bytes hold them.
+    """
 
     limits: EngineLimits
     pages: PageAllocator
     sampler: Sampler = SAMPLER
-    # Tokens are below 256, so that bytes hold them. Events: ("prefill" or "step", the indices of its sequences)
+    # ("prefill" or "step", the indices of its sequences)
     events: list[tuple[str, list[int]]] = field(default_factory=list)
     tokens: dict[Sequence, bytearray] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
