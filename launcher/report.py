@@ -40,6 +40,7 @@ MEASURED_BY_RANKS = (
 MEASURED = (
     "transport",
     "load",
+    "kernels",
     "ttft_ms",
     "tpot_ms",
     "prefix_cache",
@@ -55,6 +56,7 @@ def build_report(job: Job, inventory: Inventory, telemetry: Telemetry) -> dict[s
     report = base_report(job)
     report |= {name: results[0][name] for name in MEASURED_BY_RANKS if name in results[0]}
     report["load"] = join_loads(results)
+    report["kernels"] = join_kernels(results)
     report |= speed(results[0], telemetry)
     usages = telemetry.summary()
     report["cards"] = [
@@ -126,6 +128,27 @@ def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:
         # Of the first rank: how many quantised linears got which kernel, and why.
         "kernels": loads[0].get("kernels", {}),
     }
+
+
+def join_kernels(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The kernels of all ranks: own are those that no rank computes in plain torch."""
+    found = [result["kernels"] for result in results if result.get("kernels")]
+    if not found:
+        return None
+    plain = {name: why_not for each in reversed(found) for name, why_not in each["plain_torch"].items()}
+    own = dict.fromkeys(name for each in found for name in each["own"] if name not in plain)
+    return {"own": list(own), "plain_torch": plain}
+
+
+def slow_kernels(report: dict[str, Any]) -> list[str]:
+    """A line for everything that cards compute without our kernels."""
+    if report["device"] != "cuda":
+        return []
+    lines = [
+        f"{name} in plain torch: {why}" for name, why in ((report["kernels"] or {}).get("plain_torch", {})).items()
+    ]
+    linears = (report["load"] or {}).get("kernels", {})
+    return lines + [f"{count} linears by {kind}" for kind, count in linears.items() if kind.startswith("dequantize")]
 
 
 def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from launcher.job import Job, save_job
 from launcher.model_files import download_model, find_local_model
 from launcher.plan import plan_run
 from launcher.prompts import prompts_to_do, read_prompts
-from launcher.report import base_report, build_report
+from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.start import StartRanks
 from launcher.telemetry import Telemetry
@@ -57,6 +57,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
     print_report(report)
+    for line in slow_kernels(report):
+        print_warning(f"slower than it could be: {line}")
     return report
 
 

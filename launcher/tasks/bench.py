@@ -15,7 +15,7 @@ from launcher.rank import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
-from launcher.tasks.measure import communication, memory
+from launcher.tasks.measure import communication, kernels, memory
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
@@ -91,6 +91,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
+        "kernels": kernels(bench.engine),
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,
         **summarise(runs),

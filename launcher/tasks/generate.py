@@ -17,7 +17,7 @@ from launcher.config import KVDType, SamplingConfig
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
-from launcher.tasks.measure import communication, latencies, memory, reuse
+from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_sharded_model
 from parallel.checkpoint.load import LoadResult
@@ -62,6 +62,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
+        "kernels": kernels(loaded.engine),
         "warm_up_sec": warm_up_sec,
         **latencies(result),
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,

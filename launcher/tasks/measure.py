@@ -15,6 +15,7 @@ from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result
 from parallel.engine.step_timer import time_steps
+from parallel.kernels.status import LayerSizes, kernel_status
 from parallel.timing import p99
 
 
@@ -49,6 +50,13 @@ def communication(context: RankContext, engine: Engine, contexts: Sequence[int])
         times[name] = statistics.median(time_steps(engine, contexts, num_steps, communicator))
     share = max(0.0, 1 - times["without"] / times["with"])
     return {"comm_share": share, "decode_step_ms": {"measured": times["with"], "without_all_reduce": times["without"]}}
+
+
+def kernels(engine: Engine) -> dict[str, Any]:
+    """Which operations of a layer run as own kernels on this rank, and why the others do not (see kernel_status)."""
+    decoder, cache = engine.decoder, engine.caches[0]
+    sizes = LayerSizes(engine.model.config.hidden_size, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
+    return kernel_status(sizes, engine.limits.batch_size, engine.dtype, cache.keys.dtype, engine.device)
 
 
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:

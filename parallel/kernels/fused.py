@@ -190,6 +190,22 @@ def problem(device: torch.device) -> str | None:
     return load_problem(silu_kernel, device)
 
 
+def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why tensors of this kind go through plain torch, in a few words; None: kernels take them, where sizes fit."""
+    return problem(device) or (
+        None if dtype == torch.bfloat16 else f"activations in {str(dtype).removeprefix('torch.')}"
+    )
+
+
+def norm_refusal(hidden_size: int) -> str | None:
+    fits_threads = hidden_size % PIECE == 0 and hidden_size <= MAX_HIDDEN
+    return None if fits_threads else f"rows of {hidden_size}"
+
+
+def rotary_refusal(head_dim: int) -> str | None:
+    return None if head_dim in HEAD_DIMS else f"heads of {head_dim}"
+
+
 def launch_norm(vectors: int, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     tokens, hidden_size = hidden.shape
     output = hidden.new_empty(tokens, hidden_size)

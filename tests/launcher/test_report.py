@@ -16,7 +16,7 @@ from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.outcome import report_failure, write_report
 from launcher.plan import plan_run
-from launcher.report import base_report, build_report, failure_report
+from launcher.report import base_report, build_report, failure_report, slow_kernels
 from launcher.shape import shape_from_facts
 from launcher.telemetry import CardUsage, Telemetry
 from tests.launcher.jobs import make_job, make_run
@@ -225,3 +225,17 @@ def test_failure_is_told_to_people_scripts_and_the_folder(tmp_path: Path, capsys
 def test_failure_is_told_even_where_the_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_failure(Failure("OSError", "gone"), None, tmp_path / "missing") == 1
     assert json.loads(capsys.readouterr().out)["error"]["message"] == "gone"
+
+
+def test_an_operation_is_an_own_kernel_where_every_rank_has_it(tmp_path: Path) -> None:
+    first = RESULT | {"kernels": {"own": ["norms", "attention"], "plain_torch": {}}}
+    second = RESULT | {"kernels": {"own": ["norms"], "plain_torch": {"attention": "heads of 80"}}}
+    report = build(tmp_path, first, second)
+    assert report["kernels"] == {"own": ["norms"], "plain_torch": {"attention": "heads of 80"}}
+    report["load"]["kernels"] = {"w4a16 (the fastest)": 3, "dequantize (not w4a16: 8 bits)": 2}
+    assert slow_kernels(report | {"device": "cpu"}) == []
+    assert slow_kernels(report | {"device": "cuda"}) == [
+        "attention in plain torch: heads of 80",
+        "2 linears by dequantize (not w4a16: 8 bits)",
+    ]
+    assert slow_kernels(report | {"device": "cuda", "kernels": None, "load": None}) == []
