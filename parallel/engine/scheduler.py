@@ -14,7 +14,7 @@ from parallel.engine.sequence import Sequence
 class Scheduler:
     """Sequences in the order they came: waiting, being prefilled, running.
 
-    - Ranks agree unasked: decisions depend on the prompts, the limits and the tokens so far, never on time.
+    - Ranks agree unasked: decisions depend on the prompts added, the limits and the tokens so far, never on time.
     - A sequence has all the pages that it may need before its first token is read, so none is ever thrown out again.
     - None starves. Nobody overtakes: prompts are taken in, and read, in their order. The first that waits gets its row
       and its pages as those before it end, and they end: with each pass of prompts, of at most `prefill_chunk` tokens,
