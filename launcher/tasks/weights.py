@@ -15,6 +15,7 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.engine.merged import LayerMerger
 from parallel.shard import ShardedModel, build_sharded_model
 
 
@@ -60,6 +61,7 @@ def fill_from_checkpoint(context: RankContext, model: ShardedModel) -> LoadResul
         model,
         read_checkpoint(Path(context.job.model_folder)),
         context.device,
+        on_placed=LayerMerger(model.module),
         quantize=QUANTIZE_SCHEMES.get(context.job.run.model.quantize.value),
         on_progress=lambda done, total: context.events.progress(
             "loading weights", done, total, "bytes", each_rank=True
@@ -73,6 +75,7 @@ def fill_with_dummies(context: RankContext, model: ShardedModel) -> LoadResult:
         model,
         context.job.shape.scheme,
         context.device,
+        on_placed=LayerMerger(model.module),
         on_progress=lambda done, total: context.events.progress(
             "making weights", done, total, "parameters", each_rank=True
         ),

@@ -39,11 +39,13 @@ def fill_dummy(
     device: torch.device,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_placed: Callable[[str], None] = lambda name: None,
 ) -> LoadResult:
     """Puts random weights in place of the meta parameters: norms are 1, biases 0, all else of STANDARD_DEVIATION.
 
     Args:
         scheme: how linears are quantised, with values of random bits; None: they are plain.
+        on_placed: called with the name of each parameter that is in place.
         on_progress: called after each parameter with how many are done, and of how many.
     """
     start = time.perf_counter()
@@ -59,6 +61,7 @@ def fill_dummy(
                 kernels[install(module, weight)] += 1
             else:
                 place(owners[name], plain_values(pool, name, shape, module, attribute), name)
+            on_placed(name)
         on_progress(done, len(model.full_shapes))
     move_buffers(model.module, device)
     sec = time.perf_counter() - start

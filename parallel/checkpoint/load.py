@@ -54,6 +54,7 @@ class Step:
     `place` gets what `reads` names, on the device; it returns the kernel of a quantised linear.
     """
 
+    name: str
     reads: dict[str, TensorSlice]
     place: Callable[[Stored], str | None]
 
@@ -75,6 +76,7 @@ def load_checkpoint(
     *,
     quantize: Scheme | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_placed: Callable[[str], None] = lambda name: None,
     read_ahead_bytes: int = LIMIT_BYTES,
 ) -> LoadResult:
     """Reads this rank's slices to `device`, in the model's dtype, and puts them in place of the meta parameters.
@@ -83,6 +85,7 @@ def load_checkpoint(
 
     Args:
         quantize: how linears that are stored as numbers are rounded, tensor by tensor; None: they stay as they are.
+        on_placed: called with the name of each parameter that is in place; a quantised weight is one.
         on_progress: called after each parameter with the bytes read so far and in all, both of this rank.
         read_ahead_bytes: of host memory for what is read ahead of its use.
 
@@ -102,6 +105,7 @@ def load_checkpoint(
             stored = {name: reader.take(wanted) for name, wanted in step.reads.items()}
             begin = time.perf_counter()
             kernel = place_step(step, stored)
+            on_placed(step.name)
             decode_sec += time.perf_counter() - begin
             if kernel is not None:
                 kernels[kernel] += 1
@@ -126,14 +130,14 @@ def plain_steps(model: ShardedModel, matches: Matches, quantize: Scheme | None) 
             yield rounding_step(module, entry, quantize)
             continue
         slices = module.local_slices(attribute) if isinstance(module, ShardedLayer) else ()
-        yield Step({name: TensorSlice(entry, slices)}, partial(place_parameter, owners[name], name))
+        yield Step(name, {name: TensorSlice(entry, slices)}, partial(place_parameter, owners[name], name))
 
 
 def rounding_step(layer: ShardedLayer, entry: TensorEntry, scheme: Scheme) -> Step:
     box = local_box(layer, entry.shape)
     wide = widen(box, scheme, entry.shape[1])
     read = TensorSlice(entry, (slice(*wide.outputs), slice(*wide.inputs)))
-    return Step({entry.name: read}, partial(place_rounded, layer, entry.name, scheme, wide, box))
+    return Step(entry.name, {entry.name: read}, partial(place_rounded, layer, entry.name, scheme, wide, box))
 
 
 def place_rounded(layer: ShardedLayer, name: str, scheme: Scheme, wide: Box, box: Box, stored: Stored) -> str:
@@ -149,7 +153,7 @@ def quantized_steps(model: ShardedModel, matches: Matches) -> Iterator[Step]:
         shape = model.full_shapes[f"{name}.weight"]
         box = local_box(layer, shape)
         reads = local_slices(entries, model.scheme, shape[1], box)
-        yield Step(reads, partial(place_linear, layer, reads, model.scheme, box))
+        yield Step(f"{name}.weight", reads, partial(place_linear, layer, reads, model.scheme, box))
 
 
 def place_parameter(owners: list[tuple[nn.Module, str]], name: str, stored: Stored) -> None:

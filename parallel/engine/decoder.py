@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.merged import merge_linears
+from parallel.engine.merged import is_merged, local_sizes, merge_layer
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
 
@@ -40,15 +40,12 @@ class Decoder:
         self.model = model
         self.eps = config.rms_norm_eps
         self.head_dim = model.model.layers[0].self_attn.head_dim
-        query, key = (local_outputs(model.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj"))
-        self.num_heads, self.num_kv_heads = query // self.head_dim, key // self.head_dim
+        self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
         self.scale = self.head_dim**-0.5
         self.num_layers = config.num_hidden_layers
         for layer in model.model.layers:
-            merge_layer(layer)
-            if model.device.type == "cuda":
-                # What a layer's parts held makes room for the next layer's whole.
-                torch.cuda.empty_cache()
+            if not is_merged(layer):
+                merge_layer(layer)
         # One tensor for cosines, one for sines: [max_context, head_dim / 2] float32.
         self.cos, self.sin = rotary_tables(model.model.rotary_emb, max_context)
 
@@ -89,19 +86,3 @@ class Decoder:
             self.eps,
         )
         return attention.o_proj(attend(query, cache).flatten(1))
-
-
-def local_outputs(attention: Any, name: str) -> int:
-    """How many outputs of a column-parallel projection this rank has."""
-    layer = getattr(attention, name)
-    return int(layer._partition_sizes[layer.tp_index])
-
-
-def merge_layer(layer: Any) -> None:
-    """Merges the projections of a decoder layer, in place."""
-    attention, mlp = layer.self_attn, layer.mlp
-    attention.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
-    mlp.gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
-    for parent, names in ((attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj"))):
-        for name in names:
-            delattr(parent, name)

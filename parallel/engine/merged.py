@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from parallel.kernels.merge import merge
 from parallel.linear import ColumnParallelLinear
@@ -67,3 +69,48 @@ def merge_weights(layers: Sequence[ColumnParallelLinear]) -> Tensor | nn.Module 
     if not packed:
         return torch.cat([layer.weight for layer in layers])
     return merge(packed) if len(packed) == len(layers) else None
+
+
+class LayerMerger:
+    """Merges each decoder layer of a model as soon as its weights are in place.
+
+    What the layer's parts held is then free while the next layer loads, whose parts are of the same sizes. Merged at
+    the end of the load instead, they leave holes between the weights (4 of 44 GiB, 70B in 4 bits on an H200).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layers = dict(model.model.layers.named_children())
+
+    def __call__(self, name: str) -> None:
+        """`name`: of a parameter of the model that has got its values."""
+        index = name.removeprefix("model.layers.").partition(".")[0]
+        layer = self.layers.get(index)
+        if layer is not None and not any(parameter.is_meta for parameter in layer.parameters()):
+            merge_layer(layer)
+            del self.layers[index]
+
+
+def merge_layer(layer: Any) -> None:
+    """Merges the projections of a decoder layer, in place."""
+    attention, mlp = layer.self_attn, layer.mlp
+    sizes = local_sizes(layer)
+    attention.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    attention.local_sizes = sizes
+    mlp.gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+    for parent, names in ((attention, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj"))):
+        for name in names:
+            delattr(parent, name)
+
+
+def is_merged(layer: Any) -> bool:
+    return hasattr(layer.self_attn, "qkv")
+
+
+def local_sizes(layer: Any) -> tuple[int, int]:
+    """Outputs of the query and the key projection on this rank."""
+    attention = layer.self_attn
+    if is_merged(layer):
+        sizes: tuple[int, int] = attention.local_sizes
+        return sizes
+    query, key = attention.q_proj, attention.k_proj
+    return query._partition_sizes[query.tp_index], key._partition_sizes[key.tp_index]

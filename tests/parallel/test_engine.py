@@ -6,14 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.checkpoint.headers import read_checkpoint
+from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.graphs import graph_sizes
 from parallel.engine.limits import PAGE_SIZE
+from parallel.engine.merged import LayerMerger, is_merged
 from parallel.engine.sampling import gather_logits
 from parallel.engine.step_timer import time_steps
 from parallel.partition import split_by_heads
-from tests.parallel.ranks import demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
+from tests.parallel.ranks import (
+    CPU,
+    build,
+    demo_tokenizer,
+    forced_logits,
+    load,
+    make_engine,
+    numbered,
+    run_on_ranks,
+    whole_logits,
+)
 from tests.parallel.small_models import CONFIGS, prompts_of
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
@@ -83,6 +96,23 @@ def test_timed_steps_leave_the_engine_as_it_was(folders: dict[str, Path], world_
         assert before == after
         assert len(times) == 12
         assert min(times) > 0
+
+
+def merged_while_loading(communicator: Communicator, folder: Path) -> tuple[list[bool], Tensor, Tensor]:
+    """Which layers were merged when the load ended; logits then, and where the engine merges them."""
+    model = build(communicator, folder)
+    load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=LayerMerger(model.module))
+    merged = [is_merged(layer) for layer in model.module.model.layers]
+    prompts, following = prompts_of("llama_with_biases")[:2], [5, 6]
+    early = whole_logits(communicator, model.module, prompts, following)
+    return merged, early, whole_logits(communicator, load(communicator, folder), prompts, following)
+
+
+@pytest.mark.parametrize("world_size", (1, 3))
+def test_layers_may_be_merged_as_they_load(folders: dict[str, Path], world_size: int) -> None:
+    for merged, early, late in run_on_ranks(merged_while_loading, world_size, folders["llama_with_biases"]):
+        assert merged == [True, True]
+        assert torch.equal(early, late)
 
 
 def fp8_and_plain(communicator: Communicator, folder: Path) -> list[Tensor]:
