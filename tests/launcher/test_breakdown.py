@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from itertools import chain
+from pathlib import Path
 
+import pytest
+import torch
+
+import parallel
+import parallel.kernels.choice
+import parallel.kernels.paged_attention
 from launcher.tasks.breakdown import NAMES, Piece, break_down, part_of, parts_of
+from parallel.kernels.operators import NAMESPACE
 
 
 @pytest.mark.parametrize(
@@ -21,7 +30,7 @@ from launcher.tasks.breakdown import NAMES, Piece, break_down, part_of, parts_of
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "linears"),
         ("aten::linear", "linears"),
         ("paged_attention", "attention"),
-        ("launch70b::paged_attention", "attention"),
+        ("launch70b::attend", "attention"),
         ("void flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64>>", "attention"),
         ("rms_norm", "norms"),
         ("launch70b::add_rms_norm", "norms"),
@@ -35,6 +44,23 @@ from launcher.tasks.breakdown import NAMES, Piece, break_down, part_of, parts_of
 )
 def test_name_tells_the_part(name: str, part: str) -> None:
     assert part_of(name) == part
+
+
+def own_names() -> list[str]:
+    """Every operator and every CUDA kernel of this project."""
+    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")]
+    sources = [file.read_text() for file in Path(parallel.__file__).parent.rglob("*.cu")]
+    plain = [re.findall(r'^extern "C" __global__[^;{]*?\n(\w+)\(', source, re.MULTILINE) for source in sources]
+    macros = [re.findall(r"^KERNEL\((\w+),", source, re.MULTILINE) for source in sources]
+    return [*operators, *chain(*plain, *macros)]
+
+
+def test_every_kernel_of_this_project_has_a_part() -> None:
+    names = own_names()
+    assert {"launch70b::attend", "launch70b::w4a16", "w8a16", "rms_norm", "gather_bytes", "paged_attention"} <= set(
+        names
+    )
+    assert [name for name in names if part_of(name) == "other"] == []
 
 
 def test_what_follows_the_last_norm_is_head_and_sampling() -> None:
