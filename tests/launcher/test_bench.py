@@ -33,6 +33,7 @@ SMALL = (
 ALL = "bench.baselines=[deepspeed,transformers,vllm]"
 
 
+@pytest.mark.slow
 def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Path) -> None:
     result = run("gpus=2", *SMALL, ALL, "workload.num_requests=3", folder=tmp_path / "run", launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
