@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.amounts import UNKNOWN, amount, number, percent
-from launcher.bench_text import bench_table, breakdown_table
+from launcher.bench_text import bench_table, breakdown_table, other_text
 from launcher.config import TaskKind
 from launcher.failures import Failure
 from launcher.plan import Plan
@@ -61,7 +61,11 @@ def print_report(report: dict[str, Any]) -> None:
 def print_bench(console: Console, report: dict[str, Any]) -> None:
     console.print(bench_table(report))
     breakdown = breakdown_table(report)
-    console.print(f"no breakdown: {report['breakdown']['problem']}" if breakdown is None else breakdown)
+    if breakdown is None:
+        console.print(f"no breakdown: {report['breakdown']['problem']}", markup=False)
+        return
+    console.print(breakdown)
+    console.print(other_text(report), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_inventory(console: Console, inventory: dict[str, Any]) -> None:

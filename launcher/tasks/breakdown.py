@@ -19,7 +19,7 @@ NUM_STEPS = 5
 # Names contain one of these, in lower case; the first part that fits has the kernel.
 PARTS = {
     "all_reduce": ("nccl", "gloo", "reduce_bfloat16", "reduce_float16", "reduce_float32", "gather_bytes"),
-    "attention": ("paged_attention", "flash", "fmha", "scaled_dot_product"),
+    "attention": ("paged_attention", "::attend", "flash", "fmha", "scaled_dot_product"),
     "norms": ("rms_norm", "rsqrt"),
     "rotary": ("rotary",),
     "activation": ("silu",),

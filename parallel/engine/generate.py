@@ -46,9 +46,12 @@ class Prompt:
 
 @dataclass
 class Result:
-    """Answers in prompt order. `ttft_ms`: from each prompt's arrival (or admission where it has none) to its first
-    token on the host; `step_ms`: of each decode step, from the tokens before to its own on the host, with what was
-    prefilled between them. Of `prompt_tokens` in all, `reused_tokens` were found in the cache."""
+    """Answers in prompt order.
+
+    `ttft_ms`: from each prompt's arrival (or its admission, where it has no time) to its first token on the host.
+    `step_ms`: of each decode step, from the tokens before to its own on the host, with what was prefilled between them.
+    Of `prompt_tokens` in all, `reused_tokens` were found in the cache.
+    """
 
     answers: list[Answer]
     ttft_ms: list[float] = field(default_factory=list)

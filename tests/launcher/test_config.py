@@ -80,6 +80,16 @@ def test_defaults_are_the_demo_model_on_this_machine() -> None:
         (["workload.output_tokens=0"], "workload.output_tokens=0 must be at least 1"),
         (["workload.prompt_tokens=0"], "workload.prompt_tokens=0 must be at least 1"),
         (["workload.batch_size=-1"], "workload.batch_size=-1 must be at least 1"),
+        (["task=bench", "workload.num_requests=0"], "workload.num_requests=0 must be at least 1"),
+        (["task=bench", "workload.repeats=0"], "workload.repeats=0 must be at least 1"),
+        (["task=bench", "workload.warm_up=-1"], "workload.warm_up=-1 must be 0 (none) or above"),
+        (["task=bench", "workload.arrival_rate=0"], "workload.arrival_rate=0.0 must be above 0 requests a second"),
+        (["task=bench", "workload.arrival_rate=inf"], "workload.arrival_rate=inf must be above 0"),
+        (["task=bench", "prompts_file=a.txt"], "prompts_file is answered by task=generate"),
+        (["task=bench", "engine.max_context=639"], "= 640 exceeds engine.max_context=639"),
+        (["workload.repeats=2"], "workload.repeats is read by task=bench only, not by task=generate"),
+        (["task=probe", "workload.arrival_rate=2"], "workload.arrival_rate is read by task=bench only"),
+        (["task=plan", "bench.baselines=[vllm]"], "bench.baselines is read by task=bench only, not by task=plan"),
         (["limits.card_memory_gib=0"], "limits.card_memory_gib=0.0 must be above 0"),
         (["sampling.temperature=-0.5"], "sampling.temperature=-0.5 must be 0 (greedy) or above"),
         (["sampling.temperature=nan"], "sampling.temperature=nan must be"),
@@ -128,10 +138,13 @@ def test_broken_rule_names_value_and_knob(overrides: list[str], words: str) -> N
         "sampling.stop=[a,b]",
         "engine.max_context=129",
         "engine.comm_share_steps=0",
+        "task=bench workload.warm_up=0 workload.repeats=1 workload.num_requests=1 workload.arrival_rate=0.01",
+        "task=bench engine.max_context=640",
+        "task=plan workload=serving",
     ],
 )
 def test_value_on_the_edge_of_a_rule_is_accepted(override: str) -> None:
-    composed(override)
+    composed(*override.split())
 
 
 def test_all_broken_rules_are_told_at_once() -> None:
