@@ -117,7 +117,7 @@ def tune(name: str, degrees: list[int], row_counts: list[int]) -> list[dict[str,
         fastest = " ".join(f"{us:.1f}us {tuple(vars(each).values())}" for us, each in times[:4])
         print(f"{name} {num_out}x{num_in} rows {num_rows}: {fastest}; chosen {chosen_us:.1f}us", flush=True)
     print_best(found, row_counts)
-    return found
+    return [{**row, "times": row["times"][:4]} for row in found]
 
 
 def takes(launch: AnyLaunch, num_out: int) -> bool:

@@ -83,7 +83,6 @@ class Launch:
 # For up to so many rows; more are cut into tiles of the last. Not yet measured: as many tokens as rows, two token
 # tiles or more for what is decoded, and blocks of four warps, so that one computes while another waits.
 LAUNCHES: dict[int, Launch] = {
-    16: Launch(2, 2, 4, 1, 4, 3),
     24: Launch(3, 2, 4, 1, 4, 3),
     32: Launch(4, 2, 4, 1, 4, 3),
     48: Launch(3, 4, 2, 2, 4, 2),

@@ -14,6 +14,7 @@ from parallel.kernels import w4a16, w8a16, wide
 from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.wide import Card, Launch
 from tests.parallel.test_emulated_kernels import HEADER, KERNELS, NUM_IN, codebook, draw, float8, pointer
+from tools.linear_formats import FORMATS, wide_launches
 
 RTX4090, H200 = Card(128, 100 * 1024), Card(132, 228 * 1024)
 LAYOUTS = {
@@ -104,6 +105,16 @@ def test_every_launch_fits_the_cards_and_its_rows(name: str, card: Card) -> None
         assert shared_bytes + wide.RESERVED_SHARED_BYTES <= card.shared_bytes // blocks
         # No more than the last tile of tokens is partly empty.
         assert -(-num_rows // launch.tokens) * launch.tokens - num_rows < max(launch.tokens, 16)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_tune_tries_fits_the_smaller_card_and_includes_what_is_chosen(name: str) -> None:
+    for num_rows in wide.LAUNCHES:
+        tried = wide_launches(FORMATS[name], num_rows)
+        assert wide.choose_launch(num_rows) in tried
+        for launch in tried:
+            assert wide.fit(launch, FORMATS[name].wide_layout().unit_bytes, RTX4090)[0] >= 2
+            assert launch.threads in (128, 256)
 
 
 @pytest.mark.parametrize("num_tiles", [1, 65, 160, 320, 512, 1792, 3584, 8016])
