@@ -222,11 +222,10 @@ wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const ui
 
   int slot = 0;
   while (work < end) {
-    const int index = work / units, first = work, stop = min(end, (index + 1) * units);
-    const Place place(index, num_rows);
-    const int tile0 = place.tile + out_warp * RT, token0 = place.token + token_warp * NT * 8;
+    const int stop = min(end, (work / units + 1) * units);
     u32 fixed[RT][2] = {};
     if (!PARTS) {
+      const int tile0 = Place(work / units, num_rows).tile + out_warp * RT;
 #pragma unroll
       for (int r = 0; r < RT; r++)
 #pragma unroll
@@ -246,6 +245,10 @@ wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const ui
       if (++slot == STAGES) slot = 0;
     }
 
+    // Only now, so that they take no registers meanwhile.
+    const int index = (stop - 1) / units, first = max(deal.begin(blockIdx.x), index * units);
+    const Place place(index, num_rows);
+    const int tile0 = place.tile + out_warp * RT, token0 = place.token + token_warp * NT * 8;
     if (stop - first < units && !join_parts(acc, parts, deal, index, first)) continue;
 #pragma unroll
     for (int r = 0; r < RT; r++)

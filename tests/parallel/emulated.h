@@ -29,6 +29,7 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
+using std::max;
 using std::min;
 
 // Each block finds NaN in it.
