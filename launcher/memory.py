@@ -9,7 +9,7 @@ from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.kernels.held import dequantized_bytes, held_bits, stored_bits
+from parallel.kernels.held import held_bits, product_bytes, stored_bits
 from parallel.partition import split_by_grain, split_by_heads
 
 # What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
@@ -116,25 +116,25 @@ class Demand:
         plain = PLAIN_TORCH_COPIES * 4 * tokens if self.device == "cpu" else 0
         steps = {
             "norm": plain * hidden,
-            "qkv": tokens * qkv * e + self._dequantized(tokens, qkv * hidden),
+            "qkv": tokens * qkv * e + self._product(tokens, qkv * hidden),
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together; keys and values gathered from pages, then put in order.
             "attention": (3 * tokens * queries + 2 * GATHERED_COPIES * max_context * keys) * e,
-            "output": tokens * (queries + hidden) * e + self._dequantized(tokens, queries * hidden),
-            "gate_up": tokens * 2 * intermediate * e + self._dequantized(tokens, 2 * intermediate * hidden),
+            "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
+            "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
             "activation": tokens * 3 * intermediate * e + plain * intermediate,
-            "down": tokens * (intermediate + hidden) * e + self._dequantized(tokens, intermediate * hidden),
+            "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
             # Logits of last tokens alone: gathered from all ranks, joined, sampled.
             "logits": self.batch_size * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
         }
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
-    def _dequantized(self, num_rows: int, numel: int) -> int:
-        """Bytes of a weight that a product of so many rows dequantises for itself."""
+    def _product(self, num_rows: int, numel: int) -> int:
+        """Bytes beside its operands that a product of so many rows takes."""
         if self.shape.scheme is None:
             return 0
-        return dequantized_bytes(self.shape.scheme, self.device, self.dtype, DTYPE_BYTES[self.dtype], num_rows, numel)
+        return product_bytes(self.shape.scheme, self.device, self.dtype, DTYPE_BYTES[self.dtype], num_rows, numel)
 
     def _local(self, num_heads: int) -> tuple[int, ...]:
         return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)

@@ -26,7 +26,7 @@ from torch import Tensor
 from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
-from tools.linear_formats import FORMATS, Packed, check_format, launches
+from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, launches
 
 NUM_LAYERS = 80
 # [out, in] of one rank: q/k/v, o, gate/up, down.
@@ -37,7 +37,7 @@ SHAPES = {
 }
 # The last is of odd numbers of tiles and units.
 CHECKED_SHAPES = ((5120, 8192), (8192, 4096), (1040, 384))
-NUM_ROWS = (1, 8, 16, 32, 64)
+NUM_ROWS = (1, 8, 16, 32, 64, 128, 256)
 # Several times the 60 MB of L2 of an H200.
 CYCLE_BYTES = 600e6
 # What is timed unless asked otherwise; all of FORMATS and of OTHERS may be.
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
     own = [name for name in arguments.kernels if name in FORMATS]
-    compile_all(own)
+    compile_all(own, [*arguments.rows, *([] if arguments.skip_check else CHECKED_ROWS)])
     if not arguments.skip_check:
         check_kernels(own)
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -85,12 +85,15 @@ def check_kernels(names: list[str] | None = None) -> None:
     print("checked against float64")
 
 
-def compile_all(names: list[str]) -> None:
+def compile_all(names: list[str], row_counts: list[int]) -> None:
     every = {
-        (name, launch) for name in names for num_rows in (8, 16, 32, 64) for launch in launches(FORMATS[name], num_rows)
+        (name, launch)
+        for name, num_rows in product(names, row_counts)
+        if num_rows <= MAX_OWN_ROWS
+        for launch in launches(FORMATS[name], num_rows)
     }
 
-    def compile_in_thread(pair: tuple[str, Launch]) -> None:
+    def compile_in_thread(pair: tuple[str, AnyLaunch]) -> None:
         # Makes the card's context current in this thread, which the driver asks for.
         torch.zeros((), device="cuda")
         FORMATS[pair[0]].compile(pair[1])
@@ -104,19 +107,34 @@ def tune(name: str, degrees: list[int], row_counts: list[int]) -> list[dict[str,
     found = []
     shapes = dict.fromkeys(shape for tp in degrees for shape in SHAPES[tp])
     for (num_out, num_in), num_rows in product(shapes, row_counts):
-        usable = [each for each in launches(FORMATS[name], num_rows) if num_out // 16 % each.row_tiles == 0]
+        usable = [each for each in launches(FORMATS[name], num_rows) if takes(each, num_out)]
         times = [(time_calls(own_calls(name, num_out, num_in, each), num_rows, num_in), each) for each in usable]
         times.sort(key=lambda item: item[0])
-        chosen = FORMATS[name].choose(num_rows, num_out // 16)
-        chosen_us = next(
-            us for us, each in times if vars(each) | {"token_tiles": 0} == vars(chosen) | {"token_tiles": 0}
-        )
-        best = [{"us": us, **vars(each)} for us, each in times[:4]]
-        found.append({"kernel": name, "out": num_out, "in": num_in, "rows": num_rows, "best": best,
-                      "chosen_us": chosen_us, "worst_us": times[-1][0]})  # fmt: skip
+        chosen_us = time_calls(own_calls(name, num_out, num_in), num_rows, num_in)
+        best = [{"us": us, "wide": not isinstance(each, Launch), **vars(each)} for us, each in times]
+        found.append({"kernel": name, "out": num_out, "in": num_in, "rows": num_rows, "times": best,
+                      "chosen_us": chosen_us})  # fmt: skip
         fastest = " ".join(f"{us:.1f}us {tuple(vars(each).values())}" for us, each in times[:4])
         print(f"{name} {num_out}x{num_in} rows {num_rows}: {fastest}; chosen {chosen_us:.1f}us", flush=True)
-    return found
+    print_best(found, row_counts)
+    return [{**row, "times": row["times"][:4]} for row in found]
+
+
+def takes(launch: AnyLaunch, num_out: int) -> bool:
+    return not isinstance(launch, Launch) or num_out // 16 % launch.row_tiles == 0
+
+
+def print_best(found: list[dict[str, Any]], row_counts: list[int]) -> None:
+    """For each number of rows the configurations of least time over all shapes, as a share of each shape's best."""
+    for num_rows in row_counts:
+        shares: dict[tuple[Any, ...], list[float]] = {}
+        for row in (row for row in found if row["rows"] == num_rows):
+            for each in row["times"]:
+                key = tuple(value for field, value in each.items() if field != "us")
+                shares.setdefault(key, []).append(each["us"] / row["times"][0]["us"])
+        most = max(len(each) for each in shares.values())
+        means = sorted((statistics.mean(each), key) for key, each in shares.items() if len(each) == most)
+        print(f"rows {num_rows}: " + ", ".join(f"{mean:.3f} {key[1:]}" for mean, key in means[:4]), flush=True)
 
 
 # Calls of each kernel that go through more layers than the cache holds
@@ -137,7 +155,7 @@ def cycle(name: str, num_out: int, num_in: int) -> list[Packed]:
     return _CYCLES[key]
 
 
-def own_calls(name: str, num_out: int, num_in: int, launch: Launch | None = None) -> list[Call]:
+def own_calls(name: str, num_out: int, num_in: int, launch: AnyLaunch | None = None) -> list[Call]:
     own = FORMATS[name]
 
     def call(weight: Packed, rows: Tensor) -> Tensor:
@@ -193,7 +211,7 @@ def check_gemlite(name: str, layer: Call, weight: Tensor) -> None:
 
 # By name: bits of a weight, the most rows worth timing, and the calls.
 OTHERS: dict[str, tuple[float, int, Callable[[int, int], list[Call]]]] = {
-    "tinygemm": (4.25, MAX_OWN_ROWS, tinygemm_calls),
+    "tinygemm": (4.25, 64, tinygemm_calls),
     "dequantize": (4.25, 8192, dequantize_calls),
     "bf16": (16, 8192, bf16_calls),
     "gemlite-w4": (4.25, 8192, partial(gemlite_calls, "w4")),

@@ -8,7 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from parallel.kernels import w4a16, w8a16
+from parallel.kernels import w4a16, w8a16, wide
+from parallel.kernels.held import MAX_NARROW_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch, choose_launch
 from parallel.quantized import QuantizedWeight
 
@@ -16,8 +17,19 @@ from parallel.quantized import QuantizedWeight
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+# Of both kernels, and of every tile of the second, none of them full.
+CHECKED_ROWS = (1, 3, 8, 9, 16, 23, 31, 47, 64, 95, 100, 129, 256)
+AnyLaunch = Launch | wide.Launch
 # NaN in e4m3, with its sign: no checkpoint that loads has one.
 E4M3_NAN = (0x7F, 0xFF)
+# Tokens of a tile of the kernel for many rows, in eights; tiles of more do not fit beside their weights.
+TOKEN_TILES = (2, 3, 4, 6, 8, 12, 16)
+MAX_TILE_TOKENS = 128
+# What a thread takes, by its tiles of 16 outputs and 8 tokens (NVRTC 13, sm_80 to sm_90), none of it in memory.
+REGISTERS = ((4, 128), (8, 168), (12, 208), (16, 255))
+REGISTERS_OF_MULTIPROCESSOR = 65536
+# An RTX 4090 gives a block so much.
+WIDE_SHARED_BYTES = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -74,8 +86,16 @@ class OwnFormat:
     def layer(self, weight: QuantizedWeight) -> nn.Module:
         return w4a16.W4A16Linear(weight) if self.bits == 4 else w8a16.W8A16Linear(weight)
 
-    def run(self, launch: Launch, rows: Tensor, weight: Packed, output: Tensor) -> None:
-        if self.bits == 4:
+    def run(
+        self, launch: AnyLaunch, rows: Tensor, weight: Packed, output: Tensor, workspace: Tensor | None = None
+    ) -> None:
+        """`workspace`: as of wide.run_kernel."""
+        if isinstance(launch, wide.Launch):
+            layout = self.wide_layout()
+            wide.run_kernel(
+                launch, rows, weight.packed, weight.scales, weight.codebook, output, layout, workspace=workspace
+            )
+        elif self.bits == 4:
             w4a16.run_kernel(launch, rows, weight.packed, weight.scales, weight.codebook, output)
         else:
             w8a16.run_kernel(launch, rows, weight.packed, weight.scales, output, is_float=self.kind == "e4m3")
@@ -85,7 +105,9 @@ class OwnFormat:
             return w4a16.dequantize_w4(weight.packed, weight.scales, weight.codebook)
         return w8a16.dequantize_w8(weight.packed, weight.scales, self.kind == "e4m3")
 
-    def choose(self, num_rows: int, num_tiles: int) -> Launch:
+    def choose(self, num_rows: int, num_tiles: int) -> AnyLaunch:
+        if num_rows > MAX_NARROW_ROWS:
+            return wide.choose_launch(num_rows)
         return choose_launch(w4a16.LAUNCHES if self.bits == 4 else w8a16.LAUNCHES, num_rows, num_tiles)
 
     def unit_bytes(self) -> int:
@@ -93,13 +115,21 @@ class OwnFormat:
             return w4a16.unit_bytes(self.group_size or 128)
         return w8a16.unit_bytes(is_grouped=self.group_size is not None)
 
-    def compile(self, launch: Launch) -> None:
-        """Ahead of its use, in whatever thread."""
+    def wide_layout(self) -> wide.Layout:
         if self.bits == 4:
-            w4a16.multiply_kernel(launch, self.group_size or 128, self.kind == "codebook", torch.cuda.current_device())
+            return w4a16.wide_layout(self.group_size or 128, has_codebook=self.kind == "codebook")
+        return w8a16.wide_layout(is_grouped=self.group_size is not None, is_float=self.kind == "e4m3")
+
+    def compile(self, launch: AnyLaunch) -> None:
+        """Ahead of its use, in whatever thread."""
+        device_index = torch.cuda.current_device()
+        if isinstance(launch, wide.Launch):
+            wide.compile_kernel(launch, self.wide_layout(), device_index)
+        elif self.bits == 4:
+            w4a16.multiply_kernel(launch, self.group_size or 128, self.kind == "codebook", device_index)
         else:
             is_grouped = self.group_size is not None
-            w8a16.multiply_kernel(launch, is_grouped, self.kind == "e4m3", torch.cuda.current_device())
+            w8a16.multiply_kernel(launch, is_grouped, self.kind == "e4m3", device_index)
 
 
 FORMATS = {
@@ -114,16 +144,31 @@ FORMATS = {
 }
 
 
-def launches(own: OwnFormat, num_rows: int) -> list[Launch]:
+def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
     """Configurations worth a try for this many rows."""
-    tiles = next(tiles for tiles in (1, 2, 4, 8) if num_rows <= tiles * ROWS_PER_TILE)
+    narrow = narrow_launches(own, num_rows) if num_rows <= MAX_NARROW_ROWS else []
+    return [*narrow, *(wide_launches(own, num_rows) if num_rows >= MAX_NARROW_ROWS else [])]
+
+
+def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
+    tiles = next(tiles for tiles in (1, 2) if num_rows <= tiles * ROWS_PER_TILE)
     every = [Launch(tiles, *option) for option in product((1, 2, 4), (2, 4, 8, 16), (2, 4, 8))]
-    return [each for each in every if each.shared_bytes(own.unit_bytes()) <= MAX_SHARED_BYTES and fits_registers(each)]
+    return [each for each in every if each.shared_bytes(own.unit_bytes()) <= MAX_SHARED_BYTES]
 
 
-def fits_registers(launch: Launch) -> bool:
-    """Partial sums and totals take 8 registers a pair of tiles, of 255."""
-    return launch.token_tiles * launch.row_tiles <= 16
+def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
+    """Tiles of as few tokens as hold the rows, of 128 to 256 threads, with rings of 2 stages and of 4."""
+    most = -(-num_rows // -(-num_rows // MAX_TILE_TOKENS))
+    token_tiles = next(tiles for tiles in TOKEN_TILES if most <= tiles * ROWS_PER_TILE)
+    found = []
+    for row_tiles, out_warps, token_warps, stages in product((2, 4), (2, 4, 8), (1, 2, 4), (2, 4)):
+        in_warp, threads = token_tiles // token_warps, 32 * out_warps * token_warps
+        registers = next((most for size, most in REGISTERS if row_tiles * in_warp <= size), None)
+        if token_tiles % token_warps or in_warp < 2 or not 128 <= threads <= 256 or registers is None:
+            continue
+        blocks = REGISTERS_OF_MULTIPROCESSOR // (registers * threads)
+        found.append(wide.Launch(in_warp, row_tiles, out_warps, token_warps, stages, blocks))
+    return [each for each in found if 2 * each.stage_bytes(own.unit_bytes()) <= WIDE_SHARED_BYTES]
 
 
 def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
@@ -146,15 +191,24 @@ def check_format(name: str, shape: tuple[int, int], *, has_zeros: bool) -> None:
     packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
     # Half a unit in the last place of bf16, and the lost bits of a scale.
     assert ((own.dequantize(packed).double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
-    for num_rows in (1, 3, 8, 9, 16, 31, 64):
+    for num_rows in CHECKED_ROWS:
         rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
         expected = rows.double() @ exact.t()
         for launch in launches(own, num_rows):
-            if shape[0] // OUTPUTS_PER_TILE % launch.row_tiles:
+            if isinstance(launch, Launch) and shape[0] // OUTPUTS_PER_TILE % launch.row_tiles:
                 continue
-            output = torch.full((num_rows, shape[0]), float("nan"), device="cuda", dtype=torch.bfloat16)
-            own.run(launch, rows, packed, output)
-            # Sums in float32 and the lost bits of scales are small beside the outputs' usual size.
-            allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
-            excess = ((output.double() - expected).abs() / allowed).max().item()
-            assert excess <= 1, f"{name} {launch} {shape} rows={num_rows}: {excess} of what is allowed"
+            check_launch(name, launch, rows, packed, expected)
+
+
+def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, expected: Tensor) -> None:
+    outputs = []
+    for _ in range(2):
+        output = torch.full(expected.shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+        workspace = torch.full((WIDE_WORKSPACE_BYTES // 4,), float("nan"), device="cuda")
+        FORMATS[name].run(launch, rows, packed, output, workspace)
+        outputs.append(output)
+    assert torch.equal(*outputs), f"{name} {launch} {tuple(expected.shape)}: two launches differ"
+    # Sums in float32 and the lost bits of scales are small beside the outputs' usual size.
+    allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
+    excess = ((outputs[0].double() - expected).abs() / allowed).max().item()
+    assert excess <= 1, f"{name} {launch} {tuple(expected.shape)}: {excess} of what is allowed"

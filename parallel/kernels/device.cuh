@@ -6,6 +6,9 @@
 
 typedef unsigned int u32;
 
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
@@ -54,14 +57,6 @@ __device__ __forceinline__ u32 to_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
-}
-
-// value & mask | bits, in one instruction.
-template <u32 mask, u32 bits>
-__device__ __forceinline__ u32 and_or(u32 value) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(value), "n"(mask), "n"(bits));
-  return d;
 }
 
 #endif

@@ -13,13 +13,17 @@ BLOCK_ELEMENTS = 8 * 1024**2
 # Bytes that a dequantised block takes beside its place in the result: values unpacked, and numbers before rounding.
 # dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
 BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
-# w4a16 and w8a16: their kernels for many rows write nothing but the result.
-# The own kernels: inputs in units of 128, a float32 scale a group, and up to 64 rows.
+# w4a16 and w8a16: their dequantising kernels write nothing but the result.
+# The own kernels: inputs in units of 128, a float32 scale a group, and up to 256 rows.
 UNIT_INPUTS = 128
 W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
 OWN_BITS_PER_GROUP = 32
-MAX_OWN_ROWS = 64
+MAX_OWN_ROWS = 256
+# Above this many rows they go through wide.cu, whose blocks leave parts of sums to one another.
+MAX_NARROW_ROWS = 16
+WIDE_WORKSPACE_BYTES = 24 * 1024**2
+OWN_KERNELS = {"w4a16": MAX_OWN_ROWS, "w8a16": MAX_OWN_ROWS}
 # bf16 scale and shift.
 TINYGEMM_BITS_PER_GROUP = 32
 SCALE_BITS = 16
@@ -73,9 +77,14 @@ def scale_bits(scheme: Scheme) -> int:
     return WIDE_SCALE_BITS if scheme.layout in WIDE_SCALES else SCALE_BITS
 
 
-def dequantized_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:
-    """Bytes that a product of `num_rows` rows takes for its dequantised weight of `numel` elements; 0: none."""
+def product_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:
+    """Bytes beside its operands that a product of `num_rows` rows with a weight of `numel` elements takes, at most.
+
+    Parts of sums, or the weight dequantised.
+    """
     kernel = predict_kernel(scheme, device, dtype)
-    if num_rows <= {"w4a16": MAX_OWN_ROWS, "w8a16": MAX_OWN_ROWS, "tinygemm": MAX_TINYGEMM_ROWS}.get(kernel, 0):
+    if kernel in OWN_KERNELS and MAX_NARROW_ROWS < num_rows <= MAX_OWN_ROWS:
+        return WIDE_WORKSPACE_BYTES
+    if num_rows <= {"tinygemm": MAX_TINYGEMM_ROWS, **OWN_KERNELS}.get(kernel, 0):
         return 0
     return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]

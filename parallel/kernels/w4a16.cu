@@ -6,90 +6,14 @@
 // asynchronous copies: a warp has six scoreboards, so that loads to registers wait for one another (twice the time,
 // measured).
 //
-// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), GROUP (inputs that
-// share a scale: 128, 64 or 32), CODEBOOK (0 or 1).
-//
-// Layouts (w4a16.py packs them):
-//   weights  [N / 16][K / 128][2][32 lanes] of 16 bytes: step s = 4 * h + i of a unit is 32-bit word i of half h. Lane
-//            (g, c) holds rows g and g + 8 of four inputs from 32 * (s / 2) + 8 * c + 4 * (s % 2) on: nibble j is
-//            (row g + 8 * (j & 1), input 2 * (j >> 1 & 1)), nibble j + 4 the input after it. With CODEBOOK the input
-//            after it is the next nibble instead.
-//   scales   [N / 16][K / GROUP][16] of 4 bytes: float32, without CODEBOOK its last 4 bits replaced by the zero (an
-//            error of 2**-20).
-//   codebook [8] words: the low bytes of the 16 entries in bf16, then their high bytes.
+// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), and what
+// four_bits.cuh asks for, which has the layouts too.
 
-#include "tile.cuh"
+#include "four_bits.cuh"
 
-#define PARTS (128 / GROUP)
-#define UNIT_BYTES (1024 + PARTS * 64)
 #define STAGE_BYTES (RT * UNIT_BYTES)
 #define RING_BYTES (DEPTH * STAGE_BYTES)
 #define SUM_BYTES (RT * NT * 512)
-
-#if CODEBOOK
-
-struct Decoder {
-  u32 low[4], high[4];
-
-  // Each 8 lanes hand one another what they loaded: what all lanes load alike goes to uniform registers, which
-  // permutations cannot read (a copy each time, a fifth of the loop).
-  __device__ __forceinline__ explicit Decoder(const u32* codebook) {
-    const u32 mine = __ldg(codebook + (threadIdx.x & 7));
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      low[i] = __shfl_sync(~0u, mine, threadIdx.x & 24 | i);
-      high[i] = __shfl_sync(~0u, mine, threadIdx.x & 24 | 4 | i);
-    }
-  }
-
-  // Entry by entry: a permutation looks up 4 bytes among 8 by the nibbles' last 3 bits, the first bit picks the half.
-  __device__ __forceinline__ static u32 look_up(const u32* bytes, u32 selector, u32 upper) {
-    return permute(bytes[0], bytes[1], selector) & ~upper | permute(bytes[2], bytes[3], selector) & upper;
-  }
-
-  // The four registers of a fragment.
-  __device__ __forceinline__ void operator()(u32* a, u32 q, u32, u32) const {
-    const u32 selectors = q & 0x77777777u, shifted = q << 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u32 selector = half ? selectors >> 16 : selectors;
-      const u32 upper = permute(shifted, q, half ? 0xfbea : 0xd9c8);
-      const u32 l = look_up(low, selector, upper), h = look_up(high, selector, upper);
-      a[2 * half] = permute(l, h, 0x5140);
-      a[2 * half + 1] = permute(l, h, 0x7362);
-    }
-  }
-};
-
-__device__ __forceinline__ u32 zero_of(u32) { return 0; }
-
-#define CODEBOOK_PARAMETER , const u32* __restrict__ codebook
-#define DECODER(name) const Decoder name(codebook)
-
-#else
-
-struct Decoder {
-  // (q & 0x000f000f) | 0x43004300 is the bf16 pair 128 + q; adding -(128 + zero) leaves q - zero exactly.
-  __device__ __forceinline__ static u32 subtract_zero(u32 q, u32 negative_zero) {
-    return fma_pair(and_or<0x000f000fu, 0x43004300u>(q), 0x3f803f80u, negative_zero);
-  }
-
-  // The four registers of a fragment; z0 and z1: `zero_of` its upper and lower rows.
-  __device__ __forceinline__ void operator()(u32* a, u32 q, u32 z0, u32 z1) const {
-    a[0] = subtract_zero(q, z0);
-    a[1] = subtract_zero(q >> 4, z1);
-    a[2] = subtract_zero(q >> 8, z0);
-    a[3] = subtract_zero(q >> 12, z1);
-  }
-};
-
-// The bf16 pair -(128 + zero), twice, from a scale's last bits.
-__device__ __forceinline__ u32 zero_of(u32 scale) { return (scale & 15u) * 0x10001u | 0xc300c300u; }
-
-#define CODEBOOK_PARAMETER
-#define DECODER(name) const Decoder name
-
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const unsigned short* __restrict__ x,
@@ -186,7 +110,7 @@ w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
       }
 #pragma unroll
       for (int r = 0; r < RT; r++) {
-        const float s0 = __uint_as_float(scale[r][p][0]), s1 = __uint_as_float(scale[r][p][1]);
+        const float s0 = scale_of(scale[r][p][0]), s1 = scale_of(scale[r][p][1]);
 #pragma unroll
         for (int t = 0; t < NT; t++) {
           acc[r][t][0] += part[r][t][0] * s0;
@@ -200,7 +124,7 @@ w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
 
   await_copies<0>();
   __syncthreads();
-  store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, 1.0f);
+  store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
 }
 
 // The same weight as bf16 [N, K], rounded once, for matrix products of many rows. Block (8 warps): a tile and 8 units.
@@ -223,7 +147,7 @@ dequantize_w4(const uint4* __restrict__ weights, const u32* __restrict__ scales,
       decode(a[i], word(now[quarter >> 1], (quarter * 2 & 3) + i), zero_of(s[0]), zero_of(s[1]));
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float f = __uint_as_float(s[r]);
+      const float f = scale_of(s[r]) * UNIT;
       // A row has 16 * units pieces of 16 bytes.
       out[(((size_t)blockIdx.x * 16 + g + 8 * r) * units + in_tile) * 16 + quarter * 4 + c] =
           make_uint4(scale_pair(a[0][r], f), scale_pair(a[0][2 + r], f), scale_pair(a[1][r], f), scale_pair(a[1][2 + r], f));

@@ -1,6 +1,7 @@
-"""W4A16 for few rows on our own kernel (w4a16.cu): 4-bit weights or entries of a codebook, bf16 activations, sm_80 on.
+"""W4A16 on our own kernels: 4-bit weights or entries of a codebook, bf16 activations, sm_80 on.
 
-What it reads is what must be read: half a byte a weight and 4 bytes a group of 128, 64 or 32, once for up to 64 rows.
+What w4a16.cu reads is what must be read: half a byte a weight and 4 bytes a group of 128, 64 or 32, once for up to 16
+rows. More rows go through wide.py.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from parallel.kernels import wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
+from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
-from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -43,8 +45,6 @@ LAUNCHES: Launches = {
     4: ((3072, 2, 4), (512, 2, 8), (0, 1, 8)),
     8: ((3072, 2, 4), (1024, 4, 4), (512, 2, 8), (0, 1, 8)),
     16: ((1024, 2, 4), (512, 2, 8), (0, 1, 8)),
-    32: ((0, 2, 4),),
-    64: ((512, 2, 4), (0, 1, 4)),
 }
 
 
@@ -82,8 +82,9 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return why_not
     if find_group_size(weight) is None:
         return f"groups of other than {', '.join(map(str, W4A16_GROUP_SIZES))}"
-    launch = launch_for(num_rows=1, num_tiles=512)
-    return load_problem(multiply_kernel, launch, W4A16_GROUP_SIZES[0], False, weight.values.device.index)
+    launch, device_index = launch_for(num_rows=1, num_tiles=512), weight.values.device.index
+    few = load_problem(multiply_kernel, launch, W4A16_GROUP_SIZES[0], False, device_index)
+    return few or wide.problem(wide_layout(W4A16_GROUP_SIZES[0], has_codebook=False), device_index)
 
 
 def find_group_size(weight: QuantizedWeight) -> int | None:
@@ -152,9 +153,13 @@ def unpack_codebook(packed: Tensor) -> Tensor:
 
 @operator(lambda rows, packed, scales, codebook=None: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
 def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 64, by the packed weight."""
-    output = rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    run_kernel(launch_for(len(rows), len(packed)), rows.contiguous(), packed, scales, codebook, output)
+    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
+    rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
+    if len(rows) > MAX_NARROW_ROWS:
+        layout = wide_layout(group_size(packed, scales), has_codebook=codebook is not None)
+        wide.multiply(rows, packed, scales, codebook, output, layout)
+    else:
+        run_kernel(launch_for(len(rows), len(packed)), rows, packed, scales, codebook, output)
     return output
 
 
@@ -202,7 +207,17 @@ def dequantize_kernel(group_size: int, has_codebook: bool, device_index: int) ->
 
 
 def kernel_options(launch: Launch, group_size: int, *, has_codebook: bool) -> tuple[str, ...]:
-    return (*launch.options(), f"-DGROUP={group_size}", f"-DCODEBOOK={int(has_codebook)}")
+    return (*launch.options(), *format_options(group_size, has_codebook=has_codebook))
+
+
+def format_options(group_size: int, *, has_codebook: bool) -> tuple[str, ...]:
+    return (f"-DGROUP={group_size}", f"-DCODEBOOK={int(has_codebook)}")
+
+
+@cache
+def wide_layout(group_size: int, *, has_codebook: bool) -> wide.Layout:
+    options = format_options(group_size, has_codebook=has_codebook)
+    return wide.Layout(("-DBITS=4", *options), unit_bytes(group_size), has_codebook)
 
 
 def group_size(packed: Tensor, scales: Tensor) -> int:

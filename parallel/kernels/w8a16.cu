@@ -6,55 +6,12 @@
 // streams its own through a ring of DEPTH stages in shared memory.
 //
 // Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), GROUPED, E4M3 (0 or 1).
-//
-// Layouts (w8a16.py packs them):
-//   weights  [N / 16][K / 128][4][32 lanes] of 16 bytes: quarter s of a unit. Word 2 * i + p of lane (g, c) holds inputs
-//            32 * s + 8 * c + 4 * i + 2 * p and the one after it, in its low and its high half, of row g and row g + 8.
-//            Integers: row g in the low byte. E4M3: row g in bits 15 (sign) and 10 to 4, which is where bf16 has them;
-//            row g + 8 in the bits left: 11 (sign), 14 to 12 and 3 to 0.
-//   scales   [N / 16][K / 128 or 1][16] of 4 bytes: float32; of integers the last 8 bits are the zero, and the scale is
-//            what it is without them.
 
-#include "tile.cuh"
+#include "eight_bits.cuh"
 
-#define UNIT_BYTES (2048 + GROUPED * 64)
 #define STAGE_BYTES (RT * UNIT_BYTES)
 #define RING_BYTES (DEPTH * STAGE_BYTES)
 #define SUM_BYTES (RT * NT * 512)
-
-#if E4M3
-
-#define UNIT 1.0f
-
-__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale); }
-
-__device__ __forceinline__ u32 zero_of(u32) { return 0x80008000u; }
-
-// Exponents of bf16 begin 120 lower than those of e4m3; the product is exact, for subnormal numbers too.
-__device__ __forceinline__ void decode(u32* a, u32 w, u32 z0, u32 z1) {
-  a[0] = fma_pair(w & 0x87f087f0u, 0x7b807b80u, z0);
-  a[1] = fma_pair(w << 4 & 0x80f080f0u | w >> 4 & 0x07000700u, 0x7b807b80u, z1);
-}
-
-#else
-
-// Weights are computed in 64ths.
-#define UNIT 64.0f
-
-__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale & 0xffffff00u); }
-
-// The bf16 pair -zero / 64, twice, from a scale's last bits.
-__device__ __forceinline__ u32 zero_of(u32 scale) {
-  return fma_pair((scale & 255u) * 0x10001u, 0xff00ff00u, 0x80008000u);
-}
-
-// As bf16, the bits of a byte are that many times 2**-133; times 2**127 and less the zero, exactly (q - zero) / 64.
-__device__ __forceinline__ void decode(u32* a, u32 w, u32 z0, u32 z1) {
-  a[0] = fma_pair(w & 0x00ff00ffu, 0x7f007f00u, z0);
-  a[1] = fma_pair(permute(w, 0, 0x4341), 0x7f007f00u, z1);
-}
-
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const unsigned short* __restrict__ x,

@@ -1,6 +1,7 @@
-"""W8A16 for few rows on our own kernel (w8a16.cu): int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
+"""W8A16 on our own kernels: int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
 
-What it reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 64 rows.
+What w8a16.cu reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 16
+rows. More rows go through wide.py.
 Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80 and sm_86 run the same code.
 """
 
@@ -11,9 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.kernels import wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
+from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
-from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -43,8 +45,6 @@ MIDDLE = 128
 LAUNCHES: Launches = {
     8: ((512, 2, 4), (0, 1, 8)),
     16: ((512, 2, 4), (0, 1, 8)),
-    32: ((0, 2, 4),),
-    64: ((512, 2, 4), (0, 1, 4)),
 }
 
 
@@ -76,8 +76,9 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     why_not = tile_refusal(weight, dtype, bits=8) or values_refusal(weight)
     if why_not is not None:
         return why_not
-    launch = launch_for(num_rows=1, num_tiles=512)
-    return load_problem(multiply_kernel, launch, False, weight.is_float, weight.values.device.index)
+    launch, device_index = launch_for(num_rows=1, num_tiles=512), weight.values.device.index
+    few = load_problem(multiply_kernel, launch, False, weight.is_float, device_index)
+    return few or wide.problem(wide_layout(is_grouped=False, is_float=weight.is_float), device_index)
 
 
 def values_refusal(weight: QuantizedWeight) -> str | None:
@@ -153,10 +154,13 @@ def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
 
 @operator(lambda rows, packed, scales, is_float: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
 def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 64, by the packed weight."""
-    output = rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    launch = launch_for(len(rows), len(packed))
-    run_kernel(launch, rows.contiguous(), packed, scales, output, is_float=is_float)
+    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
+    rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
+    if len(rows) > MAX_NARROW_ROWS:
+        layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float)
+        wide.multiply(rows, packed, scales, None, output, layout)
+    else:
+        run_kernel(launch_for(len(rows), len(packed)), rows, packed, scales, output, is_float=is_float)
     return output
 
 
@@ -195,7 +199,17 @@ def dequantize_kernel(is_grouped: bool, is_float: bool, device_index: int) -> Ke
 
 
 def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
-    return (*launch.options(), f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
+    return (*launch.options(), *format_options(is_grouped=is_grouped, is_float=is_float))
+
+
+def format_options(*, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
+    return (f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
+
+
+@cache
+def wide_layout(*, is_grouped: bool, is_float: bool) -> wide.Layout:
+    options = format_options(is_grouped=is_grouped, is_float=is_float)
+    return wide.Layout(("-DBITS=8", *options), unit_bytes(is_grouped=is_grouped))
 
 
 def is_grouped(scales: Tensor) -> bool:

@@ -25,11 +25,11 @@ def test_every_launch_agrees_with_float64_at_every_number_of_rows(name: str, has
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_few_rows_and_many_multiply_by_the_weight_that_was_given(name: str) -> None:
-    """Through the choice of kernels; many rows go through the dequantised weight."""
+    """Through the choice of kernels: few rows, more, and so many that the weight is dequantised."""
     weight = rounded_codebook(FORMATS[name].random_weight(1024, 512, has_zeros=True))
     layer, line = choice.pack_linear(weight, torch.bfloat16)
     assert line == f"w{weight.bits}a16 (the fastest)" or line.startswith(f"w{weight.bits}a16 (not ")
-    for num_rows in (5, 200):
+    for num_rows in (5, 200, 300):
         rows = torch.randn(num_rows, 512, device="cuda", dtype=torch.bfloat16)
         expected = rows.double() @ weight.dequantize(torch.float64).t()
         assert torch.allclose(layer(rows).double(), expected, rtol=2**-7, atol=float(expected.abs().mean()) * 0.05)
@@ -53,7 +53,7 @@ def test_merged_linears_give_the_same_outputs_in_one_launch(name: str) -> None:
     layers = [FORMATS[name].layer(FORMATS[name].random_weight(num_out, 1024)) for num_out in (1024, 128, 128)]
     merged = merge.merge(layers)
     assert merged is not None
-    for num_rows in (1, 17, 100):
+    for num_rows in (1, 17, 100, 300):
         rows = torch.randn(num_rows, 1024, device="cuda", dtype=torch.bfloat16)
         apart = torch.cat([layer(rows) for layer in layers], dim=-1)
         # Launches of another shape add up in another order.

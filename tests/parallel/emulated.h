@@ -4,6 +4,8 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -16,14 +18,23 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __restrict__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 typedef unsigned int u32;
 struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
 struct Index { int x, y; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local Index threadIdx, blockIdx;
+static Index gridDim;
+using std::max;
+using std::min;
+
+// Each block finds NaN in it.
+alignas(16) static unsigned char dynamic_shared[99 * 1024];
+#define DYNAMIC_SHARED(name) unsigned char* const name = dynamic_shared
 
 struct Barrier {
   pthread_barrier_t barrier;
@@ -41,6 +52,21 @@ inline Warp& own_warp() { return warps[threadIdx.x / 32]; }
 inline int own_lane() { return threadIdx.x % 32; }
 inline void __syncwarp() { own_warp().meet(); }
 inline void __syncthreads() { block->meet(); }
+static std::atomic<int> agreed;
+inline int __syncthreads_or(int mine) {
+  block->meet();
+  agreed = 0;
+  block->meet();
+  if (mine) agreed = 1;
+  block->meet();
+  return agreed;
+}
+inline void __threadfence() {}
+inline u32 atomicInc(u32* counter, u32 last) {
+  const u32 found = *counter;
+  *counter = found >= last ? 0 : found + 1;
+  return found;
+}
 inline u32 __shfl_sync(u32, u32 value, int lane) {
   Warp& warp = own_warp();
   warp.word[own_lane()] = value;
@@ -50,6 +76,7 @@ inline u32 __shfl_sync(u32, u32 value, int lane) {
   return found;
 }
 template <class T> inline T __ldg(const T* from) { return *from; }
+template <class T> inline T __ldcg(const T* from) { return *from; }
 inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 
 struct Copy { char* to; const void* from; };
@@ -81,7 +108,6 @@ inline u32 fma_half(u32 a, u32 b, u32 c) { return to_bf16(from_bf16(a) * (double
 inline u32 fma_pair(u32 a, u32 b, u32 c) {
   return fma_half(a & 0xffff, b & 0xffff, c & 0xffff) | fma_half(a >> 16, b >> 16, c >> 16) << 16;
 }
-template <u32 mask, u32 bits> inline u32 and_or(u32 value) { return (value & mask) | bits; }
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const uint64_t both = (uint64_t)b << 32 | a;
   u32 result = 0;
@@ -112,8 +138,12 @@ inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
   warp.meet();
 }
 
-static void run_grid(Index grid, int num_threads, const std::function<void()>& kernel) {
-  for (int i = 0; i < grid.x * grid.y; i++) {
+// One block after the other, from the first on or from the last.
+static void run_grid(Index grid, int num_threads, const std::function<void()>& kernel, bool backwards = false) {
+  gridDim = grid;
+  for (int place = 0; place < grid.x * grid.y; place++) {
+    const int i = backwards ? grid.x * grid.y - 1 - place : place;
+    memset(dynamic_shared, 255, sizeof dynamic_shared);
     Barrier meeting(num_threads);
     std::vector<Warp> all(num_threads / 32);
     block = &meeting;
@@ -137,6 +167,18 @@ static void run_grid(Index grid, int num_threads, const std::function<void()>& k
 #define CODEBOOK_ARGUMENT
 #endif
 
+#ifdef BITS
+
+extern "C" void run_wide(const void* weights, const void* scales, const void* codebook, const void* x, void* y, void* parts,
+                         int num_tiles, int units, int num_rows, int num_blocks, int backwards) {
+  run_grid({num_blocks, 1}, THREADS, [=] {
+    wide((const uint4*)weights, (const u32*)scales, (const uint4*)x, (unsigned short*)y, (float4*)parts, num_tiles, units,
+         num_rows CODEBOOK_ARGUMENT);
+  }, backwards);
+}
+
+#else
+
 extern "C" void run_multiply(const void* weights, const void* scales, const void* codebook, const void* x, void* y,
                              int num_out, int num_in, int num_rows) {
   run_grid({num_out / 16 / RT, 1}, WARPS * 32, [=] {
@@ -151,3 +193,5 @@ extern "C" void run_dequantize(const void* weights, const void* scales, const vo
     DEQUANTIZE((const uint4*)weights, (const u32*)scales, (uint4*)out, num_in / 128 CODEBOOK_ARGUMENT);
   });
 }
+
+#endif

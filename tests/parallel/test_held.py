@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.checkpoint.formats.scheme import Scheme
-from parallel.kernels.held import dequantized_bytes, held_bits, predict_kernel
+from parallel.kernels.held import WIDE_WORKSPACE_BYTES, held_bits, predict_kernel, product_bytes
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight
@@ -27,9 +27,9 @@ def test_predicted_bits_are_those_that_our_kernels_hold(bits: int, group_size: i
     weight = QuantizedWeight(torch.zeros(SHAPE, dtype=torch.uint8), bits, scales, None, group_size or SHAPE[1])
     held = sum(buffer.nbytes for buffer in LINEARS[kernel](weight).buffers())
     assert held * 8 / (SHAPE[0] * SHAPE[1]) == held_bits(scheme, "cuda", "bfloat16", SHAPE[1])
-    # Up to 64 rows read the packed weight; more dequantise it, into nothing but the result.
-    assert dequantized_bytes(scheme, "cuda", "bfloat16", 2, 64, 1000) == 0
-    assert dequantized_bytes(scheme, "cuda", "bfloat16", 2, 65, 1000) == 2000
+    # Up to 16 rows take nothing, up to 256 leave parts of sums; more dequantise the weight, into the result alone.
+    taken = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, 1000) for rows in (1, 16, 17, 256, 257)}
+    assert taken == {1: 0, 16: 0, 17: WIDE_WORKSPACE_BYTES, 256: WIDE_WORKSPACE_BYTES, 257: 2000}
 
 
 @pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 16, "tinygemm"), (8, 64, "dequantize")])

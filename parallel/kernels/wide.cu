@@ -1,0 +1,265 @@
+// Y[m, n] = sum over k of X[m, k] * weight[n, k], as w4a16.cu and w8a16.cu, from the same packed weights, for many rows m.
+//
+// A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT * TOKEN_WARPS tokens, one block's work at a time: each warp takes
+// RT row tiles and NT token tiles of it, so that a weight is decoded once for all tokens of its warp. Weights and X come
+// through a ring of STAGES units of 128 inputs in shared memory, filled by asynchronous copies that run on over the end
+// of a tile.
+//
+// The units of all tiles, in order, are dealt to the blocks in runs of one length, whatever the shape. A tile that
+// several blocks share is left by each as a float32 part; the last to arrive adds them in the order of the inputs, so
+// that sums never depend on which it is. Launches must follow one another, on one stream.
+//
+// Defined by the host: BITS (4 or 8), NT, RT, OUT_WARPS, TOKEN_WARPS (4 warps or 8), STAGES, BLOCKS (on a multiprocessor),
+// and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
+
+#if BITS == 4
+#include "four_bits.cuh"
+#endif
+#if BITS == 8
+#include "eight_bits.cuh"
+#endif
+
+#define THREADS (32 * OUT_WARPS * TOKEN_WARPS)
+#define ROW_TILES (RT * OUT_WARPS)
+#define TOKENS (8 * NT * TOKEN_WARPS)
+// 128 inputs of a token.
+#define TOKEN_BYTES 256
+#define STAGE_BYTES (ROW_TILES * UNIT_BYTES + TOKENS * TOKEN_BYTES)
+#define MAX_TILES 16384
+#define PART_FLOATS (ROW_TILES * 16 * TOKENS)
+
+// Blocks that have left their part of a tile; zero between launches.
+__device__ u32 arrivals[MAX_TILES];
+
+// How the units of all tiles are dealt to the blocks.
+struct Deal {
+  int units, total, blocks;
+  __device__ __forceinline__ int begin(int block) const { return (int)((long long)total * block / blocks); }
+  __device__ __forceinline__ int block_of(int work) const { return (int)(((work + 1LL) * blocks - 1) / total); }
+};
+
+// Where a tile lies: its first row tile and its first token. Those of the same weights follow one another.
+struct Place {
+  int tile, token;
+  __device__ __forceinline__ Place(int index, int num_rows) {
+    const int token_blocks = (num_rows + TOKENS - 1) / TOKENS;
+    tile = index / token_blocks * ROW_TILES;
+    token = index % token_blocks * TOKENS;
+  }
+};
+
+// What a thread copies of the next unit: its first pieces of 16 bytes, and how many row tiles and tokens there are from
+// these on. What lies beyond stays as it is in shared memory: it reaches no output but those that are not stored.
+struct Source {
+  static constexpr int in_weights = WEIGHT_BYTES / 16, in_scales = PARTS ? PARTS * 4 : 1;
+  static constexpr int tiles_at_once = THREADS / in_weights, scales_at_once = THREADS / in_scales;
+  static constexpr int tokens_at_once = THREADS / 16;
+  const uint4 *weights, *scales, *x;
+  int tiles, scale_tiles, tokens;
+  u32 weights_to, scales_to, x_to;
+
+  __device__ __forceinline__ Source() {
+    weights_to = tile() * UNIT_BYTES + threadIdx.x % in_weights * 16;
+    scales_to = scale_tile() * UNIT_BYTES + WEIGHT_BYTES + threadIdx.x % in_scales * 16;
+    // The pieces of every other token change halves of 128 bytes, so that two tokens' 64 bytes lie in different banks.
+    x_to = ROW_TILES * UNIT_BYTES + token() * TOKEN_BYTES + (threadIdx.x % 16 ^ (token() & 1) << 2) * 16;
+  }
+  __device__ __forceinline__ static int tile() { return threadIdx.x / in_weights; }
+  __device__ __forceinline__ static int scale_tile() { return threadIdx.x / in_scales; }
+  __device__ __forceinline__ static int token() { return threadIdx.x / 16; }
+
+  __device__ __forceinline__ void move(const uint4* all_weights, const uint4* all_scales, const uint4* all_x, Place place,
+                                       int unit, int units, int num_tiles, int num_rows) {
+    tiles = num_tiles - place.tile - tile();
+    scale_tiles = num_tiles - place.tile - scale_tile();
+    tokens = num_rows - place.token - token();
+    weights = all_weights + ((size_t)(place.tile + tile()) * units + unit) * in_weights + threadIdx.x % in_weights;
+    scales = all_scales + ((size_t)(place.tile + scale_tile()) * units + unit) * in_scales + threadIdx.x % in_scales;
+    x = all_x + ((size_t)(place.token + token()) * units + unit) * 16 + threadIdx.x % 16;
+  }
+
+  // Starts the copies, and steps to the unit after.
+  __device__ __forceinline__ void fetch(u32 stage, int units) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n += tiles_at_once)
+      if ((ROW_TILES % tiles_at_once == 0 || n + tile() < ROW_TILES) && n < tiles)
+        copy_async(stage + weights_to + n * UNIT_BYTES, weights + (size_t)n * units * in_weights);
+#pragma unroll
+    for (int n = 0; n < (PARTS ? ROW_TILES : 0); n += scales_at_once)
+      if ((ROW_TILES % scales_at_once == 0 || n + scale_tile() < ROW_TILES) && n < scale_tiles)
+        copy_async(stage + scales_to + n * UNIT_BYTES, scales + (size_t)n * units * in_scales);
+#pragma unroll
+    for (int n = 0; n < TOKENS; n += tokens_at_once)
+      if ((TOKENS % tokens_at_once == 0 || n + token() < TOKENS) && n < tokens)
+        copy_async(stage + x_to + n * TOKEN_BYTES, x + (size_t)n * units * 16);
+    weights += in_weights;
+    scales += in_scales;
+    x += 16;
+  }
+};
+
+// Adds a unit of a warp's outputs and tokens to `acc`. `fixed`: the scales of outputs whose inputs share one. `fetch` is
+// called once there is work for the tensor cores.
+template <class Fetch>
+__device__ __forceinline__ void multiply_unit(float (&acc)[RT][NT][4], const unsigned char* weights,
+                                              const unsigned char* tokens, const Decoder& decoder,
+                                              const u32 (&fixed)[RT][2], const Fetch& fetch) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  uint4 loaded[RT];
+#pragma unroll
+  for (int p = 0; p < (PARTS ? PARTS : 1); p++) {
+    u32 scale[RT][2];
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        scale[r][i] = PARTS ? *(const u32*)(weights + r * UNIT_BYTES + WEIGHT_BYTES + p * 64 + g * 4 + i * 32) : fixed[r][i];
+    float part[RT][PARTS ? NT : 1][4] = {};
+#pragma unroll
+    for (int step = p * 8 / (PARTS ? PARTS : 1); step < (p + 1) * 8 / (PARTS ? PARTS : 1); step += 2) {
+      const int quarter = step / 2;
+      uint4 b[NT];
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+        b[t] = *(const uint4*)(tokens + (t * 8 + g) * TOKEN_BYTES + (quarter * 4 + c ^ (g & 1) << 2) * 16);
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+        if (step % STEPS_PER_LOAD == 0)
+          loaded[r] = *(const uint4*)(weights + r * UNIT_BYTES + step / STEPS_PER_LOAD * 512 + lane * 16);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+          u32 a[4];
+          decode_step(a, decoder, loaded[r], step + i, zero_of(scale[r][0]), zero_of(scale[r][1]));
+#pragma unroll
+          for (int t = 0; t < NT; t++)
+            multiply(PARTS ? part[r][PARTS ? t : 0] : acc[r][t], a, i ? b[t].z : b[t].x, i ? b[t].w : b[t].y);
+        }
+      if (step == 0) fetch();
+    }
+    if (PARTS) {
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) acc[r][t][j] += part[r][PARTS ? t : 0][j] * scale_of(scale[r][j >> 1]);
+    }
+  }
+}
+
+// Adds up the parts of a tile in the order of its inputs; true in the block that was the last to arrive.
+__device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* parts, const Deal& deal, int index, int first) {
+  const int begin = index * deal.units, first_block = deal.block_of(begin);
+  const int others = deal.block_of(begin + deal.units - 1) - first_block;
+  // A block leaves at most two parts: the end of one tile, and the beginning of another.
+  auto part_of = [&](int block, bool begins) { return parts + (size_t)(2 * block + begins) * (PART_FLOATS / 4) + threadIdx.x; };
+  float4* own = part_of(blockIdx.x, first == begin);
+#pragma unroll
+  for (int r = 0; r < RT; r++)
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+      own[(r * NT + t) * THREADS] = make_float4(acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]);
+  __threadfence();
+  __syncthreads();
+  // Wraps to zero by itself, ready for the next launch.
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
+  __threadfence();
+#pragma unroll
+  for (int r = 0; r < RT; r++)
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) acc[r][t][j] = 0;
+  for (int block = first_block; block <= first_block + others; block++) {
+    const float4* part = part_of(block, block == first_block);
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int t = 0; t < NT; t++) {
+        const float4 sum = __ldcg(part + (r * NT + t) * THREADS);
+        acc[r][t][0] += sum.x;
+        acc[r][t][1] += sum.y;
+        acc[r][t][2] += sum.z;
+        acc[r][t][3] += sum.w;
+      }
+  }
+  return true;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const uint4* __restrict__ x,
+     unsigned short* __restrict__ y, float4* __restrict__ parts, int num_tiles, int units, int num_rows CODEBOOK_PARAMETER) {
+  DYNAMIC_SHARED(memory);
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  const int out_warp = (threadIdx.x >> 5) % OUT_WARPS, token_warp = (threadIdx.x >> 5) / OUT_WARPS;
+  const u32 address = shared_address(memory);
+  DECODER(decoder);
+  const int num_places = (num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS);
+  const Deal deal = {units, num_places * units, (int)gridDim.x};
+  const int end = deal.begin(blockIdx.x + 1);
+  int work = deal.begin(blockIdx.x);
+
+  // What is fetched next, STAGES - 1 units ahead.
+  int ahead = work, next_place = work, ahead_slot = 0;
+  Source source;
+  auto fetch_next = [&] {
+    if (ahead < end) {
+      if (ahead == next_place) {
+        source.move(weights, (const uint4*)scales, x, Place(ahead / units, num_rows), ahead % units, units, num_tiles,
+                    num_rows);
+        next_place = (ahead / units + 1) * units;
+      }
+      source.fetch(address + ahead_slot * STAGE_BYTES, units);
+      ahead++;
+      if (++ahead_slot == STAGES) ahead_slot = 0;
+    }
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) fetch_next();
+
+  int slot = 0;
+  while (work < end) {
+    const int stop = min(end, (work / units + 1) * units);
+    u32 fixed[RT][2] = {};
+    if (!PARTS) {
+      const int tile0 = Place(work / units, num_rows).tile + out_warp * RT;
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (tile0 + r < num_tiles) fixed[r][i] = __ldg(scales + (tile0 + r) * 16 + g + 8 * i);
+    }
+
+    float acc[RT][NT][4] = {};
+    for (; work < stop; work++) {
+      await_copies<STAGES - 2>();
+      // All copies of this unit have arrived, and nobody reads any more what the next copies overwrite.
+      __syncthreads();
+      const unsigned char* stage = memory + slot * STAGE_BYTES;
+      multiply_unit(acc, stage + out_warp * RT * UNIT_BYTES,
+                    stage + ROW_TILES * UNIT_BYTES + token_warp * NT * 8 * TOKEN_BYTES, decoder, fixed,
+                    fetch_next);
+      if (++slot == STAGES) slot = 0;
+    }
+
+    // Only now, so that they take no registers meanwhile.
+    const int index = (stop - 1) / units, first = max(deal.begin(blockIdx.x), index * units);
+    const Place place(index, num_rows);
+    const int tile0 = place.tile + out_warp * RT, token0 = place.token + token_warp * NT * 8;
+    if (stop - first < units && !join_parts(acc, parts, deal, index, first)) continue;
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int m = token0 + t * 8 + 2 * c + (j & 1);
+          const float total = acc[r][t][j] * UNIT * (PARTS ? 1.0f : scale_of(fixed[r][j >> 1]));
+          if (tile0 + r < num_tiles && m < num_rows)
+            y[(size_t)m * num_tiles * 16 + (tile0 + r) * 16 + g + 8 * (j >> 1)] = to_bf16(total);
+        }
+  }
+}

@@ -1,0 +1,178 @@
+"""Products of many rows with the packed weights of w4a16 and w8a16 (wide.cu): from 17 rows on, without dequantising.
+
+A weight is decoded once for up to 64 tokens, and the units of all output tiles are dealt evenly to the multiprocessors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.launch import Kernel, load_kernel, load_problem
+from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP
+
+# 128 inputs of a token.
+TOKEN_BYTES = 256
+# What a card keeps for itself of a block's shared memory.
+RESERVED_SHARED_BYTES = 1024
+MAX_TILES = 16384
+# Where tiles cut into equal parts keep so many of the blocks busy that fit, no block works on two of them.
+ALIGNED_SHARE = 0.9
+# The weight, its scales, X, Y, the parts; row tiles, units, rows; then perhaps a codebook.
+PARAMETERS = "PPPPPiii"
+
+
+@dataclass(frozen=True)
+class Card:
+    """Multiprocessors, and the shared memory of each."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a packed weight is read: what wide.cu is told of it, and the bytes of 128 inputs of 16 outputs."""
+
+    options: tuple[str, ...]
+    unit_bytes: int
+    has_codebook: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tiles of 8 tokens and of 16 outputs that a warp takes, warps along both; stages and blocks at most."""
+
+    token_tiles: int
+    row_tiles: int
+    out_warps: int
+    token_warps: int
+    stages: int
+    blocks: int
+
+    @property
+    def tokens(self) -> int:
+        return ROWS_PER_TILE * self.token_tiles * self.token_warps
+
+    @property
+    def tiles(self) -> int:
+        """Times 16 outputs."""
+        return self.row_tiles * self.out_warps
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.out_warps * self.token_warps
+
+    @property
+    def part_bytes(self) -> int:
+        return self.tiles * OUTPUTS_PER_TILE * self.tokens * 4
+
+    def stage_bytes(self, unit_bytes: int) -> int:
+        return self.tiles * unit_bytes + self.tokens * TOKEN_BYTES
+
+    def options(self, stages: int) -> tuple[str, ...]:
+        values = {"NT": self.token_tiles, "RT": self.row_tiles, "OUT_WARPS": self.out_warps,
+                  "TOKEN_WARPS": self.token_warps, "STAGES": stages, "BLOCKS": self.blocks}  # fmt: skip
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+# For up to so many rows; more are cut into tiles of the last. Not yet measured: as many tokens as rows, two token
+# tiles or more for what is decoded, and blocks of four warps, so that one computes while another waits.
+LAUNCHES: dict[int, Launch] = {
+    24: Launch(3, 2, 4, 1, 4, 3),
+    32: Launch(4, 2, 4, 1, 4, 3),
+    48: Launch(3, 4, 2, 2, 4, 2),
+    64: Launch(4, 4, 2, 2, 4, 2),
+    96: Launch(3, 4, 2, 4, 4, 1),
+    128: Launch(4, 4, 2, 4, 4, 1),
+    192: Launch(3, 4, 2, 4, 4, 1),
+    256: Launch(4, 4, 2, 4, 4, 1),
+}
+
+
+def choose_launch(num_rows: int) -> Launch:
+    return next(launch for most, launch in LAUNCHES.items() if num_rows <= most)
+
+
+def multiply(
+    rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor, layout: Layout
+) -> None:
+    """[m, in] bf16 into `output` [m, out] bf16, m up to MAX_OWN_ROWS."""
+    assert len(rows) <= MAX_OWN_ROWS, f"{len(rows)} rows"
+    run_kernel(choose_launch(len(rows)), rows, packed, scales, codebook, output, layout)
+
+
+def run_kernel(
+    launch: Launch,
+    rows: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    codebook: Tensor | None,
+    output: Tensor,
+    layout: Layout,
+    workspace: Tensor | None = None,
+) -> None:
+    """The kernel, with parts of sums in `workspace` (float32) or in one of its own. Launches follow one another."""
+    card = describe_card(packed.device.index)
+    tiles, units = packed.shape[:2]
+    places = count_places(launch, tiles, len(rows))
+    assert places <= MAX_TILES, f"{places} tiles of Y"
+    blocks = count_blocks(launch, layout.unit_bytes, places, units, card)
+    if workspace is None:
+        workspace = rows.new_empty(workspace_floats(launch, places, blocks), dtype=torch.float32)
+    arguments: list[Tensor | int] = [packed, scales, rows, output, workspace, tiles, units, len(rows)]
+    compile_kernel(launch, layout, packed.device.index)(
+        (blocks, 1, 1), launch.threads, *arguments, *([] if codebook is None else [codebook])
+    )
+
+
+def count_places(launch: Launch, tiles: int, num_rows: int) -> int:
+    """Tiles of Y."""
+    return -(-tiles // launch.tiles) * -(-num_rows // launch.tokens)
+
+
+def count_blocks(launch: Launch, unit_bytes: int, places: int, units: int, card: Card) -> int:
+    """As many as work at a time, in which an equal number share each tile where that leaves few idle."""
+    resident = fit(launch, unit_bytes, card)[1] * card.multiprocessors
+    most = min(resident, places * units, WIDE_WORKSPACE_BYTES // (2 * launch.part_bytes))
+    aligned = places * min(most // places, units)
+    return aligned if aligned >= ALIGNED_SHARE * most else most
+
+
+def workspace_floats(launch: Launch, places: int, blocks: int) -> int:
+    """A block leaves at most two parts; none where each takes whole tiles."""
+    return 0 if places % blocks == 0 else 2 * blocks * launch.part_bytes // 4
+
+
+def fit(launch: Launch, unit_bytes: int, card: Card) -> tuple[int, int]:
+    """Stages of a ring, and blocks that share a multiprocessor: as many as its shared memory holds."""
+    for blocks in range(launch.blocks, 0, -1):
+        each = card.shared_bytes // blocks - RESERVED_SHARED_BYTES
+        stages = min(launch.stages, each // launch.stage_bytes(unit_bytes))
+        if stages >= 2:
+            return stages, blocks
+    raise AssertionError(f"{launch} does not fit into {card}")
+
+
+@cache
+def describe_card(device_index: int) -> Card:
+    card = torch.cuda.get_device_properties(device_index)
+    return Card(card.multi_processor_count, card.shared_memory_per_multiprocessor)
+
+
+@cache
+def compile_kernel(launch: Launch, layout: Layout, device_index: int) -> Kernel:
+    stages, _ = fit(launch, layout.unit_bytes, describe_card(device_index))
+    options = (*launch.options(stages), *layout.options)
+    parameters = PARAMETERS + "P" * layout.has_codebook
+    shared_bytes = stages * launch.stage_bytes(layout.unit_bytes)
+    return load_kernel(FOLDER / "wide.cu", "wide", options, parameters, device_index, shared_bytes)
+
+
+def problem(layout: Layout, device_index: int) -> str | None:
+    """Why the kernel cannot be compiled on this card; None: it can."""
+    return load_problem(compile_kernel, choose_launch(MAX_OWN_ROWS), layout, device_index)
