@@ -105,46 +105,51 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[RT][NT][4], const uns
                                               const unsigned char* tokens, const Decoder& decoder,
                                               const u32 (&fixed)[RT][2], const Fetch& fetch) {
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
-  uint4 loaded[RT];
+  // One half after the other where groups are small: unrolled, what they load ahead takes more registers than there are.
+  constexpr int halves = PARTS > 1 ? 2 : 1, parts = PARTS ? PARTS / halves : 1;
+#pragma unroll 1
+  for (int half = 0; half < halves; half++) {
+    uint4 loaded[RT];
 #pragma unroll
-  for (int p = 0; p < (PARTS ? PARTS : 1); p++) {
-    u32 scale[RT][2];
-#pragma unroll
-    for (int r = 0; r < RT; r++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        scale[r][i] = PARTS ? *(const u32*)(weights + r * UNIT_BYTES + WEIGHT_BYTES + p * 64 + g * 4 + i * 32) : fixed[r][i];
-    float part[RT][PARTS ? NT : 1][4] = {};
-#pragma unroll
-    for (int step = p * 8 / (PARTS ? PARTS : 1); step < (p + 1) * 8 / (PARTS ? PARTS : 1); step += 2) {
-      const int quarter = step / 2;
-      uint4 b[NT];
-#pragma unroll
-      for (int t = 0; t < NT; t++)
-        b[t] = *(const uint4*)(tokens + (t * 8 + g) * TOKEN_BYTES + (quarter * 4 + c ^ (g & 1) << 2) * 16);
+    for (int p = 0; p < parts; p++) {
+      u32 scale[RT][2];
 #pragma unroll
       for (int r = 0; r < RT; r++)
-        if (step % STEPS_PER_LOAD == 0)
-          loaded[r] = *(const uint4*)(weights + r * UNIT_BYTES + step / STEPS_PER_LOAD * 512 + lane * 16);
 #pragma unroll
-      for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++)
+          scale[r][i] = PARTS ? *(const u32*)(weights + r * UNIT_BYTES + WEIGHT_BYTES + (half * parts + p) * 64 + g * 4 + i * 32)
+                              : fixed[r][i];
+      float part[RT][PARTS ? NT : 1][4] = {};
 #pragma unroll
-        for (int r = 0; r < RT; r++) {
-          u32 a[4];
-          decode_step(a, decoder, loaded[r], step + i, zero_of(scale[r][0]), zero_of(scale[r][1]));
-#pragma unroll
-          for (int t = 0; t < NT; t++)
-            multiply(PARTS ? part[r][PARTS ? t : 0] : acc[r][t], a, i ? b[t].z : b[t].x, i ? b[t].w : b[t].y);
-        }
-      if (step == 0) fetch();
-    }
-    if (PARTS) {
-#pragma unroll
-      for (int r = 0; r < RT; r++)
+      for (int step = p * 8 / halves / parts; step < (p + 1) * 8 / halves / parts; step += 2) {
+        uint4 b[NT];
 #pragma unroll
         for (int t = 0; t < NT; t++)
+          b[t] = *(const uint4*)(tokens + (t * 8 + g) * TOKEN_BYTES + half * 128 + (step * 2 + c ^ (g & 1) << 2) * 16);
 #pragma unroll
-          for (int j = 0; j < 4; j++) acc[r][t][j] += part[r][PARTS ? t : 0][j] * scale_of(scale[r][j >> 1]);
+        for (int r = 0; r < RT; r++)
+          if (step % STEPS_PER_LOAD == 0)
+            loaded[r] = *(const uint4*)(weights + r * UNIT_BYTES + (half + step / STEPS_PER_LOAD) * 512 + lane * 16);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int r = 0; r < RT; r++) {
+            u32 a[4];
+            decode_step(a, decoder, loaded[r], step + i, zero_of(scale[r][0]), zero_of(scale[r][1]));
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+              multiply(PARTS ? part[r][PARTS ? t : 0] : acc[r][t], a, i ? b[t].z : b[t].x, i ? b[t].w : b[t].y);
+          }
+        if (step == 0 && half == 0) fetch();
+      }
+      if (PARTS) {
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+          for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[r][t][j] += part[r][PARTS ? t : 0][j] * scale_of(scale[r][j >> 1]);
+      }
     }
   }
 }
