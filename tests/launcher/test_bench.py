@@ -44,6 +44,9 @@ def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Pat
     assert report["generated_tokens"] == 2 * 3 * 5
     assert 0 < report["comm_share"] < 1
     assert (report["bandwidth_share"], report["bandwidth"]["copy_gb_per_sec"]) == (None, None)
+    # All weights but the embedding, 1 MiB a rank; 26 tokens of two sequences: in 5 layers 2 KV heads of 64 a rank.
+    weights = report["cards"][0]["memory"]["weights_bytes"] - 2**20
+    assert report["bandwidth"]["step_bytes"] == {"weights": weights, "kv": 2 * 26 * 5 * 2 * 128 * 2}
     parts = report["breakdown"]["parts"]
     assert all(parts[name]["us"] > 0 for name in parts if name != "between")
     rows = {row["name"]: row for row in report["baselines"]}
