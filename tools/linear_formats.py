@@ -106,9 +106,10 @@ class OwnFormat:
         return w8a16.dequantize_w8(weight.packed, weight.scales, self.kind == "e4m3")
 
     def choose(self, num_rows: int, num_tiles: int) -> AnyLaunch:
-        if num_rows > MAX_NARROW_ROWS:
+        launches = w8a16.LAUNCHES if self.bits == 8 else w4a16.launches_for(has_codebook=self.kind == "codebook")
+        if num_rows > max(launches):
             return wide.choose_launch(num_rows)
-        return choose_launch(w4a16.LAUNCHES if self.bits == 4 else w8a16.LAUNCHES, num_rows, num_tiles)
+        return choose_launch(launches, num_rows, num_tiles)
 
     def unit_bytes(self) -> int:
         if self.bits == 4:
@@ -146,8 +147,8 @@ FORMATS = {
 
 def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
     """Configurations worth a try for this many rows."""
-    narrow = narrow_launches(own, num_rows) if num_rows <= MAX_NARROW_ROWS else []
-    return [*narrow, *(wide_launches(own, num_rows) if num_rows >= MAX_NARROW_ROWS else [])]
+    narrow = narrow_launches(own, num_rows) if num_rows <= max(w4a16.LAUNCHES) else []
+    return [*narrow, *(wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else [])]
 
 
 def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:

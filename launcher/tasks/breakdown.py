@@ -24,7 +24,7 @@ PARTS = {
     "rotary": ("rotary",),
     "activation": ("silu",),
     "linears": (
-        *("w4a16", "w8a16", "dequantize_w", "tinygemm", "gemm", "gemv", "nvjet", "cutlass", "splitk"),
+        *("w4a16", "w8a16", "wide", "dequantize_w", "tinygemm", "gemm", "gemv", "nvjet", "cutlass", "splitk"),
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
     ),
 }

@@ -50,6 +50,9 @@ class Engine:
         self.model, self.device, self.limits = model, device, limits
         self.decoder = Decoder(model, limits.max_context)
         self.dtype = model.lm_head.weight.dtype
+        if device.type == "cuda":
+            # What the load left makes room for the cache.
+            torch.cuda.empty_cache()
         heads = (self.decoder.num_kv_heads, self.decoder.head_dim)
         self.caches = allocate_pages(self.decoder.num_layers, limits.num_pages, *heads, kv_dtype or self.dtype, device)
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)

@@ -20,8 +20,8 @@ W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
 OWN_BITS_PER_GROUP = 32
 MAX_OWN_ROWS = 256
-# Above this many rows they go through wide.cu, whose blocks leave parts of sums to one another.
-MAX_NARROW_ROWS = 16
+# Above this many rows they may go through wide.cu, whose blocks leave parts of sums to one another.
+MAX_NARROW_ROWS = 8
 WIDE_WORKSPACE_BYTES = 24 * 1024**2
 OWN_KERNELS = {"w4a16": MAX_OWN_ROWS, "w8a16": MAX_OWN_ROWS}
 # bf16 scale and shift.

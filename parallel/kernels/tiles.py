@@ -24,8 +24,8 @@ MAX_SHARED_BYTES = 48 * 1024
 SCALE_BYTES = 4
 # As in the sources: each takes a unit of inputs.
 DEQUANTIZE_WARPS = 8
-# For up to so many tokens: (at least so many tiles of 16 outputs, row_tiles, warps).
-Launches = dict[int, tuple[tuple[int, int, int], ...]]
+# For up to so many tokens: (at least so many tiles of 16 outputs, row_tiles, warps, depth). More go through wide.py.
+Launches = dict[int, tuple[tuple[int, int, int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Launch:
 def choose_launch(launches: Launches, num_rows: int, num_tiles: int) -> Launch:
     """The launch for `num_rows` tokens and a weight of `num_tiles` times 16 outputs."""
     most_rows = next(most for most in launches if num_rows <= most)
-    row_tiles, warps = next((rows, warps) for least, rows, warps in launches[most_rows] if num_tiles >= least)
+    row_tiles, warps, depth = next(launch for least, *launch in launches[most_rows] if num_tiles >= least)
     while num_tiles % row_tiles:
         row_tiles //= 2
-    return Launch(max(1, most_rows // ROWS_PER_TILE), row_tiles, warps, depth=2)
+    return Launch(max(1, most_rows // ROWS_PER_TILE), row_tiles, warps, depth)
 
 
 def tile_refusal(weight: QuantizedWeight, dtype: torch.dtype, bits: int) -> str | None:

@@ -1,7 +1,7 @@
 """W4A16 on our own kernels: 4-bit weights or entries of a codebook, bf16 activations, sm_80 on.
 
 What w4a16.cu reads is what must be read: half a byte a weight and 4 bytes a group of 128, 64 or 32, once for up to 16
-rows. More rows go through wide.py.
+rows (8 with a codebook). More rows go through wide.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from parallel.kernels import wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
+from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -42,10 +42,11 @@ PACKED_SHAPE = (2, 32, 4)
 # The fastest of those tried at the shapes of Llama-70B on an H200 (results/w4a16_h200_202611.json). More outputs a
 # block read the activations less often, and leave fewer blocks to fill the card. A deeper ring was never faster.
 LAUNCHES: Launches = {
-    4: ((3072, 2, 4), (512, 2, 8), (0, 1, 8)),
-    8: ((3072, 2, 4), (1024, 4, 4), (512, 2, 8), (0, 1, 8)),
-    16: ((1024, 2, 4), (512, 2, 8), (0, 1, 8)),
+    4: ((3072, 2, 4, 2), (512, 2, 8, 2), (0, 1, 8, 2)),
+    8: ((3072, 2, 4, 2), (1024, 4, 4, 2), (512, 2, 8, 2), (0, 1, 8, 2)),
+    16: ((1024, 2, 4, 2), (512, 2, 8, 2), (0, 1, 8, 2)),
 }
+CODEBOOK_LAUNCHES: Launches = {8: ((512, 2, 8, 2), (0, 1, 8, 2))}
 
 
 class W4A16Linear(GroupedLinear):
@@ -82,7 +83,7 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return why_not
     if find_group_size(weight) is None:
         return f"groups of other than {', '.join(map(str, W4A16_GROUP_SIZES))}"
-    launch, device_index = launch_for(num_rows=1, num_tiles=512), weight.values.device.index
+    launch, device_index = choose_launch(LAUNCHES, num_rows=1, num_tiles=512), weight.values.device.index
     few = load_problem(multiply_kernel, launch, W4A16_GROUP_SIZES[0], False, device_index)
     return few or wide.problem(wide_layout(W4A16_GROUP_SIZES[0], has_codebook=False), device_index)
 
@@ -155,11 +156,12 @@ def unpack_codebook(packed: Tensor) -> Tensor:
 def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
     """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
     rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    if len(rows) > MAX_NARROW_ROWS:
+    launches = launches_for(has_codebook=codebook is not None)
+    if len(rows) > max(launches):
         layout = wide_layout(group_size(packed, scales), has_codebook=codebook is not None)
         wide.multiply(rows, packed, scales, codebook, output, layout)
     else:
-        run_kernel(launch_for(len(rows), len(packed)), rows, packed, scales, codebook, output)
+        run_kernel(choose_launch(launches, len(rows), len(packed)), rows, packed, scales, codebook, output)
     return output
 
 
@@ -190,8 +192,8 @@ def entries(codebook: Tensor | None) -> tuple[Tensor, ...]:
 
 
 @cache
-def launch_for(num_rows: int, num_tiles: int) -> Launch:
-    return choose_launch(LAUNCHES, num_rows, num_tiles)
+def launches_for(*, has_codebook: bool) -> Launches:
+    return CODEBOOK_LAUNCHES if has_codebook else LAUNCHES
 
 
 @cache

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from parallel.kernels import wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
+from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -41,11 +41,8 @@ ZERO_BITS = 0xFF
 PACKED_SHAPE = (4, 32, 4)
 MIDDLE = 128
 
-# Not yet measured: the launches of w4a16 that read as many bytes a block.
-LAUNCHES: Launches = {
-    8: ((512, 2, 4), (0, 1, 8)),
-    16: ((512, 2, 4), (0, 1, 8)),
-}
+# The fastest of those tried at the shapes of Llama-70B at TP2 on an H200 (results/LOG.md).
+LAUNCHES: Launches = {8: ((1024, 2, 2, 2), (400, 1, 4, 4), (0, 1, 8, 2))}
 
 
 class W8A16Linear(GroupedLinear):
@@ -156,7 +153,7 @@ def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
 def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
     """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
     rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    if len(rows) > MAX_NARROW_ROWS:
+    if len(rows) > max(LAUNCHES):
         layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float)
         wide.multiply(rows, packed, scales, None, output, layout)
     else:

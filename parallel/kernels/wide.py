@@ -80,17 +80,18 @@ class Launch:
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
-# For up to so many rows; more are cut into tiles of the last. Not yet measured: as many tokens as rows, two token
-# tiles or more for what is decoded, and blocks of four warps, so that one computes while another waits.
+# For up to so many rows; more are cut into tiles of the last. The fastest of those tried, over the shapes of Llama-70B
+# at TP2 on an H200 (results/LOG.md).
 LAUNCHES: dict[int, Launch] = {
+    16: Launch(2, 2, 4, 1, 4, 4),
     24: Launch(3, 2, 4, 1, 4, 3),
     32: Launch(4, 2, 4, 1, 4, 3),
-    48: Launch(3, 4, 2, 2, 4, 2),
-    64: Launch(4, 4, 2, 2, 4, 2),
-    96: Launch(3, 4, 2, 4, 4, 1),
-    128: Launch(4, 4, 2, 4, 4, 1),
-    192: Launch(3, 4, 2, 4, 4, 1),
-    256: Launch(4, 4, 2, 4, 4, 1),
+    48: Launch(6, 2, 4, 1, 4, 2),
+    64: Launch(8, 2, 4, 1, 4, 2),
+    96: Launch(6, 2, 2, 2, 4, 2),
+    128: Launch(8, 2, 4, 2, 4, 1),
+    192: Launch(6, 2, 2, 2, 4, 2),
+    256: Launch(8, 2, 4, 2, 4, 1),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.kernels import tiles, w4a16
-from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
+from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.quantized import QuantizedWeight
 
 
@@ -103,7 +103,7 @@ def test_act_order_brings_the_inputs_of_a_group_together() -> None:
     assert torch.allclose(restored, weight.dequantize(torch.float32), rtol=2**-19)
 
 
-@pytest.mark.parametrize("num_rows", range(1, MAX_NARROW_ROWS + 1))
+@pytest.mark.parametrize("num_rows", range(1, max(w4a16.LAUNCHES) + 1))
 def test_every_launch_fits_its_block_and_its_weight(num_rows: int) -> None:
     for num_tiles in (1, 3, 65, 160, 320, 512, 896, 1792, 1848, 3584):
         launch = tiles.choose_launch(w4a16.LAUNCHES, num_rows, num_tiles)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from parallel.kernels import tiles, w8a16
-from parallel.kernels.held import MAX_NARROW_ROWS
 from parallel.quantized import QuantizedWeight
 
 
@@ -111,7 +110,7 @@ def test_act_order_brings_the_inputs_of_a_group_together() -> None:
     assert torch.allclose(restored, weight.dequantize(torch.float32), rtol=2**-16)
 
 
-@pytest.mark.parametrize("num_rows", range(1, MAX_NARROW_ROWS + 1))
+@pytest.mark.parametrize("num_rows", range(1, max(w8a16.LAUNCHES) + 1))
 def test_every_launch_fits_its_block_and_its_weight(num_rows: int) -> None:
     for num_tiles in (1, 3, 65, 160, 320, 512, 896, 1792, 1848, 3584):
         launch = tiles.choose_launch(w8a16.LAUNCHES, num_rows, num_tiles)
