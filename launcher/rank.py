@@ -108,11 +108,23 @@ def open_device(job: Job, rank: int) -> torch.device:
     torch.cuda.set_device(device)
     # cuDNN's attention builds a plan for each new length: 40 ms a decode step, measured on an H200 with torch 2.11.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    limit_gib = job.run.limits.card_memory_gib
-    if limit_gib is not None:
+    limit_bytes = allocator_limit(job, rank)
+    if limit_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
     return device
+
+
+def allocator_limit(job: Job, rank: int) -> float | None:
+    """Bytes that torch may take where limits.card_memory_gib is set: what a card of that size leaves it."""
+    limit_gib = job.run.limits.card_memory_gib
+    if limit_gib is None:
+        return None
+    if job.plan is None:
+        return limit_gib * GIB
+    # Of the budget the context and the communicator are not torch's.
+    card = job.plan.cards[rank]
+    return min(card.budget_bytes, limit_gib * GIB) - card.lines["context"] - card.lines["communicator"]
 
 
 def join_process_group(job: Job, device: torch.device) -> None:
