@@ -19,6 +19,11 @@ RUN_COLUMNS = (
     "tokens/J", "predicted MiB", "peak MiB",
 )  # fmt: skip
 
+BENCH_COLUMNS = (
+    "run", "cards", "weights", "prompt + answer, at a time", "load s", "GB/s", "TTFT ms", "ms/token p50", "p99",
+    "prefill tokens/s", "of the bandwidth floor", "predicted MiB", "peak MiB", "off by",
+)  # fmt: skip
+
 
 def main(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +126,12 @@ def render(title: str, reports: dict[str, Any]) -> str:
     first = next(iter(reports.values()))
     runs = {name: report for name, report in reports.items() if report["task"] == "generate"}
     probes = {name: report for name, report in reports.items() if report["task"] == "probe"}
-    parts = [f"# {title}", place(first), table(RUN_COLUMNS, [run_row(name, report) for name, report in runs.items()])]
+    benches = {name: report for name, report in reports.items() if report["task"] == "bench"}
+    parts = [f"# {title}", place(first)]
+    if runs:
+        parts.append(table(RUN_COLUMNS, [run_row(name, report) for name, report in runs.items()]))
+    if benches:
+        parts.append(table(BENCH_COLUMNS, [bench_row(name, report) for name, report in benches.items()]))
     parts += [probe_section(name, report) for name, report in probes.items()]
     commands = [f"- {name}: `launcher {' '.join(report['command'])}`" for name, report in reports.items()]
     parts += ["## Commands", "\n".join(commands)]
@@ -155,6 +165,28 @@ def run_row(name: str, report: dict[str, Any]) -> list[str]:
         number(report["tokens_per_joule"]),
         number(max(card["predicted_bytes"] for card in cards) / MIB),
         number(max(card["peak_bytes"] for card in cards) / MIB),
+    ]
+
+
+def bench_row(name: str, report: dict[str, Any]) -> list[str]:
+    load, tpot, workload = report["load"] or {}, report["tpot_ms"] or {}, report["workload"]
+    predicted, peak = (max(card[size] for card in report["cards"]) / MIB for size in ("predicted_bytes", "peak_bytes"))
+    limit_gib = report["limits"]["card_memory_gib"]
+    return [
+        name,
+        f"{report['world_size']} x {report['device']}" + (f" of {limit_gib:g} GiB" if limit_gib else ""),
+        report["weights"],
+        f"{workload['prompt_tokens']} + {workload['output_tokens']}, {workload['batch_size']}",
+        number(load.get("sec")),
+        number(load.get("gb_per_sec")),
+        number(report["ttft_ms"]),
+        number(tpot.get("p50")),
+        number(tpot.get("p99")),
+        number(report["prefill_tokens_per_sec"]),
+        UNKNOWN if report["bandwidth_share"] is None else f"{report['bandwidth_share'] * 100:.0f} %",
+        number(predicted),
+        number(peak),
+        f"{(peak / predicted - 1) * 100:+.1f} %",
     ]
 
 

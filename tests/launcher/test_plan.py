@@ -246,7 +246,7 @@ def test_lines_add_up_and_name_every_part() -> None:
     decided = plan(LLAMA_70B_AWQ, cards_of(3), 3)
     parts = [f"weights.{part}" for part in ("embedding", "head", "attention", "mlp", "norms")]
     for card in decided.cards:
-        assert list(card.lines) == ["context", "communicator", *parts, "kv_cache", "activations"]
+        assert list(card.lines) == ["context", "communicator", *parts, "kv_cache", "activations", "graphs"]
         assert sum(card.lines.values()) == card.predicted_bytes <= card.budget_bytes
 
 
