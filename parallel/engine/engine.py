@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Ordered
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
-from parallel.engine.decoder import Decoder
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import Part as Part
@@ -41,6 +40,7 @@ class Engine:
         speculation: Speculation | None = None,
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
+        self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device)
         self.decoder, self.caches = self.target.decoder, self.target.caches
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
@@ -53,6 +53,12 @@ class Engine:
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
         self.run_step = self.step_rows if device.type == "cpu" else StepGraphs(self.step_rows, limits.batch_size).run
+
+    @property
+    def models(self) -> nn.ModuleList:
+        """Those whose layers a step runs."""
+        drafts = [] if self.speculator is None else self.speculator.drafter.models
+        return nn.ModuleList([self.model, *drafts])
 
     @property
     def communicator(self) -> Communicator:

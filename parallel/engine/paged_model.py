@@ -19,7 +19,7 @@ from parallel.kernels.paged_attention import paged_attention, prefill_attention
 
 @dataclass(frozen=True)
 class Part:
-    """Some neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
+    """Neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
 
     sequence: Sequence
     start: int

@@ -25,7 +25,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Pending:
-    """What `sequences` got, of a decode step or after a prefill; `wait` has it. Tokens are as Engine.step gives them."""
+    """What `sequences` got from a decode step or after a prefill; `wait` has it. `tokens` are as Engine.step's."""
 
     sequences: list[Sequence]
     tokens: Tensor

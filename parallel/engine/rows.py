@@ -31,9 +31,9 @@ class Rows:
 
     @classmethod
     def empty(cls, num_rows: int, num_pages: int, device: torch.device) -> Rows:
-        columns = torch.zeros(5, num_rows, dtype=torch.int64, device=device).unbind()
+        tokens, positions, active, keys, ends = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         table = torch.zeros(num_rows, num_pages, dtype=torch.int32, device=device)
-        return cls(*columns, table)
+        return cls(tokens, positions, active, keys, ends, table)
 
     def first(self, num_rows: int) -> Rows:
         """A view of the first rows."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from parallel.engine.paged_model import PagedModel, Part
+from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 
@@ -24,6 +26,14 @@ class DraftModel:
     model: PagedModel
     sampler: Sampler
     num_drafts: int
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model.decoder.model]
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        return self.model.caches
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.model.part_states(parts)

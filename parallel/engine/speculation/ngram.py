@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from parallel.engine.paged_model import Part
+from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 
 
@@ -19,6 +21,14 @@ class NgramDrafter:
     num_drafts: int
     longest: int
     shortest: int
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return []
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        return []
 
     def prefill(self, parts: Ordered[Part]) -> None:
         """Prompts are in the history."""

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import Part, open_paged
+from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler, open_sampler
 from parallel.engine.speculation.draft_model import DraftModel
@@ -46,6 +47,16 @@ class Speculation:
 
 
 class Drafter(Protocol):
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """Those that it runs."""
+        ...
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        """Pages of its models, layer by layer."""
+        ...
+
     def prefill(self, parts: Ordered[Part]) -> None:
         """Takes in parts of prompts that the model has taken in."""
         ...
