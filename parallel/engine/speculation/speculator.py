@@ -7,11 +7,13 @@ draft. Keys and values of refused drafts are overwritten by the next step.
 
 Draws are a function of the logits, the sequence and the position alone (parallel/engine/noise.py), and a draft model
 uses the same noise. So an answer is what it is without speculation, greedy or sampled, token for token as far as
-logits do not depend on the number of rows; its distribution is the model's own. Drafts are accepted with
-the probability of a coupling by common noise (Daliri, Musco, Suresh, "Coupling without communication and
-drafter-invariant speculative decoding", 2024): at least (1 - d) / (1 + d) where d is the total variation distance of
-the two models' distributions. The rule of Leviathan et al. ("Fast inference from transformers via speculative
-decoding", 2023), whose answers change with the drafts, accepts 1 - d; for drafts that are looked up both accept alike.
+logits do not depend on the number of rows; its distribution is the model's own. Drafts are accepted with the
+probability of a coupling by common noise (Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant
+speculative decoding", 2024): at least (1 - d) / (1 + d) where d is the total variation distance of the two models'
+distributions. The rule of Leviathan et al. ("Fast inference from transformers via speculative decoding", 2023), whose
+answers change with the drafts, accepts 1 - d. With four of the demo model's five layers as its draft, over 1517 tokens
+of Python at temperature 0.5, 0.8 and 1: 0.304, 0.315 and 0.320 against 0.323, 0.357 and 0.385. Of drafts that are
+looked up, and of greedy ones, both accept the same.
 """
 
 from __future__ import annotations
