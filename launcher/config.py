@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from launcher.model_facts import ModelFacts as ModelFacts
+from launcher.speculation import SpeculationConfig as SpeculationConfig
+from launcher.speculation import SpeculationKind as SpeculationKind
 from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
 from launcher.workload import BaselineKind as BaselineKind
 from launcher.workload import BenchConfig as BenchConfig
@@ -101,6 +103,8 @@ class TransportKind(str, Enum):
 
 @dataclass
 class ModelConfig:
+    # What `path` is called on the command line.
+    key: ClassVar[str] = "model.path"
     # A local folder, pkg://PACKAGE/FOLDER for what ships with a package, or a hub name such as org/name.
     path: str = MISSING
     dtype: DType = DType.auto
@@ -118,6 +122,11 @@ class ModelConfig:
     def problems(self) -> Iterator[str]:
         if not self.path.strip():
             yield "model.path is empty. Give a local folder or a hub name such as org/name."
+
+
+@dataclass
+class DraftModelConfig(ModelConfig):
+    key: ClassVar[str] = "speculation.draft_path"
 
 
 @dataclass
@@ -242,6 +251,7 @@ class RunConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
@@ -265,8 +275,8 @@ class RunConfig:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
         if self.gpus is not None and not 1 <= self.gpus <= MAX_CARDS:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
-        for section in (self.model, self.workload, self.limits, self.sampling, self.engine, self.probe, self.timeouts):
-            yield from section.problems()
+        for name in ("model", "workload", "limits", "sampling", "engine", "speculation", "probe", "timeouts"):
+            yield from getattr(self, name).problems()
         if self.resume and self.prompts_file is None:
             yield "resume=true needs prompts_file: a single prompt has nothing to resume."
         if self.resume and self.output_file is None:

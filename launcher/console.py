@@ -85,6 +85,7 @@ def speed_table(report: dict[str, Any]) -> Table:
         ("prompt tokens reused", reuse(report["prefix_cache"])),
         ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
         ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
+        *accepted_row(report["speculation"]),
         ("share of communication", percent(report["comm_share"])),
         ("tokens per joule", number(report["tokens_per_joule"])),
     ]
@@ -95,6 +96,14 @@ def speed_table(report: dict[str, Any]) -> Table:
 
 def reuse(tokens: dict[str, int] | None) -> str:
     return UNKNOWN if tokens is None else f"{tokens['reused_tokens']:,} of {tokens['prompt_tokens']:,}"
+
+
+def accepted_row(speculation: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """None without speculation."""
+    if speculation is None:
+        return []
+    mean, drafts = speculation["accepted_per_step"], speculation["num_drafts"]
+    return [("drafts accepted a step", f"{number(mean)} of {drafts} ({speculation['kind']})")]
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from launcher.config import BaselineKind, PeerAccess, RunConfig
+from launcher.draft import Draft
 from launcher.plan import Plan
 from launcher.prompts import Prompt
 from launcher.shape import ModelShape
@@ -27,6 +28,8 @@ class Job:
     shape: ModelShape | None = None
     # None where weights are dummies of a model that is not on this machine.
     model_folder: str | None = None
+    # The small model that guesses, where one does.
+    draft: Draft | None = None
     prompts: tuple[Prompt, ...] = ()
     # Set where ranks are to run this instead of our engine.
     baseline: BaselineKind | None = None

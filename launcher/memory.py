@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
@@ -10,7 +10,7 @@ from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, EngineLimits
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
-from parallel.partition import split_by_grain, split_by_heads
+from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
 # What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
 # with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on
@@ -33,6 +33,8 @@ PLAIN_TORCH_COPIES = 3
 # Of the keys and values that a prompt attends to: as they lie in pages, and in order.
 GATHERED_COPIES = 2
 FP8_BYTES = 1
+# Of a token in the table from which drafts are made.
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,60 @@ class Demand:
     transport: str
     batch_size: int
     prefill_chunk: int
+    # In a decode step: the newest token and the drafts.
+    rows_per_sequence: int = 1
+    # Of the model that guesses, where one does.
+    draft_shape: ModelShape | None = None
+
+    @property
+    def draft(self) -> Demand | None:
+        """What its model takes, of the same ranks and sequences."""
+        if self.draft_shape is None:
+            return None
+        sizes = (self.draft_shape.intermediate_size, self.draft_shape.vocab_size)
+        return replace(self, shape=self.draft_shape, draft_shape=None, grain=choose_grain(sizes, self.world_size))
 
     def fixed_lines(self) -> tuple[dict[str, int], ...]:
         """Lines that the context does not change: context, communicator, weights.*; one dict per rank."""
         parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype, linear_bits=self._held_bits())
         base = {"context": CONTEXT_BYTES[self.device], "communicator": COMMUNICATOR_BYTES[self.transport]}
-        return tuple(base | {f"weights.{name}": size for name, size in part.items()} for part in parts)
+        return tuple(
+            base | {f"weights.{name}": size for name, size in part.items()} | self._draft_weights(rank)
+            for rank, part in enumerate(parts)
+        )
+
+    def _draft_weights(self, rank: int) -> dict[str, int]:
+        draft = self.draft
+        if draft is None:
+            return {}
+        lines = draft.fixed_lines()[rank]
+        return {"draft.weights": sum(size for name, size in lines.items() if name.startswith("weights."))}
 
     def lines(self, max_context: int) -> tuple[dict[str, int], ...]:
-        """All lines for sequences of up to `max_context` tokens: the fixed ones, kv_cache, activations, graphs, load.
+        """All lines for sequences of up to `max_context` tokens: the fixed ones, those of drafts, kv_cache, activations,
+        graphs and load.
 
         Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
         """
         return tuple(
-            fixed | self._varying(rank, self._kv_bytes(max_context, kv_bytes), self._activations(rank, max_context))
+            fixed | self._speculation(rank, max_context) | self._varying(rank, max_context, kv_bytes)
             for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
         )
 
-    def _varying(self, rank: int, kv_cache: int, activations: int) -> dict[str, int]:
-        load = max(0, self._load(rank) - kv_cache - activations)
+    def _speculation(self, rank: int, max_context: int) -> dict[str, int]:
+        """What drafts take beside the weights of their model: its cache, and all tokens of all sequences."""
+        draft, cache = self.draft, {}
+        if draft is not None:
+            cache = {"draft.kv_cache": self._kv_bytes(max_context, draft.kv_bytes_per_token()[rank])}
+        tokens = self.batch_size * (max_context + 1) * TOKEN_BYTES
+        return cache | ({"draft.tokens": tokens} if self.rows_per_sequence > 1 else {})
+
+    def _varying(self, rank: int, max_context: int, kv_bytes: int) -> dict[str, int]:
+        draft = self.draft
+        models = (self,) if draft is None else (self, draft)
+        kv_cache = self._kv_bytes(max_context, kv_bytes)
+        activations = max(each._activations(rank, max_context) for each in models)
+        load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
         graphs = {"graphs": GRAPHS_BYTES} if self.device == "cuda" else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
 
@@ -128,8 +165,8 @@ class Demand:
             "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
             "activation": tokens * 3 * intermediate * e + plain * intermediate,
             "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
-            # Logits of last tokens alone: gathered from all ranks, joined, sampled.
-            "logits": self.batch_size * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
+            # Logits of last tokens alone, or of what a step checks: gathered from all ranks, joined, sampled.
+            "logits": self.batch_size * self.rows_per_sequence * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
         }
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())

@@ -25,28 +25,30 @@ def find_local_model(model: ModelConfig) -> Path | None:
     Dummy weights need no more of a download than config.json.
 
     Raises:
-        ConfigError: model.path is neither a folder nor a hub name.
+        ConfigError: its path is neither a folder nor a hub name.
     """
     if model.path.startswith(PACKAGE_PREFIX):
-        return _find_in_package(model.path)
+        return _find_in_package(model)
     path = Path(model.path).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise ConfigError(f"model.path={model.path} is a file; give the folder that holds config.json and the weights.")
+        raise ConfigError(
+            f"{model.key}={model.path} is a file; give the folder that holds config.json and the weights."
+        )
     if not HUB_NAME.fullmatch(model.path):
-        raise ConfigError(f"model.path={model.path}: no such folder, and not a hub name such as org/name.")
+        raise ConfigError(f"{model.key}={model.path}: no such folder, and not a hub name such as org/name.")
     return _find_in_hub_cache(model)
 
 
-def _find_in_package(path: str) -> Path:
-    package, _, name = path.removeprefix(PACKAGE_PREFIX).partition("/")
+def _find_in_package(model: ModelConfig) -> Path:
+    package, _, name = model.path.removeprefix(PACKAGE_PREFIX).partition("/")
     try:
         folder = Path(str(files(package))) / name
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: {error}. Write pkg://PACKAGE/FOLDER.") from error
+        raise ConfigError(f"{model.key}={model.path}: {error}. Write pkg://PACKAGE/FOLDER.") from error
     if not folder.is_dir():
-        raise ConfigError(f"model.path={path}: package {package} has no folder {name}.")
+        raise ConfigError(f"{model.key}={model.path}: package {package} has no folder {name}.")
     return folder
 
 
@@ -86,13 +88,13 @@ def download_model(model: ModelConfig) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
-            f"model.path={model.path} is not on this machine and HF_HUB_OFFLINE forbids a download. Unset it, or give "
-            "the folder of a checkpoint: model.path=FOLDER."
+            f"{model.key}={model.path} is not on this machine and HF_HUB_OFFLINE forbids a download. Unset it, or give "
+            f"the folder of a checkpoint: {model.key}=FOLDER."
         )
     try:
         return Path(snapshot_download(model.path, allow_patterns=_patterns(model)))
     except Exception as error:  # The hub's client raises many kinds; all mean that there is no model to run.
         raise ConfigError(
-            f"model.path={model.path} could not be downloaded: {error}. Check the name, your network and, for gated "
-            "models, `hf auth login`; or give the folder of a checkpoint: model.path=FOLDER."
+            f"{model.key}={model.path} could not be downloaded: {error}. Check the name, your network and, for gated "
+            f"models, `hf auth login`; or give the folder of a checkpoint: {model.key}=FOLDER."
         ) from error

@@ -42,6 +42,8 @@ class Plan:
     dtype: str
     # Rows in which MLP and vocabulary are dealt over the ranks.
     grain: int
+    # The same for the draft model, where there is one.
+    draft_grain: int | None
     max_context: int
     max_context_reason: str
     batch_size: int
@@ -54,17 +56,28 @@ class Plan:
     tpot_floor_ms: float | None
 
 
-def plan_run(run: RunConfig, placement: Placement, shape: ModelShape, inventory: Inventory) -> Plan:
+def plan_run(
+    run: RunConfig,
+    placement: Placement,
+    shape: ModelShape,
+    inventory: Inventory,
+    *,
+    draft: ModelShape | None = None,
+) -> Plan:
     """Decides dtype, context and bytes per card.
+
+    Args:
+        draft: of the model that guesses, where one does.
 
     Raises:
         PlanError: the run cannot work here, or does not fit; the message says what would.
         PartitionError: a dimension of the model is too small for that many ranks.
     """
     world_size = placement.world_size
-    _check_loadable(run, shape)
+    for each in (shape, *([] if draft is None else [draft])):
+        _check_loadable(run, each)
     _check_heads(world_size, shape)
-    demand = _demand(run, placement, shape)
+    demand = _demand(run, placement, shape, draft)
     budgets = _budgets(run, world_size, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
     cards = _plan_cards(demand, budgets, max_context, placement)
@@ -72,6 +85,7 @@ def plan_run(run: RunConfig, placement: Placement, shape: ModelShape, inventory:
         placement=placement,
         dtype=demand.dtype,
         grain=demand.grain,
+        draft_grain=None if demand.draft is None else demand.draft.grain,
         max_context=max_context,
         max_context_reason=max_context_reason,
         batch_size=demand.batch_size,
@@ -82,7 +96,7 @@ def plan_run(run: RunConfig, placement: Placement, shape: ModelShape, inventory:
     )
 
 
-def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
+def _demand(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:
     transport = placement.transport
     if placement.topology == TopologyKind.dual_nvlink.value:
         transport += " over nvlink"
@@ -96,6 +110,8 @@ def _demand(run: RunConfig, placement: Placement, shape: ModelShape) -> Demand:
         transport=transport,
         batch_size=run.workload.batch_size,
         prefill_chunk=run.engine.prefill_chunk,
+        rows_per_sequence=run.speculation.rows_per_sequence,
+        draft_shape=draft,
     )
 
 
@@ -156,6 +172,9 @@ def _known(*sizes: int) -> Iterable[int]:
 def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
     """Tokens of a sequence and a sentence that says why so many."""
     limit, limit_reason = _context_limit(demand.shape)
+    if demand.draft_shape is not None and demand.draft_shape.max_positions < limit:
+        limit = demand.draft_shape.max_positions
+        limit_reason = f"the draft model's limit of {limit} positions"
     needed = (run.num_prompt_tokens or 1) + run.workload.output_tokens
     asked = run.engine.max_context
     if asked is not None:
@@ -203,8 +222,11 @@ def _plan_cards(
 
 
 def _kv_tokens_that_fit(demand: Demand, cards: tuple[CardPlan, ...]) -> int:
-    left = (card.budget_bytes - card.predicted_bytes + card.lines["kv_cache"] for card in cards)
-    return min(size // per_token for size, per_token in zip(left, demand.kv_bytes_per_token(), strict=True))
+    names = ("kv_cache", "draft.kv_cache")
+    left = (card.budget_bytes - card.predicted_bytes + sum(card.lines.get(name, 0) for name in names) for card in cards)
+    models = (demand,) if demand.draft is None else (demand, demand.draft)
+    per_token = [sum(sizes) for sizes in zip(*(each.kv_bytes_per_token() for each in models), strict=True)]
+    return min(size // each for size, each in zip(left, per_token, strict=True))
 
 
 def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...]) -> float | None:

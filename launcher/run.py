@@ -9,6 +9,7 @@ from typing import Any
 from launcher.baseline_runs import run_baselines
 from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, WeightsKind
 from launcher.console import print_plan, print_report, print_warning
+from launcher.draft import find_draft
 from launcher.events import EventFollower
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
@@ -104,11 +105,13 @@ def find_stored_model(run: RunConfig) -> Model:
 def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     """`job` with the plan for its model, which is printed, and its prompts; what cannot work is refused here."""
     run = job.run
-    plan = plan_run(run, job.placement, model.shape, inventory)
+    draft = find_draft(run, model.shape, model.folder)
+    plan = plan_run(run, job.placement, model.shape, inventory, draft=None if draft is None else draft.shape)
     print_plan(plan, model.shape)
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
-    job = replace(job, plan=plan, shape=model.shape, model_folder=str(model.folder) if model.folder else None)
+    folder = str(model.folder) if model.folder else None
+    job = replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft)
     if run.task.kind != TaskKind.generate:
         return job
     prompts = read_prompts(run)

@@ -39,16 +39,16 @@ def measure(job: Job, baseline: Baseline, events: EventWriter) -> dict[str, Any]
 def measure_run(job: Job, answer: Answer, number: int) -> MeasuredRun:
     workload = job.run.workload
     prompts, first = make_prompts(job, f"run {number}"), make_prompts(job, f"prefill {number}")[: workload.batch_size]
-    ttft_ms, step_ms, sec = [], [], 0.0
+    ttft_ms, token_ms, sec = [], [], 0.0
     for start in range(0, len(prompts), workload.batch_size):
         batch = prompts[start : start + workload.batch_size]
         times = answer(batch, workload.output_tokens)
         ttft_ms += [times[0] * 1e3] * len(batch)
-        step_ms += [(after - before) * 1e3 for before, after in itertools.pairwise(times)]
+        token_ms += [(after - before) * 1e3 for before, after in itertools.pairwise(times)]
         sec += times[-1]
     prefill_sec = answer(first, 1)[-1]
     prefill_rate = sum(len(prompt) for prompt in first) / prefill_sec
-    return MeasuredRun(ttft_ms, step_ms, len(prompts) * workload.output_tokens, sec, prefill_rate)
+    return MeasuredRun(ttft_ms, token_ms, len(prompts) * workload.output_tokens, sec, prefill_rate)
 
 
 def make_prompts(job: Job, seed: str) -> list[list[int]]:

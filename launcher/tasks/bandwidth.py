@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from launcher.tasks.measure import weight_tensors
+from launcher.tasks.measure import cache_bytes, weights_bytes
 from launcher.units import MIB
 from parallel.engine.engine import Engine
 from parallel.engine.limits import PAGE_SIZE
+from parallel.engine.pages import PagedKV
 
 # Far above the caches of any card (50 MB on an H200, 72 MB on an RTX 4090).
 COPY_BYTES = 512 * MIB
@@ -41,16 +43,26 @@ def timed_copy(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def step_bytes(engine: Engine, contexts: Sequence[int]) -> dict[str, int]:
-    """Bytes that this rank must read in a step of sequences with `contexts` tokens: weights, and keys and values.
+    """Bytes that this rank must read in a step of sequences with `contexts` tokens: weights, keys and values, and both
+    of a draft model for each draft."""
+    speculator, num_tokens = engine.speculator, sum(contexts)
+    found = {"weights": read_bytes(engine.model), "kv": token_bytes(engine, engine.caches) * num_tokens}
+    if speculator is None:
+        return found
+    drafter = speculator.drafter
+    once = sum(map(read_bytes, drafter.models)) + token_bytes(engine, drafter.caches) * num_tokens
+    return found | {"drafts": speculator.num_drafts * once}
 
-    Of the embedding a step reads a row a sequence, which is left out; a tied one is read as the head.
-    """
-    embedding, head = engine.model.model.embed_tokens.weight, engine.model.lm_head.weight
-    weights = sum(tensor.nbytes for tensor in weight_tensors(engine.model))
-    unread = 0 if head is embedding else embedding.nbytes
-    slots = engine.limits.num_pages * PAGE_SIZE
-    per_token = sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches) // slots
-    return {"weights": weights - unread, "kv": per_token * sum(contexts)}
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Of the weights. Of the embedding a step reads a row a sequence, which is left out; a tied one is the head."""
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    return weights_bytes(model) - (0 if head is embedding else int(embedding.nbytes))
+
+
+def token_bytes(engine: Engine, caches: Sequence[PagedKV]) -> int:
+    """Keys and values of one token."""
+    return cache_bytes(caches) // (engine.limits.num_pages * PAGE_SIZE)
 
 
 def bandwidth(

@@ -15,13 +15,14 @@ from launcher.rank import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
-from launcher.tasks.measure import communication, kernels, memory
+from launcher.tasks.measure import accepted_drafts, communication, kernels, memory
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
 from parallel.engine.arrivals import Agree, alone
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.speculation.acceptance import join
 from parallel.engine.step_timer import prepared_step, time_steps
 
 
@@ -45,10 +46,11 @@ class Bench:
         _, prefill_sec = self.answer(first, 1)
         return MeasuredRun(
             result.ttft_ms,
-            result.step_ms,
+            result.token_ms,
             sum(len(answer.token_ids) for answer in result.answers),
             sec,
             len(first) * self.num_prompt_tokens / prefill_sec,
+            result.acceptance,
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
@@ -95,6 +97,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,
         **summarise(runs),
+        "speculation": accepted_drafts(job.run.speculation, loaded.draft_load, join(run.acceptance for run in runs)),
         "generated_tokens": sum(run.output_tokens for run in runs),
         "generation": span,
         **step,

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from launcher.config import KVDType, SamplingConfig
+from launcher.config import KVDType, SamplingConfig, SpeculationConfig, SpeculationKind
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
-from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
+from launcher.tasks.measure import accepted_drafts, communication, kernels, latencies, memory, reuse
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
-from launcher.tasks.weights import load_sharded_model
+from launcher.tasks.weights import load_draft_model, load_sharded_model
 from parallel.checkpoint.load import LoadResult
 from parallel.engine import generate
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Result, StopRules
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
+from parallel.engine.speculation.speculator import Speculation
 
 WARM_UP_TOKENS = 64
 
@@ -38,6 +39,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     rules: StopRules
     load: LoadResult
+    draft_load: LoadResult | None
 
 
 def run_generate(context: RankContext) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
+        "speculation": accepted_drafts(job.run.speculation, loaded.draft_load, result.acceptance),
         **communication(context, loaded.engine, longest_contexts(token_ids, result)),
         "memory": memory(context.device, loaded.engine),
         "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
@@ -77,6 +80,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
     module, load = load_sharded_model(context)
+    draft = load_draft_model(context)
     engine = Engine(
         module,
         context.communicator,
@@ -85,13 +89,14 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
         prefix_cache=run.engine.prefix_cache,
+        speculation=speculation_params(run.speculation, None if draft is None else draft[0]),
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
         eos_ids=eos_token_ids(context.job, tokenizer),
         texts=tuple(run.sampling.stop),
     )
-    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load)
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, None if draft is None else draft[1])
 
 
 def warm_up(loaded: LoadedModel) -> float:
@@ -143,6 +148,12 @@ def longest_contexts(token_ids: Sequence[list[int]], result: Result) -> list[int
 
 def sampling_params(sampling: SamplingConfig) -> SamplingParams:
     return SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+
+
+def speculation_params(config: SpeculationConfig, draft: PreTrainedModel | None) -> Speculation | None:
+    if config.kind == SpeculationKind.none:
+        return None
+    return Speculation(config.kind.value, config.num_drafts, config.ngram_max, config.ngram_min, draft)
 
 
 def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:

@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from launcher.config import SpeculationConfig, SpeculationKind
 from launcher.rank import RankContext
+from parallel.checkpoint.load import LoadResult
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result
+from parallel.engine.pages import PagedKV
+from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.status import LayerSizes, kernel_status
 from parallel.timing import p99
 
 
 def latencies(result: Result) -> dict[str, Any]:
-    """Medians over prompts (first token) and over decode steps; null where there was no such step."""
-    steps = result.step_ms
+    """Medians over prompts (first token) and over all later tokens, among which the time of a step that gave an answer
+    several is divided; null where there was no such token."""
+    tokens = result.token_ms
     return {
         "ttft_ms": statistics.median(result.ttft_ms),
-        "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99(steps) if steps else None},
+        "tpot_ms": {"p50": statistics.median(tokens) if tokens else None, "p99": p99(tokens) if tokens else None},
+    }
+
+
+def accepted_drafts(
+    config: SpeculationConfig, draft_load: LoadResult | None, acceptance: Acceptance
+) -> dict[str, Any] | None:
+    """How many drafts were accepted: of those of a sequence in a step, at the mean and as counts of 0, 1, ... of them;
+    null without speculation."""
+    if config.kind == SpeculationKind.none:
+        return None
+    return {
+        "kind": config.kind.value,
+        "num_drafts": config.num_drafts,
+        "drafted": acceptance.drafted,
+        "accepted": acceptance.accepted,
+        "accepted_per_step": acceptance.accepted_per_step,
+        "histogram": acceptance.histogram(config.num_drafts),
+        "load": None if draft_load is None else asdict(draft_load),
     }
 
 
@@ -56,18 +80,29 @@ def kernels(engine: Engine) -> dict[str, Any]:
     """Which operations of a layer run as own kernels on this rank, and why the others do not (see kernel_status)."""
     decoder, cache = engine.decoder, engine.caches[0]
     sizes = LayerSizes(engine.model.config.hidden_size, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
-    return kernel_status(sizes, engine.limits.batch_size, engine.dtype, cache.keys.dtype, engine.device)
+    num_rows = engine.limits.batch_size * (1 + (engine.speculator.num_drafts if engine.speculator else 0))
+    return kernel_status(sizes, num_rows, engine.dtype, cache.keys.dtype, engine.device)
 
 
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
-    on_card = device.type == "cuda"
+    on_card, drafter = device.type == "cuda", engine.speculator and engine.speculator.drafter
     return {
-        "weights_bytes": sum(tensor.nbytes for tensor in weight_tensors(engine.model)),
-        "kv_cache_bytes": sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches),
+        "weights_bytes": weights_bytes(engine.model),
+        "kv_cache_bytes": cache_bytes(engine.caches),
+        "draft_weights_bytes": sum(map(weights_bytes, drafter.models)) if drafter else 0,
+        "draft_kv_cache_bytes": cache_bytes(drafter.caches) if drafter else 0,
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(device) if on_card else None,
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if on_card else None,
     }
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in weight_tensors(model))
+
+
+def cache_bytes(caches: Sequence[PagedKV]) -> int:
+    return sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
 
 
 def weight_tensors(model: PreTrainedModel) -> list[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from parallel.engine.speculation.acceptance import Acceptance
 from parallel.timing import p99
 
 
@@ -14,15 +15,17 @@ from parallel.timing import p99
 class MeasuredRun:
     """One run of a workload.
 
-    `ttft_ms` of each request, `step_ms` of each decode step, and the tokens of all answers over the seconds of the run.
+    `ttft_ms` of each request, `token_ms` of tokens after the first (see generate.Result; a baseline's of each step of
+    its batch), and the tokens of all answers over the seconds of the run.
     `prefill_tokens_per_sec`: tokens of the prompts of a batch over the seconds to its answers' first tokens.
     """
 
     ttft_ms: list[float]
-    step_ms: list[float]
+    token_ms: list[float]
     output_tokens: int
     sec: float
     prefill_tokens_per_sec: float
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
     @property
     def tokens_per_sec(self) -> float:
@@ -30,19 +33,19 @@ class MeasuredRun:
 
 
 def summarise(runs: Sequence[MeasuredRun]) -> dict[str, Any]:
-    """Latencies over the requests and steps of all runs, medians of their rates; `spread` is between the runs."""
-    steps = [ms for run in runs for ms in run.step_ms]
-    has_steps = all(run.step_ms for run in runs)
+    """Latencies over the requests and tokens of all runs, medians of their rates; `spread` is between the runs."""
+    tokens = [ms for run in runs for ms in run.token_ms]
+    has_tokens = all(run.token_ms for run in runs)
     per_run = {
         "ttft_ms": [statistics.median(run.ttft_ms) for run in runs],
-        "tpot_p50_ms": [statistics.median(run.step_ms) for run in runs] if has_steps else [],
-        "tpot_p99_ms": [p99(run.step_ms) for run in runs] if has_steps else [],
+        "tpot_p50_ms": [statistics.median(run.token_ms) for run in runs] if has_tokens else [],
+        "tpot_p99_ms": [p99(run.token_ms) for run in runs] if has_tokens else [],
         "tokens_per_sec": [run.tokens_per_sec for run in runs],
         "prefill_tokens_per_sec": [run.prefill_tokens_per_sec for run in runs],
     }
     return {
         "ttft_ms": statistics.median(ms for run in runs for ms in run.ttft_ms),
-        "tpot_ms": {"p50": statistics.median(steps) if steps else None, "p99": p99(steps) if steps else None},
+        "tpot_ms": {"p50": statistics.median(tokens) if tokens else None, "p99": p99(tokens) if tokens else None},
         "tokens_per_sec": statistics.median(per_run["tokens_per_sec"]),
         "prefill_tokens_per_sec": statistics.median(per_run["prefill_tokens_per_sec"]),
         "spread": {name: {"min": min(values), "max": max(values)} for name, values in per_run.items() if values},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from launcher.config import WeightsKind
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
 from parallel.checkpoint.dummy import fill_dummy
+from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
@@ -27,13 +29,38 @@ def load_sharded_model(context: RankContext) -> tuple[PreTrainedModel, LoadResul
     """
     job = context.job
     assert job.plan is not None and job.shape is not None, "the parent plans a model for this task"
+    source = Source(job.model_folder, job.shape, QUANTIZE_SCHEMES.get(job.run.model.quantize.value))
+    return load_source(context, source, job.plan.grain)
+
+
+def load_draft_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult] | None:
+    """This rank's part of the draft model; None where the run has none. Raises as `load_sharded_model`."""
+    draft, plan = context.job.draft, context.job.plan
+    if draft is None:
+        return None
+    assert plan is not None and plan.draft_grain is not None, "a plan with a draft model deals it over the ranks"
+    return load_source(context, Source(draft.folder, draft.shape, None), plan.draft_grain)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `folder` is None where its shape is all there is; `quantize` rounds it on the way."""
+
+    folder: str | None
+    shape: ModelShape
+    quantize: Scheme | None
+
+
+def load_source(context: RankContext, source: Source, grain: int) -> tuple[PreTrainedModel, LoadResult]:
+    job = context.job
+    assert job.plan is not None
     model = build_sharded_model(
-        config_of_shape(job.shape) if job.model_folder is None else AutoConfig.from_pretrained(job.model_folder),
+        config_of_shape(source.shape) if source.folder is None else AutoConfig.from_pretrained(source.folder),
         context.communicator,
         dtype=getattr(torch, job.plan.dtype),
-        grain=job.plan.grain,
+        grain=grain,
     )
-    return model.module, FILLS[job.run.model.weights](context, model)
+    return model.module, FILLS[job.run.model.weights](context, model, source)
 
 
 def config_of_shape(shape: ModelShape) -> PretrainedConfig:
@@ -55,25 +82,24 @@ def config_of_shape(shape: ModelShape) -> PretrainedConfig:
     )
 
 
-def fill_from_checkpoint(context: RankContext, model: ShardedModel) -> LoadResult:
-    assert context.job.model_folder is not None, "only dummy weights come without a folder"
+def fill_from_checkpoint(context: RankContext, model: ShardedModel, source: Source) -> LoadResult:
+    assert source.folder is not None, "only dummy weights come without a folder"
     return load_checkpoint(
         model,
-        read_checkpoint(Path(context.job.model_folder)),
+        read_checkpoint(Path(source.folder)),
         context.device,
         on_placed=LayerMerger(model.module),
-        quantize=QUANTIZE_SCHEMES.get(context.job.run.model.quantize.value),
+        quantize=source.quantize,
         on_progress=lambda done, total: context.events.progress(
             "loading weights", done, total, "bytes", each_rank=True
         ),
     )
 
 
-def fill_with_dummies(context: RankContext, model: ShardedModel) -> LoadResult:
-    assert context.job.shape is not None
+def fill_with_dummies(context: RankContext, model: ShardedModel, source: Source) -> LoadResult:
     return fill_dummy(
         model,
-        context.job.shape.scheme,
+        source.shape.scheme,
         context.device,
         on_placed=LayerMerger(model.module),
         on_progress=lambda done, total: context.events.progress(
@@ -82,7 +108,7 @@ def fill_with_dummies(context: RankContext, model: ShardedModel) -> LoadResult:
     )
 
 
-FILLS: dict[WeightsKind, Callable[[RankContext, ShardedModel], LoadResult]] = {
+FILLS: dict[WeightsKind, Callable[[RankContext, ShardedModel, Source], LoadResult]] = {
     WeightsKind.checkpoint: fill_from_checkpoint,
     WeightsKind.dummy: fill_with_dummies,
 }

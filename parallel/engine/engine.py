@@ -6,31 +6,22 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
-from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.graphs import StepGraphs
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.engine.pages import PageAllocator, PagedKV, allocate_pages, gather_kv
+from parallel.engine.limits import EngineLimits
+from parallel.engine.paged_model import Part as Part
+from parallel.engine.paged_model import open_paged
+from parallel.engine.pages import PageAllocator
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
-from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
+from parallel.engine.sampling import SamplingParams, open_sampler
 from parallel.engine.sequence import Sequence
-from parallel.kernels.paged_attention import paged_attention, prefill_attention
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some neighbouring tokens of a prompt, `start` to `end`, all before them in the cache or in earlier parts."""
-
-    sequence: Sequence
-    start: int
-    end: int
+from parallel.engine.speculation.speculator import Speculation, Speculator, open_speculator
 
 
 class Engine:
@@ -46,23 +37,28 @@ class Engine:
         sampling: SamplingParams | None = None,
         kv_dtype: torch.dtype | None = None,
         prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
-        self.decoder = Decoder(model, limits.max_context)
         self.dtype = model.lm_head.weight.dtype
-        if device.type == "cuda":
-            # What the load left makes room for the cache.
-            torch.cuda.empty_cache()
-        heads = (self.decoder.num_kv_heads, self.decoder.head_dim)
-        self.caches = allocate_pages(self.decoder.num_layers, limits.num_pages, *heads, kv_dtype or self.dtype, device)
+        self.target = open_paged(model, limits, kv_dtype, device)
+        self.decoder, self.caches = self.target.decoder, self.target.caches
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
-        shards = VocabularyShards(tuple(model.lm_head._partition_sizes))
-        self.sampler = Sampler(sampling or SamplingParams(), shards, communicator)
+        self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
+        self.speculator: Speculator | None = None
+        if speculation is not None:
+            self.speculator = open_speculator(speculation, limits, self.sampler, kv_dtype, device)
         self.order: list[Sequence] = []
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
         self.run_step = self.step_rows if device.type == "cpu" else StepGraphs(self.step_rows, limits.batch_size).run
+
+    @property
+    def models(self) -> nn.ModuleList:
+        """Those whose layers a step runs."""
+        drafts = [] if self.speculator is None else self.speculator.drafter.models
+        return nn.ModuleList([self.model, *drafts])
 
     @property
     def communicator(self) -> Communicator:
@@ -76,6 +72,8 @@ class Engine:
         the keys and values of all parts before any part attends to them.
         """
         hidden = self.hidden_states(parts)
+        if self.speculator is not None:
+            self.speculator.prefill(parts)
         for part in parts:
             part.sequence.num_prefilled = part.end
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
@@ -85,7 +83,7 @@ class Engine:
     @torch.inference_mode()
     def hidden_states(self, parts: Ordered[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
-        return self.decoder(self._tokens(parts), self._attend(parts), self.caches)
+        return self.target.part_states(parts)
 
     @torch.inference_mode()
     def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
@@ -99,54 +97,43 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, sequences: Ordered[Sequence]) -> Tensor:
-        """One token more for each of `sequences`, [n], in their order. Those with no place here lose their rows."""
+        """A token more for each of `sequences`, [n], in their order. Those with no place here lose their rows.
+
+        With speculation as many as were right and one, [n, 2 + num_drafts]: see Speculator.given.
+        """
         if list(sequences) != self.order:
             self.arrange(sequences)
         self.run_step(len(sequences))
         for sequence in sequences:
+            # At least: of more the host learns when they arrive.
             sequence.num_sampled += 1
-        return self.rows.tokens[: len(sequences)]
+        given = self.rows.tokens if self.speculator is None else self.speculator.given
+        return given[: len(sequences)]
 
     @torch.inference_mode()
     def step_rows(self, num_rows: int) -> None:
         """The step itself, for the first rows: reads and advances `rows`, and nothing of the host."""
         rows = self.rows.first(num_rows)
-        rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1))
+        if self.speculator is not None:
+            self.speculator.step(rows, self.row_logits)
+        else:
+            rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
 
     def row_logits(self, rows: Rows) -> Tensor:
-        lengths = rows.lengths()
-
-        def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            return paged_attention(query, cache, rows.block_table, lengths, self.decoder.scale)
-
-        return self.decoder.logits(self.decoder(rows.inputs(), attend, self.caches))
-
-    def _tokens(self, parts: Ordered[Part]) -> Tokens:
-        ids = [token for part in parts for token in part.sequence.prompt[part.start : part.end]]
-        places = [(part.sequence.pages, position) for part in parts for position in range(part.start, part.end)]
-        positions = [position for _, position in places]
-        slots = [pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for pages, position in places]
-        return Tokens(*to_device(torch.tensor([ids, positions, slots]), self.device).unbind(0))
-
-    def _attend(self, parts: Ordered[Part]) -> Attend:
-        tables = [to_device(torch.tensor(part.sequence.pages), self.device) for part in parts]
-
-        def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            outputs = []
-            chunks = query.split([part.end - part.start for part in parts])
-            for part, table, chunk in zip(parts, tables, chunks, strict=True):
-                keys, values = gather_kv(cache, table, part.end, query.dtype)
-                outputs.append(prefill_attention(chunk, keys, values, self.decoder.scale))
-            return torch.cat(outputs)
-
-        return attend
+        """[rows, local vocabulary]"""
+        return self.decoder.logits(self.target.row_states(rows))
 
     def arrange(self, sequences: Ordered[Sequence]) -> None:
         """Gives each sequence its row; its newest token comes from the row it had, or from the end of its prefill."""
         rows = {sequence: row for row, sequence in enumerate(self.order)}
         fresh = [sequence for sequence in sequences if sequence not in rows]
         num_rows = self.limits.batch_size
-        sources = rows | {sequence: num_rows + at for at, sequence in enumerate(fresh)}
+        places = rows | {sequence: num_rows + at for at, sequence in enumerate(fresh)}
+        sources = [places[sequence] for sequence in sequences]
         tokens = torch.cat([self.rows.tokens, *(self.fresh.pop(sequence).view(1) for sequence in fresh)])
-        self.rows.arrange(sequences, [sources[sequence] for sequence in sequences], tokens)
+        # With speculation, of those that had a row only the device knows where they are.
+        starts = to_device(torch.tensor([sequence.next_position for sequence in fresh]).long(), self.device)
+        self.rows.arrange(sequences, sources, tokens, torch.cat([self.rows.positions, starts]))
+        if self.speculator is not None:
+            self.speculator.history.arrange(sources, fresh, self.rows)
         self.order = list(sequences)

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 
 from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pending import Pending
+from parallel.engine.pending import Given, Pending
 from parallel.engine.scheduler import Scheduler
 from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.text import TextStream
 
 
@@ -50,14 +51,18 @@ class Result:
 
     `ttft_ms`: from each prompt's arrival (or its admission, where it has no time) to its first token on the host.
     `step_ms`: of each decode step, from the tokens before to its own on the host, with what was prefilled between them.
-    Of `prompt_tokens` in all, `reused_tokens` were found in the cache.
+    `token_ms`: that time for each token of each answer but its first, divided among the tokens that the answer got in
+    the step: without speculation all of it.
+    Of `prompt_tokens` in all, `reused_tokens` were found in the cache. `acceptance` is of drafts.
     """
 
     answers: list[Answer]
     ttft_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    token_ms: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass
@@ -185,20 +190,37 @@ class Generation:
         self.on_prefill(sum(s.num_prefilled for s in self.opened), sum(len(s.prompt) for s in self.opened))
 
     def take(self, pending: Pending) -> None:
-        tokens, now = pending.wait(), time.perf_counter()
+        arrived, now = pending.wait(), time.perf_counter()
         # Before anyone believes these tokens.
         self.engine.sampler.communicator.check()
+        step_ms = (now - self.last_arrival) * 1e3
         if pending.is_step:
-            self.result.step_ms.append((now - self.last_arrival) * 1e3)
+            self.result.step_ms.append(step_ms)
         self.last_arrival = now
-        for sequence, token in zip(pending.sequences, tokens, strict=True):
+        for sequence, given in zip(pending.sequences, arrived, strict=True):
             opened = self.opened[sequence]
             # What was computed before the host saw that the answer had ended is dropped.
             if opened.answer.finish_reason is None:
                 if not opened.answer.token_ids:
                     assert opened.since is not None, "admitted before its first token"
                     self.result.ttft_ms.append((now - opened.since) * 1e3)
-                self.take_token(sequence, opened, token)
+                taken = self.take_tokens(sequence, opened, given)
+                if pending.is_step:
+                    self.result.token_ms += [step_ms / taken] * taken
+
+    def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
+        """Adds tokens to an answer up to its end; returns how many."""
+        # One was counted when the step was queued.
+        sequence.num_sampled += len(given.tokens) - 1
+        taken = 0
+        for token in given.tokens:
+            self.take_token(sequence, opened, token)
+            taken += 1
+            if opened.answer.finish_reason is not None:
+                break
+        if given.num_drafts is not None:
+            self.result.acceptance.add(given.num_drafts, taken - 1)
+        return taken
 
     def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:
         room = opened.room - len(opened.answer.token_ids) - 1

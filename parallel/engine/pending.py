@@ -11,8 +11,21 @@ from parallel.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a step gave to a sequence: tokens, and of how many drafts (None: there was no speculation)."""
+
+    tokens: list[int]
+    num_drafts: int | None = None
+
+    @classmethod
+    def read(cls, row: list[int]) -> Given:
+        """From a row of Speculator.given."""
+        return cls([token for token in row[1:] if token >= 0], row[0])
+
+
+@dataclass(frozen=True)
 class Pending:
-    """The newest token of each of `sequences`, of a decode step or after a prefill; `wait` has them."""
+    """What `sequences` got from a decode step or after a prefill; `wait` has it. `tokens` are as Engine.step's."""
 
     sequences: list[Sequence]
     tokens: Tensor
@@ -29,8 +42,9 @@ class Pending:
         arrived.record()
         return cls(sequences, host, arrived, is_step)
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list[Given]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        tokens: list[int] = self.tokens.tolist()
-        return tokens
+        if self.tokens.dim() == 1:
+            return [Given([token]) for token in self.tokens.tolist()]
+        return [Given.read(row) for row in self.tokens.tolist()]

@@ -15,7 +15,8 @@ from parallel.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Rows:
-    """Row by row: the newest token, its position, 1 where a sequence is in the row, its key, and its pages.
+    """Row by row: the newest token, its position, 1 where a sequence is in the row, its key, the position that none of
+    its tokens in the cache reaches, and its pages.
 
     Shapes: [rows] int64, and `block_table` [rows, pages of the longest context] int32. Rows without a sequence write to
     page 0, which belongs to none, and read nothing.
@@ -25,20 +26,21 @@ class Rows:
     positions: Tensor
     active: Tensor
     keys: Tensor
+    ends: Tensor
     block_table: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, num_pages: int, device: torch.device) -> Rows:
-        tokens, positions, active, keys = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
+        tokens, positions, active, keys, ends = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         table = torch.zeros(num_rows, num_pages, dtype=torch.int32, device=device)
-        return cls(tokens, positions, active, keys, table)
+        return cls(tokens, positions, active, keys, ends, table)
 
     def first(self, num_rows: int) -> Rows:
         """A view of the first rows."""
         return Rows(*(column[:num_rows] for column in self.columns()))
 
     def columns(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.positions, self.active, self.keys, self.block_table
+        return self.tokens, self.positions, self.active, self.keys, self.ends, self.block_table
 
     def inputs(self) -> Tokens:
         """The newest tokens as the model takes them."""
@@ -50,27 +52,42 @@ class Rows:
         """[rows] int32: tokens of each sequence in the cache once the newest is; 0 in rows without one."""
         return ((self.positions + 1) * self.active).to(torch.int32)
 
-    def advance(self, sampled: Tensor) -> None:
-        """Takes the tokens [rows] that followed, in place."""
-        self.tokens.copy_(torch.where(self.active == 1, sampled, self.tokens))
-        self.positions.add_(self.active)
+    def advance(self, newest: Tensor, counts: Tensor) -> None:
+        """Takes the last of the `counts` [rows] tokens that followed, `newest` [rows], in place; 0 leaves a row."""
+        self.tokens.copy_(torch.where(counts > 0, newest, self.tokens))
+        self.positions.add_(counts)
 
-    def arrange(self, sequences: Ordered[Sequence], sources: Ordered[int], tokens: Tensor) -> None:
+    def spread(self, tokens: Tensor, offset: int) -> Rows:
+        """A row for each of `tokens` [rows, n], of the positions of their sequence from its newest token's + `offset`.
+
+        They are active where such a token of the sequence is to be cached.
+        """
+        num = tokens.shape[1]
+        offsets = torch.arange(offset, offset + num, device=tokens.device)
+        positions = self.positions.unsqueeze(1) + offsets
+        ends = self.ends.unsqueeze(1)
+        active = ((positions >= 0) & (positions < ends)) * self.active.unsqueeze(1)
+        # Where cosines and pages are looked up, for nothing.
+        positions = torch.minimum(positions, ends - 1).clamp(min=0)
+        repeated = (column.repeat_interleave(num, dim=0) for column in (self.keys, self.ends, self.block_table))
+        return Rows(tokens.flatten(), positions.flatten(), active.flatten(), *repeated)
+
+    def arrange(self, sequences: Ordered[Sequence], sources: Ordered[int], tokens: Tensor, positions: Tensor) -> None:
         """Puts `sequences` into the first rows, in order, and none into the others.
 
         Args:
-            sources: where in `tokens` the newest token of each sequence is.
+            sources: where in `tokens` and `positions` those of each sequence are.
         """
         num_rows, num_pages = self.block_table.shape
         table = torch.zeros(num_rows, 4 + num_pages, dtype=torch.int64)
         for row, (sequence, source) in enumerate(zip(sequences, sources, strict=True)):
-            table[row, :4] = torch.tensor([source, sequence.next_position, 1, sequence.key])
+            table[row, :4] = torch.tensor([source, 1, sequence.key, sequence.num_tokens])
             table[row, 4 : 4 + len(sequence.pages)] = torch.tensor(sequence.pages)
         table = to_device(table, self.tokens.device)
-        self.tokens.copy_(tokens[table[:, 0]])
-        for column, values in zip(self.columns()[1:4], table[:, 1:4].unbind(1), strict=True):
-            column.copy_(values)
-        self.block_table.copy_(table[:, 4:])
+        sources_there, active, keys, ends = table[:, :4].unbind(1)
+        values = (tokens[sources_there], positions[sources_there] * active, active, keys, ends, table[:, 4:])
+        for column, new in zip(self.columns(), values, strict=True):
+            column.copy_(new)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.communicator import Communicator
 from parallel.engine.noise import exponential_noise, signed
@@ -96,3 +96,8 @@ class Sampler:
             return greedy_tokens(logits, self.shards, self.communicator)
         whole = gather_logits(logits, self.shards, self.communicator)
         return sampled_tokens(whole, self.params, exponential_noise(keys, positions, whole.shape[-1]))
+
+
+def open_sampler(model: PreTrainedModel, params: SamplingParams, communicator: Communicator) -> Sampler:
+    """For a sharded model."""
+    return Sampler(params, VocabularyShards(tuple(model.lm_head._partition_sizes)), communicator)

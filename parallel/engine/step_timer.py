@@ -33,18 +33,25 @@ def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communi
     Layers talk through `communicator`; on a card the step is captured with it. The engine must have no sequences open;
     what lies in their pages is attended to as it is.
     """
-    sequences = [EngineSequence(index, [0] * (length - 1), max_tokens=2) for index, length in enumerate(contexts)]
+    sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
         sequence.num_sampled = 1
         engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
     try:
-        with torch.inference_mode(), swapped_communicator(engine.model, communicator):
+        with torch.inference_mode(), swapped_communicator(engine.models, communicator):
             engine.arrange(sequences)
             yield _same_step(engine, len(sequences))
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
+
+
+def open_sequence(engine: Engine, index: int, length: int) -> EngineSequence:
+    """One of `length` tokens, the new one counted, with room for drafts where max_context has it."""
+    num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
+    room = min(num_drafts, engine.limits.max_context - length)
+    return EngineSequence(index, [0] * (length - 1), max_tokens=2 + room)
 
 
 def _same_step(engine: Engine, num_rows: int) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.speculation.speculator import Speculation
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.small_models import DEMO
@@ -65,9 +66,22 @@ def make_engine(
     sampling: SamplingParams | None = None,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
+    speculation: Speculation | None = None,
+    draft: Path | None = None,
 ) -> Engine:
+    """`draft`: the folder of a draft model, for a `speculation` that needs one."""
     limits = EngineLimits(max_context, batch_size, prefill_chunk)
-    return Engine(load(communicator, folder, dtype), communicator, CPU, limits, sampling=sampling, kv_dtype=kv_dtype)
+    if speculation is not None and draft is not None:
+        speculation = replace(speculation, draft=load(communicator, draft, dtype))
+    return Engine(
+        load(communicator, folder, dtype),
+        communicator,
+        CPU,
+        limits,
+        sampling=sampling,
+        kv_dtype=kv_dtype,
+        speculation=speculation,
+    )
 
 
 def numbered(prompts: Sequence[list[int]]) -> list[Prompt]:

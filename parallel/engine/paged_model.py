@@ -1,0 +1,82 @@
+"""A model beside its pages of keys and values: parts of prompts go through it, and rows of decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parallel.engine.decoder import Attend, Decoder, Tokens
+from parallel.engine.limits import PAGE_SIZE, EngineLimits
+from parallel.engine.pages import PagedKV, allocate_pages, gather_kv
+from parallel.engine.rows import Rows, to_device
+from parallel.engine.sequence import Sequence
+from parallel.kernels.paged_attention import paged_attention, prefill_attention
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PagedModel:
+    """A decoder and the pages of each of its layers. Models of one engine give a sequence the same page numbers."""
+
+    decoder: Decoder
+    caches: list[PagedKV]
+
+    def part_states(self, parts: Ordered[Part]) -> Tensor:
+        """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
+        device = self.caches[0].keys.device
+        return self.decoder(part_tokens(parts, device), self._attend_parts(parts, device), self.caches)
+
+    def row_states(self, rows: Rows) -> Tensor:
+        """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position."""
+        lengths = rows.lengths()
+
+        def attend(query: Tensor, cache: PagedKV) -> Tensor:
+            return paged_attention(query, cache, rows.block_table, lengths, self.decoder.scale)
+
+        return self.decoder(rows.inputs(), attend, self.caches)
+
+    def _attend_parts(self, parts: Ordered[Part], device: torch.device) -> Attend:
+        tables = [to_device(torch.tensor(part.sequence.pages), device) for part in parts]
+
+        def attend(query: Tensor, cache: PagedKV) -> Tensor:
+            outputs = []
+            chunks = query.split([part.end - part.start for part in parts])
+            for part, table, chunk in zip(parts, tables, chunks, strict=True):
+                keys, values = gather_kv(cache, table, part.end, query.dtype)
+                outputs.append(prefill_attention(chunk, keys, values, self.decoder.scale))
+            return torch.cat(outputs)
+
+        return attend
+
+
+def part_tokens(parts: Ordered[Part], device: torch.device) -> Tokens:
+    ids = [token for part in parts for token in part.sequence.prompt[part.start : part.end]]
+    places = [(part.sequence.pages, position) for part in parts for position in range(part.start, part.end)]
+    positions = [position for _, position in places]
+    slots = [pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for pages, position in places]
+    return Tokens(*to_device(torch.tensor([ids, positions, slots]), device).unbind(0))
+
+
+def open_paged(
+    model: PreTrainedModel, limits: EngineLimits, kv_dtype: torch.dtype | None, device: torch.device
+) -> PagedModel:
+    """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default."""
+    decoder = Decoder(model, limits.max_context)
+    if device.type == "cuda":
+        # What the load left makes room for the cache.
+        torch.cuda.empty_cache()
+    heads = (decoder.num_kv_heads, decoder.head_dim)
+    dtype = kv_dtype or model.lm_head.weight.dtype
+    return PagedModel(decoder, allocate_pages(decoder.num_layers, limits.num_pages, *heads, dtype, device))

@@ -1,0 +1,65 @@
+"""Drafts by looking up: what followed the last few tokens when they last stood in the sequence, prompt or answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parallel.engine.paged_model import Part
+from parallel.engine.pages import PagedKV
+from parallel.engine.rows import Rows
+
+
+@dataclass(frozen=True)
+class NgramDrafter:
+    """Looks up the last `longest` tokens, and fewer, down to `shortest`, where those are nowhere."""
+
+    num_drafts: int
+    longest: int
+    shortest: int
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return []
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        return []
+
+    def prefill(self, parts: Ordered[Part]) -> None:
+        """Prompts are in the history."""
+
+    def propose(self, rows: Rows, history: Tensor) -> Tensor:
+        """[rows, num_drafts] int64 from the sequences' tokens [rows, width]; -1 where there is nothing to go by."""
+        return look_up(history, rows.positions, self.num_drafts, self.longest, self.shortest)
+
+
+def look_up(history: Tensor, newest: Tensor, num_drafts: int, longest: int, shortest: int) -> Tensor:
+    """Drafts of each row, all or none (-1): [rows, num_drafts] int64.
+
+    The longest match wins, then the latest. Where it reaches into the last tokens themselves, the text has a period,
+    which goes on. Shapes are static.
+
+    Args:
+        history: [rows, width] token ids, of which those up to `newest` [rows] count.
+    """
+    width = history.shape[1]
+    ends = torch.arange(width, device=history.device)
+    # Whether, and then how far back, the text that ends at each place is the text that ends at the newest token.
+    same = ends < newest.unsqueeze(1)
+    lengths = torch.zeros_like(history)
+    for back in range(longest):
+        last = history.gather(1, (newest - back).clamp(min=0).unsqueeze(1))
+        equal = torch.zeros_like(same)
+        equal[:, back:] = history[:, : width - back] == last
+        same = same & equal
+        lengths += same
+    score, place = (lengths * (lengths >= shortest) * width + ends).max(1)
+    period = (newest - place).clamp(min=1).unsqueeze(1)
+    offsets = 1 - period + torch.arange(num_drafts, device=history.device) % period
+    drafts = history.gather(1, (newest.unsqueeze(1) + offsets).clamp(min=0)).long()
+    return drafts.masked_fill((score < width).unsqueeze(1), -1)

@@ -1,0 +1,126 @@
+"""Speculative decoding through the command line: the same answers, the report, what the plan counts, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config import RunConfig, SpeculationConfig, SpeculationKind
+from launcher.memory import TOKEN_BYTES
+from launcher.plan import Plan, plan_run
+from launcher.shape import DTYPE_BYTES
+from launcher.topology import place_ranks
+from parallel.engine.limits import PAGE_SIZE
+from tests.launcher.cli import run, run_together
+from tests.launcher.models import change_json, copy_demo
+from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, cards_of, run_of
+from tests.parallel.draft_models import write_truncated
+from tests.parallel.small_models import DEMO
+
+SHORT = ("hardware=cpu", "workload.output_tokens=12", "engine.comm_share_steps=1")
+NGRAM = SpeculationConfig(SpeculationKind.ngram, num_drafts=7)
+DRAFT = SpeculationConfig(SpeculationKind.draft, draft_path="org/small")
+
+
+def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
+    draft = write_truncated(DEMO, tmp_path / "draft", 2)
+    plain, looked_up, drawn = run_together(
+        tmp_path,
+        ("gpus=2", *SHORT),
+        ("gpus=2", *SHORT, "speculation.kind=ngram", "speculation.num_drafts=2"),
+        ("gpus=2", *SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}"),
+    )
+    assert plain.report["speculation"] is None
+    for result, kind, num_drafts in ((looked_up, "ngram", 2), (drawn, "draft", 4)):
+        report = result.report
+        assert report["outputs"] == plain.report["outputs"]
+        assert 0 < report["tpot_ms"]["p50"] <= report["tpot_ms"]["p99"]
+        found = report["speculation"]
+        assert (found["kind"], found["num_drafts"], len(found["histogram"])) == (kind, num_drafts, num_drafts + 1)
+        steps = sum(found["histogram"])
+        assert found["accepted"] == sum(i * count for i, count in enumerate(found["histogram"])) == 11 - steps
+        assert found["accepted"] <= found["drafted"] <= steps * num_drafts
+        assert found["accepted_per_step"] == pytest.approx(found["accepted"] / steps)
+        assert "drafts accepted a step" in result.stderr
+    assert looked_up.report["speculation"]["load"] is None
+    for card in drawn.report["cards"]:
+        assert card["memory"]["draft_weights_bytes"] > 0
+    for card, planned in zip(drawn.report["cards"], drawn.report["predicted"]["cards"], strict=True):
+        for ours, theirs in (("draft_weights_bytes", "draft.weights"), ("draft_kv_cache_bytes", "draft.kv_cache")):
+            assert card["memory"][ours] == planned["lines"][theirs]
+
+
+def test_other_tokenizer_is_refused(tmp_path: Path) -> None:
+    draft = copy_demo(tmp_path / "draft")
+    vocabulary = {f"token{i}": i for i in range(1024)}
+    change_json(draft / "tokenizer.json", model={"type": "BPE", "vocab": vocabulary, "merges": []})
+    args = (*SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}")
+    message = run(*args, folder=tmp_path / "run").error["message"]
+    assert f"speculation.draft_path={draft}" in message
+    assert "same tokenizer" in message
+
+
+def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
+    args = (*SHORT, "speculation.kind=draft", "speculation.draft_path=no-such-folder")
+    message = run(*args, folder=tmp_path / "run").error["message"]
+    assert message == "speculation.draft_path=no-such-folder: no such folder, and not a hub name such as org/name."
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (SpeculationConfig(num_drafts=0), "speculation.num_drafts=0 must be from 1 to 16"),
+        (SpeculationConfig(num_drafts=17), "speculation.num_drafts=17"),
+        (SpeculationConfig(ngram_min=0), "speculation.ngram_min=0"),
+        (SpeculationConfig(ngram_min=4), "at most speculation.ngram_max=3"),
+        (SpeculationConfig(SpeculationKind.draft), "needs speculation.draft_path"),
+        (SpeculationConfig(SpeculationKind.draft, draft_path=" "), "needs speculation.draft_path"),
+        (SpeculationConfig(SpeculationKind.ngram, draft_path="org/small"), "not by kind=ngram"),
+    ],
+)
+def test_values_that_cannot_run_are_refused(section: SpeculationConfig, words: str) -> None:
+    run = run_of(speculation=section)
+    assert [words in problem for problem in run.problems()] == [True]
+
+
+def test_off_by_default() -> None:
+    assert RunConfig().speculation == SpeculationConfig()
+    assert SpeculationConfig().rows_per_sequence == 1
+    assert list(SpeculationConfig().problems()) == []
+
+
+def plan(speculation: SpeculationConfig, world_size: int = 2, **changes: object) -> Plan:
+    run = run_of(speculation=speculation, model__quantize="none", **changes)
+    draft = LLAMA_8B if speculation.kind == SpeculationKind.draft else None
+    inventory = cards_of(world_size, memory_bytes=200 * 2**30)
+    return plan_run(run, place_ranks(run, world_size, inventory), LLAMA_70B, inventory, draft=draft)
+
+
+def test_plan_counts_the_table_of_tokens_and_the_logits_of_all_drafts() -> None:
+    changes = {"workload__batch_size": 16, "engine__max_context": 1000, "engine__prefill_chunk": 1}
+    plain, looked_up = plan(SpeculationConfig(), **changes), plan(NGRAM, **changes)
+    for before, after in zip(plain.cards, looked_up.cards, strict=True):
+        assert after.lines["draft.tokens"] == 16 * 1001 * TOKEN_BYTES
+        assert not {"draft.weights", "draft.kv_cache"} & set(after.lines)
+        # One token of prompt a pass: logits are the largest step of both.
+        logits = LLAMA_70B.vocab_size * 16 * (2 * 2 + 24)
+        assert after.lines["activations"] - before.lines["activations"] == 7 * logits
+        assert "draft.tokens" not in before.lines
+
+
+def test_plan_counts_a_draft_model_shard_by_shard() -> None:
+    plain, drawn = (plan(section, workload__batch_size=2) for section in (SpeculationConfig(), DRAFT))
+    alone = plan_run(run := run_of(), place_ranks(run, 2, cards_of(2)), LLAMA_8B, cards_of(2))
+    for before, after, draft in zip(plain.cards, drawn.cards, alone.cards, strict=True):
+        weights = sum(size for name, size in draft.lines.items() if name.startswith("weights."))
+        assert after.lines["draft.weights"] == weights
+        per_token = LLAMA_8B.num_layers * 2 * 4 * LLAMA_8B.head_dim * DTYPE_BYTES["bfloat16"]
+        pages = 1 + 2 * -(-drawn.max_context // PAGE_SIZE)
+        assert after.lines["draft.kv_cache"] == pages * PAGE_SIZE * per_token
+        assert {name: after.lines[name] for name in before.lines if name.startswith("weights.")} == {
+            name: size for name, size in before.lines.items() if name.startswith("weights.")
+        }
+    assert plain.draft_grain is None
+    assert drawn.draft_grain == alone.grain
+    assert drawn.kv_tokens_that_fit < plain.kv_tokens_that_fit
