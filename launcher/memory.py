@@ -82,8 +82,8 @@ class Demand:
         return {"draft.weights": sum(size for name, size in lines.items() if name.startswith("weights."))}
 
     def lines(self, max_context: int) -> tuple[dict[str, int], ...]:
-        """All lines for sequences of up to `max_context` tokens: the fixed ones, those of drafts, kv_cache, activations,
-        graphs and load.
+        """All lines for sequences of up to `max_context` tokens: the fixed ones, those of drafts, kv_cache,
+        activations, graphs and load.
 
         Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
         """

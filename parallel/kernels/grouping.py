@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.kernels.held import DEQUANTIZED_AT_A_TIME
 from parallel.quantized import QuantizedWeight
+
+# Outputs of a block are a multiple of it, which the tiles of every kernel divide.
+OUTPUTS_PER_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ def group_inputs(weight: QuantizedWeight, group_size: int) -> GroupedWeight:
 
 
 class GroupedLinear(nn.Module):
-    """[..., in] -> [..., out]: up to `max_rows` rows by a kernel, more by F.linear with the weight dequantised.
+    """[..., in] -> [..., out]: up to `max_rows` rows by a kernel, more by plain products with the weight dequantised.
 
+    A large weight is dequantised some outputs at a time, so that it takes little memory beside the packed one.
     `order`: where the inputs are regrouped (act order), the input that each column multiplies.
     """
 
@@ -54,13 +58,28 @@ class GroupedLinear(nn.Module):
             hidden = hidden[..., self.order]
         rows = hidden.reshape(-1, hidden.shape[-1])
         if len(rows) > self.max_rows:
-            return F.linear(hidden, self.dequantize())
+            return self.multiply_dequantized(rows).view(*hidden.shape[:-1], self.num_out)
         return self.multiply(rows).view(*hidden.shape[:-1], self.num_out)
+
+    def multiply_dequantized(self, rows: Tensor) -> Tensor:
+        """[m, in] -> [m, out]"""
+        output = rows.new_empty(len(rows), self.num_out)
+        for outputs in output_blocks(self.num_out, rows.shape[1]):
+            torch.mm(rows, self.dequantize(outputs).t(), out=output[:, outputs])
+        return output
 
     def multiply(self, rows: Tensor) -> Tensor:
         """[m, in] -> [m, out], columns as they are packed."""
         raise NotImplementedError
 
-    def dequantize(self) -> Tensor:
-        """[out, in], columns as they are packed."""
+    def dequantize(self, outputs: slice) -> Tensor:
+        """[outputs, in], columns as they are packed; outputs in whole tiles of the packed weight."""
         raise NotImplementedError
+
+
+def output_blocks(num_out: int, num_in: int) -> list[slice]:
+    """Blocks of outputs, as equal as tiles allow, of at most DEQUANTIZED_AT_A_TIME weights."""
+    tiles = -(-num_out // OUTPUTS_PER_BLOCK)
+    count = -(-num_out * num_in // DEQUANTIZED_AT_A_TIME)
+    size = max(1, -(-tiles // max(1, count))) * OUTPUTS_PER_BLOCK
+    return [slice(start, min(start + size, num_out)) for start in range(0, num_out, size)]

@@ -16,6 +16,9 @@ BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "
 # w4a16 and w8a16: their dequantising kernels write nothing but the result.
 # The own kernels: inputs in units of 128, a float32 scale a group, and up to 256 rows.
 UNIT_INPUTS = 128
+# Weights of a linear that are dequantised for one product: 128 MiB of bf16, tiles enough for every multiprocessor of a
+# card at 512 rows.
+DEQUANTIZED_AT_A_TIME = 64 * 1024**2
 W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
 OWN_BITS_PER_GROUP = 32
@@ -87,4 +90,6 @@ def product_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, n
         return WIDE_WORKSPACE_BYTES
     if num_rows <= {"tinygemm": MAX_TINYGEMM_ROWS, **OWN_KERNELS}.get(kernel, 0):
         return 0
+    if kernel != "dequantize":
+        numel = min(numel, DEQUANTIZED_AT_A_TIME)
     return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]

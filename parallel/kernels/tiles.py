@@ -87,6 +87,11 @@ def pack_by_blocks(weight: GroupedWeight, words: tuple[int, int, int], pack: Cal
     return packed
 
 
+def tiles_of(outputs: slice) -> slice:
+    """The tiles that hold these outputs, which begin and end with a tile."""
+    return slice(outputs.start // OUTPUTS_PER_TILE, outputs.stop // OUTPUTS_PER_TILE)
+
+
 def tile_scales(per_output: Tensor) -> Tensor:
     """[out, groups] -> [out / 16, groups, 16], as the kernels read them."""
     return per_output.unflatten(0, (-1, OUTPUTS_PER_TILE)).transpose(1, 2).contiguous()

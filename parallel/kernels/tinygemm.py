@@ -43,10 +43,14 @@ class TinygemmLinear(GroupedLinear):
         product: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scales_and_shifts)
         return product
 
-    def dequantize(self) -> Tensor:
-        """[out, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
-        shape = (self.num_out, self.scales_and_shifts.shape[0] * self.group_size)
-        return by_blocks(shape, torch.bfloat16, self.packed.device, self.dequantize_rows, OUTPUTS_PER_TILE)
+    def dequantize(self, outputs: slice) -> Tensor:
+        """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
+        shape = (outputs.stop - outputs.start, self.scales_and_shifts.shape[0] * self.group_size)
+
+        def some(rows: slice) -> Tensor:
+            return self.dequantize_rows(slice(outputs.start + rows.start, outputs.start + rows.stop))
+
+        return by_blocks(shape, torch.bfloat16, self.packed.device, some, OUTPUTS_PER_TILE)
 
     def dequantize_rows(self, rows: slice) -> Tensor:
         values = unpack_tiles(self.packed[rows.start // OUTPUTS_PER_TILE : rows.stop // OUTPUTS_PER_TILE])
@@ -88,7 +92,7 @@ def layout_problem(device: torch.device) -> str | None:
         weight = QuantizedWeight(values, 4, torch.full((64, 1), 0.25, device=device), None, num_in)
         layer = TinygemmLinear(weight)
         identity = torch.eye(num_in, dtype=torch.bfloat16, device=device)
-        if not torch.equal(layer.multiply(identity).t(), layer.dequantize()):
+        if not torch.equal(layer.multiply(identity).t(), layer.dequantize(slice(0, len(values)))):
             return "its layout is another one in this torch"
     return None
 

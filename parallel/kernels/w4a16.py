@@ -31,6 +31,7 @@ from parallel.kernels.tiles import (
     pack_by_blocks,
     tile_refusal,
     tile_scales,
+    tiles_of,
     untile_scales,
 )
 from parallel.quantized import QuantizedWeight
@@ -72,8 +73,9 @@ class W4A16Linear(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return w4a16(rows, self.packed, self.scales, self.codebook)
 
-    def dequantize(self) -> Tensor:
-        return dequantize_w4(self.packed, self.scales, self.codebook)
+    def dequantize(self, outputs: slice) -> Tensor:
+        tiles = tiles_of(outputs)
+        return dequantize_w4(self.packed[tiles], self.scales[tiles], self.codebook)
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

@@ -32,6 +32,7 @@ from parallel.kernels.tiles import (
     pack_by_blocks,
     tile_refusal,
     tile_scales,
+    tiles_of,
     untile_scales,
 )
 from parallel.quantized import QuantizedWeight
@@ -64,8 +65,9 @@ class W8A16Linear(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return w8a16(rows, self.packed, self.scales, self.is_float)
 
-    def dequantize(self) -> Tensor:
-        return dequantize_w8(self.packed, self.scales, self.is_float)
+    def dequantize(self, outputs: slice) -> Tensor:
+        tiles = tiles_of(outputs)
+        return dequantize_w8(self.packed[tiles], self.scales[tiles], self.is_float)
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

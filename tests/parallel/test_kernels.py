@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.formats.config import read_scheme
-from parallel.kernels import tinygemm
+from parallel.kernels import grouping, tinygemm
 from parallel.kernels.choice import KERNELS, choose_kernel, pack_linear
 from parallel.kernels.dequantize import DequantizeLinear, pack_pairs
 from parallel.kernels.grouping import GroupedLinear
-from parallel.kernels.held import held_bits
+from parallel.kernels.held import DEQUANTIZED_AT_A_TIME, held_bits
 from parallel.quantized import QuantizedWeight
 from tests.parallel.packers import CASES, NF4, Drawn, draw
 
@@ -203,8 +203,8 @@ class ByHand(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return rows @ self.columns.t()
 
-    def dequantize(self) -> Tensor:
-        return 2 * self.columns
+    def dequantize(self, outputs: slice) -> Tensor:
+        return 2 * self.columns[outputs]
 
 
 @pytest.mark.parametrize(("num_rows", "factor"), [(4, 1), (5, 2)])
@@ -214,3 +214,31 @@ def test_few_rows_go_to_the_kernel_and_more_through_the_weight(num_rows: int, fa
     output = ByHand(columns, order)(hidden)
     assert output.shape == (1, num_rows, 3)
     assert torch.allclose(output, factor * hidden[..., order] @ columns.t(), atol=1e-5)
+
+
+class PlainGrouped(grouping.GroupedLinear):
+    """Many rows only, by a weight that is at hand."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(len(weight), None, max_rows=0)
+        self.weight = weight
+        self.blocks: list[tuple[int, int]] = []
+
+    def dequantize(self, outputs: slice) -> Tensor:
+        self.blocks.append((outputs.start, outputs.stop))
+        return self.weight[outputs]
+
+
+def test_many_rows_dequantise_some_outputs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping, "DEQUANTIZED_AT_A_TIME", 300 * 24)
+    layer, hidden = PlainGrouped(torch.randn(640, 24)), torch.randn(2, 3, 24)
+    torch.testing.assert_close(layer(hidden), hidden @ layer.weight.t())
+    assert layer.blocks == [(0, 256), (256, 512), (512, 640)]
+
+
+@pytest.mark.parametrize("num_out", [16, 128, 5120, 28672, 14784, 128 * 7 + 16])
+def test_blocks_of_outputs_hold_all_of_them_once_and_few_weights_each(num_out: int) -> None:
+    blocks = grouping.output_blocks(num_out, 8192)
+    assert [output for block in blocks for output in range(num_out)[block]] == list(range(num_out))
+    assert all(block.start % 128 == 0 for block in blocks)
+    assert max(block.stop - block.start for block in blocks) * 8192 <= DEQUANTIZED_AT_A_TIME

@@ -50,10 +50,10 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], QuantizedWeight]]] = {
 @pytest.fixture(autouse=True)
 def without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels multiply by their packed weight as plain torch reads it; tinygemm's packing is its layout, by hand."""
-    monkeypatch.setattr(w4a16.W4A16Linear, "dequantize", lambda self: unpacked_w4(self).bfloat16())
-    monkeypatch.setattr(w8a16.W8A16Linear, "dequantize", lambda self: unpacked_w8(self).bfloat16())
+    monkeypatch.setattr(w4a16.W4A16Linear, "dequantize", lambda self, some: unpacked_w4(self)[some].bfloat16())
+    monkeypatch.setattr(w8a16.W8A16Linear, "dequantize", lambda self, some: unpacked_w8(self)[some].bfloat16())
     for kind in (w4a16.W4A16Linear, w8a16.W8A16Linear, tinygemm.TinygemmLinear):
-        monkeypatch.setattr(kind, "multiply", lambda self, rows: rows @ self.dequantize().t())
+        monkeypatch.setattr(kind, "multiply", lambda self, rows: rows @ self.dequantize(slice(0, self.num_out)).t())
 
     def pack(pairs: Tensor, tiles: int) -> Tensor:
         return lane_words(torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(1), tiles)
