@@ -82,7 +82,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_cha
 
 
 def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], max_context: int) -> None:
-    """All prompts that do not fit, at once, before any is answered."""
+    """All prompts that cannot be answered, at once, before any is.
+
+    Raises:
+        ValueError: a prompt has no tokens, or leaves no room for one of its answer.
+    """
+    empty = [prompt.index for prompt, ids in zip(prompts, token_ids, strict=True) if not ids]
+    if empty:
+        shown = ", ".join(f"prompt {index}" for index in empty[:4])
+        raise ValueError(
+            f"{shown}{', ...' if len(empty) > 4 else ''} without tokens: the tokenizer adds none to an empty text."
+        )
     long = [(prompt.index, len(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) >= max_context]
     if long:
         shown = ", ".join(f"prompt {index} has {length} tokens" for index, length in long[:4])

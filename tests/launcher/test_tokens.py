@@ -13,7 +13,14 @@ from launcher.config import ModelFacts, WeightsKind, WorkloadConfig
 from launcher.job import Job
 from launcher.prompts import Prompt
 from launcher.shape import shape_from_config, shape_from_facts
-from launcher.tasks.tokens import encode_prompts, eos_token_ids, has_tokenizer, load_tokenizer, text_tokenizer
+from launcher.tasks.tokens import (
+    check_lengths,
+    encode_prompts,
+    eos_token_ids,
+    has_tokenizer,
+    load_tokenizer,
+    text_tokenizer,
+)
 from launcher.tasks.weights import config_of_shape
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.models import DEMO
@@ -78,3 +85,20 @@ def test_folder_with_a_config_only_has_no_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(str(tmp_path))
     assert has_tokenizer(str(DEMO))
     assert not has_tokenizer(None)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        (
+            (3, 10, 12),
+            "prompt 1 has 10 tokens, prompt 2 has 12 tokens; prompt and answer must fit engine.max_context=10",
+        ),
+        ((0, 3, 0), "prompt 0, prompt 2 without tokens"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_named_at_once(lengths: tuple[int, ...], words: str) -> None:
+    prompts = tuple(Prompt(index, text="") for index in range(3))
+    check_lengths(prompts, [[5]] * 3, 10)
+    with pytest.raises(ValueError, match=words):
+        check_lengths(prompts, [[5] * length for length in lengths], 10)
