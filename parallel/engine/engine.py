@@ -92,8 +92,15 @@ class Engine:
         tokens = self.sampler(logits, to_device(keys, self.device), to_device(positions, self.device))
         for sequence, token in zip(sequences, tokens.unbind(), strict=True):
             sequence.num_sampled = 1
-            self.fresh[sequence] = token
+            if not sequence.is_sampled:
+                self.fresh[sequence] = token
         return tokens
+
+    def reset(self) -> None:
+        """Forgets every sequence and takes all pages back: their content is unknown after a pass that failed."""
+        self.pages.reset()
+        self.fresh.clear()
+        self.order = []
 
     @torch.inference_mode()
     def step(self, sequences: Ordered[Sequence]) -> Tensor:

@@ -97,13 +97,19 @@ def generate(
         on_prefill: called with the tokens of prompts that are done, and all of them.
         on_answer: called with (row, answer) when one has ended.
 
+    Whatever is raised under way, an interrupt too, leaves the engine without sequences and with all its pages.
+
     Raises:
         ValueError: a prompt is empty or does not leave room for one token of answer.
     """
     check_lengths(prompts, engine.limits.max_context)
     run = Generation(engine, prompts, tokenizer, rules, agree, on_text, on_prefill, on_answer)
-    while run.go_on():
-        pass
+    try:
+        while run.go_on():
+            pass
+    except BaseException:
+        engine.reset()
+        raise
     return run.result
 
 
@@ -147,6 +153,7 @@ class Generation:
         self.arrivals = Arrivals(times, agree)
         self.pending: deque[Pending] = deque()
         self.last_arrival = 0.0
+        self.prefilled_tokens, self.all_prompt_tokens = 0, sum(len(prompt.token_ids) for prompt in prompts)
 
     def go_on(self) -> bool:
         """Queues what comes next and takes what has arrived, but for the newest; False once nothing is left."""
@@ -164,6 +171,7 @@ class Generation:
             opened.since = now if opened.since is None else opened.since
             self.result.prompt_tokens += len(sequence.prompt)
             self.result.reused_tokens += sequence.num_reused
+            self.prefilled_tokens += sequence.num_reused
         parts = self.scheduler.next_parts()
         if parts:
             self.prefill(parts)
@@ -187,7 +195,8 @@ class Generation:
             first_tokens = self.engine.start_answers(started, logits)
             self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
             self.scheduler.retire_sampled()
-        self.on_prefill(sum(s.num_prefilled for s in self.opened), sum(len(s.prompt) for s in self.opened))
+        self.prefilled_tokens += sum(part.end - part.start for part in parts)
+        self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:
         arrived, now = pending.wait(), time.perf_counter()

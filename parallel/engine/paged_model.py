@@ -50,13 +50,13 @@ class PagedModel:
     def _attend_parts(self, parts: Ordered[Part], device: torch.device) -> Attend:
         tables = [to_device(torch.tensor(part.sequence.pages), device) for part in parts]
 
+        def attend_part(chunk: Tensor, cache: PagedKV, part: Part, table: Tensor) -> Tensor:
+            # What is gathered goes with this call, before the next part's is.
+            return prefill_attention(chunk, *gather_kv(cache, table, part.end, chunk.dtype), self.decoder.scale)
+
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            outputs = []
-            chunks = query.split([part.end - part.start for part in parts])
-            for part, table, chunk in zip(parts, tables, chunks, strict=True):
-                keys, values = gather_kv(cache, table, part.end, query.dtype)
-                outputs.append(prefill_attention(chunk, keys, values, self.decoder.scale))
-            return torch.cat(outputs)
+            chunks = zip(query.split([part.end - part.start for part in parts]), parts, tables, strict=True)
+            return torch.cat([attend_part(chunk, cache, part, table) for chunk, part, table in chunks])
 
         return attend
 

@@ -57,7 +57,11 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes all pages back, whoever has them."""
+        self._free = list(range(self.num_pages - 1, SCRATCH_PAGE, -1))
         self._lent: set[int] = set()
 
     @property

@@ -23,8 +23,9 @@ class PrefixCache(PageAllocator):
     that follow it, and a key never names a page that has become another's.
     """
 
-    def __init__(self, num_pages: int) -> None:
-        super().__init__(num_pages)
+    def reset(self) -> None:
+        """As PageAllocator's; no page is known any more."""
+        super().reset()
         self._known: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
         # Of known pages: how many sequences have them.

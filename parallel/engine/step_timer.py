@@ -34,11 +34,11 @@ def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communi
     what lies in their pages is attended to as it is.
     """
     sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
-    for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
-        sequence.num_sampled = 1
-        engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
     try:
+        for sequence in sequences:
+            sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+            sequence.num_sampled = 1
+            engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
         with torch.inference_mode(), swapped_communicator(engine.models, communicator):
             engine.arrange(sequences)
             yield _same_step(engine, len(sequences))

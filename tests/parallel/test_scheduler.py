@@ -103,8 +103,16 @@ def test_head_that_eight_prompts_share_is_read_once() -> None:
     head = [token % VOCABULARY for token in range(200)]
     prompts = [[*head, 5, index] for index in range(8)]
     engine = TracedEngine(EngineLimits(MAX_CONTEXT, 8, 1000), PrefixCache(1 + 3 + 8))
-    result = run(engine, prompts)
+    progress: list[tuple[int, int]] = []
+    result = generate(
+        cast(Engine, engine),
+        [Prompt(index, ids) for index, ids in enumerate(prompts)],
+        TOKENIZER,
+        RULES,
+        on_prefill=lambda *tokens: progress.append(tokens),
+    )
     assert result.reused_tokens == 7 * 3 * PAGE_SIZE
+    assert progress == [(8 * 202, 8 * 202)]
     # One pass reads all: the first prompt whole, of the others what is their own.
     assert engine.events[0] == ("prefill", list(range(8)))
     assert all(kind == "step" for kind, _ in engine.events[1:])

@@ -51,6 +51,9 @@ class TracedEngine:
     tokens: dict[Sequence, bytearray] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
 
+    def reset(self) -> None:
+        self.pages.reset()
+
     def write(self, sequence: Sequence, start: int, end: int) -> None:
         for position in range(start, end):
             self.slots[self.slot(sequence, position)] = bytes(self.tokens[sequence][: position + 1])
