@@ -199,7 +199,7 @@ class Generation:
         self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:
-        arrived, now = pending.wait(), time.perf_counter()
+        arrived, now = pending.wait()
         # Before anyone believes these tokens.
         self.engine.sampler.communicator.check()
         step_ms = (now - self.last_arrival) * 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -25,26 +26,34 @@ class Given:
 
 @dataclass(frozen=True)
 class Pending:
-    """What `sequences` got from a decode step or after a prefill; `wait` has it. `tokens` are as Engine.step's."""
+    """What `sequences` got from a decode step or after a prefill; `wait` has it. `tokens` are as Engine.step's.
+
+    `arrived`: what a card passes once they are on the host, or when they were, where the host computed them itself.
+    """
 
     sequences: list[Sequence]
     tokens: Tensor
-    arrived: torch.cuda.Event | None
+    arrived: torch.cuda.Event | float
     is_step: bool
 
     @classmethod
     def fetch(cls, sequences: list[Sequence], tokens: Tensor, *, is_step: bool) -> Pending:
         if tokens.device.type == "cpu":
-            return cls(sequences, tokens.clone(), None, is_step)
+            return cls(sequences, tokens.clone(), time.perf_counter(), is_step)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         return cls(sequences, host, arrived, is_step)
 
-    def wait(self) -> list[Given]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
+    def wait(self) -> tuple[list[Given], float]:
+        """What each sequence got, and when it was there (time.perf_counter)."""
+        if isinstance(self.arrived, float):
+            return self._given(), self.arrived
+        self.arrived.synchronize()
+        return self._given(), time.perf_counter()
+
+    def _given(self) -> list[Given]:
         if self.tokens.dim() == 1:
             return [Given([token]) for token in self.tokens.tolist()]
         return [Given.read(row) for row in self.tokens.tolist()]

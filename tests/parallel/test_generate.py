@@ -144,6 +144,33 @@ def test_text_held_back_for_a_stop_text_is_shown_at_the_end(end: list[int], reas
     assert (found.text, found.finish_reason) == ("one\n\n", reason)
 
 
+def test_times_are_those_at_which_the_host_computed_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at tokens a pass later: that is no part of the first one's time, nor does the last step take none."""
+    sec = {"prefill": 2.0, "step": 5.0}
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    class TimedEngine(ScriptedEngine):
+        def prefill(self, parts: Sequence[Part]) -> Tensor:
+            clock.now += sec["prefill"]
+            return super().prefill(parts)
+
+        def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+            clock.now += sec["step"]
+            return super().step(sequences)
+
+    clock = Clock()
+    monkeypatch.setattr("parallel.engine.pending.time", clock)
+    monkeypatch.setattr("parallel.engine.generate.time", clock)
+    engine = TimedEngine([encode("one two three")], EngineLimits(100, 1, 64))
+    result = generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), StopRules(3))
+    assert (result.ttft_ms, result.step_ms) == ([2000.0], [5000.0, 5000.0])
+
+
 @pytest.mark.parametrize("room", (1, 2, 5))
 def test_full_context_ends_an_answer(room: int) -> None:
     """Prompt and answer together fill max_context; a shorter prompt leaves more room."""
