@@ -109,8 +109,8 @@ def _ask_pcie_bytes_per_sec(handle: Any, direction: int) -> int | None:
 class ResidentSource:
     """Ranks without cards: the resident memory of each rank's process and its children.
 
-    A rank is known by `folder`/{rank}.pid, which appears a little after the start. Pages that processes share are
-    counted once for each.
+    A rank is known by `folder`/{rank}.pid, which appears a little after the start. Pages that ranks share are counted
+    once for each; those that a child shares, once: between its fork and its exec that is all it has.
     """
 
     name = RESIDENT
@@ -144,15 +144,17 @@ def resident_bytes(pid_file: Path) -> int | None:
     """Resident memory of a process and its children; None where the file is unfinished or the process is gone."""
     try:
         process = psutil.Process(int(pid_file.read_text()))
-        family = [process, *process.children(recursive=True)]
+        children = process.children(recursive=True)
     except (OSError, ValueError, psutil.Error):
         return None
     # A process that has ended but was not waited for yet counts 0.
-    return sum(_own_resident_bytes(each) for each in family) or None
+    return _bytes_of(process, "rss") + sum(_bytes_of(child, "uss") for child in children) or None
 
 
-def _own_resident_bytes(process: psutil.Process) -> int:
+def _bytes_of(process: psutil.Process, kind: str) -> int:
+    """`kind`: rss, all that is resident, or uss, what no other process has."""
     try:
-        return int(process.memory_info().rss)
+        memory = process.memory_info() if kind == "rss" else process.memory_full_info()
+        return int(getattr(memory, kind))
     except psutil.Error:
         return 0

@@ -16,11 +16,14 @@ from launcher import telemetry
 from launcher.config import HardwareConfig, HardwareKind
 from launcher.hardware import Inventory, read_inventory
 from launcher.telemetry import CardUsage, Telemetry
+from launcher.telemetry_sources import resident_bytes
 from launcher.telemetry_usage import IDLE_BIT, THROTTLE_REASONS, Curve, Sample, Tally, throttle_names
 from tests.fakes.nvml import MIB, FakeNvml, Script, two_rtx4090
 
 # Holds {num_bytes} of memory that is really there from the moment it prints, until its input ends.
 HOLD = "import sys; held = bytearray(b'x') * {num_bytes}; print('held', flush=True); sys.stdin.read()"
+# A copy of it that has not become another program yet.
+FORK = "import os, sys; held = bytearray(b'x') * {num_bytes}; os.fork() and print('held', flush=True); sys.stdin.read()"
 # Runs the program that its arguments begin with as a child.
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
@@ -327,8 +330,8 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts processes that hold memory; they are ended with the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(num_bytes: int, *, in_grandchild: bool = False) -> subprocess.Popen[str]:
-        program = HOLD.format(num_bytes=num_bytes)
+    def start(num_bytes: int, *, in_grandchild: bool = False, program: str = HOLD) -> subprocess.Popen[str]:
+        program = program.format(num_bytes=num_bytes)
         command = ["-c", PARENT, PARENT, program] if in_grandchild else ["-c", program]
         process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         processes.append(process)
@@ -367,6 +370,14 @@ def test_resident_memory_of_ranks_and_their_children(
     assert second.peak_bytes == max(int(row["used_bytes"]) for row in rows_of(tmp_path, 1))
     assert rows_of(tmp_path, 1)[-1]["power_w"] == ""
     assert running.energy_between(time.time(), time.time()) is None
+
+
+def test_memory_that_a_forked_child_shares_is_counted_once(
+    tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
+) -> None:
+    write_pid(tmp_path, 0, hold(100_000_000, program=FORK).pid)
+    found = resident_bytes(tmp_path / "ranks" / "0.pid")
+    assert found is not None and 100_000_000 < found < 140_000_000
 
 
 def test_pid_files_without_a_process_are_skipped(
