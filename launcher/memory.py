@@ -14,24 +14,27 @@ from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
 # What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
 # with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on
-# the CPU: 395 MiB resident measured with torch 2.13.
-CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 395 * MIB}
+# the CPU: 409 MiB resident measured with torch 2.13, at one rank and at two (task=generate; task=bench, which also
+# profiles its steps, takes 46 MiB more).
+CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 409 * MIB}
 # Buffers of the communicator on the card, measured on two H200 with NCCL 2.28: 382 MiB where it goes through host
 # memory, 838 MiB over NVLink.
 COMMUNICATOR_BYTES = {"nccl": 382 * MIB, "nccl over nvlink": 838 * MIB, "gloo": 0, "solo": 0}
 # The captured decode steps, outside of torch's allocator: 55 MiB measured for one graph as for six (Llama-70B, 1 to 32
 # sequences, on an H200 with torch 2.11).
 GRAPHS_BYTES = 55 * MIB
-# Sampling works on float32 logits: the logits, their sorted copy with int64 positions, probabilities and their sums.
-SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8 + 4 + 4
+# Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
+# sums, and what is left out (tests/launcher/test_activations.py).
+SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
 # Bits of the weights that a quantised checkpoint leaves as they are, and the share of them from which they count:
 # smaller ones are group indices and symmetric zeros.
 PLAIN_BITS = 16
 LEAST_PLAIN = 0.01
-# Of what plain torch norms or rotates, in float32, at most.
-PLAIN_TORCH_COPIES = 3
-# Of the keys and values that a prompt attends to: as they lie in pages, and in order.
-GATHERED_COPIES = 2
+# Of what plain torch norms or rotates, at most; where it is not in float32, that too.
+PLAIN_TORCH_COPIES = 2
+# Of the keys or values that a prompt attends to: keys in order; values as they lie in pages, and in order.
+GATHERED_COPIES = 3
+FLOAT32_BYTES = 4
 FP8_BYTES = 1
 # Of a token in the table from which drafts are made.
 TOKEN_BYTES = 4
@@ -145,7 +148,7 @@ class Demand:
         """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
         Written for parallel/engine/decoder.py; e is the size of an element in bytes. On a card norms, rotation and
-        activation write nothing but their results; plain torch needs copies in float32.
+        activation write nothing but their results; plain torch needs copies, in float32 but for the activation's.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
         tokens = min(self.prefill_chunk, self.batch_size * max_context)
@@ -154,22 +157,36 @@ class Demand:
         keys = self._local(shape.num_kv_heads)[rank] * shape.head_dim
         qkv = queries + 2 * keys
         intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
-        plain = PLAIN_TORCH_COPIES * 4 * tokens if self.device == "cpu" else 0
+        on_cpu = self.device == "cpu"
+        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * tokens if on_cpu else 0
         steps = {
             "norm": plain * hidden,
             "qkv": tokens * qkv * e + self._product(tokens, qkv * hidden),
             "rotation": tokens * (qkv + queries) * e + plain * queries,
-            # Queries, their outputs apart and together; keys and values gathered from pages, then put in order.
-            "attention": (3 * tokens * queries + 2 * GATHERED_COPIES * max_context * keys) * e,
+            # Queries, their outputs apart and together.
+            "attention": 3 * tokens * queries * e + self._prompt_keys(max_context, keys * e),
             "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
-            "activation": tokens * 3 * intermediate * e + plain * intermediate,
+            "activation": tokens * (4 if on_cpu else 3) * intermediate * e,
             "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
             # Logits of last tokens alone, or of what a step checks: gathered from all ranks, joined, sampled.
             "logits": self.batch_size * self.rows_per_sequence * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
+            "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
+
+    def _prompt_keys(self, max_context: int, token_bytes: int) -> int:
+        """Keys and values that a prompt attends to; plain torch has the mask too, of booleans and of numbers."""
+        tokens, element_bytes = min(self.prefill_chunk, max_context), DTYPE_BYTES[self.dtype]
+        mask = tokens * max_context * (1 + element_bytes) if self.device == "cpu" and tokens < max_context else 0
+        return max_context * token_bytes * 2 + max(max_context * token_bytes * (GATHERED_COPIES - 2), mask)
+
+    def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
+        """Attention of a step in plain torch: keys or values of all rows as they lie in pages, in float32, and without
+        what is absent; scores, and their softmax."""
+        per_token = keys * (DTYPE_BYTES[self.dtype] + 2 * FLOAT32_BYTES) + 2 * heads * FLOAT32_BYTES
+        return self.batch_size * self.rows_per_sequence * max_context * per_token
 
     def _product(self, num_rows: int, numel: int) -> int:
         """Bytes beside its operands that a product of so many rows takes."""
