@@ -90,7 +90,7 @@ def ranks(request: pytest.FixtureRequest) -> list[Measured]:
     return run_on_ranks(measure_all, request.param)
 
 
-# Small ones are left out; what is in the right dtype or order already, as a rank's only head, plain torch need not copy.
+# Small ones are left out; plain torch need not copy what is in the right dtype or order already (a rank's only head).
 LEAST, MOST = 0.95, 1.6
 
 
