@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import RunConfig, SpeculationConfig, SpeculationKind
-from launcher.memory import TOKEN_BYTES
+from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
 from launcher.plan import Plan, plan_run
 from launcher.shape import DTYPE_BYTES
 from launcher.topology import place_ranks
@@ -104,7 +104,7 @@ def test_plan_counts_the_table_of_tokens_and_the_logits_of_all_drafts() -> None:
         assert after.lines["draft.tokens"] == 16 * 1001 * TOKEN_BYTES
         assert not {"draft.weights", "draft.kv_cache"} & set(after.lines)
         # One token of prompt a pass: logits are the largest step of both.
-        logits = LLAMA_70B.vocab_size * 16 * (2 * 2 + 24)
+        logits = LLAMA_70B.vocab_size * 16 * (2 * 2 + SAMPLING_BYTES_PER_LOGIT)
         assert after.lines["activations"] - before.lines["activations"] == 7 * logits
         assert "draft.tokens" not in before.lines
 
