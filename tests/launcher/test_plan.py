@@ -388,6 +388,15 @@ def test_workload_that_does_not_fit_is_refused_with_sizes() -> None:
     assert "kv_cache 9.19" in message
 
 
+def test_workload_that_does_not_fit_is_told_how_much_of_it_would() -> None:
+    """Not a smaller engine.max_context, which the same workload exceeds."""
+    message = refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=60000, workload__output_tokens=100)
+    assert "engine.max_context" not in message
+    advised = int(message.split("(workload.prompt_tokens + workload.output_tokens=")[1].split(")")[0])
+    decided = plan(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=advised - 100, workload__output_tokens=100)
+    assert decided.max_context == advised
+
+
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:
     changes = {"engine__max_context": 12000, "workload__batch_size": 4}
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
