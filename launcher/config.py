@@ -112,7 +112,7 @@ class ModelConfig:
     weights: WeightsKind = WeightsKind.checkpoint
     # Round the linears of a bf16, fp16 or fp32 checkpoint to 4 or 8 bits while it loads: none, int4, int8 or fp8.
     quantize: QuantizeKind = QuantizeKind.none
-    # Used where the checkpoint itself is not on this machine.
+    # Plans and dummy weights use this where the checkpoint itself is not on this machine.
     shape: ModelFacts | None = None
 
     @property
@@ -189,7 +189,8 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
-    # Tokens a sequence may have, prompt and answer; null: what fits, at most 8192 and the model's own limit.
+    # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
+    # and the model's own limit goes.
     max_context: int | None = None
     # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
     kv_dtype: KVDType = KVDType.auto
@@ -241,7 +242,7 @@ class TimeoutsConfig:
 
 @dataclass
 class RunConfig:
-    # Cards (ranks) to use; null follows topology, or 1.
+    # Cards (ranks) to use; null follows topology, or the processes that torchrun started, or 1.
     gpus: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)

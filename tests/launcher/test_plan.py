@@ -538,6 +538,6 @@ def test_tables_say_that_numbers_are_predicted() -> None:
         for table in plan_tables(decided, LLAMA_70B_AWQ):
             console.print(table)
     text = captured.get()
-    parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", str(decided.kv_tokens_that_fit), "left, predicted")
+    parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", f"{decided.kv_tokens_that_fit:,}", "left, predicted")
     assert all(part in text for part in parts)
     assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ) if " ms" in value)
