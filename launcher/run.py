@@ -12,6 +12,7 @@ from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, Weig
 from launcher.console import print_note, print_plan, print_report, print_warning
 from launcher.draft import find_draft
 from launcher.events import EventFollower
+from launcher.failures import Failure, RunFailed
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.model_files import download_model, download_texts, find_local_model
@@ -61,7 +62,10 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         return base_report(job) | {"outputs": []}
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
     with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
-        start_ranks(job, save_job(job))
+        try:
+            start_ranks(job, save_job(job))
+        except RunFailed as error:
+            raise RunFailed(hint_at_answers(job, error.failure), error.exit_code) from None
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
@@ -82,6 +86,14 @@ def check_baselines(run: RunConfig, env_world_size: int | None) -> None:
             f"bench.baselines runs in ranks that follow each other, but WORLD_SIZE={env_world_size} ranks were started "
             f"already. Use `torchrun -m launcher gpus={env_world_size}`."
         )
+
+
+def hint_at_answers(job: Job, failure: Failure) -> Failure:
+    """`failure`, with how to go on from the answers that were written before it."""
+    if job.run.prompts_file is None or not job.output_path.is_file():
+        return failure
+    kept = f"Answers so far are kept: go on with resume=true output_file={job.output_path}"
+    return replace(failure, hint=f"{failure.hint} {kept}".strip())
 
 
 def is_complete(job: Job) -> bool:
