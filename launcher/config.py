@@ -112,7 +112,7 @@ class ModelConfig:
     weights: WeightsKind = WeightsKind.checkpoint
     # Round the linears of a bf16, fp16 or fp32 checkpoint to 4 or 8 bits while it loads: none, int4, int8 or fp8.
     quantize: QuantizeKind = QuantizeKind.none
-    # Used where the checkpoint itself is not on this machine.
+    # Plans and dummy weights use this where the checkpoint itself is not on this machine.
     shape: ModelFacts | None = None
 
     @property
@@ -189,7 +189,8 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
-    # Tokens a sequence may have, prompt and answer; null: what fits, at most 8192 and the model's own limit.
+    # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
+    # and the model's own limit goes.
     max_context: int | None = None
     # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
     kv_dtype: KVDType = KVDType.auto
@@ -241,7 +242,7 @@ class TimeoutsConfig:
 
 @dataclass
 class RunConfig:
-    # Cards (ranks) to use; null follows topology, or 1.
+    # Cards (ranks) to use; null follows topology, or the processes that torchrun started, or 1.
     gpus: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
@@ -277,10 +278,8 @@ class RunConfig:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
         for name in ("model", "workload", "limits", "sampling", "engine", "speculation", "probe", "timeouts"):
             yield from getattr(self, name).problems()
-        if self.resume and self.prompts_file is None:
-            yield "resume=true needs prompts_file: a single prompt has nothing to resume."
-        if self.resume and self.output_file is None:
-            yield "resume=true needs output_file: the file of answers that is to be completed."
+        if self.task.kind in (TaskKind.generate, TaskKind.plan):
+            yield from self._file_problems()
         if self.task.kind != TaskKind.plan and self.hardware.kind == HardwareKind.facts:
             yield (
                 f"hardware={self.hardware.name} describes cards for planning, but task={self.task.kind.value} runs. "
@@ -295,17 +294,43 @@ class RunConfig:
                 f"{max_context}. Raise engine.max_context or lower workload.output_tokens."
             )
 
+    def _file_problems(self) -> Iterator[str]:
+        if self.resume and self.prompts_file is None:
+            yield "resume=true needs prompts_file: a single prompt has nothing to resume."
+        if self.resume and self.output_file is None:
+            yield "resume=true needs output_file: the file of answers that is to be completed."
+        if self.output_file is not None and self.prompts_file is None:
+            yield (
+                f"output_file={self.output_file} is for the answers to prompts_file, which is not set; the answer to "
+                "`prompt` goes to stdout and report.json. Set prompts_file, or leave output_file out."
+            )
+
     def _task_problems(self) -> Iterator[str]:
-        """Values that the task would leave unread."""
-        if self.task.kind == TaskKind.bench:
-            if self.prompts_file is not None:
-                yield "prompts_file is answered by task=generate; task=bench makes random prompts. Leave it out."
-            return
-        baselines = ["bench.baselines"] if self.bench.baselines else []
-        # A plan may be of a workload that is to be measured.
-        keys = [] if self.task.kind == TaskKind.plan else self.workload.bench_keys()
-        for key in (*keys, *baselines):
-            yield f"{key} is read by task=bench only, not by task={self.task.kind.value}. Leave it out."
+        """Values that the task would leave unread; a plan may be of a run that is to read them."""
+        kind = self.task.kind
+        if kind == TaskKind.plan:
+            unread = {TaskKind.bench: self._baselines()}
+        else:
+            unread = {TaskKind.generate: self._answer_keys(), TaskKind.bench: self._bench_keys()}
+        for reader, keys in unread.items():
+            for key in keys if reader != kind else ():
+                yield f"{key} is read by task={reader.value} only, not by task={kind.value}. Leave it out."
+
+    def _answer_keys(self) -> list[str]:
+        """Keys that were set and that only task=generate reads."""
+        set_keys = {
+            "prompts_file": self.prompts_file is not None,
+            "output_file": self.output_file is not None,
+            "resume": self.resume,
+        }
+        return [key for key, is_set in set_keys.items() if is_set]
+
+    def _bench_keys(self) -> list[str]:
+        """Keys that were set and that only task=bench reads."""
+        return [*self.workload.bench_keys(), *self._baselines()]
+
+    def _baselines(self) -> list[str]:
+        return ["bench.baselines"] if self.bench.baselines else []
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

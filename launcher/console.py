@@ -34,6 +34,10 @@ def print_warning(message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_note(message: str) -> None:
+    stderr_console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_failure(failure: Failure) -> None:
     console = stderr_console()
     console.print(f"[bold red]{failure.type}[/]", end=" ")

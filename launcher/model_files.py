@@ -82,8 +82,21 @@ def download_model(model: ModelConfig) -> Path:
     """Downloads what is missing of a hub model, with progress bars, and returns its folder.
 
     Raises:
+        ConfigError: as download_texts.
+    """
+    return _download(model, _patterns(model))
+
+
+def download_texts(model: ModelConfig) -> Path:
+    """As download_model, without the weights: what tells whether they are worth a download.
+
+    Raises:
         ConfigError: the hub has no such model, refuses it, or cannot be reached (or HF_HUB_OFFLINE forbids it).
     """
+    return _download(model, TEXTS)
+
+
+def _download(model: ModelConfig, patterns: list[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
@@ -92,9 +105,9 @@ def download_model(model: ModelConfig) -> Path:
             f"the folder of a checkpoint: {model.key}=FOLDER."
         )
     try:
-        return Path(snapshot_download(model.path, allow_patterns=_patterns(model)))
+        return Path(snapshot_download(model.path, allow_patterns=patterns))
     except Exception as error:  # The hub's client raises many kinds; all mean that there is no model to run.
         raise ConfigError(
-            f"{model.key}={model.path} could not be downloaded: {error}. Check the name, your network and, for gated "
-            f"models, `hf auth login`; or give the folder of a checkpoint: {model.key}=FOLDER."
+            f"{model.key}={model.path} could not be downloaded: {str(error).rstrip('.')}. Check the name, your "
+            f"network and, for gated models, `hf auth login`; or give the folder of a checkpoint: {model.key}=FOLDER."
         ) from error

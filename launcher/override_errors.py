@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 
 def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
@@ -22,7 +23,10 @@ def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
 
 def quoting_hint(message: str) -> str:
     """How to write a value that Hydra's grammar cannot read; empty where that is not the trouble."""
-    grammar = ("mismatched input", "extraneous input", "no viable alternative", "token recognition error")
+    grammar = (
+        "mismatched input", "extraneous input", "no viable alternative", "token recognition error",
+        "LexerNoViableAlt", "Error parsing override",
+    )  # fmt: skip
     if not any(text in message for text in grammar):
         return ""
     return "Quote a value with special characters twice, \"prompt='f(x) = ...'\", or use prompts_file=FILE."
@@ -58,5 +62,13 @@ def first_line(error: BaseException) -> str:
         options, _, _ = str(error).partition("Config search path")
         text = " ".join(options.split())
     if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f" ({str(error.__cause__).splitlines()[0]})"
+        text += f" ({str(error.__cause__).splitlines()[0]})" + known_keys(error.__cause__)
     return text
+
+
+def known_keys(error: OmegaConfBaseException) -> str:
+    """The keys beside one that there is not; empty where that is not the trouble."""
+    section = error.parent_node
+    if not isinstance(error, ConfigKeyError | ConfigAttributeError) or not isinstance(section, DictConfig):
+        return ""
+    return f" Keys there: {', '.join(str(key) for key in section if key != 'hydra')}."

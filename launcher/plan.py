@@ -171,23 +171,21 @@ def _known(*sizes: int) -> Iterable[int]:
 
 def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
     """Tokens of a sequence and a sentence that says why so many."""
-    limit, limit_reason = _context_limit(demand.shape)
-    if demand.draft_shape is not None and demand.draft_shape.max_positions < limit:
-        limit = demand.draft_shape.max_positions
-        limit_reason = f"the draft model's limit of {limit} positions"
+    limit, limit_reason = context_limit(demand.shape, demand.draft_shape)
     needed = (run.num_prompt_tokens or 1) + run.workload.output_tokens
     asked = run.engine.max_context
     if asked is not None:
         _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
         if not fits(demand, budgets, asked):
-            raise refuse_memory(demand, budgets, inventory, asked)
+            raise refuse_memory(demand, budgets, inventory, asked, "engine.max_context")
         return asked, "engine.max_context was set."
-    workload = f"workload.prompt_tokens + workload.output_tokens = {needed}"
+    knobs = "workload.prompt_tokens + workload.output_tokens"
+    workload = f"{knobs} = {needed}"
     _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
     wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
     most = largest_context(demand, budgets, wanted)
     if most < needed:
-        raise refuse_memory(demand, budgets, inventory, needed)
+        raise refuse_memory(demand, budgets, inventory, needed, knobs)
     if most < wanted:
         return max(most // PAGE_SIZE * PAGE_SIZE, needed), "what fits beside the weights."
     if wanted == limit:
@@ -195,14 +193,16 @@ def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], in
     return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
 
 
-def _context_limit(shape: ModelShape) -> tuple[int, str]:
-    """The most tokens the model takes here; full attention equals a sliding window up to the window's size."""
+def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[int, str]:
+    """The most tokens the model takes here, beside a draft model where there is one, and what sets that limit."""
+    limit, reason = shape.max_positions, f"the model's limit of {shape.max_positions} positions"
     if shape.sliding_window is not None:
-        return (
-            shape.sliding_window,
-            f"the model's sliding window of {shape.sliding_window} tokens (attention is full here)",
-        )
-    return shape.max_positions, f"the model's limit of {shape.max_positions} positions"
+        # Full attention equals a sliding window up to the window's size.
+        limit = shape.sliding_window
+        reason = f"the model's sliding window of {limit} tokens (attention is full here)"
+    if draft is not None and draft.max_positions < limit:
+        limit, reason = draft.max_positions, f"the draft model's limit of {draft.max_positions} positions"
+    return limit, reason
 
 
 def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:

@@ -16,13 +16,19 @@ from launcher.units import GIB
 ADVISED_KINDS = ("int8", "int4")
 
 
-def refuse_memory(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> PlanError:
-    """The error for a run whose sequences of `max_context` tokens do not fit, or whose weights alone do not."""
+def refuse_memory(
+    demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int, knobs: str
+) -> PlanError:
+    """The error for a run whose sequences of `max_context` tokens do not fit, or whose weights alone do not.
+
+    Args:
+        knobs: what decided on `max_context`: a key, or a sum of keys.
+    """
     fixed = demand.fixed_lines()
     weights_fit = all(sum(lines.values()) <= budget for lines, budget in zip(fixed, budgets, strict=True))
     if weights_fit:
         what = f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size} do"
-        remedies = [*_smaller_runs(demand, budgets, max_context)]
+        remedies = [*_smaller_runs(demand, budgets, max_context, knobs)]
     else:
         what = f"the weights in {_format(demand)} do"
         remedies = []
@@ -33,11 +39,11 @@ def refuse_memory(demand: Demand, budgets: tuple[int, ...], inventory: Inventory
     return PlanError("\n".join([f"{what} not fit (predicted):", *sizes, f"What would fit: {'; or '.join(remedies)}."]))
 
 
-def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int) -> Iterator[str]:
+def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int, knobs: str) -> Iterator[str]:
     """Settings that need no other hardware."""
     most = largest_context(demand, budgets, max_context)
     if most >= 2:
-        yield f"sequences of up to {most} tokens (engine.max_context={most})"
+        yield f"sequences of up to {most} tokens ({knobs}={most})"
     if demand.kv_dtype != KVDType.fp8.value and fits(replace(demand, kv_dtype=KVDType.fp8.value), budgets, max_context):
         yield "engine.kv_dtype=fp8"
     for batch_size in range(demand.batch_size - 1, 0, -1):

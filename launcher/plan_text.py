@@ -21,9 +21,9 @@ def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
         ("ranks", f"{plan.placement.world_size} on {plan.placement.device}"),
         ("topology", f"{plan.placement.topology}: {plan.placement.topology_reason}"),
         ("transport", plan.placement.transport),
-        ("context", f"{plan.max_context} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
+        ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
-        ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit}"),
+        ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
         ("time a token at batch 1, predicted", floor),
     ]
 

@@ -57,7 +57,7 @@ def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
             yield _parse_json_prompt(index, json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
-                f'{path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
+                f'prompts_file={path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
             ) from error
 
 
@@ -66,6 +66,8 @@ def _parse_json_prompt(index: int, value: object) -> Prompt:
         raise TypeError("not an object")
     if isinstance(value.get("prompt"), str):
         return Prompt(index, text=str(value["prompt"]))
+    if "messages" not in value:
+        raise ValueError('no "prompt" with text, and no "messages"')
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of one or more")
@@ -85,6 +87,10 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
     """
     if not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ConfigError(f"output_file={output} cannot be written: {output.parent} must be a folder of yours.")
+    if output.is_dir():
+        raise ConfigError(
+            f"output_file={output} is a folder. Name a file in it: output_file={output / 'answers.jsonl'}."
+        )
     if not output.exists() or output.is_char_device():
         return prompts
     if not resume:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.baseline_runs import run_baselines
 from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, WeightsKind
-from launcher.console import print_plan, print_report, print_warning
+from launcher.console import print_note, print_plan, print_report, print_warning
 from launcher.draft import find_draft
 from launcher.events import EventFollower
+from launcher.failures import Failure, RunFailed
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
-from launcher.model_files import download_model, find_local_model
+from launcher.model_files import download_model, download_texts, find_local_model
 from launcher.plan import plan_run
-from launcher.prompts import prompts_to_do, read_prompts
+from launcher.prompts import Prompt, prompts_to_do, read_prompts
 from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.start import StartRanks
 from launcher.telemetry import Telemetry
 from launcher.topology import place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
+
+# Raises where a run of a model of that shape cannot work; what it returns is not read.
+CheckShape = Callable[[ModelShape], object]
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,23 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     job = Job(run, placement, str(run_dir), inventory.host_cores)
+    if run.task.kind == TaskKind.generate:
+        # Before the model, which may have to be downloaded.
+        job = replace(job, prompts=choose_prompts(job))
     if run.task.kind != TaskKind.probe:
-        model = find_model(run)
+        model = find_model(run, lambda shape: plan_run(run, placement, shape, inventory))
         job = prepare_job(job, model, inventory)
     if run.task.kind == TaskKind.plan:
         return base_report(job)
     if is_complete(job):
+        print_note(f"every prompt of prompts_file={run.prompts_file} has its answer in {job.output_path}.")
         return base_report(job) | {"outputs": []}
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
     with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
-        start_ranks(job, save_job(job))
+        try:
+            start_ranks(job, save_job(job))
+        except RunFailed as error:
+            raise RunFailed(hint_at_answers(job, error.failure), error.exit_code) from None
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
@@ -76,34 +88,60 @@ def check_baselines(run: RunConfig, env_world_size: int | None) -> None:
         )
 
 
+def hint_at_answers(job: Job, failure: Failure) -> Failure:
+    """`failure`, with how to go on from the answers that were written before it."""
+    if job.run.prompts_file is None or not job.output_path.is_file():
+        return failure
+    kept = f"Answers so far are kept: go on with resume=true output_file={job.output_path}"
+    return replace(failure, hint=f"{failure.hint} {kept}".strip())
+
+
 def is_complete(job: Job) -> bool:
     """Whether a resumed run finds every answer already there."""
     return job.run.task.kind == TaskKind.generate and not job.prompts
 
 
-def find_model(run: RunConfig) -> Model:
+def choose_prompts(job: Job) -> tuple[Prompt, ...]:
+    """What a run is to answer: its prompts, less those that its output file has answers to."""
+    prompts = read_prompts(job.run)
+    if job.run.prompts_file is None:
+        return prompts
+    return prompts_to_do(prompts, job.output_path, resume=job.run.resume)
+
+
+def find_model(run: RunConfig, check: CheckShape) -> Model:
     """Finds (or downloads) the model and decides its shape.
+
+    Args:
+        check: raises for a shape that the run cannot have; called before weights are downloaded.
 
     Raises:
         ValueError: no such model, its files are missing, truncated or of a kind that is not read, or it is quantised
             and model.quantize is set.
     """
-    model, kind = find_stored_model(run), run.model.quantize
-    return model if kind == QuantizeKind.none else replace(model, shape=quantized_shape(model.shape, kind.value))
+
+    def rounded(shape: ModelShape) -> ModelShape:
+        kind = run.model.quantize
+        return shape if kind == QuantizeKind.none else quantized_shape(shape, kind.value)
+
+    model = find_stored_model(run, lambda shape: check(rounded(shape)))
+    return replace(model, shape=rounded(model.shape))
 
 
-def find_stored_model(run: RunConfig) -> Model:
+def find_stored_model(run: RunConfig, check: CheckShape) -> Model:
     """The model as it is stored; facts do where task=plan or dummy weights have no folder."""
     folder, is_dummy = find_local_model(run.model), run.model.weights == WeightsKind.dummy
     if folder is None and run.model.shape is not None and (is_dummy or run.task.kind == TaskKind.plan):
         return Model(shape_from_facts(run.model.shape), None)
+    if folder is None and not is_dummy:
+        check(shape_from_config(download_texts(run.model)))
     folder = folder or download_model(run.model)
     shape = shape_from_config(folder) if is_dummy else shape_from_checkpoint(folder, read_checkpoint(folder))
     return Model(shape, folder)
 
 
 def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
-    """`job` with the plan for its model, which is printed, and its prompts; what cannot work is refused here."""
+    """`job` with the plan for its model, which is printed; what cannot work is refused here."""
     run = job.run
     draft = find_draft(run, model.shape, model.folder)
     plan = plan_run(run, job.placement, model.shape, inventory, draft=None if draft is None else draft.shape)
@@ -111,10 +149,4 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
     folder = str(model.folder) if model.folder else None
-    job = replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft)
-    if run.task.kind != TaskKind.generate:
-        return job
-    prompts = read_prompts(run)
-    if run.prompts_file is not None:
-        prompts = prompts_to_do(prompts, job.output_path, resume=run.resume)
-    return replace(job, prompts=prompts)
+    return replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft)

@@ -46,7 +46,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     """Answers every prompt of the job. Rank 0 writes the answers; all ranks return the same measurements.
 
     Raises:
-        ValueError: a prompt that does not fit the cache, or chat messages for a model without a chat template.
+        ValueError: a prompt without tokens or with too many for the cache, or chat messages for a model without a
+            chat template.
         RuntimeError: ranks picked different tokens.
     """
     job = context.job
@@ -54,7 +55,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(job)
     # Before the weights: a prompt that cannot be answered is told in seconds.
     token_ids = encode_prompts(job, tokenizer)
-    check_lengths(job.prompts, token_ids, job.plan.max_context)
+    check_lengths(job, token_ids)
     loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded)
     started = time.time()
@@ -169,6 +170,13 @@ def output_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Appends and flushes, so that a crash loses no answer that was done."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    """Appends and flushes, so that a crash loses no answer that was done.
+
+    Raises:
+        OSError: with the file's name, which a full disk's own error lacks.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
+from launcher.plan import context_limit
 from launcher.prompts import Prompt, prompt_key
 
 # Any of these is a tokenizer.
@@ -81,22 +82,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_cha
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_lengths(prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], max_context: int) -> None:
-    """All prompts that cannot be answered, at once, before any is.
+def check_lengths(job: Job, token_ids: Sequence[Sequence[int]]) -> None:
+    """Refuses the prompts of the job that cannot be answered, all at once, before any is.
 
     Raises:
-        ValueError: a prompt has no tokens, or leaves no room for one of its answer.
+        ValueError: prompts without a token, or with as many as the context has.
     """
-    empty = [prompt.index for prompt, ids in zip(prompts, token_ids, strict=True) if not ids]
-    if empty:
-        shown = ", ".join(f"prompt {index}" for index in empty[:4])
-        raise ValueError(
-            f"{shown}{', ...' if len(empty) > 4 else ''} without tokens: the tokenizer adds none to an empty text."
-        )
-    long = [(prompt.index, len(ids)) for prompt, ids in zip(prompts, token_ids, strict=True) if len(ids) >= max_context]
-    if long:
-        shown = ", ".join(f"prompt {index} has {length} tokens" for index, length in long[:4])
-        raise ValueError(
-            f"{shown}{', ...' if len(long) > 4 else ''}; prompt and answer must fit engine.max_context={max_context}. "
-            "Raise engine.max_context or shorten the prompts."
-        )
+    assert job.plan is not None and job.shape is not None
+    limit, limit_reason = context_limit(job.shape, None if job.draft is None else job.draft.shape)
+    max_context = job.plan.max_context
+    sizes = [(prompt.index, len(ids)) for prompt, ids in zip(job.prompts, token_ids, strict=True)]
+    if empty := [f"prompt {index}" for index, size in sizes if size == 0]:
+        raise ValueError(f"{_listed(empty)} without tokens: the tokenizer adds none to an empty text. Leave them out.")
+    if long := [f"prompt {index} has {size} tokens" for index, size in sizes if size >= max_context]:
+        room = f"engine.max_context={max_context}. Raise engine.max_context or shorten the prompts."
+        if max_context >= limit:
+            room = f"{limit_reason}. Shorten the prompts."
+        raise ValueError(f"{_listed(long)}; prompt and answer must fit {room}")
+
+
+def _listed(texts: Sequence[str], most: int = 4) -> str:
+    return ", ".join([*texts[:most], *(["..."] if len(texts) > most else [])])

@@ -34,6 +34,9 @@ GIB = 2**30
         (["model=local"], ["model.path has no value", "model.path=VALUE"]),
         (["model.path=no-such-folder"], ["model.path=no-such-folder", "no such folder", "hub name"]),
         (["prompts_file=p.csv"], ["prompts_file=p.csv", ".txt or .jsonl"]),
+        # Before a model is looked for: it may have to be downloaded.
+        (["prompts_file=p.csv", "model.path=no-such-folder"], ["prompts_file=p.csv", ".txt or .jsonl"]),
+        (["workload.batchsize=2"], ["workload.batchsize", "Keys there: prompt_tokens, output_tokens, batch_size,"]),
         (["engine.max_context=5000"], ["engine.max_context=5000", "limit of 1024 positions", "Lower it"]),
         (["workload.prompt_tokens=2000"], ["= 2008 exceeds", "1024 positions", "Lower workload.output_tokens"]),
         (["model.dtype=float16"], ["float16", "model.dtype=float32"]),
@@ -44,6 +47,11 @@ def test_setting_that_cannot_run_is_refused(tmp_path: Path, args: list[str], wor
     error = run(*SHORT, *args, folder=tmp_path / "run").error
     assert [word for word in words if word not in error["message"]] == []
     assert not (tmp_path / "run" / "job.json").exists()
+
+
+@pytest.mark.parametrize("override", ["prompt=def f(x):", "prompt=f(x)=3", "gpus=3x="])
+def test_value_that_hydra_cannot_read_gets_a_hint(tmp_path: Path, override: str) -> None:
+    assert "Quote a value with special characters" in run(override, folder=tmp_path / "run").error["hint"]
 
 
 def test_folder_that_cannot_be_written_gets_a_hint(tmp_path: Path) -> None:
@@ -173,8 +181,10 @@ def results(folder: Path) -> dict[str, Result]:
     (folder / "p.txt").write_text("import os\n")
     (folder / "chat.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
     (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": "x " * n}) + "\n" for n in (1, 500, 2, 600)))
+    (folder / "longest.jsonl").write_text(json.dumps({"prompt": "x " * 3000}))
     options: dict[str, dict[str, Any]] = {
         "long": {"args": [f"prompts_file={folder / 'long.jsonl'}", "engine.max_context=64"]},
+        "longest": {"args": [f"prompts_file={folder / 'longest.jsonl'}"]},
         "chat": {"args": [f"prompts_file={folder / 'chat.jsonl'}"]},
         "disk": {"args": [f"prompts_file={folder / 'p.txt'}", "output_file=/dev/full"]},
         "nan": {"args": [f"model.path={broken}", "gpus=2"]},
@@ -202,13 +212,18 @@ def test_all_prompts_longer_than_the_cache_are_named_before_the_model_is_loaded(
     assert not (folder / "long" / "outputs.jsonl").exists()
 
 
+def test_prompt_beyond_the_model_is_not_told_to_raise_the_context(results: dict[str, Result]) -> None:
+    message = results["longest"].error["message"]
+    assert message.endswith("must fit the model's limit of 1024 positions. Shorten the prompts.")
+
+
 def test_messages_for_a_model_without_a_template_are_refused(results: dict[str, Result]) -> None:
     assert "prompt 1 is chat messages, but the model has no chat template" in results["chat"].error["message"]
 
 
 def test_full_disk_is_named_with_what_to_do(results: dict[str, Result]) -> None:
     error = results["disk"].error
-    assert "No space left on device" in error["message"]
+    assert "No space left on device: '/dev/full'" in error["message"]
     assert "output_file=FILE" in error["hint"] and error["hint"] in results["disk"].stderr
 
 

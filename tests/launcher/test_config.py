@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ def test_defaults_are_the_demo_model_on_this_machine() -> None:
 # Rules
 
 
+@pytest.mark.parametrize("task", ["bench", "probe"])
+def test_key_of_another_task_gets_no_advice_that_would_be_refused(task: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(f"task={task}", "resume=true")
+    assert "needs" not in str(caught.value)
+
+
+def test_plan_may_be_of_a_run_with_files_or_of_a_bench() -> None:
+    composed("task=plan", "prompts_file=a.txt", "output_file=b", "resume=true", "workload.repeats=5")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -85,7 +97,9 @@ def test_defaults_are_the_demo_model_on_this_machine() -> None:
         (["task=bench", "workload.warm_up=-1"], "workload.warm_up=-1 must be 0 (none) or above"),
         (["task=bench", "workload.arrival_rate=0"], "workload.arrival_rate=0.0 must be above 0 requests a second"),
         (["task=bench", "workload.arrival_rate=inf"], "workload.arrival_rate=inf must be above 0"),
-        (["task=bench", "prompts_file=a.txt"], "prompts_file is answered by task=generate"),
+        (["task=bench", "prompts_file=a.txt"], "prompts_file is read by task=generate only, not by task=bench"),
+        (["task=bench", "output_file=a"], "output_file is read by task=generate only, not by task=bench"),
+        (["task=probe", "resume=true"], "resume is read by task=generate only, not by task=probe"),
         (["task=bench", "engine.max_context=639"], "= 640 exceeds engine.max_context=639"),
         (["workload.repeats=2"], "workload.repeats is read by task=bench only, not by task=generate"),
         (["task=probe", "workload.arrival_rate=2"], "workload.arrival_rate is read by task=bench only"),
@@ -110,6 +124,7 @@ def test_defaults_are_the_demo_model_on_this_machine() -> None:
         (["timeouts.collective_sec=-1"], "timeouts.collective_sec=-1.0 must be above 0"),
         (["resume=true", "output_file=a"], "resume=true needs prompts_file"),
         (["resume=true", "prompts_file=a"], "resume=true needs output_file"),
+        (["output_file=a"], "output_file=a is for the answers to prompts_file"),
         (
             ["hardware=rtx4090"],
             "describes cards for planning, but task=generate runs. Use hardware=local, or task=plan",
@@ -198,4 +213,5 @@ def test_flags_and_sweeps_are_not_taken_for_bad_overrides() -> None:
     with pytest.raises(HydraException) as caught:
         composed("gpsu=2")
     explained = explain_composition(caught.value, ["-m", "--multirun", "gpsu=2", "gpus=1,2", "hydra.run.dir=x"])
-    assert explained == "Could not override 'gpsu'. (Key 'gpsu' not in 'RunConfig')"
+    keys = ", ".join(field.name for field in fields(RunConfig))
+    assert explained == f"Could not override 'gpsu'. (Key 'gpsu' not in 'RunConfig') Keys there: {keys}."

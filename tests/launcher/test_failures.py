@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from launcher.failures import (
     read_first_failure,
     write_first_failure,
 )
+from launcher.run import hint_at_answers
+from tests.launcher.jobs import make_job, make_run
 
 MEMORY = "smaller engine.max_context or workload.batch_size"
 
@@ -91,3 +94,14 @@ def test_failure_that_cannot_be_recorded_is_no_other_failure(tmp_path: Path) -> 
 def test_half_written_record_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / ERROR_FILE).write_text(text)
     assert read_first_failure(tmp_path) is None
+
+
+def test_hint_of_a_failed_run_says_how_to_go_on_from_its_answers(tmp_path: Path) -> None:
+    failure = Failure("RankDied", "rank 0 died", "See dmesg.")
+    job = make_job(tmp_path, run=make_run(prompts_file="p.txt", output_file=str(tmp_path / "answers.jsonl")))
+    assert hint_at_answers(job, failure) == failure
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    kept = f"Answers so far are kept: go on with resume=true output_file={tmp_path / 'answers.jsonl'}"
+    assert hint_at_answers(job, failure) == replace(failure, hint=f"See dmesg. {kept}")
+    assert hint_at_answers(job, replace(failure, hint="")).hint == kept
+    assert hint_at_answers(make_job(tmp_path), failure) == failure

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from launcher.config import ConfigError, ModelConfig
+from launcher.config import ConfigError, ModelConfig, QuantizeKind, RunConfig
 from launcher.model_files import download_model, find_local_model
+from launcher.run import find_model
+from launcher.shape import ModelShape
+from launcher.topology import PlanError
+from parallel.checkpoint.headers import CheckpointError
+from tests.launcher.models import DEMO
 
 HUB_NAME = "org/name"
 
@@ -146,3 +152,30 @@ def test_hub_that_cannot_be_reached_is_refused_with_what_to_check(tmp_path: Path
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     assert result.stdout.startswith("model.path=org/name could not be downloaded: "), result
     assert all(word in result.stdout for word in ("your network", "hf auth login", "model.path=FOLDER"))
+
+
+def test_what_a_run_cannot_be_is_told_before_weights_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here; what is asked of it is recorded."""
+    asked: list[list[str]] = []
+    (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+
+    def download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not downloaded")
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    def refuse(shape: ModelShape) -> None:
+        raise PlanError(f"{shape.num_layers} layers in {shape.quantization}")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    run = RunConfig(model=ModelConfig(HUB_NAME, quantize=QuantizeKind.int4), prompt="")
+    with pytest.raises(PlanError, match="5 layers in int4"):
+        find_model(run, refuse)
+    assert len(asked) == 1 and not any("safetensors" in each for each in asked[0])
+    with pytest.raises(CheckpointError):
+        find_model(run, lambda shape: None)
+    assert any("safetensors" in each for each in asked[-1])

@@ -388,6 +388,15 @@ def test_workload_that_does_not_fit_is_refused_with_sizes() -> None:
     assert "kv_cache 9.19" in message
 
 
+def test_workload_that_does_not_fit_is_told_how_much_of_it_would() -> None:
+    """Not a smaller engine.max_context, which the same workload exceeds."""
+    message = refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=60000, workload__output_tokens=100)
+    assert "engine.max_context" not in message
+    advised = int(message.split("(workload.prompt_tokens + workload.output_tokens=")[1].split(")")[0])
+    decided = plan(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=advised - 100, workload__output_tokens=100)
+    assert decided.max_context == advised
+
+
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:
     changes = {"engine__max_context": 12000, "workload__batch_size": 4}
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
@@ -529,6 +538,6 @@ def test_tables_say_that_numbers_are_predicted() -> None:
         for table in plan_tables(decided, LLAMA_70B_AWQ):
             console.print(table)
     text = captured.get()
-    parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", str(decided.kv_tokens_that_fit), "left, predicted")
+    parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", f"{decided.kv_tokens_that_fit:,}", "left, predicted")
     assert all(part in text for part in parts)
     assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ) if " ms" in value)

@@ -85,7 +85,7 @@ def test_json_lines_hold_prompts_or_messages(tmp_path: Path) -> None:
 )
 def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
     message = refused(tmp_path / "p.jsonl", '{"prompt": "fine"}\n\n' + line + "\n")
-    assert f"{tmp_path / 'p.jsonl'}, line 3" in message
+    assert f"prompts_file={tmp_path / 'p.jsonl'}, line 3" in message
     assert '{"prompt": TEXT}' in message and '{"messages": [...]}' in message
 
 
@@ -180,3 +180,9 @@ def test_folder_that_is_missing_is_refused_before_the_run(tmp_path: Path) -> Non
     output = tmp_path / "missing" / "out.jsonl"
     with pytest.raises(ConfigError, match=f"output_file={output} cannot be written"):
         prompts_to_do(PROMPTS, output, resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_folder_is_no_file_of_answers(tmp_path: Path, resume: bool) -> None:
+    with pytest.raises(ConfigError, match=rf"output_file={tmp_path} is a folder. Name a file in it"):
+        prompts_to_do(PROMPTS, tmp_path, resume=resume)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.config import ModelFacts, WeightsKind, WorkloadConfig
+from launcher.draft import Draft
 from launcher.job import Job
 from launcher.prompts import Prompt
 from launcher.shape import shape_from_config, shape_from_facts
@@ -94,11 +95,20 @@ def test_folder_with_a_config_only_has_no_tokenizer(tmp_path: Path) -> None:
             (3, 10, 12),
             "prompt 1 has 10 tokens, prompt 2 has 12 tokens; prompt and answer must fit engine.max_context=10",
         ),
-        ((0, 3, 0), "prompt 0, prompt 2 without tokens"),
+        ((0, 3, 0), "prompt 0, prompt 2 without tokens.*Leave them out"),
     ],
 )
-def test_prompts_that_cannot_be_answered_are_named_at_once(lengths: tuple[int, ...], words: str) -> None:
-    prompts = tuple(Prompt(index, text="") for index in range(3))
-    check_lengths(prompts, [[5]] * 3, 10)
+def test_prompts_that_cannot_be_answered_are_named_at_once(
+    tmp_path: Path, lengths: tuple[int, ...], words: str
+) -> None:
+    job = dummy_job(tmp_path, tuple(Prompt(index, text="") for index in range(3)), max_context=10)
+    check_lengths(job, [[5]] * 3)
     with pytest.raises(ValueError, match=words):
-        check_lengths(prompts, [[5] * length for length in lengths], 10)
+        check_lengths(job, [[5] * length for length in lengths])
+
+
+def test_prompts_beyond_the_draft_model_are_not_told_to_raise_the_context(tmp_path: Path) -> None:
+    draft = Draft(shape_from_facts(replace(FACTS, max_positions=10)), "folder")
+    job = replace(dummy_job(tmp_path, (Prompt(0, text=""),), max_context=10), draft=draft)
+    with pytest.raises(ValueError, match=r"must fit the draft model's limit of 10 positions\. Shorten the prompts\.$"):
+        check_lengths(job, [[5] * 10])
