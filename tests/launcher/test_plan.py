@@ -367,13 +367,16 @@ def test_default_context_grows_with_the_workload() -> None:
     assert decided.max_context == 20128
 
 
-def test_default_context_shrinks_to_what_fits_in_steps_of_16() -> None:
-    decided = plan(LLAMA_70B_AWQ, cards_of(2), 2, workload__batch_size=8)
-    assert decided.max_context % 16 == 0
+def test_default_context_shrinks_to_what_fits_in_whole_pages_with_a_little_kept_free() -> None:
+    changes = {"workload__batch_size": 8}
+    decided = plan(LLAMA_70B_AWQ, cards_of(2), 2, **changes)
+    assert decided.max_context % 64 == 0
     assert 2000 < decided.max_context < 8192
     assert "fits" in decided.max_context_reason
     assert decided.kv_tokens_that_fit >= 8 * decided.max_context
-    refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__batch_size=8, engine__max_context=decided.max_context + 16)
+    more = plan(LLAMA_70B_AWQ, cards_of(2), 2, engine__max_context=decided.max_context + 64, **changes)
+    for chosen, larger in zip(decided.cards, more.cards, strict=True):
+        assert chosen.predicted_bytes <= 0.98 * chosen.budget_bytes < larger.predicted_bytes
 
 
 def test_workload_beyond_the_model_names_output_tokens() -> None:
