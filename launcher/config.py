@@ -6,7 +6,6 @@ one run shows all of them. Nothing here touches files, cards or the network.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -15,6 +14,10 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from launcher.engine_config import EngineConfig as EngineConfig
+from launcher.engine_config import KVDType as KVDType
+from launcher.engine_config import SamplingConfig as SamplingConfig
+from launcher.engine_config import TransportKind as TransportKind
 from launcher.model_facts import ModelFacts as ModelFacts
 from launcher.speculation import SpeculationConfig as SpeculationConfig
 from launcher.speculation import SpeculationKind as SpeculationKind
@@ -24,8 +27,6 @@ from launcher.workload import BenchConfig as BenchConfig
 from launcher.workload import WorkloadConfig as WorkloadConfig
 
 MAX_CARDS = 4
-# A generator's seed has 64 bits; the lower half tells prompts apart.
-MAX_SEED = 2**32 - 1
 
 
 class ConfigError(ValueError):
@@ -81,24 +82,9 @@ class HardwareKind(str, Enum):
     cpu = "cpu"
 
 
-class KVDType(str, Enum):
-    """Type of keys and values in the cache; `auto` is the activations' own."""
-
-    auto = "auto"
-    fp8 = "fp8"
-
-
 class PeerAccess(str, Enum):
     auto = "auto"
     off = "off"
-
-
-class TransportKind(str, Enum):
-    """What carries collectives between cards: `auto` takes, for each size of message, the fastest that works."""
-
-    auto = "auto"
-    nccl = "nccl"
-    host_memory = "host_memory"
 
 
 @dataclass
@@ -161,55 +147,6 @@ class LimitsConfig:
     def problems(self) -> Iterator[str]:
         if self.card_memory_gib is not None and self.card_memory_gib <= 0:
             yield f"limits.card_memory_gib={self.card_memory_gib} must be above 0."
-
-
-@dataclass
-class SamplingConfig:
-    # 0 is greedy.
-    temperature: float = 0.0
-    # 0 keeps every token.
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    # Texts that end an answer; they are cut off it.
-    stop: list[str] = field(default_factory=list)
-
-    def problems(self) -> Iterator[str]:
-        if not 0 <= self.temperature < math.inf:
-            yield f"sampling.temperature={self.temperature} must be 0 (greedy) or above."
-        if not 0 < self.top_p <= 1:
-            yield f"sampling.top_p={self.top_p} must be above 0 and at most 1."
-        if self.top_k < 0:
-            yield f"sampling.top_k={self.top_k} must be 0 (all tokens) or above."
-        if not 0 <= self.seed <= MAX_SEED:
-            yield f"sampling.seed={self.seed} must be from 0 to {MAX_SEED}."
-        if any(not text for text in self.stop):
-            yield "sampling.stop holds an empty text, which would end every answer at once."
-
-
-@dataclass
-class EngineConfig:
-    # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
-    # and the model's own limit goes.
-    max_context: int | None = None
-    # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
-    kv_dtype: KVDType = KVDType.auto
-    # Tokens of prompt that go through the model at a time; bounds the memory of activations.
-    prefill_chunk: int = 2048
-    # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
-    prefix_cache: bool = True
-    # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
-    comm_share_steps: int = 16
-    # Between cards; ranks on the CPU talk through gloo.
-    transport: TransportKind = TransportKind.auto
-
-    def problems(self) -> Iterator[str]:
-        if self.max_context is not None and self.max_context < 2:
-            yield f"engine.max_context={self.max_context} must be at least 2: one token of prompt and one of answer."
-        if self.prefill_chunk < 1:
-            yield f"engine.prefill_chunk={self.prefill_chunk} must be at least 1."
-        if self.comm_share_steps < 0:
-            yield f"engine.comm_share_steps={self.comm_share_steps} must be 0 (do not measure) or above."
 
 
 @dataclass

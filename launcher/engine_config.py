@@ -1,0 +1,75 @@
+"""How a model answers: its engine, and how tokens are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+# As many as anyone can use: noise is a function of a seed and of what is drawn, and takes any number.
+MAX_SEED = 2**32 - 1
+
+
+class KVDType(str, Enum):
+    """Type of keys and values in the cache; `auto` is the activations' own."""
+
+    auto = "auto"
+    fp8 = "fp8"
+
+
+class TransportKind(str, Enum):
+    """What carries collectives between cards: `auto` takes, for each size of message, the fastest that works."""
+
+    auto = "auto"
+    nccl = "nccl"
+    host_memory = "host_memory"
+
+
+@dataclass
+class SamplingConfig:
+    # 0 is greedy.
+    temperature: float = 0.0
+    # 0 keeps every token.
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    # Texts that end an answer; they are cut off it.
+    stop: list[str] = field(default_factory=list)
+
+    def problems(self) -> Iterator[str]:
+        if not 0 <= self.temperature < math.inf:
+            yield f"sampling.temperature={self.temperature} must be 0 (greedy) or above."
+        if not 0 < self.top_p <= 1:
+            yield f"sampling.top_p={self.top_p} must be above 0 and at most 1."
+        if self.top_k < 0:
+            yield f"sampling.top_k={self.top_k} must be 0 (all tokens) or above."
+        if not 0 <= self.seed <= MAX_SEED:
+            yield f"sampling.seed={self.seed} must be from 0 to {MAX_SEED}."
+        if any(not text for text in self.stop):
+            yield "sampling.stop holds an empty text, which would end every answer at once."
+
+
+@dataclass
+class EngineConfig:
+    # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
+    # and the model's own limit goes.
+    max_context: int | None = None
+    # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
+    kv_dtype: KVDType = KVDType.auto
+    # Tokens of prompt that go through the model at a time; bounds the memory of activations.
+    prefill_chunk: int = 2048
+    # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
+    prefix_cache: bool = True
+    # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
+    comm_share_steps: int = 16
+    # Between cards; ranks on the CPU talk through gloo.
+    transport: TransportKind = TransportKind.auto
+
+    def problems(self) -> Iterator[str]:
+        if self.max_context is not None and self.max_context < 2:
+            yield f"engine.max_context={self.max_context} must be at least 2: one token of prompt and one of answer."
+        if self.prefill_chunk < 1:
+            yield f"engine.prefill_chunk={self.prefill_chunk} must be at least 1."
+        if self.comm_share_steps < 0:
+            yield f"engine.comm_share_steps={self.comm_share_steps} must be 0 (do not measure) or above."
