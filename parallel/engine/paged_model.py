@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.engine.pages import PagedKV, allocate_pages, gather_kv
+from parallel.engine.limits import EngineLimits
+from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
@@ -62,11 +62,10 @@ class PagedModel:
 
 
 def part_tokens(parts: Ordered[Part], device: torch.device) -> Tokens:
-    ids = [token for part in parts for token in part.sequence.prompt[part.start : part.end]]
-    places = [(part.sequence.pages, position) for part in parts for position in range(part.start, part.end)]
-    positions = [position for _, position in places]
-    slots = [pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for pages, position in places]
-    return Tokens(*to_device(torch.tensor([ids, positions, slots]), device).unbind(0))
+    ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
+    positions = torch.cat([torch.arange(part.start, part.end) for part in parts])
+    slots = torch.cat([slots_of(part.sequence.pages, part.start, part.end) for part in parts])
+    return Tokens(*to_device(torch.stack([ids, positions, slots]), device).unbind(0))
 
 
 def open_paged(

@@ -15,8 +15,6 @@ from parallel.engine.limits import PAGE_SIZE as PAGE_SIZE
 
 SCRATCH_PAGE = 0
 FP8 = torch.float8_e4m3fn
-# The largest e4m3 number; torch's cast turns what is beyond into NaN.
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,6 @@ class PagedKV:
 
     keys: Tensor
     values: Tensor
-
-
-def kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    """What keys and values are stored in: `auto` as the model computes, `fp8` e4m3 without scales."""
-    dtypes = {"auto": model_dtype, "fp8": FP8}
-    if name not in dtypes:
-        raise ValueError(f"engine.kv_dtype={name} is none of {', '.join(dtypes)}")
-    return dtypes[name]
 
 
 def allocate_pages(
@@ -102,13 +92,6 @@ def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
     return torch.tensor(pages)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
 
-def write_kv(kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:
-    """Stores [tokens, kv_heads, head_dim] keys and values at `slots` [tokens] int64, clamped where KV is fp8."""
-    pages, places = slots // PAGE_SIZE, slots % PAGE_SIZE
-    for stored, new in ((kv.keys, key), (kv.values, value)):
-        as_bits(stored)[pages, :, places] = as_bits(to_stored(new, stored.dtype))
-
-
 def gather_kv(kv: PagedKV, block_table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values of the first `length` tokens of the sequence with pages `block_table` [pages].
 
@@ -121,11 +104,6 @@ def gather_kv(kv: PagedKV, block_table: Tensor, length: int, dtype: torch.dtype)
         return paged.flatten(0, 1)[:length].to(dtype).contiguous()
 
     return gather(kv.keys), gather(kv.values)
-
-
-def to_stored(new: Tensor, dtype: torch.dtype) -> Tensor:
-    """`new` in the dtype of the storage, saturating where that is fp8."""
-    return (new.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else new).to(dtype)
 
 
 def as_bits(stored: Tensor) -> Tensor:

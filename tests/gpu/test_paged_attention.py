@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PagedKV, allocate_pages, gather_kv, slots_of, write_kv
+from parallel.engine.pages import FP8, PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.kernels import paged_attention as own
-from tests.parallel.paged import Case, gather, make_case
+from tests.parallel.paged import Case, gather, make_case, write_kv
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import PAGE_SIZE, PagedKV
+from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits
 
 # Where a page table has no page: reading there is out of bounds.
 NO_PAGE = 2**30
+# The largest e4m3 number; torch's cast turns what is beyond into NaN.
+FP8_MAX = 448.0
 
 
 @dataclass
@@ -82,3 +84,15 @@ def make_case(
     query = torch.randn(len(lengths), kv_heads * (group + 2), head_dim, device=device).to(dtype)[:, : kv_heads * group]
     table, tokens = table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
     return Case(query * 1.5, PagedKV(keys, values), table, tokens, head_dim**-0.5)
+
+
+def write_kv(kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Stores [tokens, kv_heads, head_dim] keys and values at `slots` [tokens] int64, clamped where KV is fp8."""
+    pages, places = slots // PAGE_SIZE, slots % PAGE_SIZE
+    for stored, new in ((kv.keys, key), (kv.values, value)):
+        as_bits(stored)[pages, :, places] = as_bits(to_stored(new, stored.dtype))
+
+
+def to_stored(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """`new` in the dtype of the storage, saturating where that is fp8."""
+    return (new.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else new).to(dtype)

@@ -13,11 +13,10 @@ from parallel.engine.pages import (
     PagedKV,
     allocate_pages,
     gather_kv,
-    kv_dtype,
     pages_for,
     slots_of,
-    write_kv,
 )
+from tests.parallel.paged import write_kv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FP8]
 
@@ -95,10 +94,3 @@ def test_fp8_saturates_and_rounds_to_the_nearest(dtype: torch.dtype) -> None:
     expected = torch.tensor([448, -448, 448, 448, -448, 1.0, 18, 0])
     assert torch.equal(kv.keys[1, 0, 0].float(), expected)
     assert torch.equal(kv.values[1, 0, 0].float(), -expected)
-
-
-def test_kv_dtype_is_the_models_or_fp8() -> None:
-    assert kv_dtype("auto", torch.bfloat16) == torch.bfloat16
-    assert kv_dtype("fp8", torch.bfloat16) == FP8
-    with pytest.raises(ValueError, match="=int8 is none of auto, fp8"):
-        kv_dtype("int8", torch.bfloat16)
