@@ -158,7 +158,7 @@ def speculation_params(config: SpeculationConfig, draft: PreTrainedModel | None)
 
 
 def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:
-    """Ranks that drifted apart would go on to write nonsense, each its own; one small exchange a batch finds them."""
+    """Ranks that drifted apart would go on to write nonsense, each its own; one small exchange a run finds them."""
     digest = hash(tuple(tuple(answer.token_ids) for answer in answers)) % 2**31
     digests = context.communicator.all_gather(torch.tensor([float(digest)], dtype=torch.float64, device=context.device))
     if not bool((digests == digests[0]).all()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,44 @@ class Channel:
 
 
 C = TypeVar("C", bound=Channel)
+
+
+class OverChannel(Generic[C]):
+    """What communicators over a channel have in common; `inner` carries what the channel does not."""
+
+    def __init__(self, inner: Communicator, channel: C) -> None:
+        self.inner, self.channel = inner, channel
+        self.rank, self.world_size = inner.rank, inner.world_size
+        self.capturable = inner.capturable
+
+    def barrier(self) -> None:
+        # In this order a lost peer is an error here and not another wait in `inner`.
+        torch.cuda.synchronize(self.channel.state.device)
+        self.check()
+        self.inner.barrier()
+
+    def check(self) -> None:
+        self.channel.check()
+        self.inner.check()
+
+
+def reduce_aligned(reduce: Callable[[Tensor, Tensor], None], tensor: Tensor, alignment: int) -> Tensor:
+    """`tensor`, reduced in place by `reduce(source, target)`; through a copy where kernels cannot take it as it lies."""
+    if is_aligned(tensor, alignment):
+        reduce(tensor, tensor)
+        return tensor
+    copy = plain_copy(tensor)
+    reduce(copy, copy)
+    return tensor.copy_(copy)
+
+
+def is_aligned(tensor: Tensor, alignment: int) -> bool:
+    """Whether a kernel that reads so many bytes at a time can take `tensor` where it lies."""
+    return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
+
+
+def plain_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def open_channel(

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, open_channel
+from parallel.transports.channel import (
+    PAGE_BYTES,
+    REDUCTIONS,
+    Channel,
+    OverChannel,
+    is_aligned,
+    open_channel,
+    plain_copy,
+    reduce_aligned,
+)
 from parallel.transports.shared_region import SharedRegion
 from parallel.transports.torch_distributed import open_nccl
 
@@ -95,26 +104,19 @@ class SlotChannel(Channel):
         self.launch(name, source, target, source.nbytes, self.layout.slot_lines, *choose_launch(source.nbytes))
 
 
-class HostMemory:
+class HostMemory(OverChannel[SlotChannel]):
     """Messages of up to `max_bytes` through host memory, larger ones and other types through `inner`."""
 
     name = "host_memory"
 
     def __init__(self, inner: Communicator, channel: SlotChannel) -> None:
-        self.inner, self.channel = inner, channel
-        self.rank, self.world_size = inner.rank, inner.world_size
-        self.capturable = inner.capturable
+        super().__init__(inner, channel)
         self.max_bytes = channel.layout.max_bytes
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if tensor.dtype not in REDUCTIONS or not 0 < tensor.nbytes <= self.max_bytes:
             return self.inner.all_reduce(tensor)
-        if is_plain(tensor):
-            self.channel.all_reduce(tensor, tensor)
-            return tensor
-        copy = plain_copy(tensor)
-        self.channel.all_reduce(copy, copy)
-        return tensor.copy_(copy)
+        return reduce_aligned(self.channel.all_reduce, tensor, DATA_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         if not 0 < tensor.nbytes <= self.max_bytes:
@@ -123,24 +125,10 @@ class HostMemory:
         self.channel.all_gather(tensor if is_plain(tensor) else plain_copy(tensor), gathered)
         return gathered
 
-    def barrier(self) -> None:
-        # In this order a lost peer is an error here and not another wait in `inner`.
-        torch.cuda.synchronize(self.channel.state.device)
-        self.check()
-        self.inner.barrier()
-
-    def check(self) -> None:
-        self.channel.check()
-        self.inner.check()
-
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the kernel can take `tensor` where it lies."""
-    return tensor.is_contiguous() and tensor.data_ptr() % DATA_BYTES == 0
-
-
-def plain_copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return is_aligned(tensor, DATA_BYTES)
 
 
 def wrap_host_memory(

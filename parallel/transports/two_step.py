@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, open_channel
+from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
 from parallel.transports.host_memory import MAX_RANKS
 from parallel.transports.shared_region import SharedRegion
 
@@ -92,39 +92,23 @@ class TwoStepChannel(Channel):
             )
 
 
-class TwoStepHostMemory:
+class TwoStepHostMemory(OverChannel[TwoStepChannel]):
     """All-reduces from `min_bytes` on through host memory in two steps, everything else through `inner`."""
 
     name = "host_memory_two_step"
 
     def __init__(self, inner: Communicator, channel: TwoStepChannel) -> None:
-        self.inner, self.channel = inner, channel
-        self.rank, self.world_size = inner.rank, inner.world_size
-        self.capturable = inner.capturable
+        super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know: the length and the type, not where the tensor lies.
         if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
             return self.inner.all_reduce(tensor)
-        if tensor.is_contiguous() and tensor.data_ptr() % UNIT_BYTES == 0:
-            self.channel.all_reduce(tensor, tensor)
-            return tensor
-        copy = tensor.clone(memory_format=torch.contiguous_format)
-        self.channel.all_reduce(copy, copy)
-        return tensor.copy_(copy)
+        return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.inner.all_gather(tensor)
-
-    def barrier(self) -> None:
-        torch.cuda.synchronize(self.channel.state.device)
-        self.check()
-        self.inner.barrier()
-
-    def check(self) -> None:
-        self.channel.check()
-        self.inner.check()
 
 
 def wrap_two_step(inner: Communicator, device: torch.device, *, timeout_sec: float) -> TwoStepHostMemory:
