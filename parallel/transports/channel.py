@@ -113,7 +113,7 @@ class OverChannel(Generic[C]):
 
 
 def reduce_aligned(reduce: Callable[[Tensor, Tensor], None], tensor: Tensor, alignment: int) -> Tensor:
-    """`tensor`, reduced in place by `reduce(source, target)`; through a copy where kernels cannot take it as it lies."""
+    """`tensor`, reduced in place by `reduce(source, target)`; by way of a copy where it is not aligned."""
     if is_aligned(tensor, alignment):
         reduce(tensor, tensor)
         return tensor
