@@ -57,8 +57,9 @@ def fill_dummy(
         if getattr(module, attribute).is_meta:
             if scheme is not None and name in model.linears:
                 assert isinstance(module, ShardedLayer)
-                weight = quantized_values(pool, name, shape, local_box(module, shape), scheme)
-                kernels[install(module, weight)] += 1
+                # No name for the weight: it would hold its memory while the next one is made.
+                kernel = install(module, quantized_values(pool, name, shape, local_box(module, shape), scheme))
+                kernels[kernel] += 1
             else:
                 place(owners[name], plain_values(pool, name, shape, module, attribute), name)
             on_placed(name)
