@@ -21,12 +21,22 @@ def bench_table(report: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     baselines = report.get("baselines") or []
     engine = report | {"name": ENGINE, "peak_bytes": max(card["peak_bytes"] or 0 for card in report["cards"]) or None}
-    for row in (engine, *(row for row in baselines if row["error"] is None)):
+    for row in (engine, *predicted_row(report), *(row for row in baselines if row["error"] is None)):
         table.add_row(*cells(row))
     missing = [f"{row['name']}: {row['error']}" for row in baselines if row["error"] is not None]
     spread = f"lowest to highest of {report['workload']['repeats']} runs in brackets"
     table.caption = "\n".join([spread, *missing])
     return table
+
+
+def predicted_row(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the plan said of this engine, where it could."""
+    predicted = report["predicted"]
+    if predicted.get("tpot_ms") is None:
+        return []
+    peak_bytes = max(card["predicted_bytes"] for card in predicted["cards"])
+    times = predicted | {"tpot_ms": {"p50": predicted["tpot_ms"], "p99": None}}
+    return [times | {"name": "predicted", "spread": {}, "peak_bytes": peak_bytes}]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -71,6 +71,7 @@ class TaskKind(str, Enum):
     generate = "generate"
     plan = "plan"
     probe = "probe"
+    calibrate = "calibrate"
     bench = "bench"
 
 
@@ -135,6 +136,9 @@ class HardwareConfig:
     pcie_lanes: int = 0
     nvlink: bool = False
     peer_access: bool = False
+    # Dense products with float32 sums.
+    bf16_tflops: float = 0.0
+    power_limit_w: float = 0.0
 
 
 @dataclass

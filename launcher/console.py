@@ -14,6 +14,7 @@ from launcher.failures import Failure
 from launcher.plan import Plan
 from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
+from launcher.timing.predict import Times
 from launcher.units import GIB
 
 
@@ -23,8 +24,8 @@ def stderr_console() -> Console:
     return console if console.is_terminal else Console(stderr=True, width=140)
 
 
-def print_plan(plan: Plan, shape: ModelShape) -> None:
-    for table in plan_tables(plan, shape):
+def print_plan(plan: Plan, shape: ModelShape, times: Times | str) -> None:
+    for table in plan_tables(plan, shape, times):
         stderr_console().print(table)
 
 
@@ -56,6 +57,8 @@ def print_report(report: dict[str, Any]) -> None:
             console.print(all_reduce_table(transport, timings))
     elif report["task"] == TaskKind.bench.value:
         print_bench(console, report)
+    elif report["task"] == TaskKind.calibrate.value:
+        print_note(f"rates: {report['calibration_file']}")
     else:
         console.print(speed_table(report))
     console.print(cards_table(report["cards"]))

@@ -12,6 +12,7 @@ from launcher.draft import Draft
 from launcher.plan import Plan
 from launcher.prompts import Prompt
 from launcher.shape import ModelShape
+from launcher.timing.predict import Times
 from launcher.topology import Placement
 
 
@@ -31,6 +32,8 @@ class Job:
     # The small model that guesses, where one does.
     draft: Draft | None = None
     prompts: tuple[Prompt, ...] = ()
+    # What its steps should take, or why that cannot be told; None where nothing was asked.
+    times: Times | str | None = None
     # Set where ranks are to run this instead of our engine.
     baseline: BaselineKind | None = None
 

@@ -80,7 +80,7 @@ def plan_run(
     for each in (shape, *([] if draft is None else [draft])):
         _check_loadable(run, each)
     _check_heads(world_size, shape)
-    demand = _demand(run, placement, shape, draft)
+    demand = demand_of(run, placement, shape, draft)
     budgets = _budgets(run, world_size, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
     cards = _plan_cards(demand, budgets, max_context, placement)
@@ -99,7 +99,7 @@ def plan_run(
     )
 
 
-def _demand(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:
+def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:
     transport = placement.transport
     if placement.topology == TopologyKind.dual_nvlink.value:
         transport += " over nvlink"

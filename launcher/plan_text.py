@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from launcher.amounts import number
 from launcher.plan import Plan
 from launcher.shape import ModelShape
+from launcher.timing.predict import Times
 from launcher.units import GIB, MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 
 
-def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
+def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[str, str]]:
     """(label, value) pairs; labels of numbers that a run would measure end in "predicted"."""
     weights = shape.quantization if shape.quantization != "none" else plan.dtype
     if shape.quantization in QUANTIZE_SCHEMES and shape.scheme == QUANTIZE_SCHEMES[shape.quantization]:
         weights += ", rounded while they load"
-    floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
     return [
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
         ("ranks", f"{plan.placement.world_size} on {plan.placement.device}"),
@@ -24,14 +25,31 @@ def describe(plan: Plan, shape: ModelShape) -> list[tuple[str, str]]:
         ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
-        ("time a token at batch 1, predicted", floor),
+        *describe_times(plan, times),
     ]
 
 
-def plan_tables(plan: Plan, shape: ModelShape) -> tuple[Table, Table]:
+def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
+    """The workload's times with what holds them and what they rest on, or why there are none."""
+    if not isinstance(times, Times):
+        floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
+        return [("time a token at batch 1, predicted", floor), ("other times, predicted", f"none: {times}.")]
+    batch = f"batch {plan.batch_size}"
+    token = f"{times.tpot_ms:.3g} ms at {batch}; copying its bytes alone would take {times.floor_ms:.3g} ms"
+    talk = f"; communication is {times.comm_share:.0%} of it" if plan.placement.world_size > 1 else ""
+    return [
+        ("time to first token, predicted", f"{number(times.ttft_ms)} ms"),
+        ("time a token, predicted", token),
+        ("held by, predicted", times.limit + talk),
+        ("output, predicted", f"{number(times.tokens_per_sec)} tokens/s, prefill included"),
+        ("predicted from", "; ".join((times.source, *times.assumptions)) + "."),
+    ]
+
+
+def plan_tables(plan: Plan, shape: ModelShape, times: Times | str) -> tuple[Table, Table]:
     """What was decided, and the memory of each rank."""
     decided = Table(title="Plan", show_header=False)
-    for row in describe(plan, shape):
+    for row in describe(plan, shape, times):
         decided.add_row(*row)
     return decided, plan_table(plan)
 

@@ -18,6 +18,7 @@ from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.plan import Plan
 from launcher.telemetry import CardUsage, Telemetry
+from launcher.timing.predict import Times
 
 PACKAGES = ("launch70b", "torch", "transformers", "deepspeed", "hydra-core", "safetensors")
 MEASURED_BY_RANKS = (
@@ -30,6 +31,7 @@ MEASURED_BY_RANKS = (
     "comm_share",
     "decode_step_ms",
     "all_reduce",
+    "calibration",
     "outputs",
     "workload",
     "prefill_tokens_per_sec",
@@ -38,6 +40,7 @@ MEASURED_BY_RANKS = (
     "bandwidth",
     "breakdown",
 )
+PREDICTED_TIMES = ("ttft_ms", "tpot_ms", "tokens_per_sec", "prefill_tokens_per_sec", "comm_share", "tokens_per_joule")
 MEASURED = (
     "transport",
     "load",
@@ -94,10 +97,10 @@ def base_report(job: Job) -> dict[str, Any]:
         "command": sys.argv[1:],
         "versions": versions(),
     }
-    return report if plan is None else report | planned(plan)
+    return report if plan is None else report | planned(plan, job.times)
 
 
-def planned(plan: Plan) -> dict[str, Any]:
+def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
     """What the plan decided, and what it predicts."""
     cards = [{"name": card.name, "predicted_bytes": card.predicted_bytes, "lines": card.lines} for card in plan.cards]
     return {
@@ -108,8 +111,16 @@ def planned(plan: Plan) -> dict[str, Any]:
             "tpot_floor_ms": plan.tpot_floor_ms,
             "kv_tokens_that_fit": plan.kv_tokens_that_fit,
             "cards": cards,
+            **predicted_times(times),
         },
     }
+
+
+def predicted_times(times: Times | str | None) -> dict[str, Any]:
+    """The measured fields' names, null where nothing could be told, and how the figures came about."""
+    if not isinstance(times, Times):
+        return dict.fromkeys((*PREDICTED_TIMES, "times")) | {"no_times_because": times}
+    return {name: getattr(times, name) for name in PREDICTED_TIMES} | {"times": asdict(times)}
 
 
 def join_loads(results: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -22,8 +22,11 @@ from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.start import StartRanks
 from launcher.telemetry import Telemetry
-from launcher.topology import place_ranks, resolve_world_size
+from launcher.timing.find import keep_calibration, predict_run
+from launcher.topology import Placement, place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
+
+WITHOUT_MODEL = (TaskKind.probe, TaskKind.calibrate)
 
 # Raises where a run of a model of that shape cannot work; what it returns is not read.
 CheckShape = Callable[[ModelShape], object]
@@ -48,11 +51,12 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     check_baselines(run, env_world_size)
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
+    check_calibration(run, placement)
     job = Job(run, placement, str(run_dir), inventory.host_cores)
     if run.task.kind == TaskKind.generate:
         # Before the model, which may have to be downloaded.
         job = replace(job, prompts=choose_prompts(job))
-    if run.task.kind != TaskKind.probe:
+    if run.task.kind not in WITHOUT_MODEL:
         model = find_model(run, lambda shape: plan_run(run, placement, shape, inventory))
         job = prepare_job(job, model, inventory)
     if run.task.kind == TaskKind.plan:
@@ -69,6 +73,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
+    if run.task.kind == TaskKind.calibrate:
+        report["calibration_file"] = str(keep_calibration(job, inventory, report))
     print_report(report)
     for line in slow_kernels(report):
         print_warning(f"slower than it could be: {line}")
@@ -86,6 +92,12 @@ def check_baselines(run: RunConfig, env_world_size: int | None) -> None:
             f"bench.baselines runs in ranks that follow each other, but WORLD_SIZE={env_world_size} ranks were started "
             f"already. Use `torchrun -m launcher gpus={env_world_size}`."
         )
+
+
+def check_calibration(run: RunConfig, placement: Placement) -> None:
+    """Raises ConfigError: rates of a CPU were asked for."""
+    if run.task.kind == TaskKind.calibrate and placement.device == "cpu":
+        raise ConfigError("task=calibrate measures cards, and no NVIDIA card was found (hardware=cpu has none).")
 
 
 def hint_at_answers(job: Job, failure: Failure) -> Failure:
@@ -145,8 +157,9 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     run = job.run
     draft = find_draft(run, model.shape, model.folder)
     plan = plan_run(run, job.placement, model.shape, inventory, draft=None if draft is None else draft.shape)
-    print_plan(plan, model.shape)
+    times = predict_run(run, plan, model.shape, inventory)
+    print_plan(plan, model.shape, times)
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
     folder = str(model.folder) if model.folder else None
-    return replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft)
+    return replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft, times=times)

@@ -60,6 +60,7 @@ def cards_of(num_cards: int, nvlink: tuple[tuple[int, int], ...] = (), **changes
     return Inventory("nvml", cards, links, "580", "13.0", 64 * GIB, 60 * GIB, 16)
 
 
+NO_TIMES = "nobody measured"
 CPU = replace(cards_of(0), source="none")
 
 
@@ -499,7 +500,7 @@ def test_plan_with_a_load_line_is_shown_whole() -> None:
     decided = plan(shape, cards_of(2), 2, engine__max_context=256, engine__prefill_chunk=64, workload__output_tokens=8)
     console = Console(width=140)
     with console.capture() as captured:
-        for table in plan_tables(decided, shape):
+        for table in plan_tables(decided, shape, NO_TIMES):
             console.print(table)
     assert "load" in captured.get() and "weights in int4, rounded while they load" in captured.get()
 
@@ -538,9 +539,9 @@ def test_tables_say_that_numbers_are_predicted() -> None:
     decided = plan(LLAMA_70B_AWQ, cards_of(4), 4)
     console = Console(width=140)
     with console.capture() as captured:
-        for table in plan_tables(decided, LLAMA_70B_AWQ):
+        for table in plan_tables(decided, LLAMA_70B_AWQ, NO_TIMES):
             console.print(table)
     text = captured.get()
     parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", f"{decided.kv_tokens_that_fit:,}", "left, predicted")
     assert all(part in text for part in parts)
-    assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ) if " ms" in value)
+    assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ, NO_TIMES) if " ms" in value)

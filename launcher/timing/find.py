@@ -1,0 +1,81 @@
+"""Which rates a run is predicted with: those measured on such cards, else those that published facts give. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind
+from launcher.hardware import Inventory
+from launcher.job import Job
+from launcher.plan import Plan, demand_of
+from launcher.shape import ModelShape
+from launcher.timing.fit import Calibration, fit_rates
+from launcher.timing.predict import Times, Workload, predict_times
+from launcher.timing.published import Facts, rates_from_facts
+from launcher.timing.rates import Rates
+from launcher.timing.store import calibration_path, load_calibration, save_calibration
+from launcher.timing.work import work_of
+from launcher.topology import Placement
+
+
+def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Inventory) -> Times | str:
+    """The times of a run's workload, or why none can be told."""
+    if plan.placement.device == "cpu":
+        return "there are no rates of CPUs"
+    if run.speculation.kind != SpeculationKind.none:
+        return "with speculation they hang on how many drafts are accepted"
+    rates = find_rates(run, plan.placement, inventory)
+    if rates is None:
+        return "this machine's rates are not known: task=calibrate measures them in a minute"
+    prompt_tokens = run.num_prompt_tokens
+    if prompt_tokens is None:
+        return "workload.prompt_tokens is not set"
+    load = Workload(run.workload.batch_size, prompt_tokens, run.workload.output_tokens, run.engine.prefill_chunk)
+    try:
+        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates)
+    except ValueError as error:
+        return str(error)
+
+
+def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:
+    peers = has_peer_access(run, placement, inventory)
+    measured = load_calibration(calibration_path(placement.names[0], placement.world_size, peer_access=peers))
+    if measured is not None:
+        return fit_rates(measured)
+    if run.hardware.kind != HardwareKind.facts or not run.hardware.bf16_tflops:
+        return None
+    return rates_from_facts(facts_of(run.hardware), placement.world_size)
+
+
+def has_peer_access(run: RunConfig, placement: Placement, inventory: Inventory) -> bool:
+    """Whether every two cards of the run can read each other's memory, and may."""
+    if run.limits.peer_access == PeerAccess.off:
+        return False
+    links = [link for link in inventory.links if link.second < placement.world_size]
+    return all(bool(link.peer_access) for link in links)
+
+
+def keep_calibration(job: Job, inventory: Inventory, report: dict[str, Any]) -> Path:
+    """Stores what task=calibrate measured where the next plans look for it, with what a card drew meanwhile."""
+    calibration = TypeAdapter(Calibration).validate_python(report["calibration"])
+    drawn = [card["power_w"] for card in report["cards"] if card["power_w"] is not None]
+    peers = has_peer_access(job.run, job.placement, inventory)
+    path = calibration_path(calibration.card, calibration.world_size, peer_access=peers)
+    save_calibration(path, replace(calibration, power_w=statistics.mean(drawn) if drawn else None))
+    return path
+
+
+def facts_of(hardware: HardwareConfig) -> Facts:
+    return Facts(
+        name=hardware.name,
+        memory_gb_per_sec=hardware.memory_gb_per_sec,
+        bf16_tflops=hardware.bf16_tflops,
+        pcie_generation=hardware.pcie_generation,
+        pcie_lanes=hardware.pcie_lanes,
+        power_w=hardware.power_limit_w or None,
+    )

@@ -1,0 +1,151 @@
+"""From the times that task=calibrate measured to rates. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from launcher.timing.predict import ALL_REDUCES_PER_LAYER, Work
+from launcher.timing.rates import MB, ChunkRates, Line, Rates, StepRates, fit_line
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of a decode step: at the short and at the long context, and at the short one without all-reduces."""
+
+    short: float
+    long: float
+    without_all_reduce: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One engine's times, by rows of a step and tokens of a chunk; `work` is what it did, its layers counted.
+
+    `past_ms` is the chunk of most tokens after as many in the cache.
+    """
+
+    size: str
+    work: Work
+    steps: Mapping[int, StepTimes]
+    chunks_ms: Mapping[int, float]
+    past_ms: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What task=calibrate stores: engines of two sizes and two depths for each format, and of what machine they are."""
+
+    card: str
+    world_size: int
+    versions: Mapping[str, str | None]
+    short_context: int
+    long_context: int
+    copy_gb_per_sec: float
+    points: tuple[Point, ...]
+    power_w: float | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of model in two depths: times of a layer, and of all else."""
+
+    shallow: Point
+    deep: Point
+
+    @property
+    def work(self) -> Work:
+        return self.deep.work
+
+    def layer_us(self, ms: Callable[[Point], float]) -> float:
+        layers = self.deep.work.num_layers - self.shallow.work.num_layers
+        return max(0.0, (ms(self.deep) - ms(self.shallow)) / layers * 1e3)
+
+    def rest_us(self, ms: Callable[[Point], float]) -> float:
+        return max(0.0, ms(self.shallow) * 1e3 - self.shallow.work.num_layers * self.layer_us(ms))
+
+
+def fit_rates(calibration: Calibration) -> Rates:
+    """Lines through the two sizes of each format."""
+    formats = {name: sizes_of(calibration.points, name) for name in formats_of(calibration.points)}
+    sizes = [size for each in formats.values() for size in each]
+    return Rates(
+        source=f"measured on {calibration.world_size} x {calibration.card}",
+        assumptions=(),
+        world_size=calibration.world_size,
+        copy_gb_per_sec=calibration.copy_gb_per_sec,
+        decode={name: fit_steps(calibration, each) for name, each in formats.items()},
+        prefill={name: fit_chunks(each) for name, each in formats.items()},
+        all_reduce_us=fit_all_reduce(sizes) if calibration.world_size > 1 else {},
+        pair_us=fit_pairs(sizes),
+        message_us_per_mb=0.0,
+        power_w=calibration.power_w,
+    )
+
+
+def formats_of(points: Iterable[Point]) -> list[str]:
+    return list(dict.fromkeys(point.work.format for point in points))
+
+
+def sizes_of(points: Iterable[Point], name: str) -> list[Size]:
+    found = [point for point in points if point.work.format == name]
+    by_size: dict[str, list[Point]] = {}
+    for point in sorted(found, key=lambda point: point.work.num_layers):
+        by_size.setdefault(point.size, []).append(point)
+    return [Size(shallow, deep) for shallow, deep in by_size.values()]
+
+
+def fit_steps(calibration: Calibration, sizes: list[Size]) -> dict[int, StepRates]:
+    return {rows: fit_step(calibration, sizes, rows) for rows in sizes[0].deep.steps}
+
+
+def fit_step(calibration: Calibration, sizes: list[Size], rows: int) -> StepRates:
+    def of(name: str) -> Callable[[Point], float]:
+        return lambda point: float(getattr(point.steps[rows], name))
+
+    largest = max(sizes, key=lambda size: size.work.layer_bytes)
+    more_us = largest.layer_us(of("long")) - largest.layer_us(of("short"))
+    token_mb = largest.work.kv_bytes_per_token * rows / MB
+    per_mb = max(0.0, more_us / (token_mb * (calibration.long_context - calibration.short_context)))
+
+    def layer(size: Size) -> tuple[float, float]:
+        kv_us = per_mb * size.work.kv_bytes_per_token * rows * calibration.short_context / MB
+        return size.work.layer_bytes, max(0.0, size.layer_us(of("without_all_reduce")) - kv_us)
+
+    rest = [(size.work.head_bytes, size.rest_us(of("without_all_reduce"))) for size in sizes]
+    return StepRates(through(layer(size) for size in sizes), per_mb, through(rest))
+
+
+def fit_chunks(sizes: list[Size]) -> dict[int, ChunkRates]:
+    def rates(tokens: int) -> ChunkRates:
+        ms = lambda point: point.chunks_ms[tokens]  # noqa: E731
+        return ChunkRates(
+            through((size.work.layer_plain_bytes, size.layer_us(ms)) for size in sizes),
+            through((size.work.head_bytes, size.rest_us(ms)) for size in sizes),
+        )
+
+    return {tokens: rates(tokens) for tokens in sizes[0].deep.chunks_ms}
+
+
+def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
+    """Microseconds of a call by its bytes: of engines that send messages of one size, the mean."""
+    found: dict[int, list[float]] = {}
+    for size in sizes:
+        for rows in size.deep.steps:
+            with_us = size.layer_us(lambda point, rows=rows: point.steps[rows].short)  # type: ignore[misc]
+            without_us = size.layer_us(lambda point, rows=rows: point.steps[rows].without_all_reduce)  # type: ignore[misc]
+            call_us = max(0.0, with_us - without_us) / ALL_REDUCES_PER_LAYER
+            found.setdefault(rows * size.work.message_bytes, []).append(call_us)
+    return {num_bytes: sum(times) / len(times) for num_bytes, times in sorted(found.items())}
+
+
+def fit_pairs(sizes: list[Size]) -> float:
+    """Microseconds of a million pairs of tokens, one head: what a chunk after another takes more than the first."""
+    size = max(sizes, key=lambda size: size.work.layer_plain_bytes)
+    tokens = max(size.deep.chunks_ms)
+    more_us = size.layer_us(lambda point: point.past_ms) - size.layer_us(lambda point: point.chunks_ms[tokens])
+    return max(0.0, more_us) / (tokens * tokens * size.work.num_heads) * 1e6
+
+
+def through(points: Iterable[tuple[float, float]]) -> Line:
+    return fit_line(list(points))

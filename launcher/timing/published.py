@@ -1,0 +1,109 @@
+"""Rates of cards that are not here, from published facts and from how near to them an H200 comes. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
+
+# Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
+# linears, two H200 at Llama-70B's shapes (results/).
+WEIGHTS_SHARE = {1: 0.75, 2: 0.75, 4: 0.74, 8: 0.72, 16: 0.58, 32: 0.44}
+# Plain bf16 through cuBLAS, at 1 to 32 rows.
+PLAIN_SHARE = 0.9
+KV_SHARE = 0.6
+COPY_SHARE = 0.88
+# Norms, rotation, activation, attention at no context and the gaps between kernels, of a layer.
+LAYER_START_US = 18.0
+REST_START_US = 80.0
+PRODUCT_SHARE = 0.7
+# Read at 4 bits, written at 16, of a copy's bandwidth.
+DEQUANTIZE_BYTES_PER_PLAIN_BYTE = 1.27
+ATTENTION_SHARE = 0.4
+FLOPS_PER_PAIR = 4 * 128
+# An all-reduce through host memory: 4.5 us and each byte twice (measured at PCIe 5.0).
+ALL_REDUCE_START_US = 4.5
+WIRE_BYTES_PER_BYTE = 2.0
+LINK_SHARE = 0.8
+# GB/s of one lane and direction.
+LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
+POWER_SHARE = 0.7
+FORMATS = ("bf16", "int4", "int8", "fp8")
+ROWS = tuple(WEIGHTS_SHARE)
+TOKENS = (256, 512, 2048)
+MESSAGE_BYTES = tuple(2**i for i in range(12, 21))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one card and its link to the host, as published."""
+
+    name: str
+    memory_gb_per_sec: float
+    bf16_tflops: float
+    pcie_generation: int
+    pcie_lanes: int
+    power_w: float | None
+
+    @property
+    def link_gb_per_sec(self) -> float:
+        return LANE_GB_PER_SEC[self.pcie_generation] * self.pcie_lanes * LINK_SHARE
+
+
+def rates_from_facts(facts: Facts, world_size: int) -> Rates:
+    decode = {name: {rows: step_rates(facts, name, rows) for rows in ROWS} for name in FORMATS}
+    prefill = {name: {tokens: chunk_rates(facts, name, tokens) for tokens in TOKENS} for name in FORMATS}
+    link_us_per_mb = us_per_mb(facts.link_gb_per_sec)
+    return Rates(
+        source=f"published figures of {facts.name}",
+        assumptions=assumptions(facts, world_size),
+        world_size=world_size,
+        copy_gb_per_sec=facts.memory_gb_per_sec * COPY_SHARE,
+        decode=decode,
+        prefill=prefill,
+        all_reduce_us={
+            size: ALL_REDUCE_START_US + WIRE_BYTES_PER_BYTE * link_us_per_mb * size / 1e6 for size in MESSAGE_BYTES
+        }
+        if world_size > 1
+        else {},
+        pair_us=FLOPS_PER_PAIR * 1e6 / (facts.bf16_tflops * 1e12 * ATTENTION_SHARE) * 1e6,
+        message_us_per_mb=link_us_per_mb if world_size > 1 else 0.0,
+        power_w=None if facts.power_w is None else facts.power_w * POWER_SHARE,
+    )
+
+
+def step_rates(facts: Facts, name: str, rows: int) -> StepRates:
+    share = PLAIN_SHARE if name == "bf16" else WEIGHTS_SHARE[rows]
+    return StepRates(
+        layer=Line(LAYER_START_US, us_per_mb(facts.memory_gb_per_sec * share)),
+        kv_us_per_mb=us_per_mb(facts.memory_gb_per_sec * KV_SHARE),
+        rest=Line(REST_START_US, us_per_mb(facts.memory_gb_per_sec * PLAIN_SHARE)),
+    )
+
+
+def chunk_rates(facts: Facts, name: str, tokens: int) -> ChunkRates:
+    """A weight of 2 bytes at 16 bits takes 2 operations a token."""
+    product_us_per_mb = tokens * 1e6 / (facts.bf16_tflops * 1e12 * PRODUCT_SHARE) * 1e6
+    read_us_per_mb = us_per_mb(facts.memory_gb_per_sec * COPY_SHARE)
+    dequantize_us_per_mb = 0.0 if name == "bf16" else read_us_per_mb * DEQUANTIZE_BYTES_PER_PLAIN_BYTE
+    layer = Line(LAYER_START_US, max(product_us_per_mb, read_us_per_mb) + dequantize_us_per_mb)
+    return ChunkRates(layer, Line(REST_START_US, read_us_per_mb))
+
+
+def us_per_mb(gb_per_sec: float) -> float:
+    return 1e3 / gb_per_sec
+
+
+def assumptions(facts: Facts, world_size: int) -> tuple[str, ...]:
+    """What the figures rest on, for reading."""
+    found = [
+        f"4- and 8-bit weights are read at {WEIGHTS_SHARE[1]:.0%} of {facts.memory_gb_per_sec:g} GB/s at one row, "
+        f"{WEIGHTS_SHARE[32]:.0%} at 32, as on an H200",
+        f"prompts are multiplied at {PRODUCT_SHARE:.0%} of {facts.bf16_tflops:g} TFLOP/s",
+    ]
+    if world_size > 1:
+        found.append(
+            f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes twice over {facts.link_gb_per_sec:.0f} GB/s; "
+            "in prefill it runs beside the products"
+        )
+    return tuple(found)

@@ -1,0 +1,96 @@
+"""What a machine's cards do in what time: lines over bytes, from which predict.py adds up a model's steps. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+MB = 1e6
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Microseconds over megabytes (of 10**6 bytes)."""
+
+    start_us: float
+    us_per_mb: float
+
+    def at(self, num_bytes: float) -> float:
+        return self.start_us + self.us_per_mb * num_bytes / MB
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """A decode step of some rows on one rank, its all-reduces left out.
+
+    `layer` runs over the bytes of a layer's linears as they are held, at no context; `kv_us_per_mb` is what a layer
+    takes for the keys and values it reads; `rest` is all but the layers, over the bytes of the head.
+    """
+
+    layer: Line
+    kv_us_per_mb: float
+    rest: Line
+
+
+@dataclass(frozen=True)
+class ChunkRates:
+    """A chunk of some prompt tokens on one rank, with what all-reduces add to it.
+
+    Both lines run over the bytes that the weights (of a layer's linears; of the head) have at 16 bits.
+    """
+
+    layer: Line
+    rest: Line
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`decode` and `prefill` by format (FORMATS), then by rows of the step and by tokens of the chunk.
+
+    `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
+    of a token and one before its chunk, of one query head. `message_us_per_mb`: of the all-reduces of prefill, where
+    `prefill` leaves them out since they run beside the products. Empty and 0 where there is nothing of the kind.
+    """
+
+    source: str
+    assumptions: tuple[str, ...]
+    world_size: int
+    copy_gb_per_sec: float
+    decode: Mapping[str, Mapping[int, StepRates]]
+    prefill: Mapping[str, Mapping[int, ChunkRates]]
+    all_reduce_us: Mapping[int, float]
+    pair_us: float
+    message_us_per_mb: float
+    # Mean of a card while it decodes; None: unknown.
+    power_w: float | None
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> Line:
+    """(bytes, microseconds) of two sizes -> the line through them, kept from starting or falling below zero."""
+    (small, small_us), (large, large_us) = sorted(points)
+    slope = max(0.0, (large_us - small_us) / (large - small) * MB)
+    start = small_us - slope * small / MB
+    # Times less than proportional are usual (a start); more than proportional ones go through the larger point.
+    return Line(start, slope) if start >= 0 else Line(0.0, large_us / large * MB)
+
+
+def interpolate(table: Mapping[int, T], at: float, value: Callable[[T], float]) -> float:
+    """`value` of the entries on both sides of `at`, in proportion; of the nearest two, beyond the ends.
+
+    Raises:
+        ValueError: the table is empty.
+    """
+    keys = sorted(table)
+    if not keys:
+        raise ValueError("there is nothing to interpolate between")
+    if len(keys) == 1:
+        return value(table[keys[0]])
+    above = next((i for i, key in enumerate(keys) if key >= at), len(keys) - 1)
+    low, high = keys[max(above, 1) - 1], keys[max(above, 1)]
+    first, second = value(table[low]), value(table[high])
+    # Below the smallest nothing is faster than it.
+    share = max(0.0, (at - low) / (high - low))
+    return first + share * (second - first)

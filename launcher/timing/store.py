@@ -1,0 +1,35 @@
+"""Where calibrations are kept: one file for each machine-like thing that rates depend on. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.timing.fit import Calibration
+
+
+def calibration_path(card: str, world_size: int, *, peer_access: bool) -> Path:
+    """$XDG_CACHE_HOME/launch70b/rates, in ~/.cache where it is not set."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    words = [re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-"), f"x{world_size}"]
+    if world_size > 1 and not peer_access:
+        words.append("no-peer-access")
+    return root / "launch70b" / "rates" / f"{'-'.join(words)}.json"
+
+
+def save_calibration(path: Path, calibration: Calibration) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(TypeAdapter(Calibration).dump_json(calibration, indent=1))
+    partial.rename(path)
+
+
+def load_calibration(path: Path) -> Calibration | None:
+    """None where there is none, or one of another version of this program."""
+    try:
+        return TypeAdapter(Calibration).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

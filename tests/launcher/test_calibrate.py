@@ -1,0 +1,79 @@
+"""task=calibrate on small engines of a CPU, and the file by which later plans are predicted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from launcher.rank import RankContext
+from launcher.tasks.calibrate import Settings, run_calibrate
+from launcher.timing.fit import Calibration, fit_rates
+from launcher.timing.predict import Workload, predict_times
+from launcher.timing.store import calibration_path, load_calibration, save_calibration
+from parallel.transports.solo import Solo
+from tests.launcher.jobs import make_job
+
+SETTINGS = Settings(
+    widths={"wide": 512, "narrow": 256},
+    formats=("bf16", "int4"),
+    rows=(1, 2),
+    chunks=(16, 32),
+    short_context=64,
+    long_context=128,
+    vocab_size=512,
+    num_steps=2,
+    num_chunks=1,
+)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    cpu = torch.device("cpu")
+    events = cast(Any, SimpleNamespace(progress=lambda *args: None))
+    job = make_job(tmp_path_factory.mktemp("calibrate"), world_size=1)
+    found = run_calibrate(RankContext(job, 0, cpu, Solo(cpu), (), events), SETTINGS)["calibration"]
+    return TypeAdapter(Calibration).validate_python(found)
+
+
+def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None:
+    found = {(point.work.format, point.size, point.work.num_layers) for point in calibration.points}
+    assert found == {(f, size, depth) for f in ("bf16", "int4") for size in ("wide", "narrow") for depth in (2, 6)}
+    for point in calibration.points:
+        assert set(point.steps) == {1, 2} and set(point.chunks_ms) == {16, 32}
+        assert min(*point.chunks_ms.values(), point.past_ms, *(step.short for step in point.steps.values())) > 0
+
+
+def test_deeper_engines_take_longer_and_bytes_are_those_of_the_shape(calibration: Calibration) -> None:
+    by_depth = {point.work.num_layers: point for point in calibration.points if point.size == "wide"}
+    assert by_depth[6].steps[1].short > by_depth[2].steps[1].short
+    # q and o, k and v of four heads of 128, and three projections of 1792; two bytes each.
+    assert by_depth[6].work.layer_plain_bytes == 2 * 512 * (2 * 512 + 2 * 512 + 3 * 1792)
+
+
+def test_the_file_gives_the_rates_back(calibration: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "rates" / "a.json"
+    save_calibration(path, calibration)
+    assert load_calibration(path) == calibration
+    work, load = calibration.points[0].work, Workload(2, 40, 8, 32)
+    # A CPU's copies are not timed.
+    rates = fit_rates(replace(calibration, copy_gb_per_sec=10.0))
+    assert predict_times(work, load, rates).tpot_ms > 0
+
+
+def test_a_file_of_another_kind_counts_as_none(tmp_path: Path) -> None:
+    assert load_calibration(tmp_path / "missing.json") is None
+    (tmp_path / "other.json").write_text('{"card": "x"}')
+    assert load_calibration(tmp_path / "other.json") is None
+
+
+def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    two = calibration_path("NVIDIA GeForce RTX 4090", 2, peer_access=False)
+    assert two == tmp_path / "launch70b" / "rates" / "nvidia-geforce-rtx-4090-x2-no-peer-access.json"
+    assert calibration_path("NVIDIA H200", 1, peer_access=False).name == "nvidia-h200-x1.json"

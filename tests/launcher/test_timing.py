@@ -1,0 +1,158 @@
+"""Predicted times: lines through known machines give those machines back, and facts give sane figures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from launcher.timing.fit import Calibration, Point, StepTimes, fit_rates
+from launcher.timing.predict import Times, Work, Workload, predict_times
+from launcher.timing.published import Facts, rates_from_facts
+from launcher.timing.rates import MB, Line, fit_line, interpolate
+
+WIDE = Work("int4", 80, 220_000_000, 855_000_000, 1_050_000_000, 2048, 32, 16384)
+NARROW = replace(
+    WIDE, layer_bytes=58_000_000, layer_plain_bytes=218_000_000, head_bytes=525_000_000, message_bytes=8192
+)
+LOAD = Workload(batch_size=8, prompt_tokens=512, output_tokens=256, prefill_chunk=2048)
+ROWS, CHUNKS = (1, 8, 32), (128, 512, 2048)
+SHORT, LONG = 512, 4096
+FACTS = Facts("RTX 4090", 1008.0, 165.0, 4, 16, 450.0)
+
+
+class Machine:
+    """Times as some card might have them: every operation a line over its bytes."""
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed).uniform
+        self.start, self.per_mb, self.kv = draw(5, 30), draw(0.25, 1.2), draw(0.3, 2)
+        self.rest, self.rest_mb = draw(20, 90), draw(0.2, 1.1)
+        self.call, self.call_mb = draw(3, 20), draw(20, 100)
+        self.token = draw(0.0005, 0.005)
+
+    def step_ms(self, work: Work, rows: int, context: int, *, talks: bool = True) -> float:
+        kv = self.kv * rows * context * work.kv_bytes_per_token / MB
+        calls = 2 * (self.call + self.call_mb * rows * work.message_bytes / MB) if talks else 0.0
+        layer = self.start + self.per_mb * (1 + rows / 32) * work.layer_bytes / MB + kv + calls
+        return (work.num_layers * layer + self.rest + self.rest_mb * work.head_bytes / MB) / 1e3
+
+    def chunk_ms(self, work: Work, tokens: int, past: int = 0) -> float:
+        layer = self.start + self.token * tokens * work.layer_plain_bytes / MB + 1e-4 * past * tokens * work.num_heads
+        return (work.num_layers * layer + self.rest + self.rest_mb * work.head_bytes / MB) / 1e3
+
+    def calibration(self, world_size: int = 2) -> Calibration:
+        points = [
+            self.point(name, replace(work, num_layers=depth))
+            for name, work in (("wide", WIDE), ("narrow", NARROW))
+            for depth in (2, 6)
+        ]
+        return Calibration("a card", world_size, {}, SHORT, LONG, 4000.0, tuple(points), power_w=300.0)
+
+    def point(self, size: str, work: Work) -> Point:
+        def step(rows: int) -> StepTimes:
+            elided = self.step_ms(work, rows, SHORT, talks=False)
+            return StepTimes(self.step_ms(work, rows, SHORT), self.step_ms(work, rows, LONG), elided)
+
+        chunks = {tokens: self.chunk_ms(work, tokens) for tokens in CHUNKS}
+        return Point(size, work, {rows: step(rows) for rows in ROWS}, chunks, self.chunk_ms(work, 2048, 2048))
+
+
+@pytest.fixture(params=range(3))
+def machine(request: pytest.FixtureRequest) -> Machine:
+    return Machine(request.param)
+
+
+def predict(machine: Machine, load: Workload = LOAD, work: Work = WIDE) -> Times:
+    return predict_times(work, load, fit_rates(machine.calibration()))
+
+
+def test_a_calibrated_machine_is_predicted_at_the_rows_that_were_timed(machine: Machine) -> None:
+    for rows in ROWS:
+        times = predict(machine, replace(LOAD, batch_size=rows))
+        assert times.tpot_ms == pytest.approx(machine.step_ms(WIDE, rows, 512 + 128), rel=1e-6)
+        assert sum(times.parts_ms.values()) == pytest.approx(times.tpot_ms)
+
+
+def test_models_between_and_beyond_the_sizes_are_predicted_too(machine: Machine) -> None:
+    for scale in (0.5, 1.7):
+        work = replace(WIDE, layer_bytes=round(WIDE.layer_bytes * scale), num_layers=48)
+        assert predict(machine, work=work).tpot_ms == pytest.approx(machine.step_ms(work, 8, 640), rel=1e-6)
+
+
+def test_the_share_of_communication_is_that_of_the_steps_with_and_without(machine: Machine) -> None:
+    talking, silent = machine.step_ms(WIDE, 8, 640), machine.step_ms(WIDE, 8, 640, talks=False)
+    assert predict(machine).comm_share == pytest.approx(1 - silent / talking, rel=1e-6)
+
+
+def test_one_rank_talks_to_nobody(machine: Machine) -> None:
+    times = predict_times(WIDE, LOAD, fit_rates(machine.calibration(world_size=1)))
+    assert times.comm_share == 0.0
+
+
+def test_prompts_of_a_chunk_end_together(machine: Machine) -> None:
+    # Eight prompts of 512 fill two chunks of 2048.
+    first, second = machine.chunk_ms(WIDE, 2048), 2 * machine.chunk_ms(WIDE, 2048)
+    times = predict(machine)
+    assert times.ttft_ms == pytest.approx((first + second) / 2, rel=1e-6)
+    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / second * 1e3, rel=1e-6)
+
+
+def test_a_long_prompt_pays_for_attending_to_its_past(machine: Machine) -> None:
+    load = Workload(batch_size=1, prompt_tokens=4096, output_tokens=2, prefill_chunk=2048)
+    whole = machine.chunk_ms(WIDE, 2048) + machine.chunk_ms(WIDE, 2048, 2048)
+    assert predict(machine, load).ttft_ms == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_largest_part_is_the_limit() -> None:
+    machine = Machine(0)
+    machine.call = 1e4
+    assert "communication" in predict(machine).limit
+    machine.call, machine.kv = 0.0, 1e3
+    assert "keys and values" in predict(machine).limit
+
+
+def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
+    with pytest.raises(ValueError, match=r"have no fp8; they have int4"):
+        predict(machine, work=replace(WIDE, format="fp8"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_published_facts_stay_above_their_floor_and_say_what_they_assume(world_size: int) -> None:
+    times = predict_times(WIDE, LOAD, rates_from_facts(FACTS, world_size))
+    assert times.tpot_ms > times.floor_ms
+    assert "RTX 4090" in times.source and any("TFLOP/s" in each for each in times.assumptions)
+    assert (times.comm_share > 0) == (world_size > 1)
+
+
+def slower(**changes: float) -> Facts:
+    return replace(FACTS, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("facts", "of"),
+    [
+        (slower(memory_gb_per_sec=500.0), lambda times: times.tpot_ms),
+        (slower(bf16_tflops=80.0), lambda times: times.ttft_ms),
+        (slower(pcie_lanes=4), lambda times: times.comm_share),
+    ],
+)
+def test_a_slower_part_makes_what_it_holds_slower(facts: Facts, of: Callable[[Times], float]) -> None:
+    assert of(predict_times(WIDE, LOAD, rates_from_facts(facts, 2))) > of(
+        predict_times(WIDE, LOAD, rates_from_facts(FACTS, 2))
+    )
+
+
+def test_lines_neither_start_nor_fall_below_zero() -> None:
+    assert fit_line([(1e6, 10.0), (3e6, 20.0)]) == Line(5.0, 5.0)
+    assert fit_line([(1e6, 10.0), (3e6, 90.0)]) == Line(0.0, 30.0)
+    assert fit_line([(1e6, 10.0), (3e6, 8.0)]) == Line(10.0, 0.0)
+
+
+def test_interpolation_goes_on_beyond_the_largest_and_stops_below_the_smallest() -> None:
+    table = {2: 10.0, 4: 20.0, 8: 60.0}
+    assert [interpolate(table, at, float) for at in (1, 2, 3, 6, 12)] == [10.0, 10.0, 15.0, 40.0, 100.0]
+    with pytest.raises(ValueError, match="nothing"):
+        interpolate({}, 1, float)
