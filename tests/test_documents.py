@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
+from tools import claims
 from tools.results_table import choose_render
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,12 @@ def test_page_beside_a_result_is_the_one_its_data_gives(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     made = choose_render(result)(path.stem, result)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == made, f"python -m tools.results_table {path}"
+
+
+def test_claims_page_is_the_one_its_data_gives() -> None:
+    found = json.loads((ROOT / "docs" / "claims.json").read_text(encoding="utf-8"))
+    made = claims.render(found, claims.read_card())
+    assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == made, "python -m tools.claims > docs/claims.md"
 
 
 def test_readme_shows_commands() -> None:
