@@ -28,9 +28,9 @@ Made by `python -m tools.claims` from docs/claims.json. One card: {memory:.1f} G
 {bandwidth:g} GB/s, PCIe {pcie}, no NVLink, no peer access.
 
 A step at batch 1 reads every byte of the weights once. On the cards that takes bytes / (cards x {bandwidth:g} GB/s);
-what does not fit is read from the host's memory once a step, at {host:g} GB/s at best, over the link or by the processor.
-Both go on at once, and the slower bounds tokens/s from above whatever the program. A batch shares a step, so that its
-ceiling is that of batch 1 times its size. Speculation shares one too and is another claim.
+what does not fit is read from the host's memory once a step, at {host:g} GB/s at best, over the link or by the
+processor. Both go on at once, and the slower bounds tokens/s from above whatever the program. A batch shares a step, so
+that its ceiling is that of batch 1 times its size. Speculation shares one too and is another claim.
 
 | claim | arithmetic | verdict |
 |---|---|---|
