@@ -18,7 +18,13 @@ from launcher.engine_config import EngineConfig as EngineConfig
 from launcher.engine_config import KVDType as KVDType
 from launcher.engine_config import SamplingConfig as SamplingConfig
 from launcher.engine_config import TransportKind as TransportKind
+from launcher.hardware_config import HardwareConfig as HardwareConfig
+from launcher.hardware_config import HardwareKind as HardwareKind
+from launcher.hardware_config import LimitsConfig as LimitsConfig
+from launcher.hardware_config import PeerAccess as PeerAccess
 from launcher.model_facts import ModelFacts as ModelFacts
+from launcher.plan_config import Aim as Aim
+from launcher.plan_config import PlanConfig as PlanConfig
 from launcher.speculation import SpeculationConfig as SpeculationConfig
 from launcher.speculation import SpeculationKind as SpeculationKind
 from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
@@ -65,6 +71,8 @@ class TopologyKind(str, Enum):
     dual_pcie = "dual_pcie"
     triple = "triple"
     quad = "quad"
+    # Every way to use the cards, compared; for task=plan.
+    all = "all"
 
 
 class TaskKind(str, Enum):
@@ -73,19 +81,6 @@ class TaskKind(str, Enum):
     probe = "probe"
     calibrate = "calibrate"
     bench = "bench"
-
-
-class HardwareKind(str, Enum):
-    """Where facts about cards come from: this machine, a file under conf/hardware, or no cards at all."""
-
-    local = "local"
-    facts = "facts"
-    cpu = "cpu"
-
-
-class PeerAccess(str, Enum):
-    auto = "auto"
-    off = "off"
 
 
 @dataclass
@@ -124,33 +119,6 @@ class TopologyConfig:
 @dataclass
 class TaskConfig:
     kind: TaskKind = TaskKind.generate
-
-
-@dataclass
-class HardwareConfig:
-    kind: HardwareKind = HardwareKind.local
-    name: str = "local"
-    memory_gib: float = 0.0
-    memory_gb_per_sec: float = 0.0
-    pcie_generation: int = 0
-    pcie_lanes: int = 0
-    nvlink: bool = False
-    peer_access: bool = False
-    # Dense products with float32 sums.
-    bf16_tflops: float = 0.0
-    power_limit_w: float = 0.0
-
-
-@dataclass
-class LimitsConfig:
-    # Treat each card as if it had this much memory.
-    card_memory_gib: float | None = None
-    # `off`: behave as if cards could not reach each other's memory (RTX 4090s cannot).
-    peer_access: PeerAccess = PeerAccess.auto
-
-    def problems(self) -> Iterator[str]:
-        if self.card_memory_gib is not None and self.card_memory_gib <= 0:
-            yield f"limits.card_memory_gib={self.card_memory_gib} must be above 0."
 
 
 @dataclass
@@ -195,6 +163,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     prompt: str = MISSING
@@ -226,6 +195,8 @@ class RunConfig:
                 f"hardware={self.hardware.name} describes cards for planning, but task={self.task.kind.value} runs. "
                 "Use hardware=local, or task=plan."
             )
+        if self.topology.kind == TopologyKind.all and self.task.kind != TaskKind.plan:
+            yield f"topology=all compares ways to run, but task={self.task.kind.value} runs one. Use task=plan."
         yield from self._task_problems()
         max_context = self.engine.max_context
         needed = (self.num_prompt_tokens or 1) + self.workload.output_tokens

@@ -9,8 +9,10 @@ from rich.table import Table
 
 from launcher.amounts import UNKNOWN, amount, number, percent
 from launcher.bench_text import bench_table, breakdown_table, other_text
-from launcher.config import TaskKind
+from launcher.config import Aim, TaskKind
 from launcher.failures import Failure
+from launcher.options import Option
+from launcher.options_text import options_table
 from launcher.plan import Plan
 from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
@@ -27,6 +29,10 @@ def stderr_console() -> Console:
 def print_plan(plan: Plan, shape: ModelShape, times: Times | str) -> None:
     for table in plan_tables(plan, shape, times):
         stderr_console().print(table)
+
+
+def print_options(options: list[Option], aim: Aim) -> None:
+    stderr_console().print(options_table(options, aim))
 
 
 def print_warning(message: str) -> None:

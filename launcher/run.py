@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.baseline_runs import run_baselines
-from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, WeightsKind
-from launcher.console import print_note, print_plan, print_report, print_warning
+from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, TopologyKind, WeightsKind
+from launcher.console import print_note, print_options, print_plan, print_report, print_warning
 from launcher.draft import find_draft
 from launcher.events import EventFollower
 from launcher.failures import Failure, RunFailed
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.model_files import download_model, download_texts, find_local_model
+from launcher.options import rank_options
 from launcher.plan import plan_run
 from launcher.prompts import Prompt, prompts_to_do, read_prompts
 from launcher.report import base_report, build_report, slow_kernels
@@ -48,6 +49,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         RunFailed: ranks were started and one failed.
     """
     world_size = resolve_world_size(run, env_world_size)
+    if run.topology.kind == TopologyKind.all:
+        return compare_options(run, run_dir, world_size)
     check_baselines(run, env_world_size)
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
@@ -79,6 +82,22 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     for line in slow_kernels(report):
         print_warning(f"slower than it could be: {line}")
     return report
+
+
+def compare_options(run: RunConfig, run_dir: Path, num_cards: int) -> dict[str, Any]:
+    """The report of topology=all: every way to run the model on so many cards."""
+    inventory = read_inventory(run.hardware, num_cards)
+    auto = replace(run, topology=replace(run.topology, kind=TopologyKind.auto))
+    placement = place_ranks(auto, num_cards, inventory)
+    model = find_model(run, lambda shape: None)
+    options = rank_options(run, model.shape, inventory, num_cards)
+    print_options(options, run.plan.aim)
+    found = {
+        "model": run.model.name,
+        "topology": run.topology.kind.value,
+        "options": [asdict(each) for each in options],
+    }
+    return base_report(Job(run, placement, str(run_dir), inventory.host_cores)) | found
 
 
 def check_baselines(run: RunConfig, env_world_size: int | None) -> None:

@@ -1,0 +1,103 @@
+"""Every way to run a model on some cards, for topology=all: what fits, ranked by an aim, and why the rest does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from launcher.config import Aim, RunConfig, TopologyKind
+from launcher.hardware import Inventory
+from launcher.plan import Plan, plan_run
+from launcher.shape import ModelShape, quantized_shape
+from launcher.timing.find import predict_run
+from launcher.timing.predict import Times
+from launcher.topology import PlanError, place_ranks
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.partition import PartitionError
+
+PLAIN = "bf16"
+
+
+@dataclass(frozen=True)
+class Option:
+    """`replicas` copies of the model, each over `world_size` cards with tensor parallelism, in one format.
+
+    All figures are predicted and of all copies together, but times. `reason` says why it does not fit, or why it has no
+    times; empty otherwise.
+    """
+
+    world_size: int
+    replicas: int
+    format: str
+    fits: bool
+    reason: str = ""
+    predicted_bytes: int | None = None
+    kv_tokens: int | None = None
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    tokens_per_sec: float | None = None
+
+
+RANKS: dict[Aim, Callable[[Option], float]] = {
+    Aim.latency: lambda option: option.tpot_ms or float("inf"),
+    Aim.throughput: lambda option: -(option.tokens_per_sec or 0.0),
+    Aim.context: lambda option: -(option.kv_tokens or 0),
+}
+
+
+def rank_options(run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int) -> list[Option]:
+    """All options on `num_cards` cards, the best first; those that do not fit are last."""
+    options = list(find_options(run, shape, inventory, num_cards))
+    rank = RANKS[run.plan.aim]
+    return sorted(options, key=lambda option: (not option.fits, rank(option)))
+
+
+def find_options(run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int) -> Iterator[Option]:
+    for world_size in range(1, num_cards + 1):
+        for name, variant in variants(shape).items():
+            yield try_option(run, variant, inventory, Option(world_size, num_cards // world_size, name, fits=False))
+
+
+def variants(shape: ModelShape) -> dict[str, ModelShape]:
+    """The model as it is and, where that is known, in the formats that it could have instead."""
+    if shape.quantization != "none":
+        given = {shape.quantization: shape}
+        plain = replace(shape, quantization="none", scheme=None, linear_bits=16.0, not_loadable="")
+    else:
+        given, plain = {}, shape
+    return given | {PLAIN: plain} | {name: quantized_shape(plain, name) for name in QUANTIZE_SCHEMES}
+
+
+def try_option(run: RunConfig, shape: ModelShape, inventory: Inventory, option: Option) -> Option:
+    topology = replace(run.topology, kind=TopologyKind.auto)
+    run = replace(run, gpus=option.world_size, topology=topology)
+    try:
+        plan = plan_run(run, place_ranks(run, option.world_size, inventory), shape, inventory)
+    except (PlanError, PartitionError) as error:
+        return replace(option, reason=shorten(str(error)))
+    return with_times(option, plan, predict_run(run, plan, shape, inventory))
+
+
+def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
+    fitting = replace(
+        option,
+        fits=True,
+        predicted_bytes=max(card.predicted_bytes for card in plan.cards),
+        kv_tokens=option.replicas * plan.kv_tokens_that_fit,
+    )
+    if not isinstance(times, Times):
+        return replace(fitting, reason=times)
+    return replace(
+        fitting,
+        tpot_ms=times.tpot_ms,
+        ttft_ms=times.ttft_ms,
+        tokens_per_sec=option.replicas * times.tokens_per_sec,
+    )
+
+
+def shorten(message: str) -> str:
+    """The sentence of a refusal, and of its sizes the first rank's total."""
+    first, _, rest = message.partition("\n")
+    total = re.search(r": ([\d.]+ [A-Z]iB of [\d.]+)", rest)
+    return first.removesuffix(" (predicted):") + (f": {total[1]}" if total else "")

@@ -1,0 +1,66 @@
+"""topology=all: every way to run a model, what fits ranked by an aim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launcher.cli import run
+
+ARGUMENTS = ("task=plan", "topology=all", "hardware=rtx4090", "gpus=4", "model=llama3_3_70b_awq")
+PROMPT = "workload.prompt_tokens=512"
+
+
+def options(folder: Path, *more: str) -> list[dict[str, Any]]:
+    result = run(*ARGUMENTS, *more, folder=folder)
+    assert result.returncode == 0, result.stderr
+    found: list[dict[str, Any]] = result.report["options"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_latency(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return options(tmp_path_factory.mktemp("options"), PROMPT)
+
+
+def test_every_number_of_cards_and_format_is_there_once(by_latency: list[dict[str, Any]]) -> None:
+    found = [(each["world_size"], each["replicas"], each["format"]) for each in by_latency]
+    copies = {1: 4, 2: 2, 3: 1, 4: 1}
+    assert sorted(found) == sorted((n, copies[n], f) for n in copies for f in ("awq", "bf16", "int4", "int8", "fp8"))
+
+
+def test_what_fits_comes_first_by_the_time_of_a_token(by_latency: list[dict[str, Any]]) -> None:
+    fitting = [each for each in by_latency if each["fits"]]
+    assert by_latency[: len(fitting)] == fitting
+    times = [each["tpot_ms"] for each in fitting]
+    assert times == sorted(times) and fitting[0]["world_size"] == 4
+
+
+def test_what_does_not_fit_says_by_how_much(by_latency: list[dict[str, Any]]) -> None:
+    alone = next(each for each in by_latency if each["world_size"] == 1 and each["format"] == "bf16")
+    assert alone["reason"].startswith("the weights in bfloat16 do not fit: 13") and alone["reason"].endswith("of 23.60")
+    assert alone["tpot_ms"] is None
+
+
+def test_copies_add_up_for_throughput_and_context(tmp_path: Path, by_latency: list[dict[str, Any]]) -> None:
+    def pairs(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {each["format"]: each for each in found if each["world_size"] == 2 and each["fits"]}
+
+    one_pair, two_pairs = pairs(options(tmp_path, PROMPT, "gpus=2")), pairs(by_latency)
+    assert one_pair and set(one_pair) == set(two_pairs)
+    for name, pair in one_pair.items():
+        assert two_pairs[name]["tokens_per_sec"] == pytest.approx(2 * pair["tokens_per_sec"])
+        assert two_pairs[name]["kv_tokens"] == 2 * pair["kv_tokens"]
+
+
+def test_another_aim_is_another_order(tmp_path: Path) -> None:
+    fitting = [each for each in options(tmp_path, PROMPT, "plan.aim=context") if each["fits"]]
+    tokens = [each["kv_tokens"] for each in fitting]
+    assert tokens == sorted(tokens, reverse=True)
+
+
+def test_only_a_plan_compares(tmp_path: Path) -> None:
+    result = run("topology=all", "hardware=cpu", folder=tmp_path)
+    assert result.returncode != 0 and "topology=all compares ways to run, but task=generate" in result.stderr
