@@ -43,20 +43,34 @@ class Packed:
 
 @dataclass(frozen=True)
 class OwnFormat:
-    """`group_size` inputs share a scale; None: all of an output. `kind`: int, e4m3 or codebook."""
+    """`group_size` inputs share a scale; None: all of an output. `kind`: int, e4m3 or codebook.
+
+    `dtype`: of scales as they come; 4-bit integers keep those of 16 bits, all else makes them float32.
+    """
 
     bits: int
     group_size: int | None
     kind: str = "int"
+    dtype: torch.dtype = torch.float32
+    has_zeros: bool = False
 
     def num_groups(self, num_in: int) -> int:
         return num_in // (self.group_size or num_in)
 
     def held_bits(self, num_in: int) -> float:
-        return self.bits + 32 / (self.group_size or num_in)
+        return self.bits + self.scale_bits / (self.group_size or num_in)
 
-    def random_weight(self, num_out: int, num_in: int, *, has_zeros: bool = False) -> QuantizedWeight:
-        """Fresh values and scales; zeros only where integers may have them."""
+    @property
+    def scale_bits(self) -> int:
+        """Held for a scale and its zero."""
+        return 20 if self.has_short_scales and self.has_zeros else 16 if self.has_short_scales else 32
+
+    @property
+    def has_short_scales(self) -> bool:
+        return self.bits == 4 and self.kind == "int" and self.dtype in w4a16.SHORT
+
+    def random_weight(self, num_out: int, num_in: int) -> QuantizedWeight:
+        """Fresh values, scales and zeros."""
         groups = self.num_groups(num_in)
         values = torch.randint(0, 2**self.bits, (num_out, num_in), dtype=torch.uint8, device="cuda")
         if self.kind == "e4m3":
@@ -67,8 +81,8 @@ class OwnFormat:
         return QuantizedWeight(
             values,
             self.bits,
-            torch.rand(num_out, groups, device="cuda") * 0.01 + 0.001,
-            zeros if has_zeros and self.kind == "int" else None,
+            (torch.rand(num_out, groups, device="cuda") * 0.01 + 0.001).to(self.dtype),
+            zeros if self.has_zeros else None,
             self.group_size or num_in,
             codebook=torch.tensor(NF4, device="cuda") if self.kind == "codebook" else None,
         )
@@ -79,9 +93,18 @@ class OwnFormat:
         shape = (tiles, units, self.bits // 2, 32, 4)
         return Packed(
             torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda"),
-            torch.rand(tiles, self.num_groups(num_in), OUTPUTS_PER_TILE, device="cuda"),
+            torch.rand(tiles, self.num_groups(num_in), self.width, device="cuda").to(self.held_dtype),
             w4a16.pack_codebook(torch.tensor(NF4, device="cuda")) if self.kind == "codebook" else None,
         )
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        return self.dtype if self.has_short_scales else torch.float32
+
+    @property
+    def width(self) -> int:
+        """Numbers of `held_dtype` for the scales and zeros of a group of 16 outputs."""
+        return self.scale_bits * OUTPUTS_PER_TILE // 8 // self.held_dtype.itemsize
 
     def layer(self, weight: QuantizedWeight) -> nn.Module:
         return w4a16.W4A16Linear(weight) if self.bits == 4 else w8a16.W8A16Linear(weight)
@@ -105,20 +128,22 @@ class OwnFormat:
             return w4a16.dequantize_w4(weight.packed, weight.scales, weight.codebook)
         return w8a16.dequantize_w8(weight.packed, weight.scales, self.kind == "e4m3")
 
+    def unpack(self, weight: Packed) -> Tensor:
+        """[out, in] float32, by plain torch."""
+        if self.bits == 4:
+            return w4a16.unpack_weight(weight.packed, weight.scales, weight.codebook)
+        return w8a16.unpack_weight(weight.packed, weight.scales, is_float=self.kind == "e4m3")
+
     def choose(self, num_rows: int, num_tiles: int) -> AnyLaunch:
         launches = w8a16.LAUNCHES if self.bits == 8 else w4a16.launches_for(has_codebook=self.kind == "codebook")
         if num_rows > max(launches):
             return wide.choose_launch(num_rows)
         return choose_launch(launches, num_rows, num_tiles)
 
-    def unit_bytes(self) -> int:
-        if self.bits == 4:
-            return w4a16.unit_bytes(self.group_size or 128)
-        return w8a16.unit_bytes(is_grouped=self.group_size is not None)
-
     def wide_layout(self) -> wide.Layout:
         if self.bits == 4:
-            return w4a16.wide_layout(self.group_size or 128, has_codebook=self.kind == "codebook")
+            has_codebook = self.kind == "codebook"
+            return w4a16.find_layout(self.group_size or 128, self.width, self.held_dtype, has_codebook=has_codebook)
         return w8a16.wide_layout(is_grouped=self.group_size is not None, is_float=self.kind == "e4m3")
 
     def compile(self, launch: AnyLaunch) -> None:
@@ -127,19 +152,21 @@ class OwnFormat:
         if isinstance(launch, wide.Launch):
             wide.compile_kernel(launch, self.wide_layout(), device_index)
         elif self.bits == 4:
-            w4a16.multiply_kernel(launch, self.group_size or 128, self.kind == "codebook", device_index)
+            w4a16.multiply_kernel(launch, self.wide_layout(), device_index)
         else:
             is_grouped = self.group_size is not None
             w8a16.multiply_kernel(launch, is_grouped, self.kind == "e4m3", device_index)
 
 
 FORMATS = {
-    "w4": OwnFormat(4, 128),
-    "w4-g64": OwnFormat(4, 64),
-    "w4-g32": OwnFormat(4, 32),
+    "w4": OwnFormat(4, 128, dtype=torch.bfloat16),
+    "w4-zeros": OwnFormat(4, 128, dtype=torch.float16, has_zeros=True),
+    "w4-float": OwnFormat(4, 128, has_zeros=True),
+    "w4-g64": OwnFormat(4, 64, dtype=torch.float16),
+    "w4-g32": OwnFormat(4, 32, dtype=torch.bfloat16, has_zeros=True),
     "nf4": OwnFormat(4, 64, "codebook"),
     "int8": OwnFormat(8, None),
-    "int8-g128": OwnFormat(8, 128),
+    "int8-g128": OwnFormat(8, 128, has_zeros=True),
     "fp8": OwnFormat(8, None, "e4m3"),
     "fp8-block": OwnFormat(8, 128, "e4m3"),
 }
@@ -154,7 +181,7 @@ def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
 def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
     tiles = next(tiles for tiles in (1, 2) if num_rows <= tiles * ROWS_PER_TILE)
     every = [Launch(tiles, *option) for option in product((1, 2, 4), (2, 4, 8, 16), (2, 4, 8))]
-    return [each for each in every if each.shared_bytes(own.unit_bytes()) <= MAX_SHARED_BYTES]
+    return [each for each in every if each.shared_bytes(own.wide_layout().unit_bytes) <= MAX_SHARED_BYTES]
 
 
 def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
@@ -169,7 +196,7 @@ def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
             continue
         blocks = REGISTERS_OF_MULTIPROCESSOR // (registers * threads)
         found.append(wide.Launch(in_warp, row_tiles, out_warps, token_warps, stages, blocks))
-    return [each for each in found if 2 * each.stage_bytes(own.unit_bytes()) <= WIDE_SHARED_BYTES]
+    return [each for each in found if 2 * each.stage_bytes(own.wide_layout().unit_bytes) <= WIDE_SHARED_BYTES]
 
 
 def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
@@ -179,19 +206,21 @@ def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
     return replace(weight, codebook=weight.codebook.bfloat16().float())
 
 
-def check_format(name: str, shape: tuple[int, int], *, has_zeros: bool) -> None:
+def check_format(name: str, shape: tuple[int, int]) -> None:
     """Every launch of a format against float64 on fresh values, the output filled with NaN beforehand.
 
     Raises:
         AssertionError: an output is off by more than its own rounding to bf16.
     """
     own = FORMATS[name]
-    weight = rounded_codebook(own.random_weight(*shape, has_zeros=has_zeros))
+    weight = rounded_codebook(own.random_weight(*shape))
     exact = weight.dequantize(torch.float64)
     layer = own.layer(weight)
     packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
+    dequantized = own.dequantize(packed)
+    assert torch.equal(dequantized, own.unpack(packed).bfloat16()), f"{name} {shape}: dequantised to other numbers"
     # Half a unit in the last place of bf16, and the lost bits of a scale.
-    assert ((own.dequantize(packed).double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
+    assert ((dequantized.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
     for num_rows in CHECKED_ROWS:
         rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
         expected = rows.double() @ exact.t()

@@ -14,10 +14,18 @@
 
 #define PARTS GROUPED
 #define WEIGHT_BYTES 2048
-#define UNIT_BYTES (WEIGHT_BYTES + PARTS * 64)
+// Of the scales of a group, and what is copied of them at a time.
+#define GROUP_BYTES 64
+#define SCALE_PIECE 16
+#define UNIT_BYTES (WEIGHT_BYTES + PARTS * GROUP_BYTES)
 // Of the eight steps of 16 inputs in a unit, those whose weights a lane has in 16 bytes.
 #define STEPS_PER_LOAD 2
 #define CODEBOOK_PARAMETER
+
+// The scale of row g + 8 * r of a tile, with its zero, out of those of a group.
+__device__ __forceinline__ u32 load_scale(const unsigned char* group, int g, int r) {
+  return ((const u32*)group)[g + 8 * r];
+}
 
 #if E4M3
 

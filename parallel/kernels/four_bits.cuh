@@ -1,21 +1,27 @@
 // 4-bit weights as w4a16.py packs them, and how a fragment of mma.m16n8k16 is made of them.
 //
-// Defined by the host: GROUP (inputs that share a scale: 128, 64 or 32), CODEBOOK (0 or 1).
+// Defined by the host: GROUP (inputs that share a scale: 128, 64 or 32), CODEBOOK (0 or 1), SCALE_BITS (of a scale and its
+// zero: 32, 20 or 16), HALF (0 or 1: scales of less than 32 bits are in bf16 or in float16).
 //
 // Layouts:
 //   weights  [N / 16][K / 128][2][32 lanes] of 16 bytes: step s = 4 * h + i of a unit is 32-bit word i of half h. Lane
 //            (g, c) holds rows g and g + 8 of four inputs from 32 * (s / 2) + 8 * c + 4 * (s % 2) on: nibble j is
 //            (row g + 8 * (j & 1), input 2 * (j >> 1 & 1)), nibble j + 4 the input after it. With CODEBOOK the input
 //            after it is the next nibble instead.
-//   scales   [N / 16][K / GROUP][16] of 4 bytes: float32, without CODEBOOK its last 4 bits replaced by the zero (an
-//            error of 2**-20).
+//   scales   [N / 16][K / GROUP], for each group, by SCALE_BITS:
+//            32: [16] of float32, without CODEBOOK their last 4 bits replaced by the zero (an error of 2**-20).
+//            20: [16] of 2 bytes, then [8] bytes of zeros: that of row g in the low half of byte g, of g + 8 in the high.
+//            16: [16] of 2 bytes; zeros are 8.
 //   codebook [8] words: the low bytes of the 16 entries in bf16, then their high bytes.
 
 #include "tile.cuh"
 
 #define PARTS (128 / GROUP)
 #define WEIGHT_BYTES 1024
-#define UNIT_BYTES (WEIGHT_BYTES + PARTS * 64)
+// Of the scales of a group, and what is copied of them at a time.
+#define GROUP_BYTES (2 * SCALE_BITS)
+#define SCALE_PIECE (SCALE_BITS == 20 ? 8 : 16)
+#define UNIT_BYTES ((WEIGHT_BYTES + PARTS * GROUP_BYTES + 15) / 16 * 16)
 // Of the eight steps of 16 inputs in a unit, those whose weights a lane has in 16 bytes.
 #define STEPS_PER_LOAD 4
 #if CODEBOOK
@@ -80,7 +86,7 @@ struct Decoder {
 
 // The bf16 pair -zero / 64, twice, from a scale's last bits.
 __device__ __forceinline__ u32 zero_of(u32 scale) {
-  return fma_pair((scale & 15u) * 0x10001u, 0xff00ff00u, 0x80008000u);
+  return fma_pair((SCALE_BITS == 16 ? 8 : scale & 15u) * 0x10001u, 0xff00ff00u, 0x80008000u);
 }
 
 #define CODEBOOK_PARAMETER
@@ -88,7 +94,17 @@ __device__ __forceinline__ u32 zero_of(u32 scale) {
 
 #endif
 
-__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale); }
+// The scale of row g + 8 * r of a tile in float32, its last 4 bits the zero where there is one, out of those of a group.
+__device__ __forceinline__ u32 load_scale(const unsigned char* group, int g, int r) {
+  if (SCALE_BITS == 32) return ((const u32*)group)[g + 8 * r];
+  const unsigned short bits = ((const unsigned short*)group)[g + 8 * r];
+  const u32 scale = HALF ? widen_half(bits) : (u32)bits << 16;
+  return SCALE_BITS == 20 ? scale | group[32 + g] >> 4 * r & 15 : scale;
+}
+
+__device__ __forceinline__ float scale_of(u32 scale) {
+  return __uint_as_float(SCALE_BITS == 20 ? scale & ~15u : scale);
+}
 
 // The fragment of a step, from the 16 bytes that have it.
 __device__ __forceinline__ void decode_step(u32* a, const Decoder& decode, const uint4& loaded, int step, u32 z0, u32 z1) {

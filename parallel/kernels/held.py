@@ -14,14 +14,16 @@ BLOCK_ELEMENTS = 8 * 1024**2
 # dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
 BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
 # w4a16 and w8a16: their dequantising kernels write nothing but the result.
-# The own kernels: inputs in units of 128, a float32 scale a group, and up to 256 rows.
+# The own kernels: inputs in units of 128, and up to 256 rows.
 UNIT_INPUTS = 128
 # Weights of a linear that are dequantised for one product: 128 MiB of bf16, tiles enough for every multiprocessor of a
 # card at 512 rows.
 DEQUANTIZED_AT_A_TIME = 64 * 1024**2
 W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
-OWN_BITS_PER_GROUP = 32
+# w8a16: float32 scales; w4a16: those that come in 16 bits stay that, and zeros take 4 bits beside them.
+W8A16_BITS_PER_GROUP = 32
+OWN_ZERO_BITS = 4
 MAX_OWN_ROWS = 256
 # Above this many rows they may go through wide.cu, whose blocks leave parts of sums to one another.
 MAX_NARROW_ROWS = 8
@@ -66,9 +68,10 @@ def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
     group_size = scheme.group_size or num_in
     kernel = predict_kernel(scheme, device, dtype)
     if kernel == "w4a16":
-        return scheme.bits + OWN_BITS_PER_GROUP / (own_group_size(group_size) or W4A16_GROUP_SIZES[0])
+        per_group = scale_bits(scheme) + (OWN_ZERO_BITS if scheme.has_zeros else 0)
+        return scheme.bits + per_group / (own_group_size(group_size) or W4A16_GROUP_SIZES[0])
     if kernel == "w8a16":
-        return scheme.bits + OWN_BITS_PER_GROUP / (W8A16_GROUP_SIZE if scheme.group_size else num_in)
+        return scheme.bits + W8A16_BITS_PER_GROUP / (W8A16_GROUP_SIZE if scheme.group_size else num_in)
     if kernel == "tinygemm":
         return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(group_size, LARGEST_TINYGEMM_GROUP)
     per_group = scale_bits(scheme) + (ZERO_BITS if scheme.has_zeros else 0)
@@ -76,7 +79,7 @@ def held_bits(scheme: Scheme, device: str, dtype: str, num_in: int) -> float:
 
 
 def scale_bits(scheme: Scheme) -> int:
-    """Bits of a scale that is a number by itself."""
+    """Bits of a scale that is a number by itself; of formats that allow float32 too, those that their writers use."""
     return WIDE_SCALE_BITS if scheme.layout in WIDE_SCALES else SCALE_BITS
 
 

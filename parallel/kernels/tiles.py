@@ -22,8 +22,6 @@ ROWS_PER_TILE = 8
 # Without asking for more, a block gets this much.
 MAX_SHARED_BYTES = 48 * 1024
 SCALE_BYTES = 4
-# As in the sources: each takes a unit of inputs.
-DEQUANTIZE_WARPS = 8
 # For up to so many tokens: (at least so many tiles of 16 outputs, row_tiles, warps, depth). More go through wide.py.
 Launches = dict[int, tuple[tuple[int, int, int, int], ...]]
 

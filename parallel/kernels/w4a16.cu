@@ -16,13 +16,13 @@
 #define SUM_BYTES (RT * NT * 512)
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const unsigned short* __restrict__ x,
+w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales, const unsigned short* __restrict__ x,
       unsigned short* __restrict__ y, int num_out, int num_in, int num_rows CODEBOOK_PARAMETER) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int units = num_in >> 7;
   const int tile0 = blockIdx.x * RT;
   const uint4* w = weights + (size_t)tile0 * units * 64 + lane;
-  const uint4* sz = (const uint4*)(scales + (size_t)tile0 * units * PARTS * 16) + lane;
+  const unsigned char* sz = scales + (size_t)tile0 * units * PARTS * GROUP_BYTES + lane * SCALE_PIECE;
   DECODER(decode);
 
   // The ring while units stream, then the partial sums.
@@ -38,7 +38,9 @@ w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
         const uint4* from = w + ((size_t)r * units + unit) * 64;
         copy_async(stage + lane * 16, from);
         copy_async(stage + 512 + lane * 16, from + 32);
-        if (lane < 4 * PARTS) copy_async(stage + 1024 + lane * 16, sz + ((size_t)r * units + unit) * 4 * PARTS);
+        if (lane < PARTS * GROUP_BYTES / SCALE_PIECE)
+          copy_async<SCALE_PIECE>(stage + WEIGHT_BYTES + lane * SCALE_PIECE,
+                                  sz + ((size_t)r * units + unit) * PARTS * GROUP_BYTES);
       }
     }
     commit_copies();
@@ -79,8 +81,8 @@ w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
       now[r][1] = *(const uint4*)(stage + 512 + lane * 16);
 #pragma unroll
       for (int p = 0; p < PARTS; p++) {
-        scale[r][p][0] = *(const u32*)(stage + 1024 + p * 64 + g * 4);
-        scale[r][p][1] = *(const u32*)(stage + 1024 + p * 64 + g * 4 + 32);
+#pragma unroll
+        for (int i = 0; i < 2; i++) scale[r][p][i] = load_scale(stage + WEIGHT_BYTES + p * GROUP_BYTES, g, i);
       }
     }
     // The next round overwrites this slot.
@@ -125,32 +127,4 @@ w4a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
   await_copies<0>();
   __syncthreads();
   store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
-}
-
-// The same weight as bf16 [N, K], rounded once, for matrix products of many rows. Block (8 warps): a tile and 8 units.
-extern "C" __global__ void __launch_bounds__(256)
-dequantize_w4(const uint4* __restrict__ weights, const u32* __restrict__ scales, uint4* __restrict__ out,
-              int units CODEBOOK_PARAMETER) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
-  const int in_tile = blockIdx.y * 8 + (threadIdx.x >> 5);
-  if (in_tile >= units) return;
-  DECODER(decode);
-  const size_t unit = (size_t)blockIdx.x * units + in_tile;
-  const uint4 now[2] = {__ldg(weights + unit * 64 + lane), __ldg(weights + unit * 64 + 32 + lane)};
-#pragma unroll
-  for (int quarter = 0; quarter < 4; quarter++) {
-    const u32* scale = scales + (unit * PARTS + quarter * PARTS / 4) * 16 + g;
-    const u32 s[2] = {__ldg(scale), __ldg(scale + 8)};
-    u32 a[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      decode(a[i], word(now[quarter >> 1], (quarter * 2 & 3) + i), zero_of(s[0]), zero_of(s[1]));
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const float f = scale_of(s[r]) * UNIT;
-      // A row has 16 * units pieces of 16 bytes.
-      out[(((size_t)blockIdx.x * 16 + g + 8 * r) * units + in_tile) * 16 + quarter * 4 + c] =
-          make_uint4(scale_pair(a[0][r], f), scale_pair(a[0][2 + r], f), scale_pair(a[1][r], f), scale_pair(a[1][2 + r], f));
-    }
-  }
 }

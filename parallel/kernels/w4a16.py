@@ -1,7 +1,7 @@
 """W4A16 on our own kernels: 4-bit weights or entries of a codebook, bf16 activations, sm_80 on.
 
-What w4a16.cu reads is what must be read: half a byte a weight and 4 bytes a group of 128, 64 or 32, once for up to 16
-rows (8 with a codebook). More rows go through wide.py.
+What w4a16.cu reads is what must be read: half a byte a weight and 2 to 4 bytes a group of 128, 64 or 32, once for up to
+16 rows (8 with a codebook). More rows go through wide.py, and above 256 the weight is dequantised.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from parallel.kernels import wide
+from parallel.kernels import dequantize_packed, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
 from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
-    DEQUANTIZE_WARPS,
     OUTPUTS_PER_TILE,
-    SCALE_BYTES,
     WARP,
     Launch,
     Launches,
@@ -37,6 +35,9 @@ from parallel.kernels.tiles import (
 from parallel.quantized import QuantizedWeight
 
 ZERO_BITS = 0xF
+MIDDLE = 8
+# Scales that are kept as they come; all others become float32.
+SHORT = (torch.bfloat16, torch.float16)
 # Words of a unit of a tile.
 PACKED_SHAPE = (2, 32, 4)
 
@@ -51,9 +52,11 @@ CODEBOOK_LAUNCHES: Launches = {8: ((512, 2, 8, 2), (0, 1, 8, 2))}
 
 
 class W4A16Linear(GroupedLinear):
-    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group: a float32 scale that ends in the zero.
+    """[..., in] -> [..., out], bf16. Holds 4 bits a weight, and for a group its scale and zero.
 
-    A codebook's entries are rounded to bf16 before they are multiplied (an error of up to 2**-8 of each).
+    Scales of 16 bits stay what they are, beside zeros of 4 bits unless these are all in the middle; others are float32
+    and end in the zero. A codebook's scales are float32, and its entries are rounded to bf16 before they are multiplied
+    (an error of up to 2**-8 of each).
     """
 
     packed: Tensor
@@ -86,8 +89,8 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     if find_group_size(weight) is None:
         return f"groups of other than {', '.join(map(str, W4A16_GROUP_SIZES))}"
     launch, device_index = choose_launch(LAUNCHES, num_rows=1, num_tiles=512), weight.values.device.index
-    few = load_problem(multiply_kernel, launch, W4A16_GROUP_SIZES[0], False, device_index)
-    return few or wide.problem(wide_layout(W4A16_GROUP_SIZES[0], has_codebook=False), device_index)
+    layout = find_layout(W4A16_GROUP_SIZES[0], OUTPUTS_PER_TILE, torch.bfloat16, has_codebook=False)
+    return load_problem(multiply_kernel, launch, layout, device_index) or wide.problem(layout, device_index)
 
 
 def find_group_size(weight: QuantizedWeight) -> int | None:
@@ -125,23 +128,46 @@ def unpack_values(packed: Tensor, *, in_pairs: bool = False) -> Tensor:
 
 def unpack_weight(packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
     """[out, in] float32, columns as they are packed: what the kernels compute with, by plain torch."""
-    per_output = untile_scales(scales)
+    per_output, zeros = unpack_scales(scales)
     values = unpack_values(packed, in_pairs=codebook is not None).unflatten(1, (per_output.shape[1], -1))
     if codebook is not None:
         return (unpack_codebook(codebook)[values] * per_output.unsqueeze(-1)).flatten(1)
-    zeros = per_output.view(torch.int32) & ZERO_BITS
     return ((values - zeros.unsqueeze(-1)) * per_output.unsqueeze(-1)).flatten(1)
 
 
 def pack_scales(weight: QuantizedWeight, groups: Tensor) -> Tensor:
-    """[out / 16, groups, 16] float32 for these groups; without a codebook, the last 4 bits of each are the zero."""
+    """[out / 16, groups, n] for these groups, in the order of w4a16.cu; dtype and n say which of its forms it is.
+
+    n is 16, with zeros beside scales of 16 bits 20: the last 4 are bits of the zeros of a group, no numbers.
+    """
     # A single scale stands for whatever group.
     groups = groups.clamp(max=weight.scales.shape[1] - 1)
-    scales = weight.scales[:, groups].float().contiguous()
+    scales = weight.scales[:, groups]
     if weight.codebook is not None:
-        return tile_scales(scales)
-    zeros = 8 if weight.zeros is None else weight.zeros[:, groups].to(torch.int32)
-    return tile_scales(((scales.view(torch.int32) & ~ZERO_BITS) | zeros).view(torch.float32))
+        return tile_scales(scales.float())
+    zeros = None if weight.zeros is None else weight.zeros[:, groups]
+    if scales.dtype not in SHORT:
+        bits = scales.float().contiguous().view(torch.int32) & ~ZERO_BITS
+        return tile_scales((bits | (MIDDLE if zeros is None else zeros.to(torch.int32))).view(torch.float32))
+    tiled = tile_scales(scales)
+    return tiled if zeros is None else torch.cat([tiled, pack_zeros(zeros, scales.dtype)], dim=-1)
+
+
+def pack_zeros(zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, groups] uint8 -> [out / 16, groups, 4] of 16 bits: a byte has the zeros of outputs g and, above it, g + 8."""
+    low, high = tile_scales(zeros).unflatten(-1, (2, 8)).unbind(-2)
+    return (low | high << 4).contiguous().view(dtype)
+
+
+def unpack_scales(tiled: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [out, groups] float32, and zeros as int32: what the kernels make of what `pack_scales` gives."""
+    scales = untile_scales(tiled[..., :OUTPUTS_PER_TILE]).float()
+    if tiled.shape[-1] > OUTPUTS_PER_TILE:
+        both = tiled[..., OUTPUTS_PER_TILE:].contiguous().view(torch.uint8)
+        return scales, untile_scales(torch.cat([both & ZERO_BITS, both >> 4], -1)).int()
+    if tiled.dtype in SHORT:
+        return scales, torch.full_like(scales, MIDDLE, dtype=torch.int32)
+    return scales, scales.view(torch.int32) & ZERO_BITS
 
 
 def pack_codebook(codebook: Tensor) -> Tensor:
@@ -160,8 +186,7 @@ def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None 
     rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
     launches = launches_for(has_codebook=codebook is not None)
     if len(rows) > max(launches):
-        layout = wide_layout(group_size(packed, scales), has_codebook=codebook is not None)
-        wide.multiply(rows, packed, scales, codebook, output, layout)
+        wide.multiply(rows, packed, scales, codebook, output, layout_of(packed, scales, codebook))
     else:
         run_kernel(choose_launch(launches, len(rows), len(packed)), rows, packed, scales, codebook, output)
     return output
@@ -171,26 +196,16 @@ def run_kernel(
     launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor
 ) -> None:
     tiles, units = packed.shape[:2]
-    kernel = multiply_kernel(launch, group_size(packed, scales), codebook is not None, packed.device.index)
+    kernel = multiply_kernel(launch, layout_of(packed, scales, codebook), packed.device.index)
     sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
     grid = (tiles // launch.row_tiles, 1, 1)
-    kernel(grid, launch.warps * WARP, packed, scales, rows, output, *sizes, *entries(codebook))
+    kernel(grid, launch.warps * WARP, packed, scales, rows, output, *sizes, *([] if codebook is None else [codebook]))
 
 
 @operator(lambda packed, scales, codebook=None: empty_weight(packed))
 def dequantize_w4(packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
     """The weight as [out, in] bf16, columns as they are packed."""
-    tiles, units = packed.shape[:2]
-    weight = empty_weight(packed)
-    kernel = dequantize_kernel(group_size(packed, scales), codebook is not None, packed.device.index)
-    grid = (tiles, -(-units // DEQUANTIZE_WARPS), 1)
-    kernel(grid, DEQUANTIZE_WARPS * WARP, packed, scales, weight, units, *entries(codebook))
-    return weight
-
-
-def entries(codebook: Tensor | None) -> tuple[Tensor, ...]:
-    """The last parameter, which kernels have only with a codebook."""
-    return () if codebook is None else (codebook,)
+    return dequantize_packed.run(packed, scales, codebook, layout_of(packed, scales, codebook))
 
 
 @cache
@@ -199,35 +214,28 @@ def launches_for(*, has_codebook: bool) -> Launches:
 
 
 @cache
-def multiply_kernel(launch: Launch, group_size: int, has_codebook: bool, device_index: int) -> Kernel:
-    options = kernel_options(launch, group_size, has_codebook=has_codebook)
-    return compile_kernel("w4a16.cu", "w4a16", options, device_index, "PPPPiii" + "P" * has_codebook)
+def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> Kernel:
+    options = (*launch.options(), *layout.options)
+    return compile_kernel("w4a16.cu", "w4a16", options, device_index, "PPPPiii" + "P" * layout.has_codebook)
+
+
+def layout_of(packed: Tensor, scales: Tensor, codebook: Tensor | None) -> wide.Layout:
+    group_size = packed.shape[1] * UNIT_INPUTS // scales.shape[1]
+    return find_layout(group_size, scales.shape[2], scales.dtype, has_codebook=codebook is not None)
 
 
 @cache
-def dequantize_kernel(group_size: int, has_codebook: bool, device_index: int) -> Kernel:
-    options = kernel_options(Launch(1, 1, DEQUANTIZE_WARPS, 2), group_size, has_codebook=has_codebook)
-    return compile_kernel("w4a16.cu", "dequantize_w4", options, device_index, "PPPi" + "P" * has_codebook)
-
-
-def kernel_options(launch: Launch, group_size: int, *, has_codebook: bool) -> tuple[str, ...]:
-    return (*launch.options(), *format_options(group_size, has_codebook=has_codebook))
-
-
-def format_options(group_size: int, *, has_codebook: bool) -> tuple[str, ...]:
-    return (f"-DGROUP={group_size}", f"-DCODEBOOK={int(has_codebook)}")
-
-
-@cache
-def wide_layout(group_size: int, *, has_codebook: bool) -> wide.Layout:
-    options = format_options(group_size, has_codebook=has_codebook)
-    return wide.Layout(("-DBITS=4", *options), unit_bytes(group_size), has_codebook)
-
-
-def group_size(packed: Tensor, scales: Tensor) -> int:
-    return packed.shape[1] * UNIT_INPUTS // scales.shape[1]
-
-
-def unit_bytes(group_size: int) -> int:
-    """Bytes of 128 inputs of 16 outputs, with their scales."""
-    return OUTPUTS_PER_TILE * (UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * SCALE_BYTES)
+def find_layout(group_size: int, width: int, dtype: torch.dtype, *, has_codebook: bool) -> wide.Layout:
+    """Of 16 outputs, the scales of a group are `width` numbers of `dtype`, zeros included."""
+    group_bytes = width * dtype.itemsize
+    defined = {
+        "BITS": 4,
+        "GROUP": group_size,
+        "CODEBOOK": int(has_codebook),
+        "SCALE_BITS": group_bytes * 8 // OUTPUTS_PER_TILE,
+        "HALF": int(dtype == torch.float16),
+    }
+    unit_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * group_bytes
+    # Copies to shared memory are of 16 bytes.
+    aligned = -(-unit_bytes // 16) * 16
+    return wide.Layout(tuple(f"-D{name}={value}" for name, value in defined.items()), aligned, has_codebook)

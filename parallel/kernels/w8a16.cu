@@ -14,13 +14,13 @@
 #define SUM_BYTES (RT * NT * 512)
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const unsigned short* __restrict__ x,
+w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales, const unsigned short* __restrict__ x,
       unsigned short* __restrict__ y, int num_out, int num_in, int num_rows) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int units = num_in >> 7;
   const int tile0 = blockIdx.x * RT;
   const uint4* w = weights + (size_t)tile0 * units * 128 + lane;
-  const u32* s = scales + (size_t)tile0 * (GROUPED ? units : 1) * 16;
+  const unsigned char* s = scales + (size_t)tile0 * (GROUPED ? units : 1) * GROUP_BYTES;
 
   // The ring while units stream, then the partial sums.
   __shared__ __align__(16) unsigned char memory[WARPS * (RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES)];
@@ -35,7 +35,8 @@ w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
         const uint4* from = w + ((size_t)r * units + unit) * 128;
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) copy_async(stage + quarter * 512 + lane * 16, from + quarter * 32);
-        if (GROUPED && lane < 4) copy_async(stage + 2048 + lane * 16, s + ((size_t)r * units + unit) * 16 + lane * 4);
+        if (GROUPED && lane < 4)
+          copy_async(stage + WEIGHT_BYTES + lane * 16, s + ((size_t)r * units + unit) * GROUP_BYTES + lane * 16);
       }
     }
     commit_copies();
@@ -50,7 +51,7 @@ w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
 #pragma unroll
     for (int r = 0; r < RT; r++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) scale[r][i] = __ldg(s + r * 16 + g + 8 * i);
+      for (int i = 0; i < 2; i++) scale[r][i] = load_scale(s + r * GROUP_BYTES, g, i);
   }
 
   // Where they fit into registers, the activations of a whole unit are on their way while its weights are waited for.
@@ -80,7 +81,7 @@ w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
 #pragma unroll
       for (int r = 0; r < RT; r++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) scale[r][i] = *(const u32*)(stage + r * UNIT_BYTES + 2048 + g * 4 + i * 32);
+        for (int i = 0; i < 2; i++) scale[r][i] = load_scale(stage + r * UNIT_BYTES + WEIGHT_BYTES, g, i);
     }
     float part[RT][GROUPED ? NT : 1][4] = {};
 #pragma unroll
@@ -127,30 +128,4 @@ w8a16(const uint4* __restrict__ weights, const u32* __restrict__ scales, const u
   await_copies<0>();
   __syncthreads();
   store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
-}
-
-// The same weight as bf16 [N, K], rounded once, for matrix products of many rows. Block (8 warps): a tile and 8 units.
-extern "C" __global__ void __launch_bounds__(256)
-dequantize_w8(const uint4* __restrict__ weights, const u32* __restrict__ scales, uint4* __restrict__ out, int units) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
-  const int in_tile = blockIdx.y * 8 + (threadIdx.x >> 5);
-  if (in_tile >= units) return;
-  const size_t unit = (size_t)blockIdx.x * units + in_tile;
-  const u32* scale = scales + (GROUPED ? unit : blockIdx.x) * 16 + g;
-  const u32 s[2] = {__ldg(scale), __ldg(scale + 8)};
-#pragma unroll
-  for (int quarter = 0; quarter < 4; quarter++) {
-    const uint4 now = __ldg(weights + unit * 128 + quarter * 32 + lane);
-    u32 pairs[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) decode(pairs[i], word(now, i), zero_of(s[0]), zero_of(s[1]));
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const float f = scale_of(s[r]) * UNIT;
-      // A row has 16 * units pieces of 16 bytes.
-      out[(((size_t)blockIdx.x * 16 + g + 8 * r) * units + in_tile) * 16 + quarter * 4 + c] =
-          make_uint4(scale_pair(pairs[0][r], f), scale_pair(pairs[1][r], f), scale_pair(pairs[2][r], f),
-                     scale_pair(pairs[3][r], f));
-    }
-  }
 }

@@ -1,7 +1,7 @@
 """W8A16 on our own kernels: int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
 
 What w8a16.cu reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 16
-rows. More rows go through wide.py.
+rows. More rows go through wide.py, and above 256 the weight is dequantised.
 Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80 and sm_86 run the same code.
 """
 
@@ -12,14 +12,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.kernels import wide
+from parallel.kernels import dequantize_packed, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
 from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
-    DEQUANTIZE_WARPS,
     OUTPUTS_PER_TILE,
     SCALE_BYTES,
     WARP,
@@ -173,11 +172,8 @@ def run_kernel(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, out
 @operator(lambda packed, scales, is_float: empty_weight(packed))
 def dequantize_w8(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
     """The weight as [out, in] bf16, columns as they are packed."""
-    tiles, units = packed.shape[:2]
-    weight = empty_weight(packed)
-    kernel = dequantize_kernel(is_grouped(scales), is_float, packed.device.index)
-    kernel((tiles, -(-units // DEQUANTIZE_WARPS), 1), DEQUANTIZE_WARPS * WARP, packed, scales, weight, units)
-    return weight
+    layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float)
+    return dequantize_packed.run(packed, scales, None, layout)
 
 
 @cache
@@ -189,12 +185,6 @@ def launch_for(num_rows: int, num_tiles: int) -> Launch:
 def multiply_kernel(launch: Launch, is_grouped: bool, is_float: bool, device_index: int) -> Kernel:
     options = kernel_options(launch, is_grouped=is_grouped, is_float=is_float)
     return compile_kernel("w8a16.cu", "w8a16", options, device_index, "PPPPiii")
-
-
-@cache
-def dequantize_kernel(is_grouped: bool, is_float: bool, device_index: int) -> Kernel:
-    options = kernel_options(Launch(1, 1, DEQUANTIZE_WARPS, 2), is_grouped=is_grouped, is_float=is_float)
-    return compile_kernel("w8a16.cu", "dequantize_w8", options, device_index, "PPPi")
 
 
 def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:

@@ -51,16 +51,17 @@ struct Place {
 // What a thread copies of the next unit: its first pieces of 16 bytes, and how many row tiles and tokens there are from
 // these on. What lies beyond stays as it is in shared memory: it reaches no output but those that are not stored.
 struct Source {
-  static constexpr int in_weights = WEIGHT_BYTES / 16, in_scales = PARTS ? PARTS * 4 : 1;
+  static constexpr int in_weights = WEIGHT_BYTES / 16, in_scales = PARTS ? PARTS * GROUP_BYTES / SCALE_PIECE : 1;
   static constexpr int tiles_at_once = THREADS / in_weights, scales_at_once = THREADS / in_scales;
   static constexpr int tokens_at_once = THREADS / 16;
-  const uint4 *weights, *scales, *x;
+  const uint4 *weights, *x;
+  const unsigned char* scales;
   int tiles, scale_tiles, tokens;
   u32 weights_to, scales_to, x_to;
 
   __device__ __forceinline__ Source() {
     weights_to = tile() * UNIT_BYTES + threadIdx.x % in_weights * 16;
-    scales_to = scale_tile() * UNIT_BYTES + WEIGHT_BYTES + threadIdx.x % in_scales * 16;
+    scales_to = scale_tile() * UNIT_BYTES + WEIGHT_BYTES + threadIdx.x % in_scales * SCALE_PIECE;
     // The pieces of every other token change halves of 128 bytes, so that two tokens' 64 bytes lie in different banks.
     x_to = ROW_TILES * UNIT_BYTES + token() * TOKEN_BYTES + (threadIdx.x % 16 ^ (token() & 1) << 2) * 16;
   }
@@ -68,13 +69,14 @@ struct Source {
   __device__ __forceinline__ static int scale_tile() { return threadIdx.x / in_scales; }
   __device__ __forceinline__ static int token() { return threadIdx.x / 16; }
 
-  __device__ __forceinline__ void move(const uint4* all_weights, const uint4* all_scales, const uint4* all_x, Place place,
-                                       int unit, int units, int num_tiles, int num_rows) {
+  __device__ __forceinline__ void move(const uint4* all_weights, const unsigned char* all_scales, const uint4* all_x,
+                                       Place place, int unit, int units, int num_tiles, int num_rows) {
     tiles = num_tiles - place.tile - tile();
     scale_tiles = num_tiles - place.tile - scale_tile();
     tokens = num_rows - place.token - token();
     weights = all_weights + ((size_t)(place.tile + tile()) * units + unit) * in_weights + threadIdx.x % in_weights;
-    scales = all_scales + ((size_t)(place.tile + scale_tile()) * units + unit) * in_scales + threadIdx.x % in_scales;
+    const size_t piece = ((size_t)(place.tile + scale_tile()) * units + unit) * in_scales + threadIdx.x % in_scales;
+    scales = all_scales + piece * SCALE_PIECE;
     x = all_x + ((size_t)(place.token + token()) * units + unit) * 16 + threadIdx.x % 16;
   }
 
@@ -84,16 +86,18 @@ struct Source {
     for (int n = 0; n < ROW_TILES; n += tiles_at_once)
       if ((ROW_TILES % tiles_at_once == 0 || n + tile() < ROW_TILES) && n < tiles)
         copy_async(stage + weights_to + n * UNIT_BYTES, weights + (size_t)n * units * in_weights);
+    constexpr bool exact = ROW_TILES % scales_at_once == 0 && THREADS % in_scales == 0;
 #pragma unroll
     for (int n = 0; n < (PARTS ? ROW_TILES : 0); n += scales_at_once)
-      if ((ROW_TILES % scales_at_once == 0 || n + scale_tile() < ROW_TILES) && n < scale_tiles)
-        copy_async(stage + scales_to + n * UNIT_BYTES, scales + (size_t)n * units * in_scales);
+      if ((exact || n + scale_tile() < ROW_TILES) && n < scale_tiles)
+        copy_async<SCALE_PIECE>(stage + scales_to + n * UNIT_BYTES,
+                                scales + (size_t)n * units * in_scales * SCALE_PIECE);
 #pragma unroll
     for (int n = 0; n < TOKENS; n += tokens_at_once)
       if ((TOKENS % tokens_at_once == 0 || n + token() < TOKENS) && n < tokens)
         copy_async(stage + x_to + n * TOKEN_BYTES, x + (size_t)n * units * 16);
     weights += in_weights;
-    scales += in_scales;
+    scales += in_scales * SCALE_PIECE;
     x += 16;
   }
 };
@@ -105,6 +109,7 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[RT][NT][4], const uns
                                               const unsigned char* tokens, const Decoder& decoder,
                                               const u32 (&fixed)[RT][2], const Fetch& fetch) {
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  const unsigned char* scales = weights + WEIGHT_BYTES;
   // One half after the other where groups are small: unrolled, what they load ahead takes more registers than there are.
   constexpr int halves = PARTS > 1 ? 2 : 1, parts = PARTS ? PARTS / halves : 1;
 #pragma unroll 1
@@ -117,8 +122,7 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[RT][NT][4], const uns
       for (int r = 0; r < RT; r++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          scale[r][i] = PARTS ? *(const u32*)(weights + r * UNIT_BYTES + WEIGHT_BYTES + (half * parts + p) * 64 + g * 4 + i * 32)
-                              : fixed[r][i];
+          scale[r][i] = PARTS ? load_scale(scales + r * UNIT_BYTES + (half * parts + p) * GROUP_BYTES, g, i) : fixed[r][i];
       float part[RT][PARTS ? NT : 1][4] = {};
 #pragma unroll
       for (int step = p * 8 / halves / parts; step < (p + 1) * 8 / halves / parts; step += 2) {
@@ -194,7 +198,7 @@ __device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* part
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const uint4* __restrict__ x,
+wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales, const uint4* __restrict__ x,
      unsigned short* __restrict__ y, float4* __restrict__ parts, int num_tiles, int units, int num_rows CODEBOOK_PARAMETER) {
   DYNAMIC_SHARED(memory);
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
@@ -212,7 +216,7 @@ wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const ui
   auto fetch_next = [&] {
     if (ahead < end) {
       if (ahead == next_place) {
-        source.move(weights, (const uint4*)scales, x, Place(ahead / units, num_rows), ahead % units, units, num_tiles,
+        source.move(weights, scales, x, Place(ahead / units, num_rows), ahead % units, units, num_tiles,
                     num_rows);
         next_place = (ahead / units + 1) * units;
       }
@@ -235,7 +239,7 @@ wide(const uint4* __restrict__ weights, const u32* __restrict__ scales, const ui
       for (int r = 0; r < RT; r++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          if (tile0 + r < num_tiles) fixed[r][i] = __ldg(scales + (tile0 + r) * 16 + g + 8 * i);
+          if (tile0 + r < num_tiles) fixed[r][i] = load_scale(scales + (tile0 + r) * GROUP_BYTES, g, i);
     }
 
     float acc[RT][NT][4] = {};

@@ -19,7 +19,7 @@ NUM_ROWS = (17, 24, 32, 48, 63, 96, 128, 130, 192, 255, 256)
 def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name: str) -> None:
     own = FORMATS[name]
     for shape in SHAPES:
-        weight = rounded_codebook(own.random_weight(*shape, has_zeros=True))
+        weight = rounded_codebook(own.random_weight(*shape))
         exact, layer = weight.dequantize(torch.float64), own.layer(weight)
         packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
         for num_rows in NUM_ROWS:
@@ -68,12 +68,12 @@ def test_a_graph_gives_the_same_sums_at_each_replay_beside_other_shapes(num_rows
 
 
 def test_every_configuration_that_may_be_tuned_agrees_with_float64() -> None:
-    own = FORMATS["w4"]
-    weight = own.random_weight(1552, 2048, has_zeros=True)
+    own = FORMATS["w4-zeros"]
+    weight = own.random_weight(1552, 2048)
     exact, layer = weight.dequantize(torch.float64), own.layer(weight)
     for num_rows in (16, 21, 32, 41, 64, 90, 120, 190, 250):
         rows = torch.randn(num_rows, 2048, device="cuda", dtype=torch.bfloat16)
         expected = rows.double() @ exact.t()
         for launch in launches(own, num_rows):
             if isinstance(launch, wide.Launch):
-                check_launch("w4", launch, rows, Packed(layer.packed, layer.scales), expected)
+                check_launch("w4-zeros", launch, rows, Packed(layer.packed, layer.scales), expected)

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -76,28 +78,37 @@ inline u32 __shfl_sync(u32, u32 value, int lane) {
   return found;
 }
 template <class T> inline T __ldg(const T* from) { return *from; }
+template <class T> inline T __ldcs(const T* from) { return *from; }
+template <class T> inline void __stcs(T* to, const T& value) { *to = value; }
 template <class T> inline T __ldcg(const T* from) { return *from; }
 inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
+inline u32 __float_as_uint(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
 
-struct Copy { char* to; const void* from; };
+struct Copy { char* to; const void* from; int bytes; };
 static thread_local std::vector<Copy> started;
 static thread_local std::deque<std::vector<Copy>> committed;
 static char origin;
 inline u32 shared_address(const void* memory) { return (u32)((const char*)memory - &origin); }
-inline void copy_async(u32 shared, const void* global) {
+template <int bytes = 16> inline void copy_async(u32 shared, const void* global) {
   char* to = &origin + (int32_t)shared;
-  if (EAGER) memcpy(to, global, 16);
-  else started.push_back({to, global});
+  if ((uintptr_t)to % bytes || (uintptr_t)global % bytes) abort();
+  if (EAGER) memcpy(to, global, bytes);
+  else started.push_back({to, global, bytes});
 }
 inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }
 template <int pending> inline void await_copies() {
   for (; (int)committed.size() > pending; committed.pop_front())
-    for (const Copy& copy : committed.front()) memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : committed.front()) memcpy(copy.to, copy.from, copy.bytes);
 }
 
 inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
+inline u32 widen_half(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  return __float_as_uint(bits & 0x8000 ? -size : size);
+}
 inline unsigned short to_bf16(float value) {
   u32 bits;
   memcpy(&bits, &value, 4);
@@ -167,14 +178,23 @@ static void run_grid(Index grid, int num_threads, const std::function<void()>& k
 #define CODEBOOK_ARGUMENT
 #endif
 
-#ifdef BITS
+#if defined(RUN_WIDE)
 
 extern "C" void run_wide(const void* weights, const void* scales, const void* codebook, const void* x, void* y, void* parts,
                          int num_tiles, int units, int num_rows, int num_blocks, int backwards) {
   run_grid({num_blocks, 1}, THREADS, [=] {
-    wide((const uint4*)weights, (const u32*)scales, (const uint4*)x, (unsigned short*)y, (float4*)parts, num_tiles, units,
+    wide((const uint4*)weights, (const unsigned char*)scales, (const uint4*)x, (unsigned short*)y, (float4*)parts, num_tiles, units,
          num_rows CODEBOOK_ARGUMENT);
   }, backwards);
+}
+
+#elif defined(RUN_DEQUANTIZE)
+
+extern "C" void run_dequantize(const void* weights, const void* scales, const void* codebook, void* out, int num_tiles,
+                               int units, int num_blocks) {
+  run_grid({num_blocks, 1}, WARPS * 32, [=] {
+    dequantize_weight((const uint4*)weights, (const unsigned char*)scales, (uint4*)out, num_tiles, units CODEBOOK_ARGUMENT);
+  });
 }
 
 #else
@@ -182,15 +202,8 @@ extern "C" void run_wide(const void* weights, const void* scales, const void* co
 extern "C" void run_multiply(const void* weights, const void* scales, const void* codebook, const void* x, void* y,
                              int num_out, int num_in, int num_rows) {
   run_grid({num_out / 16 / RT, 1}, WARPS * 32, [=] {
-    MULTIPLY((const uint4*)weights, (const u32*)scales, (const unsigned short*)x, (unsigned short*)y, num_out, num_in,
+    MULTIPLY((const uint4*)weights, (const unsigned char*)scales, (const unsigned short*)x, (unsigned short*)y, num_out, num_in,
              num_rows CODEBOOK_ARGUMENT);
-  });
-}
-
-extern "C" void run_dequantize(const void* weights, const void* scales, const void* codebook, void* out, int num_out,
-                               int num_in) {
-  run_grid({num_out / 16, (num_in / 128 + 7) / 8}, 256, [=] {
-    DEQUANTIZE((const uint4*)weights, (const u32*)scales, (uint4*)out, num_in / 128 CODEBOOK_ARGUMENT);
   });
 }
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from parallel.kernels import w4a16, w8a16
+from parallel.kernels import w4a16, w8a16, wide
+from parallel.kernels.dequantize_packed import Variant
 from parallel.kernels.tiles import Launch
 from parallel.quantized import QuantizedWeight
 
@@ -26,12 +28,15 @@ HEADER = Path(__file__).parent / "emulated.h"
 NUM_OUT, NUM_IN = 64, 640
 
 
-def draw(num_values: int, group_size: int, *, zeros: bool = False) -> QuantizedWeight:
+def draw(
+    num_values: int, group_size: int, *, zeros: bool = False, dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
     groups = NUM_IN // group_size
     drawn = torch.randint(0, num_values, (NUM_OUT, groups), dtype=torch.uint8)
     values = torch.randint(0, num_values, (NUM_OUT, NUM_IN), dtype=torch.uint8)
     bits = num_values.bit_length() - 1
-    return QuantizedWeight(values, bits, torch.rand(NUM_OUT, groups) + 0.01, drawn if zeros else None, group_size)
+    scales = (torch.rand(NUM_OUT, groups) + 0.01).to(dtype)
+    return QuantizedWeight(values, bits, scales, drawn if zeros else None, group_size)
 
 
 def float8() -> QuantizedWeight:
@@ -47,10 +52,20 @@ def codebook() -> QuantizedWeight:
 
 CASES = {
     "4 bits": (lambda: draw(16, 32, zeros=True), Launch(2, 2, 2, 2), 13),
+    "bf16 scales": (lambda: draw(16, 128, dtype=torch.bfloat16), Launch(1, 2, 4, 2), 5),
+    "float16 scales": (lambda: draw(16, 64, dtype=torch.float16), Launch(2, 1, 2, 4), 16),
+    "float16 scales, zeros": (lambda: draw(16, 128, zeros=True, dtype=torch.float16), Launch(1, 4, 2, 2), 7),
+    "bf16 scales, zeros": (lambda: draw(16, 32, zeros=True, dtype=torch.bfloat16), Launch(1, 1, 4, 2), 2),
     "codebook": (codebook, Launch(1, 1, 4, 2), 8),
     "int8": (lambda: draw(256, 128, zeros=True), Launch(1, 2, 2, 4), 3),
     "float8": (float8, Launch(4, 1, 2, 2), 31),
 }
+
+
+# Bytes of a row in a store, units at a time that do not divide those there are, and blocks that take several.
+VARIANTS = {"4 bits": Variant(64, 2), "bf16 scales": Variant(128, 2), "float16 scales": Variant(256, 1, stream=2),
+            "float16 scales, zeros": Variant(128, 1, stream=1), "bf16 scales, zeros": Variant(256, 2),
+            "codebook": Variant(128, 3), "int8": Variant(256, 3, stream=1), "float8": Variant(128, 2)}  # fmt: skip
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late copies", "early copies"])
@@ -58,36 +73,53 @@ CASES = {
 def test_the_source_computes_what_float64_does(tmp_path: Path, name: str, eager: bool) -> None:
     make, launch, num_rows = CASES[name]
     weight = make()
-    layer = w4a16.W4A16Linear(weight) if weight.bits == 4 else w8a16.W8A16Linear(weight)
-    library = compile_source(tmp_path, layer, launch, eager=eager)
-    buffers = [pointer(layer.packed), pointer(layer.scales), pointer(getattr(layer, "codebook", None))]
-    exact = weight.dequantize(torch.float64)
-
+    layer, layout = layer_and_layout(weight)
+    file = f"w{weight.bits}a16"
+    options = [option for option in layout.options if not option.startswith("-DBITS")]
+    library = compile_source(
+        tmp_path, f"{file}.cu", [f"-DMULTIPLY={file}", f"-DEAGER={int(eager)}", *launch.options(), *options]
+    )
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
     output = torch.full((num_rows, NUM_OUT), float("nan"), dtype=torch.bfloat16)
-    library.run_multiply(*buffers, pointer(rows), pointer(output), NUM_OUT, NUM_IN, num_rows)
-    expected = rows.double() @ exact.t()
+    library.run_multiply(*buffers_of(layer), pointer(rows), pointer(output), NUM_OUT, NUM_IN, num_rows)
+    expected = rows.double() @ weight.dequantize(torch.float64).t()
     allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
     assert ((output.double() - expected).abs() <= allowed).all()
 
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_source_dequantises_to_the_nearest_bf16(tmp_path: Path, name: str) -> None:
+    weight = CASES[name][0]()
+    layer, layout = layer_and_layout(weight)
+    options = ["-DRUN_DEQUANTIZE", "-DEAGER=0", *VARIANTS[name].options(), *layout.options]
+    library = compile_source(tmp_path, "dequantize_packed.cu", options)
     dequantized = torch.full((NUM_OUT, NUM_IN), float("nan"), dtype=torch.bfloat16)
-    library.run_dequantize(*buffers, pointer(dequantized), NUM_OUT, NUM_IN)
-    assert ((dequantized.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all()
-
-
-def compile_source(folder: Path, layer: torch.nn.Module, launch: Launch, *, eager: bool) -> ctypes.CDLL:
+    library.run_dequantize(*buffers_of(layer), pointer(dequantized), NUM_OUT // 16, NUM_IN // 128, 2)
     if isinstance(layer, w4a16.W4A16Linear):
-        size = w4a16.group_size(layer.packed, layer.scales)
-        name, options = "w4", w4a16.kernel_options(launch, size, has_codebook=layer.codebook is not None)
+        expected = w4a16.unpack_weight(layer.packed, layer.scales, layer.codebook)
     else:
-        assert isinstance(layer, w8a16.W8A16Linear)
-        grouped = w8a16.is_grouped(layer.scales)
-        name, options = "w8", w8a16.kernel_options(launch, is_grouped=grouped, is_float=layer.is_float)
-    names = [f'-DKERNEL_FILE="{KERNELS}/{name}a16.cu"', f"-DMULTIPLY={name}a16", f"-DDEQUANTIZE=dequantize_{name}"]
+        expected = w8a16.unpack_weight(layer.packed, layer.scales, is_float=layer.is_float)
+    assert torch.equal(dequantized, expected.bfloat16())
+
+
+def layer_and_layout(weight: QuantizedWeight) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, wide.Layout]:
+    if weight.bits == 4:
+        four = w4a16.W4A16Linear(weight)
+        return four, w4a16.layout_of(four.packed, four.scales, four.codebook)
+    eight = w8a16.W8A16Linear(weight)
+    return eight, w8a16.wide_layout(is_grouped=w8a16.is_grouped(eight.scales), is_float=eight.is_float)
+
+
+def compile_source(folder: Path, file: str, options: Sequence[str]) -> ctypes.CDLL:
     target = folder / "kernel.so"
     command = ["g++", "-std=c++17", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER), "-o", str(target)]
-    subprocess.run([*command, *names, f"-DEAGER={int(eager)}", *options], check=True)
+    subprocess.run([*command, f'-DKERNEL_FILE="{KERNELS}/{file}"', *options], check=True)
     return ctypes.CDLL(str(target))
+
+
+def buffers_of(layer: torch.nn.Module) -> list[ctypes.c_void_p]:
+    """The weight, its scales, and its codebook if it has one."""
+    return [pointer(getattr(layer, name, None)) for name in ("packed", "scales", "codebook")]
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -15,16 +15,20 @@ SHAPE = (64, 768)
 LINEARS = {"w4a16": W4A16Linear, "w8a16": W8A16Linear}
 
 
+@pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize(
     ("bits", "group_size", "kernel"),
     [(4, 128, "w4a16"), (4, 64, "w4a16"), (4, 32, "w4a16"), (4, 96, "w4a16"), (4, 256, "w4a16"), (4, None, "w4a16"),
      (8, 128, "w8a16"), (8, 256, "w8a16"), (8, None, "w8a16")],
 )  # fmt: skip
-def test_predicted_bits_are_those_that_our_kernels_hold(bits: int, group_size: int | None, kernel: str) -> None:
-    scheme = Scheme("any", "any", bits, group_size)
+def test_predicted_bits_are_those_that_our_kernels_hold(
+    bits: int, group_size: int | None, kernel: str, has_zeros: bool
+) -> None:
+    scheme = Scheme("any", "any", bits, group_size, has_zeros=has_zeros)
     assert predict_kernel(scheme, "cuda", "bfloat16") == kernel
-    scales = torch.rand(SHAPE[0], scheme.num_groups(SHAPE[1]))
-    weight = QuantizedWeight(torch.zeros(SHAPE, dtype=torch.uint8), bits, scales, None, group_size or SHAPE[1])
+    scales = torch.rand(SHAPE[0], scheme.num_groups(SHAPE[1])).bfloat16()
+    zeros = torch.zeros_like(scales, dtype=torch.uint8) if has_zeros else None
+    weight = QuantizedWeight(torch.zeros(SHAPE, dtype=torch.uint8), bits, scales, zeros, group_size or SHAPE[1])
     held = sum(buffer.nbytes for buffer in LINEARS[kernel](weight).buffers())
     assert held * 8 / (SHAPE[0] * SHAPE[1]) == held_bits(scheme, "cuda", "bfloat16", SHAPE[1])
     # Up to 8 rows take nothing, up to 256 may leave parts of sums; more dequantise the weight, into the result alone.

@@ -7,7 +7,14 @@ import torch
 
 from parallel.kernels import tiles, w4a16
 from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
+from parallel.kernels.wide import Layout
 from parallel.quantized import QuantizedWeight
+
+LAYOUTS: list[Layout] = [
+    w4a16.find_layout(size, width, dtype, has_codebook=False)
+    for size in W4A16_GROUP_SIZES
+    for width, dtype in ((16, torch.bfloat16), (20, torch.float16), (16, torch.float32))
+]
 
 
 def random_weight(
@@ -17,12 +24,13 @@ def random_weight(
     zeros: bool = True,
     group_size: int = UNIT_INPUTS,
     codebook: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> QuantizedWeight:
     groups = num_in // group_size
     return QuantizedWeight(
         values=torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8),
         bits=4,
-        scales=torch.rand(num_out, groups) + 0.01,
+        scales=(torch.rand(num_out, groups) + 0.01).to(dtype),
         zeros=torch.randint(0, 16, (num_out, groups), dtype=torch.uint8) if zeros else None,
         group_size=group_size,
         codebook=codebook,
@@ -38,6 +46,30 @@ def test_packed_weight_is_the_weight_up_to_the_last_bits_of_its_scales(zeros: bo
     assert ((w4a16.unpack_weight(layer.packed, layer.scales).double() - exact).abs() <= exact.abs() * 2**-19).all()
     assert layer.scales.shape == (3, 384 // group_size, 16)
     assert layer.packed.nbytes == 48 * 384 // 2
+
+
+@pytest.mark.parametrize("group_size", W4A16_GROUP_SIZES)
+@pytest.mark.parametrize("dtype", w4a16.SHORT)
+@pytest.mark.parametrize(("zeros", "bits"), [(True, 20), (False, 16)])
+def test_scales_of_16_bits_stay_as_they_are(zeros: bool, bits: int, dtype: torch.dtype, group_size: int) -> None:
+    weight = random_weight(48, 384, zeros=zeros, group_size=group_size, dtype=dtype)
+    # Subnormal numbers and powers of two too.
+    weight.scales[0, :3] = torch.tensor([3e-7, 2.0**-14, 1.0]).to(dtype)
+    layer = w4a16.W4A16Linear(weight)
+    assert torch.equal(w4a16.unpack_weight(layer.packed, layer.scales), weight.dequantize(torch.float32))
+    assert layer.scales.nbytes * 8 == 48 * 384 // group_size * bits
+    assert w4a16.layout_of(layer.packed, layer.scales, None).unit_bytes >= 1024 + 128 // group_size * 2 * bits
+
+
+def test_zeros_of_a_group_follow_its_scales_two_outputs_to_a_byte() -> None:
+    weight = random_weight(32, 256, dtype=torch.float16)
+    assert weight.zeros is not None
+    stored = w4a16.W4A16Linear(weight).scales.view(torch.uint8)
+    for tile, group in ((0, 0), (1, 1), (0, 1)):
+        zeros = weight.zeros[tile * 16 : tile * 16 + 16, group].tolist()
+        scales = weight.scales[tile * 16 : tile * 16 + 16, group].contiguous().view(torch.uint8)
+        assert stored[tile, group, 32:].tolist() == [zeros[g] + 16 * zeros[g + 8] for g in range(8)]
+        assert torch.equal(stored[tile, group, :32], scales)
 
 
 @pytest.mark.parametrize("group_size", W4A16_GROUP_SIZES)
@@ -109,7 +141,7 @@ def test_every_launch_fits_its_block_and_its_weight(num_rows: int) -> None:
         launch = tiles.choose_launch(w4a16.LAUNCHES, num_rows, num_tiles)
         assert launch.token_tiles * tiles.ROWS_PER_TILE >= num_rows
         assert num_tiles % launch.row_tiles == 0
-        assert all(launch.shared_bytes(w4a16.unit_bytes(size)) <= tiles.MAX_SHARED_BYTES for size in W4A16_GROUP_SIZES)
+        assert all(launch.shared_bytes(each.unit_bytes) <= tiles.MAX_SHARED_BYTES for each in LAYOUTS)
 
 
 @pytest.mark.parametrize(("group_size", "found"), [(256, 128), (128, 128), (64, 64), (96, 32), (16, None)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,28 @@ import torch
 from parallel.kernels import w4a16, w8a16, wide
 from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.wide import Card, Launch
-from tests.parallel.test_emulated_kernels import HEADER, KERNELS, NUM_IN, codebook, draw, float8, pointer
+from tests.parallel.test_emulated_kernels import (
+    NUM_IN,
+    codebook,
+    compile_source,
+    draw,
+    float8,
+    layer_and_layout,
+    pointer,
+)
 from tools.linear_formats import FORMATS, wide_launches
 
 RTX4090, H200 = Card(128, 100 * 1024), Card(132, 228 * 1024)
 LAYOUTS = {
-    **{f"4 bits, {size}": w4a16.wide_layout(size, has_codebook=False) for size in (128, 64, 32)},
+    **{
+        f"4 bits, {size}, {name}": w4a16.find_layout(size, width, dtype, has_codebook=False)
+        for size in (128, 64, 32)
+        for name, width, dtype in (
+            ("symmetric", 16, torch.bfloat16),
+            ("zeros", 20, torch.float16),
+            ("float32", 16, torch.float32),
+        )
+    },
     "8 bits": w8a16.wide_layout(is_grouped=False, is_float=False),
     "8 bits, 128": w8a16.wide_layout(is_grouped=True, is_float=True),
 }
@@ -26,31 +40,15 @@ LAYOUTS = {
 CASES = {
     "4 bits": (lambda: draw(16, 128, zeros=True), Launch(2, 2, 2, 2, 3, 1), 40, 3),
     "4 bits in 32s": (lambda: draw(16, 32, zeros=True), Launch(1, 3, 4, 1, 2, 1), 3, 3),
+    "bf16 scales": (lambda: draw(16, 128, dtype=torch.bfloat16), Launch(2, 2, 2, 2, 3, 1), 19, 3),
+    "float16 scales in 64s": (lambda: draw(16, 64, dtype=torch.float16), Launch(2, 2, 4, 1, 2, 1), 16, 2),
+    "float16 scales, zeros": (lambda: draw(16, 128, zeros=True, dtype=torch.float16), Launch(1, 2, 2, 2, 3, 1), 17, 4),
+    # As many row tiles as threads copy scales of at a time, and some threads left over.
+    "bf16 scales, zeros": (lambda: draw(16, 32, zeros=True, dtype=torch.bfloat16), Launch(1, 3, 4, 1, 2, 1), 5, 3),
     "codebook": (codebook, Launch(1, 1, 2, 2, 4, 1), 11, 4),
     "int8": (lambda: draw(256, 128, zeros=True), Launch(1, 2, 1, 4, 2, 1), 36, 7),
     "float8": (float8, Launch(3, 1, 4, 1, 2, 1), 25, 2),
 }
-
-
-def layer_and_layout(weight: w4a16.QuantizedWeight) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, wide.Layout]:
-    if weight.bits == 4:
-        four = w4a16.W4A16Linear(weight)
-        return four, w4a16.wide_layout(
-            w4a16.group_size(four.packed, four.scales), has_codebook=four.codebook is not None
-        )
-    eight = w8a16.W8A16Linear(weight)
-    return eight, w8a16.wide_layout(is_grouped=w8a16.is_grouped(eight.scales), is_float=eight.is_float)
-
-
-def compile_source(folder: Path, launch: Launch, layout: wide.Layout, *, eager: bool) -> ctypes.CDLL:
-    target = folder / "kernel.so"
-    command = ["g++", "-std=c++17", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER), "-o", str(target)]
-    options = [*launch.options(launch.stages), *layout.options]
-    subprocess.run(
-        [*command, f'-DKERNEL_FILE="{KERNELS}/wide.cu"', f"-DEAGER={int(eager)}", *options],
-        check=True,
-    )
-    return ctypes.CDLL(str(target))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -60,7 +58,8 @@ def test_the_source_computes_what_float64_does_whichever_block_is_last(tmp_path:
     make, launch, num_rows, num_blocks = CASES[name]
     weight = make()
     layer, layout = layer_and_layout(weight)
-    library = compile_source(tmp_path, launch, layout, eager=eager)
+    options = ["-DRUN_WIDE", f"-DEAGER={int(eager)}", *launch.options(launch.stages), *layout.options]
+    library = compile_source(tmp_path, "wide.cu", options)
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
     tiles, units = layer.packed.shape[:2]
 
@@ -122,7 +121,7 @@ def test_what_a_tune_tries_fits_the_smaller_card_and_includes_what_is_chosen(nam
 def test_blocks_share_the_units_of_all_tiles_within_the_planned_memory(num_rows: int, num_tiles: int) -> None:
     launch, units = wide.choose_launch(num_rows), 64
     places = wide.count_places(launch, num_tiles, num_rows)
-    blocks = wide.count_blocks(launch, LAYOUTS["4 bits, 128"].unit_bytes, places, units, H200)
+    blocks = wide.count_blocks(launch, LAYOUTS["4 bits, 128, zeros"].unit_bytes, places, units, H200)
     assert 1 <= blocks <= places * units
     assert places <= wide.MAX_TILES
     floats = wide.workspace_floats(launch, places, blocks)
