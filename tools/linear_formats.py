@@ -109,6 +109,10 @@ class OwnFormat:
     def layer(self, weight: QuantizedWeight) -> nn.Module:
         return w4a16.W4A16Linear(weight) if self.bits == 4 else w8a16.W8A16Linear(weight)
 
+    def pack(self, weight: QuantizedWeight) -> Packed:
+        layer = self.layer(weight)
+        return Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
+
     def run(
         self, launch: AnyLaunch, rows: Tensor, weight: Packed, output: Tensor, workspace: Tensor | None = None
     ) -> None:
@@ -215,8 +219,7 @@ def check_format(name: str, shape: tuple[int, int]) -> None:
     own = FORMATS[name]
     weight = rounded_codebook(own.random_weight(*shape))
     exact = weight.dequantize(torch.float64)
-    layer = own.layer(weight)
-    packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
+    packed = own.pack(weight)
     dequantized = own.dequantize(packed)
     assert torch.equal(dequantized, own.unpack(packed).bfloat16()), f"{name} {shape}: dequantised to other numbers"
     # Half a unit in the last place of bf16, and the lost bits of a scale.

@@ -36,14 +36,14 @@ class Variant:
 CHOSEN = Variant(run=128, units=2, stream=1)
 
 
-def run(packed: Tensor, scales: Tensor, codebook: Tensor | None, layout: Layout, variant: Variant = CHOSEN) -> Tensor:
+def run(packed: Tensor, scales: Tensor, codebook: Tensor | None, layout: Layout) -> Tensor:
     """[out, in] bf16, columns as they are packed."""
     tiles, units = packed.shape[:2]
     weight = empty_weight(packed)
-    blocks = -(-tiles * units // (WARPS * variant.units))
-    if variant.blocks:
-        blocks = min(blocks, variant.blocks * describe_card(packed.device.index).multiprocessors)
-    kernel = compile_kernel(variant, layout, packed.device.index)
+    blocks = -(-tiles * units // (WARPS * CHOSEN.units))
+    if CHOSEN.blocks:
+        blocks = min(blocks, CHOSEN.blocks * describe_card(packed.device.index).multiprocessors)
+    kernel = compile_kernel(CHOSEN, layout, packed.device.index)
     entries = [] if codebook is None else [codebook]
     kernel((blocks, 1, 1), WARPS * WARP, packed, scales, weight, tiles, units, *entries)
     return weight

@@ -154,7 +154,7 @@ def pack_scales(weight: QuantizedWeight, groups: Tensor) -> Tensor:
 
 
 def pack_zeros(zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, groups] uint8 -> [out / 16, groups, 4] of 16 bits: a byte has the zeros of outputs g and, above it, g + 8."""
+    """[out, groups] uint8 -> [out / 16, groups, 4] of 16 bits: a byte has the zeros of outputs g and, above, g + 8."""
     low, high = tile_scales(zeros).unflatten(-1, (2, 8)).unbind(-2)
     return (low | high << 4).contiguous().view(dtype)
 

@@ -7,7 +7,7 @@ import torch
 
 from parallel.kernels import choice, wide
 from parallel.kernels.held import MAX_NARROW_ROWS, MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
-from tools.linear_formats import FORMATS, Packed, check_launch, launches, rounded_codebook
+from tools.linear_formats import FORMATS, check_launch, launches, rounded_codebook
 
 pytestmark = pytest.mark.gpu
 # One that many blocks share, and one of odd numbers of tiles and units.
@@ -20,8 +20,7 @@ def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name:
     own = FORMATS[name]
     for shape in SHAPES:
         weight = rounded_codebook(own.random_weight(*shape))
-        exact, layer = weight.dequantize(torch.float64), own.layer(weight)
-        packed = Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
+        exact, packed = weight.dequantize(torch.float64), own.pack(weight)
         for num_rows in NUM_ROWS:
             rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
             launch = own.choose(num_rows, shape[0] // 16)
@@ -70,10 +69,10 @@ def test_a_graph_gives_the_same_sums_at_each_replay_beside_other_shapes(num_rows
 def test_every_configuration_that_may_be_tuned_agrees_with_float64() -> None:
     own = FORMATS["w4-zeros"]
     weight = own.random_weight(1552, 2048)
-    exact, layer = weight.dequantize(torch.float64), own.layer(weight)
+    exact, packed = weight.dequantize(torch.float64), own.pack(weight)
     for num_rows in (16, 21, 32, 41, 64, 90, 120, 190, 250):
         rows = torch.randn(num_rows, 2048, device="cuda", dtype=torch.bfloat16)
         expected = rows.double() @ exact.t()
         for launch in launches(own, num_rows):
             if isinstance(launch, wide.Launch):
-                check_launch("w4-zeros", launch, rows, Packed(layer.packed, layer.scales), expected)
+                check_launch("w4-zeros", launch, rows, packed, expected)
