@@ -2,8 +2,9 @@
 
 First every variant of the kernel that dequantises packed weights: checked against plain torch, then GB/s read and
 written, and the share of a copy's. Then dequantising and multiplying, by the fastest of each way of caching, for each
-number of rows and of weights that are dequantised at a time; beside it cuBLAS alone, and the kernel for up to 256 rows.
-All in CUDA graphs over more layers than the L2 cache holds. The last line on stdout is JSON.
+number of rows and of weights that are dequantised at a time; beside it cuBLAS alone, and the kernel that multiplies by
+the packed weights, also for more rows than it is given. All in CUDA graphs over more layers than the L2 cache holds.
+The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -164,14 +165,12 @@ def time_products(name: str, variants: list[Variant]) -> list[dict[str, Any]]:
 def time_shape(
     name: str, variants: list[Variant], shape: tuple[int, int], num_rows: int
 ) -> dict[tuple[str, int], float]:
-    """Microseconds; the kernel for few rows has no number of weights at a time."""
+    """Microseconds, by what is timed and weights at a time: none for the kernel that takes them packed."""
     weights, own = cycle(name, *shape), FORMATS[name]
     rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
     output, plain = rows.new_empty(num_rows, shape[0]), torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    times: dict[tuple[str, int], float] = {}
-    if num_rows <= MAX_OWN_ROWS:
-        launch = own.choose(num_rows, shape[0] // 16)
-        times["packed", 0] = time_calls([partial(own.run, launch, rows, each, output) for each in weights])
+    launch = own.choose(min(num_rows, MAX_OWN_ROWS), shape[0] // 16)
+    times = {("packed", 0): time_calls([partial(own.run, launch, rows, each, output) for each in weights])}
     for at_a_time in AT_A_TIME:
         for variant in variants:
             with settings(variant, at_a_time):
