@@ -80,6 +80,7 @@ class GroupedLinear(nn.Module):
 def output_blocks(num_out: int, num_in: int) -> list[slice]:
     """Blocks of outputs, as equal as tiles allow, of at most DEQUANTIZED_AT_A_TIME weights."""
     tiles = -(-num_out // OUTPUTS_PER_BLOCK)
-    count = -(-num_out * num_in // DEQUANTIZED_AT_A_TIME)
-    size = max(1, -(-tiles // max(1, count))) * OUTPUTS_PER_BLOCK
+    most = max(1, DEQUANTIZED_AT_A_TIME // max(1, num_in * OUTPUTS_PER_BLOCK))
+    count = max(1, -(-tiles // most))
+    size = max(1, -(-tiles // count)) * OUTPUTS_PER_BLOCK
     return [slice(start, min(start + size, num_out)) for start in range(0, num_out, size)]

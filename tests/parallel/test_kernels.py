@@ -236,9 +236,10 @@ def test_many_rows_dequantise_some_outputs_at_a_time(monkeypatch: pytest.MonkeyP
     assert layer.blocks == [(0, 256), (256, 512), (512, 640)]
 
 
-@pytest.mark.parametrize("num_out", [16, 128, 5120, 28672, 14784, 128 * 7 + 16])
-def test_blocks_of_outputs_hold_all_of_them_once_and_few_weights_each(num_out: int) -> None:
-    blocks = grouping.output_blocks(num_out, 8192)
+@pytest.mark.parametrize("num_in", [8192, 14336, 29568])
+@pytest.mark.parametrize("num_out", [16, 128, 5120, 28672, 14784, 128 * 7 + 16, 23 * 128])
+def test_blocks_of_outputs_hold_all_of_them_once_and_few_weights_each(num_out: int, num_in: int) -> None:
+    blocks = grouping.output_blocks(num_out, num_in)
     assert [output for block in blocks for output in range(num_out)[block]] == list(range(num_out))
     assert all(block.start % 128 == 0 for block in blocks)
-    assert max(block.stop - block.start for block in blocks) * 8192 <= DEQUANTIZED_AT_A_TIME
+    assert max(block.stop - block.start for block in blocks) * num_in <= DEQUANTIZED_AT_A_TIME
