@@ -29,13 +29,18 @@ NUM_OUT, NUM_IN = 64, 640
 
 
 def draw(
-    num_values: int, group_size: int, *, zeros: bool = False, dtype: torch.dtype = torch.float32
+    num_values: int,
+    group_size: int,
+    *,
+    zeros: bool = False,
+    dtype: torch.dtype = torch.float32,
+    num_out: int = NUM_OUT,
 ) -> QuantizedWeight:
     groups = NUM_IN // group_size
-    drawn = torch.randint(0, num_values, (NUM_OUT, groups), dtype=torch.uint8)
-    values = torch.randint(0, num_values, (NUM_OUT, NUM_IN), dtype=torch.uint8)
+    drawn = torch.randint(0, num_values, (num_out, groups), dtype=torch.uint8)
+    values = torch.randint(0, num_values, (num_out, NUM_IN), dtype=torch.uint8)
     bits = num_values.bit_length() - 1
-    scales = (torch.rand(NUM_OUT, groups) + 0.01).to(dtype)
+    scales = (torch.rand(num_out, groups) + 0.01).to(dtype)
     return QuantizedWeight(values, bits, scales, drawn if zeros else None, group_size)
 
 

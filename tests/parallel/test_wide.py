@@ -43,8 +43,13 @@ CASES = {
     "bf16 scales": (lambda: draw(16, 128, dtype=torch.bfloat16), Launch(2, 2, 2, 2, 3, 1), 19, 3),
     "float16 scales in 64s": (lambda: draw(16, 64, dtype=torch.float16), Launch(2, 2, 4, 1, 2, 1), 16, 2),
     "float16 scales, zeros": (lambda: draw(16, 128, zeros=True, dtype=torch.float16), Launch(1, 2, 2, 2, 3, 1), 17, 4),
-    # As many row tiles as threads copy scales of at a time, and some threads left over.
-    "bf16 scales, zeros": (lambda: draw(16, 32, zeros=True, dtype=torch.bfloat16), Launch(1, 3, 4, 1, 2, 1), 5, 3),
+    # As many row tiles as threads copy scales of at a time, threads left over, and more tiles that these could copy.
+    "bf16 scales, zeros": (
+        lambda: draw(16, 32, zeros=True, dtype=torch.bfloat16, num_out=208),
+        Launch(1, 3, 4, 1, 2, 1),
+        5,
+        3,
+    ),
     "codebook": (codebook, Launch(1, 1, 2, 2, 4, 1), 11, 4),
     "int8": (lambda: draw(256, 128, zeros=True), Launch(1, 2, 1, 4, 2, 1), 36, 7),
     "float8": (float8, Launch(3, 1, 4, 1, 2, 1), 25, 2),
