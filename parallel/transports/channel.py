@@ -22,7 +22,7 @@ REDUCTIONS = {
     torch.float32: "reduce_float32",
 }
 FOLDER = Path(__file__).parent
-# Of every kernel: source, target, state, region; bytes, units of a slot, rank, limit.
+# Of every kernel, first: source, target, state, region; bytes, units of a slot, rank, limit.
 PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
@@ -55,6 +55,8 @@ class Channel:
         source: str,
         names: Sequence[str],
         timeout_sec: float,
+        parameters: str = PARAMETERS,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.region, self.rank = region, rank
         self.timeout_sec = timeout_sec
@@ -62,17 +64,25 @@ class Channel:
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
-        options = (f"-DWORLD={world_size}",)
-        self.kernels = {name: load_kernel(FOLDER / source, name, options, PARAMETERS, device.index) for name in names}
+        options = (f"-DWORLD={world_size}", *options)
+        self.kernels = {name: load_kernel(FOLDER / source, name, options, parameters, device.index) for name in names}
 
     def launch(
-        self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
+        self,
+        name: str,
+        source: Tensor,
+        target: Tensor,
+        num_bytes: int,
+        slot_size: int,
+        blocks: int,
+        threads: int,
+        *more: int,
     ) -> None:
+        """`more`: what the kernel takes beyond `PARAMETERS`."""
         region = self.region.device_address
         timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        self.kernels[name](
-            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
-        )
+        arguments = (source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms, *more)
+        self.kernels[name]((blocks, 1, 1), threads, *arguments)
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""
