@@ -81,8 +81,8 @@ class Channel:
         """`more`: what the kernel takes beyond `PARAMETERS`."""
         region = self.region.device_address
         timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        arguments = (source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms, *more)
-        self.kernels[name]((blocks, 1, 1), threads, *arguments)
+        numbers = (num_bytes, slot_size, self.rank, timeout_ms, *more)
+        self.kernels[name]((blocks, 1, 1), threads, source, target, self.state, region, *numbers)
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""

@@ -108,7 +108,7 @@ class DenseChannel(Channel):
 
 
 class DenseHostMemory(OverChannel[DenseChannel]):
-    """All-reduces of whole units of up to `max_bytes` through host memory in one hop, everything else through `inner`."""
+    """All-reduces of whole units of up to `max_bytes` in one hop through host memory, the rest through `inner`."""
 
     name = "host_memory_dense"
 
