@@ -35,7 +35,7 @@ TILE_BYTES = UNITS * LANES * UNIT_BYTES
 NUM_TAGS = 65535
 # (up to so many bytes, blocks, warps a block). A warp has a page on its way in each direction, so that 64 have three
 # times what a PCIe 5.0 link of 55 GB/s holds in 1.5 us; with many more, all is written before anything is read.
-LAUNCHES = ((512 * KIB, 32, 2), (MAX_BYTES, 32, 2))
+LAUNCHES: tuple[tuple[int, int, int], ...] = ((MAX_BYTES, 32, 2),)
 
 
 @dataclass(frozen=True)

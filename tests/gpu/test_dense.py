@@ -13,7 +13,7 @@ from parallel.transports.dense import MAX_BYTES, NUM_TAGS, TILE_BYTES, DenseChan
 from parallel.transports.host_memory import KIB
 from tests.gpu.one_card import DEVICE
 from tests.gpu.test_host_memory import DTYPES, assert_sums, fresh, poisoned
-from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card
+from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ordered_sum
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +55,7 @@ def test_special_values_survive(world_size: int) -> None:
             targets = poisoned(sources)
             ranks.run(lambda channel, s=sources, t=targets: channel.all_reduce(s[channel.rank], t[channel.rank]))  # type: ignore[misc]
             ranks.check()
-            total = torch.stack([source.float() for source in sources]).cumsum(dim=0)[-1].bfloat16()
+            total = ordered_sum(sources)
             for target in targets:
                 torch.testing.assert_close(target, total, rtol=0, atol=0, equal_nan=True)
                 assert torch.equal(target.view(torch.int16), targets[0].view(torch.int16))
