@@ -105,14 +105,15 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     if wanted == TransportKind.nccl:
         return Choice(base, (Range("nccl", None, "engine.transport=nccl was asked for", base_proof.times_us),))
     opened, proofs = tester.prove_candidates(base)
+    small = proofs[HostMemory.name]
     if wanted == TransportKind.auto:
-        ranges = plan_ranges(base_proof, proofs)
-        gather_limit = faster_up_to(proofs[-1].times_us, base_proof.times_us)
-    elif proofs[-1].error:
-        raise failure(proofs[-1])
+        ranges = plan_ranges(base_proof, list(proofs.values()))
+        gather_limit = faster_up_to(small.times_us, base_proof.times_us)
+    elif small.error:
+        raise failure(small)
     else:
-        ranges = force_ranges(base_proof, proofs, "engine.transport=host_memory was asked for")
-        gather_limit = max(proofs[-1].times_us)
+        ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
+        gather_limit = max(small.times_us)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
@@ -167,15 +168,14 @@ class Tester:
             on_timeout=self.on_timeout,
         )
 
-    def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], list[Proof]]:
-        """Those of `CANDIDATES` that work, and the proofs of all, in their order."""
-        opened, proofs = {}, []
+    def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
+        """Those of `CANDIDATES` that work, and the proofs of all."""
+        opened, proofs = {}, {}
         # Below the limit of the self-test, so that a peer that does not answer costs one candidate alone.
         timeout_sec = self.job.run.timeouts.selftest_sec / 4
         for name, (wrap, sizes) in CANDIDATES.items():
             opener = lambda wrap=wrap: wrap(base, self.device, timeout_sec=timeout_sec)  # noqa: E731
-            communicator, proof = self.prove(name, opener, sizes)
-            proofs.append(proof)
+            communicator, proofs[name] = self.prove(name, opener, sizes)
             if communicator is not None:
                 opened[name] = communicator
         return opened, proofs

@@ -1,11 +1,12 @@
 // CUDA, as the kernels through host memory use it, on threads of a CPU: those of all ranks at once. KERNEL_FILE is a
-// source whose instructions are calls of what is here. Loads and stores of 8 bytes are single ones, in any order.
+// source whose instructions are calls of what is here. Accesses of ACCESS_BYTES are single ones, in any order.
 #include <atomic>
 #include <barrier>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -65,14 +66,20 @@ inline uint32_t rounded(float value) {
   const uint32_t bits = __float_as_uint(value);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+static std::mutex whole_line;
+inline std::unique_lock<std::mutex> hold_line() {
+  return ACCESS_BYTES == 16 ? std::unique_lock(whole_line) : std::unique_lock<std::mutex>();
+}
 inline void store_line(void* line, uint4 v) {
+  const auto held = hold_line();
   Wide* words = (Wide*)line;
   __atomic_store_n(words + 1, (Wide)v.w << 32 | v.z, __ATOMIC_RELEASE);
-  if (ACCESS_BYTES == 8) std::this_thread::yield();
+  std::this_thread::yield();
   __atomic_store_n(words, (Wide)v.y << 32 | v.x, __ATOMIC_RELEASE);
 }
 inline void load_line(const void* line, Wide& low, Wide& high) {
   std::this_thread::yield();
+  const auto held = hold_line();
   low = __atomic_load_n((const Wide*)line, __ATOMIC_ACQUIRE);
   high = __atomic_load_n((const Wide*)line + 1, __ATOMIC_ACQUIRE);
 }
