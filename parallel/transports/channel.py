@@ -22,7 +22,7 @@ REDUCTIONS = {
     torch.float32: "reduce_float32",
 }
 FOLDER = Path(__file__).parent
-# Of every kernel, first: source, target, state, region; bytes, units of a slot, rank, limit.
+# Of every kernel: source, target, state, region; bytes, units of a slot, rank, limit.
 PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
@@ -55,7 +55,6 @@ class Channel:
         source: str,
         names: Sequence[str],
         timeout_sec: float,
-        parameters: str = PARAMETERS,
         options: tuple[str, ...] = (),
     ) -> None:
         self.region, self.rank = region, rank
@@ -65,24 +64,16 @@ class Channel:
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
         options = (f"-DWORLD={world_size}", *options)
-        self.kernels = {name: load_kernel(FOLDER / source, name, options, parameters, device.index) for name in names}
+        self.kernels = {name: load_kernel(FOLDER / source, name, options, PARAMETERS, device.index) for name in names}
 
     def launch(
-        self,
-        name: str,
-        source: Tensor,
-        target: Tensor,
-        num_bytes: int,
-        slot_size: int,
-        blocks: int,
-        threads: int,
-        *more: int,
+        self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
     ) -> None:
-        """`more`: what the kernel takes beyond `PARAMETERS`."""
         region = self.region.device_address
         timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        numbers = (num_bytes, slot_size, self.rank, timeout_ms, *more)
-        self.kernels[name]((blocks, 1, 1), threads, source, target, self.state, region, *numbers)
+        self.kernels[name](
+            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
+        )
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""

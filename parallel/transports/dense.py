@@ -13,7 +13,6 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.transports.channel import (
     PAGE_BYTES,
-    PARAMETERS,
     REDUCTIONS,
     Channel,
     OverChannel,
@@ -94,17 +93,14 @@ class DenseChannel(Channel):
             source="host_memory_dense.cu",
             names=tuple(REDUCTIONS.values()),
             timeout_sec=timeout_sec,
-            # Last, the blocks that carry the message.
-            parameters=PARAMETERS + "i",
             options=(f"-DACCESS_BYTES={ACCESS_BYTES}",),
         )
         self.layout = layout
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
-        blocks, threads = choose_launch(source.nbytes)
-        name, tiles = REDUCTIONS[source.dtype], self.layout.slot_tiles
-        self.launch(name, source, target, source.nbytes, tiles, blocks, threads, blocks)
+        size, tiles = source.nbytes, self.layout.slot_tiles
+        self.launch(REDUCTIONS[source.dtype], source, target, size, tiles, *choose_launch(size))
 
 
 class DenseHostMemory(OverChannel[DenseChannel]):

@@ -91,21 +91,20 @@ struct Watch {
   }
 };
 
-// The epoch of this launch, once for each of `blocks`. Zero is skipped when the count wraps: untouched lines carry it.
-__device__ u32 enter(State* state, u32 blocks) {
+// The epoch of this launch. Zero is skipped when the count wraps: untouched lines carry it.
+__device__ u32 enter(State* state) {
   const u64 before = atomicAdd(&state->epoch_and_arrived, 1ull);
   const u32 last = (u32)(before >> 32), epoch = last == 0xffffffffu ? 2u : last + 1;
-  if ((u32)before == blocks - 1) atomicExch(&state->epoch_and_arrived, (u64)epoch << 32);
+  if ((u32)before == gridDim.x - 1) atomicExch(&state->epoch_and_arrived, (u64)epoch << 32);
   return epoch;
 }
 
-// Every thread of those blocks that talk calls this first; false: an earlier call was given up, and nothing must wait
-// again. `blocks` is their number.
-__device__ __forceinline__ bool begin(State* state, u32& epoch, u32 blocks = gridDim.x) {
+// Every thread of a block calls this first; false: an earlier call was given up, and nothing must wait again.
+__device__ __forceinline__ bool begin(State* state, u32& epoch) {
   __shared__ u32 shared_epoch, shared_failed;
   if (threadIdx.x == 0) {
     shared_failed = *(volatile u32*)&state->failed;
-    shared_epoch = enter(state, blocks);
+    shared_epoch = enter(state);
   }
   __syncthreads();
   epoch = shared_epoch;

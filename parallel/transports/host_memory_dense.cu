@@ -222,10 +222,10 @@ struct Call {
 
   // The next tile is sent before this one is received, so that the link is busy in both directions.
   template <class Element>
-  __device__ void run(int blocks) {
-    const int tiles = (units + TILE_UNITS - 1) / TILE_UNITS, step = blocks * (int)(blockDim.x / LANES);
+  __device__ void run() {
+    const int tiles = (units + TILE_UNITS - 1) / TILE_UNITS, step = (int)(gridDim.x * (blockDim.x / LANES));
     // Neighbours in different blocks.
-    const int first = (int)(threadIdx.x / LANES) * blocks + (int)blockIdx.x;
+    const int first = (int)(threadIdx.x / LANES * gridDim.x + blockIdx.x);
     if (first < tiles) send(first);
     if (first == step - 1) renew();
     for (int tile = first; tile < tiles; tile += step) {
@@ -235,17 +235,15 @@ struct Call {
   }
 };
 
-// Blocks from `blocks` on have no part in the call.
 #define KERNEL(name, element)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
-  name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_tiles, int rank, int timeout_ms, \
-       int blocks) {                                                                                                   \
-    if ((int)blockIdx.x >= blocks) return;                                                                             \
+  name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_tiles, int rank,                 \
+       int timeout_ms) {                                                                                               \
     u32 epoch;                                                                                                         \
-    if (!begin(state, epoch, (u32)blocks)) return;                                                                     \
+    if (!begin(state, epoch)) return;                                                                                  \
     Call call = {in, out, state, region, num_bytes / UNIT_BYTES, slot_tiles, rank, (int)(threadIdx.x % LANES), epoch,  \
                  tag_of(epoch), watch_for(timeout_ms)};                                                                \
-    call.run<element>(blocks);                                                                                         \
+    call.run<element>();                                                                                               \
   }
 
 KERNEL(reduce_bfloat16, BFloat16)

@@ -101,13 +101,13 @@ void launch(std::vector<std::thread>& threads, Kernel kernel, int blocks, int nu
   }
 }
 
-// One call of `first` to `last`, one more block each than carry the message.
+// One call of the ranks `first` to `last`.
 extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states, u8* region, int num_bytes,
                     int slot_tiles, int first, int last, int timeout_ms, int blocks, int num_threads) {
   auto kernel = bytes_per_value == 2 ? reduce_bfloat16 : reduce_float32;
   std::vector<std::thread> threads;
   for (int r = first; r <= last; ++r)
-    launch(threads, [=] { kernel(in[r], out[r], states + r, region, num_bytes, slot_tiles, r, timeout_ms, blocks); },
-           blocks + 1, num_threads);
+    launch(threads, [=] { kernel(in[r], out[r], states + r, region, num_bytes, slot_tiles, r, timeout_ms); }, blocks,
+           num_threads);
   for (std::thread& thread : threads) thread.join();
 }

@@ -73,7 +73,7 @@ def compile_source(*options: str) -> ctypes.CDLL:
     # Only the first thread of a block asks for the epoch; a static variable is every thread's own here.
     text = text.replace("epoch = shared_epoch;", "epoch = (u32)block->first(threadIdx.x, shared_epoch);")
     text = text.replace("return shared_failed == 0;", "return block->first(threadIdx.x, shared_failed) == 0;")
-    text = text.replace("__syncthreads();", "block->meet();").replace("u32 blocks = gridDim.x", "u32 blocks")
+    text = text.replace("__syncthreads();", "block->meet();")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.h").write_text(text)
         target = f"{folder}/kernel.so"
