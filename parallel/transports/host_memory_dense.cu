@@ -129,8 +129,8 @@ struct Call {
   State* state;
   u8* region;
   int units, slot_tiles, rank, lane;
-  u32 epoch, tag;
   Watch watch;
+  u32 epoch, tag;
 
   // A row is a line of every lane; a tile has LINES rows.
   __device__ uint4* line(int r, int row, int of_lane) const {
@@ -148,10 +148,9 @@ struct Call {
     }
   }
 
-  __device__ void send(int tile) const {
+  __device__ void send(int tile, const uint4* own) const {
     if (!has_units(tile, lane)) return;
-    uint4 own[UNITS], lines[LINES];
-    load(tile, own);
+    uint4 lines[LINES];
     pack(own, lines, tag);
 #pragma unroll
     for (int i = 0; i < LINES; ++i) write_line(line(rank, tile * LINES + i, lane), lines[i]);
@@ -226,10 +225,18 @@ struct Call {
     const int tiles = (units + TILE_UNITS - 1) / TILE_UNITS, step = (int)(gridDim.x * (blockDim.x / LANES));
     // Neighbours in different blocks.
     const int first = (int)(threadIdx.x / LANES * gridDim.x + blockIdx.x);
-    if (first < tiles) send(first);
+    // Asked for before the epoch is known, so that the two waits overlap.
+    uint4 own[UNITS];
+    load(first, own);
+    if (!begin(state, epoch)) return;
+    tag = tag_of(epoch);
+    send(first, own);
     if (first == step - 1) renew();
     for (int tile = first; tile < tiles; tile += step) {
-      if (tile + step < tiles) send(tile + step);
+      if (tile + step < tiles) {
+        load(tile + step, own);
+        send(tile + step, own);
+      }
       if (!receive<Element>(tile)) return;
     }
   }
@@ -239,10 +246,8 @@ struct Call {
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
   name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_tiles, int rank,                 \
        int timeout_ms) {                                                                                               \
-    u32 epoch;                                                                                                         \
-    if (!begin(state, epoch)) return;                                                                                  \
-    Call call = {in, out, state, region, num_bytes / UNIT_BYTES, slot_tiles, rank, (int)(threadIdx.x % LANES), epoch,  \
-                 tag_of(epoch), watch_for(timeout_ms)};                                                                \
+    const int lane = threadIdx.x % LANES;                                                                              \
+    Call call = {in, out, state, region, num_bytes / UNIT_BYTES, slot_tiles, rank, lane, watch_for(timeout_ms)};       \
     call.run<element>();                                                                                               \
   }
 

@@ -13,6 +13,7 @@ from launcher.config import TransportKind
 from launcher.events import EventWriter
 from launcher.rank import RankContext
 from launcher.rank_transport import open_transport
+from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
@@ -167,6 +168,15 @@ def test_slots_carry_all_reduces_of_their_range_also_where_they_were_slow_before
         ("nccl", None),
     ]
     assert not tried[SMALL].channel.closed
+
+
+def test_a_probe_times_the_whole_and_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, FAST_MIDDLE, SLOW_LARGE)
+    context = RankContext(make_job(tmp_path), 0, CPU, choice.communicator, choice.ranges, cast(EventWriter, None))
+    opened = opened_transports(context)
+    assert list(opened) == ["by_size", SMALL, MIDDLE, "nccl"]
+    assert opened["by_size"] is choice.communicator
+    assert all(opened[name] is tried[name] for name in (SMALL, MIDDLE, "nccl"))
 
 
 def test_what_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
