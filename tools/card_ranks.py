@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,25 +40,23 @@ def run_on_cards(function: Callable[..., None], num_cards: int, *args: Any) -> N
     """
     os.environ.setdefault("NCCL_P2P_DISABLE", "1")
     if is_started_by_torchrun():
-        dist.init_process_group(BACKENDS, timeout=LIMIT)
         call_on_card(function, int(os.environ["LOCAL_RANK"]), args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(  # type: ignore[no-untyped-call]
-            join_and_call, (function, num_cards, Path(folder) / "store", args), num_cards
+        multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            join_and_call, (function, num_cards, f"file://{folder}/store", args), num_cards
         )
 
 
-def join_and_call(rank: int, function: Callable[..., None], num_cards: int, store: Path, args: Any) -> None:
-    dist.init_process_group(
-        BACKENDS, store=dist.FileStore(str(store), num_cards), rank=rank, world_size=num_cards, timeout=LIMIT
-    )
-    call_on_card(function, rank, args)
+def join_and_call(rank: int, function: Callable[..., None], num_cards: int, store: str, args: Any) -> None:
+    call_on_card(function, rank, args, init_method=store, rank=rank, world_size=num_cards)
 
 
-def call_on_card(function: Callable[..., None], card: int, args: Any) -> None:
+def call_on_card(function: Callable[..., None], card: int, args: Any, **group: Any) -> None:
+    """`group`: how the default group comes about, where torchrun's environment does not say it."""
     device = torch.device("cuda", card)
     torch.cuda.set_device(device)
+    dist.init_process_group(BACKENDS, timeout=LIMIT, **group)
     try:
         function(CardRank(device, open_nccl(device, LIMIT), open_gloo(torch.device("cpu"), LIMIT)), *args)
     finally:
