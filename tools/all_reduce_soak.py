@@ -44,12 +44,12 @@ class SoakCall:
 class Soak:
     """The calls of one rank on one buffer, whose values follow from rank, call and place."""
 
-    def __init__(self, rank: CardRank, communicators: Sequence[tuple[Communicator, int, int]]) -> None:
-        """`communicators`: each with the least and the most bytes that it is given."""
+    def __init__(self, rank: CardRank, communicators: Sequence[tuple[Communicator, int, int]], seed: int) -> None:
+        """`communicators`: each with the least and the most bytes that it is given. `seed`: the same on all ranks."""
         self.rank, self.communicators = rank.nccl.rank, communicators
         self.device, self.world_size = rank.device, rank.nccl.world_size
         # All ranks draw the same calls, each is late at its own.
-        self.shared, self.own = random.Random(7), random.Random(1000 + self.rank)
+        self.shared, self.own = random.Random(seed), random.Random(seed + 1 + self.rank)
         self.done = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.wrong = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.buffer = torch.empty(max(most for _, _, most in communicators), dtype=torch.uint8, device=self.device)
@@ -101,7 +101,8 @@ def soak(rank: CardRank, num_calls: int, access_bytes: int) -> None:
     large = wrap_two_step(small, rank.device, timeout_sec=TIMEOUT_SEC)
     # Twice, so that it is half of the calls.
     shares = [(small, 4, 64 * 1024), (large, 64 * 1024, 2**22), *[(middle, 16, dense.MAX_BYTES)] * 2]
-    work = Soak(rank, shares)
+    seed = int(rank.control.all_gather(torch.tensor([random.randrange(2**31)]))[0])
+    work = Soak(rank, shares, seed)
     start, looks = time.monotonic(), 0
     # Loads kernels and opens NCCL's links, which a capture must not.
     work.run_all([work.draw() for _ in range(CALLS_PER_GRAPH)])
@@ -120,5 +121,5 @@ def soak(rank: CardRank, num_calls: int, access_bytes: int) -> None:
     large.check()
     wrong = rank.control.all_gather(work.wrong.cpu()).flatten().tolist()
     assert work.done.item() == done
-    say(rank, f"{done} calls in {time.monotonic() - start:.0f} s; wrong elements of each rank: {wrong}")
+    say(rank, f"{done} calls in {time.monotonic() - start:.0f} s; seed {seed}; wrong elements of each rank: {wrong}")
     assert not any(wrong)
