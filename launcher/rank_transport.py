@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -15,19 +15,45 @@ from parallel.selftest import DECODE_BYTES, check_transport
 from parallel.transport_choice import (
     TIMED_BYTES,
     TIMED_LARGE_BYTES,
+    TIMED_MIDDLE_BYTES,
     Proof,
     Range,
+    faster_up_to,
     force_ranges,
     plan_ranges,
     prove,
 )
+from parallel.transports.by_size import BySize
+from parallel.transports.channel import Channel
+from parallel.transports.dense import DenseHostMemory, wrap_dense
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 
 OnTimeout = Callable[[TransportError], None]
 CPU = torch.device("cpu")
-SMALL, LARGE = HostMemory.name, TwoStepHostMemory.name
 C = TypeVar("C", bound=Communicator)
+
+
+class HostTransport(Communicator, Protocol):
+    """One over host memory; `inner` carries what it cannot."""
+
+    inner: Communicator
+
+    @property
+    def channel(self) -> Channel: ...
+
+
+class Wrap(Protocol):
+    def __call__(self, inner: Communicator, device: torch.device, *, timeout_sec: float) -> HostTransport: ...
+
+
+# Those that compete with NCCL, and at which sizes.
+CANDIDATES: dict[str, tuple[Wrap, tuple[int, ...]]] = {
+    TwoStepHostMemory.name: (wrap_two_step, TIMED_LARGE_BYTES),
+    DenseHostMemory.name: (wrap_dense, TIMED_MIDDLE_BYTES),
+    HostMemory.name: (wrap_host_memory, TIMED_BYTES),
+}
+ALL_TIMED_BYTES = tuple(sorted({size for _, sizes in CANDIDATES.values() for size in sizes}))
 
 
 @dataclass(frozen=True)
@@ -73,47 +99,53 @@ def open_kind(job: Job, kind: str, device: torch.device) -> Communicator:
 def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
     """NCCL, and host memory for the messages at which it is faster; engine.transport narrows the choice."""
     wanted, tester = job.run.engine.transport, Tester(job, device, on_timeout, open_kind(job, "gloo", CPU))
-    base, base_proof = tester.prove("nccl", lambda: open_kind(job, "nccl", device), (*TIMED_BYTES, *TIMED_LARGE_BYTES))
+    base, base_proof = tester.prove("nccl", lambda: open_kind(job, "nccl", device), ALL_TIMED_BYTES)
     if base is None:
         raise failure(base_proof)
     if wanted == TransportKind.nccl:
         return Choice(base, (Range("nccl", None, "engine.transport=nccl was asked for", base_proof.times_us),))
-    inner = base
-    large, large_proof = tester.prove(LARGE, lambda: open_two_step(job, inner, device), TIMED_LARGE_BYTES)
-    small, small_proof = tester.prove(SMALL, lambda: open_slots(job, inner, device), TIMED_BYTES)
+    opened, proofs = tester.prove_candidates(base)
+    small = proofs[HostMemory.name]
     if wanted == TransportKind.auto:
-        ranges = plan_ranges(base_proof, small_proof, large_proof)
-    elif small is None:
-        raise failure(small_proof)
+        ranges = plan_ranges(base_proof, list(proofs.values()))
+        gather_limit = faster_up_to(small.times_us, base_proof.times_us)
+    elif small.error:
+        raise failure(small)
     else:
-        ranges = force_ranges(base_proof, small_proof, large_proof, "engine.transport=host_memory was asked for")
+        ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
+        gather_limit = max(small.times_us)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
-    return Choice(compose(base, small, large, ranges, job.run.timeouts.collective_sec), ranges)
+    for each in opened.values():
+        each.channel.timeout_sec = job.run.timeouts.collective_sec
+    return Choice(compose(base, opened, ranges, gather_limit, device), ranges)
 
 
 def compose(
     base: Communicator,
-    small: HostMemory | None,
-    large: TwoStepHostMemory | None,
+    opened: dict[str, HostTransport],
     ranges: Sequence[Range],
-    timeout_sec: float,
+    gather_limit: int,
+    device: torch.device,
 ) -> Communicator:
-    """One communicator that hands each message to the transport of its range; what has no range is closed."""
-    limits, chosen = {each.name: each.up_to_bytes for each in ranges}, base
-    for each in (small, large):
-        if each is not None:
-            each.channel.timeout_sec = timeout_sec
-            if each.name not in limits:
-                each.channel.close()
-    if large is not None and LARGE in limits:
-        large.min_bytes, large.inner = (ranges[-2].up_to_bytes or 0) + 1, base
-        chosen = large
-    limit = limits.get(SMALL)
-    if small is not None and limit:
-        small.max_bytes, small.inner = limit, chosen
-        chosen = small
-    return chosen
+    """One communicator that hands each message to the transport of its range; what has no use is closed.
+
+    Args:
+        gather_limit: up to so many bytes HostMemory also carries all-gathers, and what the others cannot.
+    """
+    used = {each.name for each in ranges} | ({HostMemory.name} if gather_limit else set())
+    for name in opened.keys() - used:
+        opened[name].channel.close()
+    small = opened.get(HostMemory.name) if gather_limit else None
+    if isinstance(small, HostMemory):
+        small.max_bytes = max(gather_limit, *(each.up_to_bytes or 0 for each in ranges if each.name == small.name), 0)
+    rest = small or base
+    for name in opened.keys() & used - {HostMemory.name}:
+        opened[name].inner = rest
+    if used == {base.name}:
+        return base
+    by_name: dict[str, Communicator] = {base.name: base, **opened}
+    return BySize(base, [(each.up_to_bytes or 0, by_name[each.name]) for each in ranges], rest, device)
 
 
 @dataclass(frozen=True)
@@ -136,15 +168,17 @@ class Tester:
             on_timeout=self.on_timeout,
         )
 
-
-def open_two_step(job: Job, inner: Communicator, device: torch.device) -> TwoStepHostMemory:
-    """Bounded as `open_slots`."""
-    return wrap_two_step(inner, device, timeout_sec=job.run.timeouts.selftest_sec / 4)
-
-
-def open_slots(job: Job, inner: Communicator, device: torch.device) -> HostMemory:
-    """Bounded below the limit of the self-test, so that a peer that does not answer costs this candidate alone."""
-    return wrap_host_memory(inner, device, timeout_sec=job.run.timeouts.selftest_sec / 4)
+    def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
+        """Those of `CANDIDATES` that work, and the proofs of all."""
+        opened, proofs = {}, {}
+        # Below the limit of the self-test, so that a peer that does not answer costs one candidate alone.
+        timeout_sec = self.job.run.timeouts.selftest_sec / 4
+        for name, (wrap, sizes) in CANDIDATES.items():
+            opener = lambda wrap=wrap: wrap(base, self.device, timeout_sec=timeout_sec)  # noqa: E731
+            communicator, proofs[name] = self.prove(name, opener, sizes)
+            if communicator is not None:
+                opened[name] = communicator
+        return opened, proofs
 
 
 def failure(proof: Proof) -> TransportError:

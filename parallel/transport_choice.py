@@ -1,5 +1,8 @@
 """Which transport carries which sizes of message between cards: each candidate proves itself, the fastest wins.
 
+Every candidate is timed at sizes of its own, the base at all of them. A message goes the way that was the fastest at
+the next larger size, one beyond all sizes the way of the largest.
+
 `base` (NCCL) must work, for it carries whatever the other cannot. Ranks decide alike: they compare the slowest rank's
 times, and one that fails on any rank is left out on all.
 """
@@ -7,7 +10,7 @@ times, and one that fails on any rank is left out on all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -18,11 +21,13 @@ from parallel.transports.shared_region import gather_texts
 
 KIB = 1024
 # Odd sizes too: the last line of a message is seldom full.
-SUM_BYTES = (4, 1000, DECODE_BYTES, 256 * KIB, 1024 * KIB)
+SUM_BYTES = (4, 1000, DECODE_BYTES, 100_000, 256 * KIB, 1024 * KIB)
 TIMED_BYTES = (4 * KIB, DECODE_BYTES, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB)
+# 4 to 128 tokens of a 70B.
+TIMED_MIDDLE_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 2048 * KIB)
 # 2048 tokens of a 70B, one chunk of prefill.
 PREFILL_BYTES = 32 * 1024 * KIB
-TIMED_LARGE_BYTES = (1024 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
+TIMED_LARGE_BYTES = (512 * KIB, 1024 * KIB, 2048 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 C = TypeVar("C", bound=Communicator)
@@ -93,7 +98,7 @@ def find_wrong_sums(communicator: Communicator, device: torch.device) -> str:
 
 
 def time_one(communicator: Communicator, device: torch.device, num_bytes: int) -> Timing:
-    repeats = 20 if num_bytes <= 1024 * KIB else 3
+    repeats = 20 if num_bytes <= 2048 * KIB else 3
     return time_all_reduce(communicator, device, num_bytes, repeats=repeats)
 
 
@@ -118,51 +123,59 @@ def faster_up_to(times: dict[int, float], base: dict[int, float]) -> int:
     return limit
 
 
-def faster_from(times: dict[int, float], base: dict[int, float]) -> int:
-    """The smallest size from which on every measured time is below `base`'s; 0 where the largest is not."""
-    limit = 0
-    for size in sorted(times, reverse=True):
-        if times[size] >= base[size]:
-            break
-        limit = size
-    return limit
+def plan_ranges(base: Proof, others: Sequence[Proof]) -> tuple[Range, ...]:
+    """Who carries what: at each size that was timed, whoever was the fastest; `base` where nobody was faster."""
+    sizes = all_sizes(base, *others)
+    winners = [fastest((base, *others), size) or base for size in sizes]
+    ranges = merge_ranges(sizes, winners, lambda winner, mine: why(winner, (base, *others), mine))
+    return with_failures(ranges, others)
 
 
-def plan_ranges(base: Proof, small: Proof, large: Proof) -> tuple[Range, ...]:
-    """Who carries what: `small` and `large` the sizes up to and from which they are faster than `base`, it the rest.
-
-    A candidate that failed has no sizes; the range of `base` says why.
-    """
-    limit, start = faster_up_to(small.times_us, base.times_us), faster_from(large.times_us, base.times_us)
-    reasons = [why_not(base, small), why_not(base, large)]
-    ranges = middle(base, limit, start, "; ".join(filter(None, reasons)) or "between what the others are timed at")
-    if limit:
-        size = DECODE_BYTES if limit >= DECODE_BYTES in small.times_us else limit
-        ranges.insert(0, Range(small.name, limit, compare(small, base, size), small.times_us))
-    if start:
-        ranges.append(Range(large.name, None, compare(large, base, max(large.times_us)), large.times_us))
-    return tuple(ranges)
+def force_ranges(base: Proof, others: Sequence[Proof], reason: str) -> tuple[Range, ...]:
+    """As `plan_ranges`, of `others` alone, since a user asked for them; `base` where none of them was timed."""
+    sizes = all_sizes(base, *others)
+    winners = [fastest(others, size) or base for size in sizes]
+    ranges = merge_ranges(
+        sizes, winners, lambda winner, mine: "what the others do not carry" if winner is base else reason
+    )
+    return with_failures(ranges, others)
 
 
-def force_ranges(base: Proof, small: Proof, large: Proof, reason: str) -> tuple[Range, ...]:
-    """`small` and `large` for all that they were timed at, since a user asked for them; `large` only if it works."""
-    limit, start = max(small.times_us), min(large.times_us, default=0)
-    ranges = middle(base, limit, start, why_not(base, large) or "what the others do not carry")
-    ranges.insert(0, Range(small.name, limit, reason, small.times_us))
-    return (*ranges, Range(large.name, None, reason, large.times_us)) if start else tuple(ranges)
+def all_sizes(*proofs: Proof) -> list[int]:
+    return sorted({size for proof in proofs for size in proof.times_us})
 
 
-def middle(base: Proof, limit: int, start: int, reason: str) -> list[Range]:
-    """What is left to `base` above `limit` and below `start` (0: no end)."""
-    return [Range(base.name, start - 1 if start else None, reason, base.times_us)] if start != limit + 1 else []
+def fastest(proofs: Sequence[Proof], size: int) -> Proof | None:
+    """Of those that were timed at `size`; of equal ones the first."""
+    timed = [proof for proof in proofs if size in proof.times_us]
+    return min(timed, key=lambda proof: proof.times_us[size], default=None)
 
 
-def why_not(base: Proof, other: Proof) -> str:
-    """Why `other` does not carry all that it was timed at; "" where it does."""
-    if other.error:
-        return f"{other.name} was left out: {other.error}"
-    slower = [size for size in sorted(other.times_us) if other.times_us[size] >= base.times_us[size]]
-    return compare(base, other, slower[0]) if slower else ""
+def merge_ranges(
+    sizes: Sequence[int], winners: Sequence[Proof], reason: Callable[[Proof, Sequence[int]], str]
+) -> list[Range]:
+    """One range for neighbours with the same winner; the last one has no end."""
+    runs: list[tuple[Proof, list[int]]] = []
+    for size, winner in zip(sizes, winners, strict=True):
+        if not runs or runs[-1][0] is not winner:
+            runs.append((winner, []))
+        runs[-1][1].append(size)
+    ranges = [Range(winner.name, mine[-1], reason(winner, mine), winner.times_us) for winner, mine in runs]
+    return [*ranges[:-1], replace(ranges[-1], up_to_bytes=None)]
+
+
+def with_failures(ranges: list[Range], others: Sequence[Proof]) -> tuple[Range, ...]:
+    """The last range also says who was left out, and why."""
+    failures = [f"{other.name} was left out: {other.error}" for other in others if other.error]
+    last = replace(ranges[-1], reason="; ".join([ranges[-1].reason, *failures]))
+    return (*ranges[:-1], last)
+
+
+def why(winner: Proof, proofs: Sequence[Proof], sizes: Sequence[int]) -> str:
+    """Its time beside the next best's, at the size of a decode step or else the largest of `sizes`."""
+    size = DECODE_BYTES if DECODE_BYTES in sizes else sizes[-1]
+    rival = fastest([proof for proof in proofs if proof is not winner], size)
+    return compare(winner, rival, size) if rival else f"the only one for {size} bytes"
 
 
 def compare(better: Proof, worse: Proof, size: int) -> str:

@@ -1,8 +1,11 @@
-"""Times the all-reduce through host memory with ranks as streams of one card: `python -m tools.bench_all_reduce`.
+"""Times the all-reduces through host memory: `python -m tools.bench_all_reduce`.
 
-For each number of ranks and message: microseconds of a call in a replayed CUDA graph, the slowest rank's, by launch
-(blocks x threads). All ranks share one card's link, so latencies of small messages are those of a pair of cards and
-large messages are slower than there. Sums are checked against float64 before any timing. The last line is JSON.
+With `--cards N`, or as ranks of torchrun, between cards without peer access, each rank a process, NCCL beside them;
+there `--soak N` makes so many calls instead, all compared. Without, ranks are streams of one card: they share its link,
+so latencies of small messages are those of a pair of cards and large messages are slower than there.
+
+For each message: microseconds of a call in a replayed CUDA graph, the slowest rank's. Sums are checked against float64
+before any timing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ from torch import Tensor
 
 from parallel.transports import host_memory
 from parallel.transports.host_memory import KIB, choose_launch
-from tools.ranks_on_one_card import RanksOnOneCard, ranks_on_one_card, two_step_on_one_card
+from tools.all_reduce_cards import bench
+from tools.all_reduce_soak import soak
+from tools.card_ranks import is_started_by_torchrun, run_on_cards
+from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ranks_on_one_card, two_step_on_one_card
 
 SIZES = tuple(KIB * 2**i for i in range(11))
 MAX_BYTES = SIZES[-1]
 # What --tune tries for each message, where all ranks' blocks fit the card at once.
 TUNED = tuple((blocks, threads) for blocks in (1, 2, 4, 8, 16, 32, 64) for threads in (128, 256, 512))
 CALLS_PER_GRAPH = 80
+DENSE_SIZES = tuple(KIB * 2**i for i in range(6, 12))
 # Two steps: from where slots end to a chunk of prefill, 2048 tokens of a 70B.
 LARGE_SIZES = tuple(KIB * 2**i for i in range(9, 16))
 
@@ -33,7 +40,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tune", action="store_true", help="time every launch instead of the one that is used")
+    parser.add_argument("--cards", type=int, default=0, help="ranks that are processes with a card each")
+    parser.add_argument("--soak", type=int, default=0, help="between cards: so many calls, all compared")
+    parser.add_argument("--access-bytes", type=int, choices=(8, 16), default=16, help="of the dense kernel")
     args = parser.parse_args()
+    if args.soak:
+        run_on_cards(soak, args.cards, args.soak, args.access_bytes)
+    elif args.cards or is_started_by_torchrun():
+        run_on_cards(bench, args.cards, args.repeats, args.tune, args.access_bytes)
+    else:
+        bench_one_card(args)
+
+
+def bench_one_card(args: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     rows: list[dict[str, Any]] = []
     for world_size in args.ranks:
@@ -45,10 +64,14 @@ def main() -> None:
                 best = min((row for row in rows if row["ranks"] == world_size and row["bytes"] == num_bytes),
                            key=lambda row: row["p50_us"])  # fmt: skip
                 print(f"{world_size} ranks {num_bytes:>8} bytes {best['p50_us']:7.2f} us {best['launch']}", flush=True)
-        with two_step_on_one_card(world_size, device) as ranks:
-            for num_bytes in LARGE_SIZES:
-                rows.append(measure_two_step(ranks, num_bytes, args.repeats))
-                print(f"{world_size} ranks {num_bytes:>8} bytes {rows[-1]['p50_us']:7.1f} us in two steps", flush=True)
+        for opened, name, sizes in (
+            (dense_on_one_card, "dense", DENSE_SIZES),
+            (two_step_on_one_card, "two steps", LARGE_SIZES),
+        ):
+            with opened(world_size, device) as others:
+                for num_bytes in sizes:
+                    rows.append(measure_other(others, num_bytes, name, args.repeats))
+                    print(f"{world_size} ranks {num_bytes:>8} bytes {rows[-1]['p50_us']:7.2f} us {name}", flush=True)
     card = {"name": torch.cuda.get_device_name(device), "torch": torch.__version__}
     print(json.dumps({"card": card, "all_reduce": rows}))
 
@@ -76,9 +99,9 @@ def measure(ranks: RanksOnOneCard[Any], num_bytes: int, launch: tuple[int, int],
     return row(ranks, num_bytes, f"{launch[0]}x{launch[1]}", times)
 
 
-def measure_two_step(ranks: RanksOnOneCard[Any], num_bytes: int, repeats: int) -> dict[str, Any]:
+def measure_other(ranks: RanksOnOneCard[Any], num_bytes: int, name: str, repeats: int) -> dict[str, Any]:
     check_sums(ranks, num_bytes)
-    return row(ranks, num_bytes, "two steps", time_replays(ranks, num_bytes, repeats, calls_per_graph=8))
+    return row(ranks, num_bytes, name, time_replays(ranks, num_bytes, repeats, calls_per_graph=8))
 
 
 def row(ranks: RanksOnOneCard[Any], num_bytes: int, launch: str, times: list[float]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import torch
 from torch import Tensor
 
+from parallel.transports import dense
 from parallel.transports.channel import Channel
+from parallel.transports.dense import DenseChannel, DenseLayout
 from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
 from parallel.transports.shared_region import SharedRegion, create_memory
 from parallel.transports.two_step import PIECE_BYTES, TwoStepChannel, TwoStepLayout
@@ -82,6 +84,19 @@ def ranks_on_one_card(
 
     def make(region: SharedRegion, rank: int) -> SlotChannel:
         return SlotChannel(region, layout, rank, device, timeout_sec=timeout_sec)
+
+    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+
+
+@contextmanager
+def dense_on_one_card(
+    world_size: int, device: torch.device, *, max_bytes: int = dense.MAX_BYTES, timeout_sec: float = 10
+) -> Iterator[RanksOnOneCard[DenseChannel]]:
+    """Ranks that exchange a batch's messages in one hop."""
+    layout = DenseLayout(world_size, max_bytes)
+
+    def make(region: SharedRegion, rank: int) -> DenseChannel:
+        return DenseChannel(region, layout, rank, device, timeout_sec=timeout_sec)
 
     yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
 

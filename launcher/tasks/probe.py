@@ -35,10 +35,12 @@ def open_transport(context: RankContext, name: str) -> Communicator:
 def opened_transports(context: RankContext) -> dict[str, Communicator]:
     """The run's communicator and those within it, to which it hands on what it does not carry."""
     opened: dict[str, Communicator] = {}
-    communicator: Communicator | None = context.communicator
-    while communicator is not None:
-        opened[communicator.name] = communicator
-        communicator = getattr(communicator, "inner", None)
+    waiting = [context.communicator]
+    while waiting:
+        communicator = waiting.pop(0)
+        opened.setdefault(communicator.name, communicator)
+        waiting += getattr(communicator, "communicators", [])
+        waiting += filter(None, [getattr(communicator, "inner", None)])
     return opened
 
 

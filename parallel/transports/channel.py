@@ -55,6 +55,7 @@ class Channel:
         source: str,
         names: Sequence[str],
         timeout_sec: float,
+        options: tuple[str, ...] = (),
     ) -> None:
         self.region, self.rank = region, rank
         self.timeout_sec = timeout_sec
@@ -62,7 +63,7 @@ class Channel:
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
-        options = (f"-DWORLD={world_size}",)
+        options = (f"-DWORLD={world_size}", *options)
         self.kernels = {name: load_kernel(FOLDER / source, name, options, PARAMETERS, device.index) for name in names}
 
     def launch(

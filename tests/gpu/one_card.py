@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.transports.dense import wrap_dense
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.torch_distributed import open_gloo
 from parallel.transports.two_step import wrap_two_step
@@ -67,7 +68,8 @@ def rank_main(
     )
     try:
         large = wrap_two_step(open_gloo(DEVICE, limit), DEVICE, timeout_sec=timeout_sec)
-        communicator: HostMemory = wrap_host_memory(large, DEVICE, timeout_sec=timeout_sec)
+        middle = wrap_dense(large, DEVICE, timeout_sec=timeout_sec)
+        communicator: HostMemory = wrap_host_memory(middle, DEVICE, timeout_sec=timeout_sec)
         answer = (None, function(communicator, *args))
     except BaseException:
         answer = (traceback.format_exc(), None)

@@ -13,9 +13,12 @@ from launcher.config import TransportKind
 from launcher.events import EventWriter
 from launcher.rank import RankContext
 from launcher.rank_transport import open_transport
+from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
+from parallel.transports.by_size import BySize
+from parallel.transports.dense import DenseHostMemory
 from parallel.transports.host_memory import KIB, HostMemory
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import TwoStepHostMemory
@@ -44,7 +47,7 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
     assert found["larger"]["prefill_gb_per_sec"] == pytest.approx(2**25 / 1183e-6 / 1e9)
 
 
-SMALL, LARGE = HostMemory.name, TwoStepHostMemory.name
+SMALL, MIDDLE, LARGE = HostMemory.name, DenseHostMemory.name, TwoStepHostMemory.name
 MIB = 2**20
 
 
@@ -55,17 +58,29 @@ class FakeChannel:
     def close(self) -> None:
         self.closed = True
 
+    def check(self) -> None: ...
+
 
 class Fake(Solo):
     """Stands for a transport; its proof is what a test says."""
 
-    max_bytes = min_bytes = 0
+    max_bytes = 0
 
     def __init__(self, name: str) -> None:
         super().__init__(CPU)
         self.name = name
         self.channel = FakeChannel()
         self.inner: Fake | None = None
+        self.reduced: list[int] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.reduced.append(tensor.nbytes)
+        return tensor
+
+
+class FakeSlots(Fake, HostMemory):
+    def __init__(self, name: str) -> None:
+        Fake.__init__(self, name)
 
 
 def open_with(
@@ -75,7 +90,7 @@ def open_with(
     by_name, tried = {proof.name: proof for proof in proofs}, {}
 
     def fake_prove(name: str, opener: object, sizes: object, **_: object) -> tuple[Fake | None, Proof]:
-        tried[name] = Fake(name)
+        tried[name] = (FakeSlots if name == SMALL else Fake)(name)
         return (None if by_name[name].error else tried[name]), by_name[name]
 
     monkeypatch.setattr(rank_transport, "prove", fake_prove)
@@ -85,50 +100,88 @@ def open_with(
     return open_transport(make_job(tmp_path, cards=True, run=run), CPU, lambda error: None), tried
 
 
-NCCL = Proof("nccl", {DECODE_BYTES: 24.7, MIB: 63.0})
+NCCL = Proof("nccl", {DECODE_BYTES: 24.7, 128 * KIB: 30.0, MIB: 63.0})
 FAST, SLOW = Proof(SMALL, {DECODE_BYTES: 4.3}), Proof(SMALL, {DECODE_BYTES: 99.0})
+FAST_MIDDLE, SLOW_MIDDLE = Proof(MIDDLE, {128 * KIB: 9.0}), Proof(MIDDLE, {128 * KIB: 99.0})
 FAST_LARGE, SLOW_LARGE = Proof(LARGE, {MIB: 40.0}), Proof(LARGE, {MIB: 99.0})
 BROKEN, BROKEN_LARGE = Proof(SMALL, error="rank 0: no memory"), Proof(LARGE, error="rank 0: no memory")
 
 
 @pytest.mark.parametrize(
-    ("kind", "small", "large", "chain"),
+    ("kind", "small", "middle", "large", "carriers"),
     [
-        (TransportKind.auto, FAST, FAST_LARGE, [SMALL, LARGE, "nccl"]),
-        (TransportKind.auto, FAST, SLOW_LARGE, [SMALL, "nccl"]),
-        (TransportKind.auto, SLOW, FAST_LARGE, [LARGE, "nccl"]),
-        (TransportKind.auto, SLOW, BROKEN_LARGE, ["nccl"]),
-        (TransportKind.auto, BROKEN, SLOW_LARGE, ["nccl"]),
-        (TransportKind.nccl, FAST, FAST_LARGE, ["nccl"]),
-        (TransportKind.host_memory, SLOW, SLOW_LARGE, [SMALL, LARGE, "nccl"]),
-        (TransportKind.host_memory, SLOW, BROKEN_LARGE, [SMALL, "nccl"]),
+        (TransportKind.auto, FAST, FAST_MIDDLE, FAST_LARGE, [SMALL, MIDDLE, LARGE]),
+        (TransportKind.auto, FAST, SLOW_MIDDLE, FAST_LARGE, [SMALL, "nccl", LARGE]),
+        (TransportKind.auto, SLOW, FAST_MIDDLE, SLOW_LARGE, ["nccl", MIDDLE, "nccl"]),
+        (TransportKind.auto, SLOW, SLOW_MIDDLE, BROKEN_LARGE, ["nccl"] * 3),
+        (TransportKind.auto, BROKEN, FAST_MIDDLE, SLOW_LARGE, ["nccl", MIDDLE, "nccl"]),
+        (TransportKind.nccl, FAST, FAST_MIDDLE, FAST_LARGE, ["nccl"] * 3),
+        (TransportKind.host_memory, SLOW, SLOW_MIDDLE, SLOW_LARGE, [SMALL, MIDDLE, LARGE]),
+        (TransportKind.host_memory, SLOW, SLOW_MIDDLE, BROKEN_LARGE, [SMALL, MIDDLE, "nccl"]),
     ],
 )
-def test_each_hands_on_what_it_does_not_carry(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, small: Proof, large: Proof, chain: list[str]
+def test_each_message_goes_the_way_of_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: TransportKind,
+    small: Proof,
+    middle: Proof,
+    large: Proof,
+    carriers: list[str],
 ) -> None:
-    choice, tried = open_with(monkeypatch, tmp_path, kind, NCCL, small, large)
-    names, each = [], choice.communicator
-    while each is not None:
-        names.append(each.name)
-        if each.name == SMALL:
-            assert each.max_bytes == DECODE_BYTES
-        if each.name == LARGE:
-            assert each.min_bytes == MIB
-        if each.name != "nccl":
+    choice, tried = open_with(monkeypatch, tmp_path, kind, NCCL, small, middle, large)
+    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", LARGE, MIDDLE, SMALL])
+    sizes = {4: 0, DECODE_BYTES: 0, DECODE_BYTES + 4: 1, 128 * KIB: 1, 128 * KIB + 4: 2, MIB: 2, 64 * MIB: 2}
+    for size, place in sizes.items():
+        choice.communicator.all_reduce(torch.empty(size // 4))
+        assert tried[carriers[place]].reduced.pop() == size
+    assert not any(each.reduced for each in tried.values())
+    assert [each.name for each in choice.ranges] == [
+        name for i, name in enumerate(carriers) if i == 0 or carriers[i - 1] != name
+    ]
+    for each in (small, middle, large):
+        if each.name in tried and not each.error:
+            channel = tried[each.name].channel
+            assert channel.closed == (each.name not in carriers)
             # The limit of the self-test ends with it.
-            assert each.channel.timeout_sec == make_run().timeouts.collective_sec
-        each = each.inner
-    assert names == chain
-    assert {range_.name for range_ in choice.ranges} == set(chain)
-    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", LARGE, SMALL])
-    working = {proof.name for proof in (small, large) if not proof.error} & set(tried)
-    assert {name for name in working if tried[name].channel.closed} == working - set(chain)
+            assert channel.timeout_sec == make_run().timeouts.collective_sec
+
+
+@pytest.mark.parametrize(("small", "rest"), [(FAST, SMALL), (SLOW, "nccl"), (BROKEN, "nccl")])
+def test_what_a_transport_cannot_carry_goes_through_slots_or_nccl(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Proof, rest: str
+) -> None:
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, small, FAST_MIDDLE, FAST_LARGE)
+    assert isinstance(choice.communicator, BySize)
+    assert choice.communicator.gather is tried[MIDDLE].inner is tried[LARGE].inner is tried[rest]
+    assert tried[rest].max_bytes == (DECODE_BYTES if rest == SMALL else 0)
+
+
+def test_slots_carry_all_reduces_of_their_range_also_where_they_were_slow_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uneven = Proof(SMALL, {DECODE_BYTES: 99.0, 128 * KIB: 20.0})
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, uneven, SLOW_MIDDLE, SLOW_LARGE)
+    assert [(each.name, each.up_to_bytes) for each in choice.ranges] == [
+        ("nccl", DECODE_BYTES),
+        (SMALL, 128 * KIB),
+        ("nccl", None),
+    ]
+    assert not tried[SMALL].channel.closed
+
+
+def test_a_probe_times_the_whole_and_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, FAST_MIDDLE, SLOW_LARGE)
+    context = RankContext(make_job(tmp_path), 0, CPU, choice.communicator, choice.ranges, cast(EventWriter, None))
+    opened = opened_transports(context)
+    assert list(opened) == ["by_size", SMALL, MIDDLE, "nccl"]
+    assert opened["by_size"] is choice.communicator
+    assert all(opened[name] is tried[name] for name in (SMALL, MIDDLE, "nccl"))
 
 
 def test_what_was_asked_for_and_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"self-test of host_memory failed on rank 0: no memory\."):
-        open_with(monkeypatch, tmp_path, TransportKind.host_memory, NCCL, BROKEN, FAST_LARGE)
+        open_with(monkeypatch, tmp_path, TransportKind.host_memory, NCCL, BROKEN, FAST_MIDDLE, FAST_LARGE)
 
 
 def test_nothing_works_without_nccl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels.launch import read_source
-from parallel.transports import two_step
+from parallel.transports import dense, two_step
+from parallel.transports.by_size import BySize
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
+from parallel.transports.dense import DenseHostMemory, DenseLayout
 from parallel.transports.host_memory import (
     DATA_BYTES,
     KIB,
@@ -98,12 +100,77 @@ def test_parts_fit_their_slots_and_flags(world_size: int) -> None:
 def test_numbers_of_the_kernels_are_those_of_the_host() -> None:
     folder = Path(two_step.__file__).parent
     text = "".join(read_source(folder / f"host_memory{part}.cu") for part in ("", "_two_step"))
-    found = dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
+    found = defined(text)
     assert int(found["UNITS_PER_THREAD"]) * THREADS * UNIT_BYTES == CHUNK_BYTES
     expected = {"PAGE_BYTES": PAGE_BYTES, "ERROR_STRIDE": ERROR_STRIDE, "DATA_BYTES": DATA_BYTES,
                 "LINE_BYTES": LINE_BYTES, "THREADS": THREADS, "MAX_CHUNKS": MAX_CHUNKS, "MAX_RANKS": MAX_RANKS,
                 "UNIT_BYTES": UNIT_BYTES, "FLAG_BYTES": FLAG_BYTES}  # fmt: skip
     assert {name: int(found[name]) for name in expected} == expected
+
+
+def defined(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
+
+
+def test_numbers_of_the_dense_kernel_are_those_of_the_host() -> None:
+    text = read_source(Path(dense.__file__).parent / "host_memory_dense.cu")
+    other, chosen = re.split(r"^#else$", text, maxsplit=1, flags=re.MULTILINE)
+    units = defined(other if dense.ACCESS_BYTES == 16 else chosen)["UNITS"]
+    names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "LANES", "LINES", "NUM_TAGS")
+    constants = {**vars(dense), "ERROR_STRIDE": ERROR_STRIDE}
+    assert {name: int(defined(text)[name]) for name in names} == {name: constants[name] for name in names}
+    assert int(units) == dense.UNITS
+    # A tile fills a page, and data and tags fill its lines.
+    assert dense.LINES * dense.LANES * 16 == PAGE_BYTES
+    assert dense.TILE_BYTES + PAGE_BYTES // dense.ACCESS_BYTES * 2 == PAGE_BYTES
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+@pytest.mark.parametrize("max_bytes", (16, dense.TILE_BYTES, dense.TILE_BYTES + 1, dense.MAX_BYTES))
+def test_dense_slots_hold_their_tiles_and_do_not_overlap(world_size: int, max_bytes: int) -> None:
+    layout = DenseLayout(world_size, max_bytes)
+    areas = [layout.own(rank) for rank in range(world_size)]
+    assert areas[0][0] == PAGE_BYTES and areas[-1][1] == layout.num_bytes
+    assert [start for start, _ in areas[1:]] == [end for _, end in areas[:-1]]
+    assert all(end - start == 2 * layout.slot_tiles * PAGE_BYTES for start, end in areas)
+    assert (layout.slot_tiles - 1) * dense.TILE_BYTES < max_bytes <= layout.slot_tiles * dense.TILE_BYTES
+
+
+@pytest.mark.parametrize("num_bytes", (16, dense.TILE_BYTES, dense.TILE_BYTES + 16, 64 * KIB, 128 * KIB, 512 * KIB))
+def test_every_block_of_a_dense_launch_has_a_tile(num_bytes: int) -> None:
+    blocks, threads = dense.choose_launch(num_bytes)
+    tiles = -(-num_bytes // dense.TILE_BYTES)
+    assert 1 <= blocks <= min(64, tiles) and threads % 32 == 0 and 32 <= threads <= 256
+    # All that there is to carry while that is less than the most warps.
+    assert blocks * threads // 32 >= min(tiles, 64)
+
+
+class Renewed:
+    """Which call each row of the slots was last written in, where calls are short or long at random."""
+
+    def __init__(self, layout: DenseLayout, last_epoch: int) -> None:
+        self.rows, self.epoch = np.full((2, layout.slot_rows), last_epoch), last_epoch
+
+    def call(self, rows: int) -> int:
+        """Of those that carry this call's message, the oldest one's age in calls before it was written."""
+        self.epoch += 1
+        slot = self.rows[self.epoch % 2]
+        age = self.epoch - int(slot[:rows].min())
+        slot[:rows] = slot[self.epoch // 2 % len(slot)] = self.epoch
+        return age
+
+
+def test_no_tag_comes_again_in_a_line_that_still_carries_it() -> None:
+    layout = DenseLayout(2)
+    renewed = Renewed(layout, 0)
+    for _ in range(3):
+        for _ in range(2 * layout.slot_rows):
+            renewed.call(1)
+        # Both slots in full.
+        assert renewed.call(layout.slot_rows) <= 2 * layout.slot_rows + 2 < dense.NUM_TAGS
+        assert renewed.call(layout.slot_rows) <= 2 * layout.slot_rows + 2
+    with pytest.raises(AssertionError):
+        DenseLayout(2, 16 * 2**20)
 
 
 class Overrun(RuntimeError):
@@ -269,6 +336,35 @@ def test_two_steps_carry_large_all_reduces_of_whole_units() -> None:
     communicator.all_reduce(torch.ones(16, dtype=torch.float64))
     communicator.all_gather(torch.ones(16))
     assert (inner.calls, len(channel.given)) == (4, 2)
+
+
+def test_dense_slots_carry_whole_units_up_to_their_size() -> None:
+    inner, channel = Counting(), FakeChannel()
+    channel.layout = DenseLayout(2, SMALL)  # type: ignore[assignment]
+    communicator = DenseHostMemory(inner, channel)  # type: ignore[arg-type]
+    communicator.all_reduce(torch.ones(4))
+    communicator.all_reduce(torch.ones(SMALL // 2, dtype=torch.bfloat16))
+    communicator.all_reduce(torch.ones(1000, dtype=torch.bfloat16).view(10, 100).T)
+    assert (inner.calls, len(channel.given)) == (0, 3)
+    # Too large, not whole units, empty, of another type, and a gather.
+    communicator.all_reduce(torch.ones(SMALL // 4 + 4))
+    communicator.all_reduce(torch.ones(5))
+    communicator.all_reduce(torch.ones(0))
+    communicator.all_reduce(torch.ones(16, dtype=torch.float64))
+    communicator.all_gather(torch.ones(16))
+    assert (inner.calls, len(channel.given)) == (5, 3)
+
+
+def test_each_length_goes_its_way() -> None:
+    ways, gather, inner = [Counting() for _ in range(3)], Counting(), Counting()
+    communicator = BySize(inner, list(zip((64, 128, 256), ways, strict=True)), gather, CPU)
+    for num_bytes, place in {0: 0, 4: 0, 64: 0, 68: 1, 128: 1, 132: 2, 256: 2, 260: 2, 4096: 2}.items():
+        before = [way.calls for way in ways]
+        communicator.all_reduce(torch.ones(num_bytes // 4))
+        assert [way.calls - b for way, b in zip(ways, before, strict=True)] == [int(i == place) for i in range(3)]
+    communicator.all_gather(torch.ones(3))
+    communicator.barrier()
+    assert (gather.calls, inner.calls) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.selftest import DECODE_BYTES
-from parallel.transport_choice import Proof, Range, faster_from, faster_up_to, force_ranges, plan_ranges, prove
+from parallel.transport_choice import Proof, Range, faster_up_to, force_ranges, plan_ranges, prove
 from tests.parallel.ranks import CPU, run_on_ranks
 
 SIZES = (1024, DECODE_BYTES)
+SMALL_SIZES = (4096, DECODE_BYTES, 65536, 262144, 524288)
+MIDDLE_SIZES = (65536, 262144, 524288, 2**20)
 LARGE_SIZES = (2**20, 2**22, 2**25)
 NCCL = Proof(
     "nccl",
@@ -21,12 +23,20 @@ FAILED_SMALL = Proof("host_memory", error="rank 1: gave wrong sums of 4 bytes of
 FAILED_LARGE = Proof("two_step", error="rank 0: no memory")
 
 
+def proof(name: str, sizes: tuple[int, ...], times: tuple[float, ...]) -> Proof:
+    return Proof(name, dict(zip(sizes, times, strict=True)))
+
+
 def small(*times: float) -> Proof:
-    return Proof("host_memory", dict(zip(NCCL.times_us, times, strict=False)))
+    return proof("host_memory", SMALL_SIZES, times)
+
+
+def middle(*times: float) -> Proof:
+    return proof("dense", MIDDLE_SIZES, times)
 
 
 def large(*times: float) -> Proof:
-    return Proof("two_step", dict(zip(LARGE_SIZES, times, strict=True)))
+    return proof("two_step", LARGE_SIZES, times)
 
 
 SLOW_SMALL, SLOW_LARGE = small(99, 99, 99, 99, 99), large(9999, 9999, 9999)
@@ -37,78 +47,71 @@ def ends(ranges: tuple[Range, ...]) -> list[tuple[str, int | None]]:
 
 
 @pytest.mark.parametrize(
-    ("times", "limit"),
+    ("times", "expected"),
     [
-        ((3.0, 4.3, 7.6, 20.5, 41.0), 524288),
-        ((3.0, 4.3, 7.6, 20.5, 50.0), 262144),
-        ((3.0, 4.3, 7.6, 90.0, 41.0), 65536),
-        ((23.9, 99.0, 1.0, 1.0, 1.0), 4096),
+        ((3.0, 4.3, 7.6, 20.5, 41.0), [("host_memory", 524288), ("nccl", None)]),
+        ((3.0, 4.3, 7.6, 20.5, 50.0), [("host_memory", 262144), ("nccl", None)]),
+        ((23.9, 99.0, 99.0, 99.0, 99.0), [("host_memory", 4096), ("nccl", None)]),
+        # Each size for itself.
+        (
+            (3.0, 4.3, 90.0, 20.5, 99.0),
+            [("host_memory", DECODE_BYTES), ("nccl", 65536), ("host_memory", 262144), ("nccl", None)],
+        ),
+        ((24.0, 24.7, 28.3, 46.7, 50.0), [("nccl", None)]),
     ],
 )
-def test_small_messages_go_the_faster_way_up_to_where_it_stops_being_faster(
-    times: tuple[float, ...], limit: int
-) -> None:
-    assert ends(plan_ranges(NCCL, small(*times), SLOW_LARGE)) == [("host_memory", limit), ("nccl", None)]
+def test_at_each_size_the_fastest_carries(times: tuple[float, ...], expected: list[tuple[str, int | None]]) -> None:
+    assert ends(plan_ranges(NCCL, [SLOW_LARGE, small(*times)])) == expected
 
 
-@pytest.mark.parametrize(
-    ("times", "start"),
-    [
-        ((60.0, 150.0, 700.0), 2**20),
-        ((63.0, 150.0, 700.0), 2**22),
-        ((60.0, 180.0, 700.0), 2**25),
-    ],
-)
-def test_large_messages_go_the_faster_way_from_where_it_stays_faster(times: tuple[float, ...], start: int) -> None:
-    assert ends(plan_ranges(NCCL, SLOW_SMALL, large(*times))) == [("nccl", start - 1), ("two_step", None)]
+def test_candidates_of_different_sizes_share_the_range() -> None:
+    """Whatever their order; the times of a size that one was not timed at do not stand in its way."""
+    candidates = [large(45.0, 150.0, 700.0), middle(9.0, 13.0, 18.0, 28.0), small(3.0, 4.3, 8.7, 21.4, 38.0)]
+    expected = [("host_memory", 65536), ("dense", 2**20), ("two_step", None)]
+    assert ends(plan_ranges(NCCL, candidates)) == expected
+    assert ends(plan_ranges(NCCL, candidates[::-1])) == expected
+    assert ends(force_ranges(NCCL, candidates, "")) == expected
+    ranges = plan_ranges(NCCL, [FAILED_LARGE, *candidates[1:]])
+    assert ends(ranges) == [("host_memory", 65536), ("dense", 2**20), ("nccl", None)]
 
 
-def test_each_has_its_range_and_its_two_times_for_a_reason() -> None:
-    ranges = plan_ranges(NCCL, small(3.0, 4.3, 7.6, 60.0, 80.0), large(70.0, 150.0, 700.0))
-    assert ends(ranges) == [("host_memory", 65536), ("nccl", 2**22 - 1), ("two_step", None)]
+def test_each_range_has_its_time_beside_the_next_best_as_its_reason() -> None:
+    ranges = plan_ranges(NCCL, [large(70.0, 150.0, 700.0), small(3.0, 4.3, 7.6, 60.0, 80.0), FAILED_SMALL])
+    assert ends(ranges) == [("host_memory", 65536), ("nccl", 2**20), ("two_step", None)]
     assert [each.reason for each in ranges] == [
         "4.3 us for 16384 bytes, where nccl takes 24.7 us",
-        "46.7 us for 262144 bytes, where host_memory takes 60.0 us; "
         "63.0 us for 1048576 bytes, where two_step takes 70.0 us",
-        "700.0 us for 33554432 bytes, where nccl takes 1183.0 us",
+        "700.0 us for 33554432 bytes, where nccl takes 1183.0 us; "
+        "host_memory was left out: rank 1: gave wrong sums of 4 bytes of float32",
     ]
     assert ranges[0].times_us[DECODE_BYTES] == 4.3
 
 
-def test_what_nobody_else_was_timed_at_is_left_to_the_base() -> None:
-    middle = plan_ranges(NCCL, small(1, 1, 1, 1, 1), large(1, 1, 1))[1]
-    assert (middle.name, middle.up_to_bytes, middle.reason) == (
-        "nccl",
-        2**20 - 1,
-        "between what the others are timed at",
-    )
-
-
-@pytest.mark.parametrize("first", (24.0, 30.0))
-def test_slower_ones_are_not_chosen(first: float) -> None:
-    [only] = plan_ranges(NCCL, small(first, 1.0, 1.0, 1.0, 1.0), large(1.0, 1.0, 1183.0))
-    assert (only.name, only.up_to_bytes) == ("nccl", None)
-    assert only.reason.startswith(f"24.0 us for 4096 bytes, where host_memory takes {first:.1f} us; 1183.0 us for")
-
-
 def test_those_that_failed_are_left_out_with_their_reasons() -> None:
-    [only] = plan_ranges(NCCL, FAILED_SMALL, FAILED_LARGE)
+    [only] = plan_ranges(NCCL, [FAILED_SMALL, FAILED_LARGE])
     assert (only.name, only.up_to_bytes) == ("nccl", None)
     assert only.reason == (
+        "the only one for 16384 bytes; "
         "host_memory was left out: rank 1: gave wrong sums of 4 bytes of float32; "
         "two_step was left out: rank 0: no memory"
     )
 
 
 def test_those_that_were_asked_for_carry_all_they_can_however_slow() -> None:
-    ranges = force_ranges(NCCL, SLOW_SMALL, SLOW_LARGE, "it was asked for")
-    assert ends(ranges) == [("host_memory", 524288), ("nccl", 2**20 - 1), ("two_step", None)]
-    assert [ranges[0].reason, ranges[2].reason] == ["it was asked for"] * 2
-    assert ends(force_ranges(NCCL, SLOW_SMALL, FAILED_LARGE, "")) == [("host_memory", 524288), ("nccl", None)]
+    ranges = force_ranges(NCCL, [SLOW_LARGE, SLOW_SMALL], "it was asked for")
+    assert ends(ranges) == [("host_memory", 524288), ("two_step", None)]
+    assert [each.reason for each in ranges] == ["it was asked for"] * 2
+    assert ends(force_ranges(NCCL, [FAILED_LARGE, SLOW_SMALL], "")) == [("host_memory", 524288), ("nccl", None)]
 
 
-def test_nothing_is_faster_than_itself() -> None:
-    assert faster_up_to(NCCL.times_us, NCCL.times_us) == faster_from(NCCL.times_us, NCCL.times_us) == 0
+@pytest.mark.parametrize(
+    ("times", "limit"), [((3.0, 4.3, 7.6, 90.0, 41.0), 65536), ((24.0, 1, 1, 1, 1), 0), ((1, 1, 1, 1, 1), 524288)]
+)
+def test_gathers_go_the_way_that_is_faster_up_to_where_it_stops_being_faster(
+    times: tuple[float, ...], limit: int
+) -> None:
+    assert faster_up_to(small(*times).times_us, NCCL.times_us) == limit
+    assert faster_up_to({}, NCCL.times_us) == 0
 
 
 # --- Proofs on ranks ------------------------------------------------------------------------------------------------
