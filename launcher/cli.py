@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from launcher import torchrun
 from launcher.config import ConfigError, RunConfig, to_run_config
+from launcher.console import print_note
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.outcome import report_failure, write_report
 from launcher.override_errors import explain_composition, quoting_hint
@@ -32,28 +33,35 @@ from launcher.start import (
     interrupted,
     start_ranks,
 )
-
-
-class JobFailed(Exception):
-    """A job of a sweep failed and has said so; carries the exit code."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"job failed with exit code {exit_code}")
-        self.exit_code = exit_code
+from launcher.sweeps.announce import Announce
+from launcher.sweeps.finish import finish_sweep
+from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
 
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
+    exit_code = run_command_line()
+    if Announce.sweep is None:
+        return exit_code
+    try:
+        return finish_sweep(Announce.sweep, exit_code, interrupted=exit_code >= SIGNAL_EXIT_CODE)
+    except RunFailed as error:
+        return report_failure(error.failure, None, None, error.exit_code)
+    except OSError as error:
+        return report_failure(describe_exception(error), None, None, exit_code or 1)
+
+
+def run_command_line() -> int:
+    """Runs the job, or all jobs of a sweep; of those that failed, a sweep's exit code says nothing yet."""
     ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
     # Hydra then raises what it cannot compose instead of printing it, and we print it our way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handle_signals()
     try:
+        sys.argv[1:] = resume_arguments(sys.argv[1:])
         run_hydra()
     except SystemExit as error:
         return int(error.code or 0)
-    except JobFailed as error:
-        return error.exit_code
     except RunFailed as error:
         return report_failure(error.failure, None, None, error.exit_code)
     except Exception as error:
@@ -71,21 +79,41 @@ def run_hydra(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     run: RunConfig | None = None
     try:
-        run = to_run_config(config)
-        report = execute(run, run_dir, choose_start(), torchrun.world_size())
+        run, report = resume_job(config, run_dir) if is_sweep() else (to_run_config(config), None)
+        report = report or execute(run, run_dir, choose_start(), torchrun.world_size())
     except RunFailed as error:
         end_job(report_failure(error.failure, run, run_dir, error.exit_code))
-    except (ValueError, OSError) as error:
+    except Exception as error:
         end_job(report_failure(describe_exception(error), run, run_dir))
     else:
         write_report(report, run_dir)
 
 
-def end_job(exit_code: int) -> NoReturn:
+def is_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def resume_job(config: DictConfig, run_dir: Path) -> tuple[RunConfig, dict[str, Any] | None]:
+    """A job of a sweep, and its report where resume=true finds it done. `resume` means the sweep here, and of a job that
+    is left the answers it has written.
+
+    Raises:
+        ConfigError: values that cannot be run.
+    """
+    is_resumed, config.resume = bool(config.resume), False
+    run = to_run_config(config)
+    if not is_resumed:
+        return run, None
+    report = finished_report(run, run_dir)
+    if report is not None:
+        print_note(f"done already: {run_dir}")
+    return goes_on(run, run_dir), report
+
+
+def end_job(exit_code: int) -> None:
     """A single run ends here, and so does a sweep after a signal; otherwise it goes on and fails at its end."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN and exit_code < SIGNAL_EXIT_CODE:
-        raise JobFailed(exit_code)
-    sys.exit(exit_code)
+    if not is_sweep() or exit_code >= SIGNAL_EXIT_CODE:
+        sys.exit(exit_code)
 
 
 def choose_start() -> StartRanks:
@@ -97,7 +125,7 @@ def choose_start() -> StartRanks:
     torchrun.check_environment()
     if not torchrun.is_rank():
         return start_ranks
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_sweep():
         raise ConfigError("a sweep starts ranks for each of its jobs: use `torchrun -m launcher -m ...`, one process.")
     return torchrun.run_as_rank
 

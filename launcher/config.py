@@ -171,7 +171,7 @@ class RunConfig:
     prompts_file: str | None = None
     # Where answers to prompts_file go; null: outputs.jsonl in the run folder.
     output_file: str | None = None
-    # Keep the answers that output_file already has and do the rest.
+    # Keep the answers that output_file already has and do the rest; of a sweep, the jobs that are done.
     resume: bool = False
     # Wrap prompts in the model's chat template where it has one.
     chat: bool = True

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from launcher.config import RunConfig
 from launcher.failures import Failure
 from launcher.hardware import Inventory
@@ -95,9 +97,16 @@ def base_report(job: Job) -> dict[str, Any]:
         "predicted": None,
         "run_dir": job.run_dir,
         "command": sys.argv[1:],
+        "config": config_values(run),
         "versions": versions(),
     }
     return report if plan is None else report | planned(plan, job.times)
+
+
+def config_values(run: RunConfig) -> dict[str, Any]:
+    """Every value of a config, as JSON has them."""
+    values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(run, mode="json")
+    return values
 
 
 def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:

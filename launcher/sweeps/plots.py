@@ -1,0 +1,240 @@
+"""Plots over the jobs of a sweep, each as PNG and SVG; one with nothing to show is not written.
+
+The colours are Okabe and Ito's, which differ for every kind of colour vision; markers differ too. matplotlib takes a
+second to import, so only the end of a sweep imports this.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from launcher.sweeps.jobs import SweepJob
+from launcher.sweeps.rows import OK, Row
+from launcher.sweeps.series import (
+    CARD_KEYS,
+    Line,
+    MemoryBar,
+    label_of,
+    lines_over,
+    memory_bars,
+    pareto_front,
+    read_power,
+    throughput_lines,
+)
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+QUIET = "#6b6b6b"
+STYLE = {
+    # Text stays text, so that an SVG can be searched and scales with its fonts.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "launch70b",
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 8,
+}
+DPI = 150
+WIDTH, HEIGHT, LEGEND_ROW = 8.0, 4.6, 0.3
+# Characters of a label that fit twice beside each other.
+MAX_LABEL = 28
+MAX_PANELS = 24
+PANEL_COLUMNS = 3
+
+
+def write_plots(jobs: Sequence[SweepJob], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws what the jobs that went well have to show; returns the files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    done = [row for row in rows if row["status"] == OK]
+    with matplotlib.rc_context(STYLE):
+        figures = {name: draw(done) for name, draw in PLOTS.items()}
+        figures["power_over_time"] = draw_power(jobs, done)
+        return [path for name, figure in figures.items() if figure for path in save_figure(figure, folder, name)]
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    for path in paths:
+        # The date would make every file a new one.
+        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
+
+
+def over_cards(y: str, title: str, label: str, scale: float = 1.0) -> Callable[[Sequence[Row]], Figure | None]:
+    """A plot of one value over the number of cards."""
+
+    def draw(rows: Sequence[Row]) -> Figure | None:
+        lines = lines_over(rows, "world_size", y, CARD_KEYS)
+        if not lines:
+            return None
+        figure, axes = new_figure(title, "cards", label)
+        for place, line in enumerate(lines):
+            draw_line(axes, line, place, scale)
+        axes.set_xticks(sorted({point.x for line in lines for point in line.points}))
+        axes.set_ylim(bottom=0)
+        add_legend(figure, [line.label for line in lines])
+        return figure
+
+    return draw
+
+
+def draw_line(axes: Axes, line: Line, place: int, scale: float = 1.0) -> None:
+    """A line with a bar from the lowest to the highest of the repeats at each point."""
+    xs = [point.x for point in line.points]
+    ys = [point.y * scale for point in line.points]
+    errors = [[(p.y - p.low) * scale for p in line.points], [(p.high - p.y) * scale for p in line.points]]
+    axes.errorbar(xs, ys, yerr=errors, color=color(place), marker=marker(place), capsize=4, label=line.label)
+
+
+def draw_throughput(rows: Sequence[Row]) -> Figure | None:
+    """Throughput against latency over batch, and the front that no job beats."""
+    lines = throughput_lines(rows)
+    if not lines:
+        return None
+    title = "Throughput against latency; numbers are batch sizes"
+    figure, axes = new_figure(title, "time per output token, p50 (ms)", "tokens/s, prefill included")
+    front_label = "Pareto front"
+    front = pareto_front(point for line in lines for point in line.points)
+    axes.plot(
+        [point.x for point in front], [point.y for point in front],
+        color="#c9c9c9", linewidth=7, solid_capstyle="round", zorder=1, label=front_label,
+    )  # fmt: skip
+    for place, line in enumerate(lines):
+        draw_line(axes, line, place)
+        for point in line.points:
+            axes.annotate(
+                point.label, (point.x, point.y), (7, -12), textcoords="offset points", fontsize=11, color=color(place)
+            )
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    add_legend(figure, [front_label, *(line.label for line in lines)])
+    return figure
+
+
+def draw_memory(rows: Sequence[Row]) -> Figure | None:
+    """Predicted and measured memory of each job, on one line each."""
+    bars = memory_bars(rows)
+    if not bars:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.9 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle("Memory of the fullest card", x=0.01, ha="left", fontsize=14)
+    axes.set_xlabel("GiB")
+    places, peaks, predictions = range(len(bars)), [bar.peak for bar in bars], [bar.predicted for bar in bars]
+    axes.hlines(places, peaks, predictions, color=QUIET, linewidth=2, zorder=1)
+    axes.scatter(predictions, places, s=95, facecolors="white", edgecolors=COLORS[0], linewidths=2, label="predicted")
+    axes.scatter(peaks, places, s=60, marker="D", color=COLORS[1], label="measured peak", zorder=3)
+    axes.text(1.02, 1.01, "difference", transform=axes.transAxes, va="bottom", fontsize=11)
+    for place, bar in enumerate(bars):
+        text = f"{(bar.peak / bar.predicted - 1) * 100:+.1f} %"
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=11)
+    draw_limit(axes, bars)
+    axes.set_yticks(places, [wrap(bar.label) for bar in bars], fontsize=11)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_limit(axes: Axes, bars: Sequence[MemoryBar]) -> None:
+    """A line at limits.card_memory_gib, where all jobs had the same."""
+    limits = {bar.limit for bar in bars}
+    if len(limits) == 1 and None not in limits:
+        axes.axvline(max(limit or 0.0 for limit in limits), color=QUIET, linestyle="--", label="limit of a card")
+
+
+def draw_power(jobs: Sequence[SweepJob], rows: Sequence[Row]) -> Figure | None:
+    """Watts of each card over time, a panel a job, all to the same scale of watts."""
+    folders = {job.number: job.folder for job in jobs}
+    found = [(row, read_power(folder)) for row in rows if (folder := folders[row["job"]])]
+    panels = [(row, curves) for row, curves in found if curves]
+    if not panels:
+        return None
+    shown = panels[:MAX_PANELS]
+    columns = min(PANEL_COLUMNS, len(shown))
+    num_rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(WIDTH, 4.2 * columns), 1.4 + 2.5 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, sharey=True, squeeze=False)
+    for axes, (row, curves) in zip(grid.flat, shown, strict=False):
+        draw_curves(axes, wrap(label_of(row) or f"job {row['job']}"), curves)
+    grid[0, 0].set_ylim(0, 1.05 * max(watts for _, curves in shown for curve in curves.values() for _, watts in curve))
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    left_out = f", {len(shown)} of {len(panels)} jobs" if len(shown) < len(panels) else ""
+    figure.suptitle(f"Power of each card over time{left_out}", x=0.01, ha="left", fontsize=15)
+    figure.supxlabel("seconds since the start of the job", fontsize=13)
+    figure.supylabel("power (W)", fontsize=13)
+    indices = sorted({index for _, curves in shown for index in curves})
+    handles = [Line2D([], [], color=color(index), label=f"card {index}") for index in indices]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    return figure
+
+
+def draw_curves(axes: Axes, title: str, curves: dict[int, list[tuple[float, float]]]) -> None:
+    axes.set_title(title, fontsize=12)
+    for index, curve in curves.items():
+        axes.plot([sec for sec, _ in curve], [watts for _, watts in curve], color=color(index), linewidth=1.6)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def add_legend(figure: Figure, labels: Sequence[str]) -> None:
+    """Below the plot, where it hides nothing and takes no height from it; none for a single line without a name."""
+    if not any(labels):
+        return
+    columns = 1 if max(len(label) for label in labels) > MAX_LABEL else 2
+    figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(labels) // columns))
+    figure.legend(loc="outside lower center", ncols=columns)
+
+
+def wrap(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, MAX_LABEL))
+
+
+def color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
+
+
+def marker(place: int) -> str:
+    """Another one when the colours begin again."""
+    return MARKERS[(place + place // len(COLORS)) % len(MARKERS)]
+
+
+PLOTS: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
+    "tokens_per_sec_over_cards": over_cards("tokens_per_sec", "Throughput over cards", "tokens/s, prefill included"),
+    "ttft_over_cards": over_cards("ttft_ms", "Time to first token over cards", "TTFT (ms)"),
+    "comm_share_over_cards": over_cards(
+        "comm_share", "Share of communication in a decode step", "share of the step (%)", scale=100.0
+    ),
+    "memory": draw_memory,
+    "throughput_against_latency": draw_throughput,
+}

@@ -1,0 +1,92 @@
+"""A sweep that goes on: the command line it had, and which of its jobs are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from launcher.config import ConfigError, RunConfig
+from launcher.report import config_values
+from launcher.sweeps.jobs import read_report
+
+PREFIX = "resume="
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+MULTIRUN_FLAGS = ("-m", "--multirun")
+COMMAND_FILE = "multirun.yaml"
+# Of Hydra's own overrides, those that the new command line says again.
+SAID_AGAIN = ("hydra.mode", "hydra.sweep.dir")
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line in which `resume=FOLDER` of a sweep is put in words that Hydra knows: the overrides of that sweep,
+    with what was typed now in their places, its folder, and resume=true.
+
+    Raises:
+        ConfigError: FOLDER holds no sweep, or the command line is not one of a sweep.
+    """
+    folders = [argument for argument in arguments if is_resume_folder(argument)]
+    if not folders:
+        return list(arguments)
+    folder = Path(folders[-1].removeprefix(PREFIX))
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if not any(flag in MULTIRUN_FLAGS for flag in flags):
+        raise ConfigError(f"resume={folder} completes a sweep: add -m. A single run is resumed by resume=true.")
+    typed = [argument for argument in arguments if argument not in (*folders, *flags)]
+    overrides = {key_of(argument): argument for argument in (*read_command(folder), *typed)}
+    overrides.pop("resume", None)
+    return [*flags, *overrides.values(), f"hydra.sweep.dir={folder}", "resume=true"]
+
+
+def is_resume_folder(argument: str) -> bool:
+    return argument.startswith(PREFIX) and argument.removeprefix(PREFIX).lower() not in BOOLEANS
+
+
+def read_command(folder: Path) -> list[str]:
+    """The overrides that a sweep was started with.
+
+    Raises:
+        ConfigError: the folder is not one of a sweep.
+    """
+    try:
+        overrides = OmegaConf.load(folder / COMMAND_FILE)["hydra"]["overrides"]
+    except (OSError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"resume={folder} must be the folder of a sweep, which has a {COMMAND_FILE}: {error}"
+        ) from error
+    words = [str(word) for word in (*overrides["hydra"], *overrides["task"])]
+    return [word for word in words if key_of(word) not in SAID_AGAIN]
+
+
+def key_of(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def finished_report(run: RunConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The report of an earlier run of the same config in `run_dir`; None unless it came to its end."""
+    report = read_report(run_dir)
+    if report is None or report.get("error") is not None:
+        return None
+    return report if same_config(report.get("config"), run) else None
+
+
+def goes_on(run: RunConfig, run_dir: Path) -> RunConfig:
+    """`run`, told to complete the answers that its earlier start in `run_dir` wrote, where there are any."""
+    if run.prompts_file is None:
+        return run
+    if run.output_file is not None:
+        return replace(run, resume=True)
+    try:
+        job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return run
+    return replace(run, resume=same_config(job.get("run"), run))
+
+
+def same_config(values: dict[str, Any] | None, run: RunConfig) -> bool:
+    """Whether stored values are those of `run`; how a run was resumed is no part of what it is."""
+    return values is not None and values | {"resume": False} == config_values(run) | {"resume": False}

@@ -1,0 +1,91 @@
+"""Reports of jobs as rows of one table, as pure functions. What was not measured is None."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.sweeps.jobs import SweepJob
+from launcher.units import GIB
+
+Row = dict[str, Any]
+
+OK = "ok"
+FAILED = "failed"
+NOT_FINISHED = "not finished"
+NOT_RUN = "not run"
+
+
+def sweep_rows(jobs: Sequence[SweepJob]) -> list[Row]:
+    """A row a job; `varies` holds those of its overrides that differ between jobs."""
+    rows = [job_row(job) for job in jobs]
+    keys = varying_keys([row["overrides"] for row in rows])
+    return [row | {"varies": {key: row["overrides"].get(key) for key in keys}} for row in rows]
+
+
+def job_row(job: SweepJob) -> Row:
+    """One job's row; times in ms, memory in GiB of the fullest card."""
+    status, reason = job_status(job)
+    return {
+        "job": job.number,
+        "overrides": split_overrides(job.overrides),
+        "status": status,
+        "reason": reason,
+        **report_values(job.report or {}),
+        "folder": str(job.folder) if job.folder else None,
+    }
+
+
+def report_values(report: dict[str, Any]) -> Row:
+    """What a report says of speed, memory and energy, flat."""
+    tpot, predicted, cards = report.get("tpot_ms") or {}, report.get("predicted") or {}, report.get("cards") or []
+    predicted_cards = predicted.get("cards") or cards
+    return {
+        "task": report.get("task"),
+        "model": report.get("model"),
+        "device": report.get("device"),
+        "world_size": report.get("world_size"),
+        "batch_size": report.get("batch_size"),
+        "tokens_per_sec": report.get("tokens_per_sec"),
+        "ttft_ms": report.get("ttft_ms"),
+        "tpot_p50_ms": tpot.get("p50"),
+        "tpot_p99_ms": tpot.get("p99"),
+        "tpot_floor_ms": predicted.get("tpot_floor_ms"),
+        "comm_share": report.get("comm_share"),
+        "peak_gib": highest_gib(cards, "peak_bytes"),
+        "predicted_gib": highest_gib(predicted_cards, "predicted_bytes"),
+        "limit_gib": (report.get("limits") or {}).get("card_memory_gib"),
+        "tokens_per_joule": report.get("tokens_per_joule"),
+        "spread": report.get("spread") or {},
+    }
+
+
+def job_status(job: SweepJob) -> tuple[str, str | None]:
+    """How a job ended, and why it did not end well: the type of its error and the first line of its message."""
+    if job.folder is None:
+        return NOT_RUN, None
+    if job.report is None:
+        return NOT_FINISHED, None
+    error = job.report.get("error")
+    if error is None:
+        return OK, None
+    lines = str(error["message"]).strip().splitlines()
+    return FAILED, f"{error['type']}: {lines[0] if lines else ''}"
+
+
+def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    pairs = (override.partition("=") for override in overrides)
+    return {key.lstrip("+~"): value for key, _, value in pairs}
+
+
+def varying_keys(overrides: Sequence[dict[str, str]]) -> list[str]:
+    """Keys whose values are not the same in all, in the order of their first appearance."""
+    keys = dict.fromkeys(key for each in overrides for key in each)
+    return [key for key in keys if len({each.get(key) for each in overrides}) > 1]
+
+
+def highest_gib(cards: Sequence[dict[str, Any]], key: str) -> float | None:
+    """The fullest card; None unless every card is known."""
+    values = [card.get(key) for card in cards]
+    known = [value for value in values if value is not None]
+    return max(known) / GIB if known and len(known) == len(values) else None
