@@ -94,8 +94,9 @@ def is_sweep() -> bool:
 
 
 def resume_job(config: DictConfig, run_dir: Path) -> tuple[RunConfig, dict[str, Any] | None]:
-    """A job of a sweep, and its report where resume=true finds it done. `resume` means the sweep here, and of a job that
-    is left the answers it has written.
+    """A job of a sweep, and its report where resume=true finds it done.
+
+    resume=true means the sweep here; in the job itself it means the answers that were written before it was cut short.
 
     Raises:
         ConfigError: values that cannot be run.

@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
+from launcher.sweeps.resume import is_resume_folder
 from tools import claims
 from tools.results_table import choose_render
 
@@ -42,7 +43,9 @@ def test_readme_shows_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_of_the_readme_composes(command: str) -> None:
     ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
-    arguments = [argument for argument in shlex.split(command, comments=True) if argument != "-m"]
+    words = shlex.split(command, comments=True)
+    # A sweep that is resumed has its values from its folder.
+    arguments = [word for word in words if word != "-m" and not is_resume_folder(word)]
     sweeps = [argument.split(",")[0] if re.search(r"=\d+(,\d+)+$", argument) else argument for argument in arguments]
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):

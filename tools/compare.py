@@ -51,7 +51,7 @@ def read_jobs(path: Path) -> tuple[SweepJob, ...]:
     Raises:
         ValueError: neither is there.
     """
-    folder = path.parent if path.is_file() else path
+    folder = path.parent if path.name == "report.json" else path
     report = read_report(folder)
     if report is not None:
         has_overrides = (folder / ".hydra" / "overrides.yaml").is_file()
@@ -125,7 +125,8 @@ def differences(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
         {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)}
         for a, b in ((settings(pair.a), settings(pair.b)) for pair in pairs if pair.a and pair.b)
     ]
-    return {key: both for key, both in found[0].items() if all(each.get(key) == both for each in found)} if found else {}
+    first = found[0] if found else {}
+    return {key: both for key, both in first.items() if all(each.get(key) == both for each in found)}
 
 
 def settings(job: SweepJob) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def comparison_table(compared: Sequence[dict[str, Any]]) -> Table:
     table.add_column("")
     for each in compared:
         lines = pair_lines(each)
-        names = [str(value) for value in each["overrides"].values()]
+        names = [value or "-" for value in each["overrides"].values()]
         for place, line in enumerate(lines):
             cells = (Text(cell) for cell in (*(names if place == 0 else [""] * len(names)), *line))
             table.add_row(*cells, end_section=place == len(lines) - 1)

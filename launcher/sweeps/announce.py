@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 
 @dataclass(frozen=True)
 class Sweep:
-    """`jobs` holds the overrides of each job, by its number."""
+    """`jobs` holds the overrides of each job, by its number; None where a sweeper decides them as it goes."""
 
     folder: Path
-    jobs: tuple[tuple[str, ...], ...]
+    jobs: tuple[tuple[str, ...], ...] | None
 
 
 class Announce(Callback):
@@ -30,8 +30,10 @@ class Announce(Callback):
         Announce.sweep = Sweep(Path(config.hydra.sweep.dir).absolute(), expand_jobs(config))
 
 
-def expand_jobs(config: DictConfig) -> tuple[tuple[str, ...], ...]:
-    """The overrides of each job that Hydra's basic sweeper makes of a command line."""
+def expand_jobs(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
+    """The overrides of each job that Hydra's basic sweeper makes of a command line; None for other sweepers."""
+    if config.hydra.sweeper.get("_target_") != BasicSweeperConf._target_:
+        return None
     params = config.hydra.sweeper.get("params") or {}
     words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())

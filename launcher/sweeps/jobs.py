@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
+from omegaconf import OmegaConf
 
 OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 
@@ -56,7 +56,8 @@ def job_folders(folder: Path) -> list[Path]:
 
 
 def read_overrides(folder: Path) -> tuple[str, ...]:
-    return without_resume(yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8")) or ())
+    overrides = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
+    return without_resume(str(override) for override in cast(list[Any], overrides))
 
 
 def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:

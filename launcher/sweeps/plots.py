@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ from launcher.sweeps.series import (
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUIET = "#6b6b6b"
-STYLE = {
+STYLE: Any = {
     # Text stays text, so that an SVG can be searched and scales with its fonts.
     "svg.fonttype": "none",
     "svg.hashsalt": "launch70b",
@@ -51,8 +52,8 @@ STYLE = {
 }
 DPI = 150
 WIDTH, HEIGHT, LEGEND_ROW = 8.0, 4.6, 0.3
-# Characters of a label that fit twice beside each other.
-MAX_LABEL = 28
+# Characters of a label in a line: one of two columns of a legend, and beside an axis or above a panel.
+LEGEND_LABEL, MAX_LABEL = 28, 34
 MAX_PANELS = 24
 PANEL_COLUMNS = 3
 
@@ -211,7 +212,7 @@ def add_legend(figure: Figure, labels: Sequence[str]) -> None:
     """Below the plot, where it hides nothing and takes no height from it; none for a single line without a name."""
     if not any(labels):
         return
-    columns = 1 if max(len(label) for label in labels) > MAX_LABEL else 2
+    columns = 1 if max(len(label) for label in labels) > LEGEND_LABEL else 2
     figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(labels) // columns))
     figure.legend(loc="outside lower center", ncols=columns)
 

@@ -53,12 +53,12 @@ def read_command(folder: Path) -> list[str]:
         ConfigError: the folder is not one of a sweep.
     """
     try:
-        overrides = OmegaConf.load(folder / COMMAND_FILE)["hydra"]["overrides"]
+        overrides = OmegaConf.select(OmegaConf.load(folder / COMMAND_FILE), "hydra.overrides")
+        words = [str(word) for word in (*overrides["hydra"], *overrides["task"])]
     except (OSError, KeyError, TypeError) as error:
         raise ConfigError(
             f"resume={folder} must be the folder of a sweep, which has a {COMMAND_FILE}: {error}"
         ) from error
-    words = [str(word) for word in (*overrides["hydra"], *overrides["task"])]
     return [word for word in words if key_of(word) not in SAID_AGAIN]
 
 

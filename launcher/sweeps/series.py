@@ -19,7 +19,7 @@ NAMES = ("model", "topology", "workload")
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` are of the repeats, where a run had some."""
+    """`low` and `high` are of the repeats, where a run had some; `y` is between them."""
 
     x: float
     y: float
@@ -61,7 +61,8 @@ def lines_over(rows: Sequence[Row], x: str, y: str, axis_keys: Sequence[str]) ->
 
 def point_of(row: Row, x: str, y: str) -> Point:
     spread = row["spread"].get(y) or {}
-    return Point(row[x], row[y], spread.get("min", row[y]), spread.get("max", row[y]))
+    low, high = spread.get("min", row[y]), spread.get("max", row[y])
+    return Point(row[x], row[y], min(low, row[y]), max(high, row[y]))
 
 
 def label_of(row: Row, leave_out: Sequence[str] = ()) -> str:

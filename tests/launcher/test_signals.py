@@ -216,6 +216,15 @@ def test_sweep_does_not_go_on_after_a_signal(ended: Callable[[str], Outcome]) ->
     assert not (outcome.folder / "1").exists()
 
 
+def test_sweep_that_a_signal_ended_leaves_its_table_and_no_plots(ended: Callable[[str], Outcome]) -> None:
+    outcome = ended("sweep, SIGTERM")
+    jobs = json.loads((outcome.folder / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["failed", "not run"]
+    assert jobs[0]["reason"].startswith("Interrupted: ")
+    assert f"-m resume={outcome.folder}" in outcome.result.stderr
+    assert not (outcome.folder / "plots").exists()
+
+
 @pytest.mark.parametrize("name", [group[0] for group in GROUPS])
 def test_no_shared_memory_is_left(ended: Callable[[str], Outcome], name: str) -> None:
     assert ended(name).shared_memory == set()

@@ -1,0 +1,97 @@
+"""Plots as files: what is on them, and that nothing is drawn of nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from launcher.sweeps.jobs import find_jobs
+from launcher.sweeps.plots import write_plots
+from launcher.sweeps.rows import sweep_rows
+from tests.launcher.sweep_jobs import bench_report, failed_report, write_job
+
+NAMES = {
+    "tokens_per_sec_over_cards",
+    "ttft_over_cards",
+    "comm_share_over_cards",
+    "memory",
+    "throughput_against_latency",
+    "power_over_time",
+}
+
+
+def draw(sweep: Path) -> dict[str, Path]:
+    jobs = find_jobs(sweep)
+    return {path.name: path for path in write_plots(jobs, sweep_rows(jobs), sweep / "plots")}
+
+
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two batch sizes on one, two and four cards; one job failed."""
+    sweep = tmp_path_factory.mktemp("sweep")
+    number = 0
+    for gpus in (1, 2, 4):
+        for batch in (1, 8):
+            fields = {"batch_size": batch, "tokens_per_sec": 50.0 * gpus * batch, "comm_share": 0.1 * gpus}
+            report = failed_report() if (gpus, batch) == (1, 8) else bench_report(gpus, **fields)
+            overrides = [f"gpus={gpus}", f"workload.batch_size={batch}"]
+            write_job(sweep, number, overrides, report, power="80 250 300")
+            number += 1
+    return draw(sweep)
+
+
+def texts(path: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
+
+
+def test_every_plot_is_there_as_png_and_svg(plots: dict[str, Path]) -> None:
+    assert set(plots) == {f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tokens_per_sec_over_cards", ["cards", "tokens/s, prefill included", "batch_size=1", "batch_size=8", "4"]),
+        ("ttft_over_cards", ["cards", "TTFT (ms)", "batch_size=1"]),
+        ("comm_share_over_cards", ["share of the step (%)", "batch_size=8", "40"]),
+        ("memory", ["GiB", "predicted", "measured peak", "limit of a card", "-2.2 %", "gpus=2, batch_size=8"]),
+        ("throughput_against_latency", ["time per output token, p50 (ms)", "Pareto front", "gpus=4", "8"]),
+        ("power_over_time", ["power (W)", "seconds since the start of the job", "card 0", "gpus=4, batch_size=1"]),
+    ],
+)
+def test_axes_have_units_and_series_their_names(plots: dict[str, Path], name: str, words: list[str]) -> None:
+    found = texts(plots[f"{name}.svg"])
+    assert [word for word in words if word not in found] == []
+
+
+def test_failed_job_is_on_no_plot(plots: dict[str, Path]) -> None:
+    for name in ("memory", "power_over_time"):
+        assert "gpus=1, batch_size=8" not in texts(plots[f"{name}.svg"])
+        assert "gpus=1, batch_size=1" in texts(plots[f"{name}.svg"])
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_image_is_large_enough_and_not_blank(plots: dict[str, Path], name: str) -> None:
+    image = matplotlib.image.imread(plots[f"{name}.png"])
+    assert min(image.shape[:2]) > 400
+    assert 0.005 < (image[..., :3].min(axis=2) < 0.7).mean() < 0.5
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_nothing_is_drawn_over_the_edge(plots: dict[str, Path], name: str) -> None:
+    image = matplotlib.image.imread(plots[f"{name}.png"])[..., :3]
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge > 0.99).all()
+
+
+def test_one_job_on_a_cpu_has_only_its_memory_to_show(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, ["gpus=2"], bench_report())
+    assert set(draw(tmp_path)) == {"memory.png", "memory.svg"}
+
+
+def test_same_numbers_give_the_same_file(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, ["gpus=2"], bench_report())
+    assert draw(tmp_path)["memory.svg"].read_bytes() == draw(tmp_path)["memory.svg"].read_bytes()
