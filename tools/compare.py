@@ -107,10 +107,9 @@ def compare_values(name: str, a: Row, b: Row) -> dict[str, Any]:
 
 def verdict(name: str, a: Row, b: Row) -> str | None:
     """Of B: "better", "worse", or "within the spread" where the repeats of A and B overlap; None without repeats."""
-    spreads = [(row.get("spread") or {}).get(name) for row in (a, b)]
-    if None in spreads:
+    first, second = ((row.get("spread") or {}).get(name) for row in (a, b))
+    if first is None or second is None:
         return None
-    first, second = spreads
     if second["min"] <= first["max"] and first["min"] <= second["max"]:
         return "within the spread"
     return "better" if (second["min"] > first["max"]) == METRICS[name] else "worse"
