@@ -61,7 +61,7 @@ def report_values(report: dict[str, Any]) -> Row:
 
 
 def job_status(job: SweepJob) -> tuple[str, str | None]:
-    """How a job ended, and why it did not end well: the type of its error and the first line of its message."""
+    """How a job ended, and why it did not end well: the type of its error and what its message begins with."""
     if job.folder is None:
         return NOT_RUN, None
     if job.report is None:
@@ -69,8 +69,13 @@ def job_status(job: SweepJob) -> tuple[str, str | None]:
     error = job.report.get("error")
     if error is None:
         return OK, None
-    lines = str(error["message"]).strip().splitlines()
-    return FAILED, f"{error['type']}: {lines[0] if lines else ''}"
+    return FAILED, f"{error['type']}: {first_sentence(str(error['message']))}"
+
+
+def first_sentence(message: str) -> str:
+    """The first line; with the next one where it only announces that."""
+    lines = message.strip().splitlines() or [""]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, str]:

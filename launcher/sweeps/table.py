@@ -31,14 +31,14 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ttft_ms": ("TTFT ms", number),
     "tpot_p50_ms": ("TPOT ms", number),
     "tpot_p99_ms": ("p99", number),
-    "tpot_floor_ms": ("floor", number),
+    "tpot_floor_ms": ("floor ms", number),
     "comm_share": ("comm.", percent),
     "peak_gib": ("peak GiB", gib),
-    "predicted_gib": ("predicted", gib),
+    "predicted_gib": ("plan GiB", gib),
     "tokens_per_joule": ("tokens/J", number),
 }
 NOTE = (
-    "tokens/s with the prefill; TTFT and TPOT are medians, floor is the plan's; comm.: share of a decode step; "
+    "tokens/s with prefill; TTFT and TPOT are medians; floor: the least TPOT, by the plan; comm.: share of a decode step; "
     "GiB of the fullest card; -: not measured"
 )
 

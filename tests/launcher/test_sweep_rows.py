@@ -55,6 +55,16 @@ def test_every_job_has_its_row_with_how_it_ended(rows: list[Row]) -> None:
     assert [row["reason"] for row in rows[1:]] == [None] * 4
 
 
+def test_reason_that_only_announces_has_the_next_line_too(tmp_path: Path) -> None:
+    for number, message in enumerate(["it does not fit:\n  KV cache 3 GiB\nmore", ""]):
+        report = failed_report() | {"error": {"type": "PlanError", "message": message}}
+        write_job(tmp_path, number, [], report)
+    assert [row["reason"] for row in sweep_rows(find_jobs(tmp_path))] == [
+        "PlanError: it does not fit: KV cache 3 GiB",
+        "PlanError: ",
+    ]
+
+
 def test_only_overrides_that_vary_are_columns(rows: list[Row]) -> None:
     assert [row["varies"] for row in rows] == [
         {"gpus": gpus, "model": model} for gpus, model in zip("12424", "aaabb", strict=True)
@@ -118,7 +128,7 @@ def test_terminal_gets_the_table_and_the_reasons_below(rows: list[Row]) -> None:
     console = Console(width=140)
     with console.capture() as capture:
         console.print(terminal_table(rows, "5 jobs"))
-    assert "predicted" in capture.get()
+    assert "plan GiB" in capture.get()
     assert "22.50" in capture.get()
     assert reasons(rows) == ["job 0 failed: ConfigError: it needs 39.83 GiB | too much."]
 
