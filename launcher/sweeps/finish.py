@@ -10,7 +10,7 @@ from launcher.console import print_note, print_warning, stderr_console
 from launcher.sweeps.announce import Sweep
 from launcher.sweeps.jobs import SweepJob, find_jobs
 from launcher.sweeps.rows import OK, Row, sweep_rows
-from launcher.sweeps.table import csv_text, markdown_text, num_left, reasons, terminal_table
+from launcher.sweeps.table import NOTE, csv_text, markdown_text, num_left, reasons, terminal_table
 
 TABLE_NAME = "sweep"
 PLOTS_FOLDER = "plots"
@@ -31,8 +31,8 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
     rows = sweep_rows(jobs)
     write_tables(rows, sweep.folder)
     stderr_console().print(terminal_table(rows, f"{len(rows)} jobs"))
-    for reason in reasons(rows):
-        print_note(reason)
+    for line in (NOTE, *reasons(rows)):
+        print_note(line)
     plots = [] if interrupted else draw_plots(jobs, rows, sweep.folder)
     print_note(f"sweep: {sweep.folder}/{TABLE_NAME}.csv, .json, .md" + (f", {PLOTS_FOLDER}/" if plots else ""))
     if num_left(rows):

@@ -38,8 +38,8 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_joule": ("tokens/J", number),
 }
 NOTE = (
-    "tokens/s with prefill; TTFT and TPOT are medians; floor: the least TPOT, by the plan; comm.: share of a decode step; "
-    "GiB of the fullest card; -: not measured"
+    "tokens/s with prefill; TTFT and TPOT are medians; floor: the least TPOT, by the plan; comm.: share of a decode "
+    "step; GiB of the fullest card; -: not measured"
 )
 
 
@@ -70,7 +70,7 @@ def markdown_text(rows: Sequence[Row], title: str) -> str:
 
 def terminal_table(rows: Sequence[Row], title: str) -> Table:
     """The same for a terminal, where reasons are lines of their own: see `reasons`."""
-    table = Table(title=title, caption=NOTE, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("job", *(key.rpartition(".")[2] for key in rows[0]["varies"]), "status"):
         table.add_column(heading, overflow="fold")
     for name in shown(rows):
