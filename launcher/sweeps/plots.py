@@ -33,7 +33,10 @@ from launcher.sweeps.series import (
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-QUIET = "#6b6b6b"
+QUIET, FRONT = "#6b6b6b", "#c9c9c9"
+MEASURED_KEY = Line2D([], [], color=QUIET, marker="o", label="measured")
+PREDICTED_KEY = Line2D([], [], color=QUIET, linestyle="--", marker="o", markerfacecolor="white", label="predicted")
+FRONT_KEY = Line2D([], [], color=FRONT, linewidth=7, label="Pareto front")
 STYLE: Any = {
     # Text stays text, so that an SVG can be searched and scales with its fonts.
     "svg.fonttype": "none",
@@ -81,18 +84,24 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def over_cards(y: str, title: str, label: str, scale: float = 1.0) -> Callable[[Sequence[Row]], Figure | None]:
-    """A plot of one value over the number of cards."""
+    """A plot of one value over the number of cards: measured, and predicted where the plan could tell."""
 
     def draw(rows: Sequence[Row]) -> Figure | None:
-        lines = lines_over(rows, "world_size", y, CARD_KEYS)
-        if not lines:
+        measured = lines_over(rows, "world_size", y, CARD_KEYS)
+        predicted = lines_over(rows, "world_size", f"predicted_{y}", CARD_KEYS)
+        if not measured and not predicted:
             return None
         figure, axes = new_figure(title, "cards", label)
-        for place, line in enumerate(lines):
-            draw_line(axes, line, place, scale)
-        axes.set_xticks(sorted({point.x for line in lines for point in line.points}))
+        labels = list(dict.fromkeys(line.label for line in (*measured, *predicted)))
+        for line in measured:
+            draw_line(axes, line, labels.index(line.label), scale)
+        for line in predicted:
+            draw_predicted(axes, line, labels.index(line.label), scale)
+        axes.set_xticks(sorted({point.x for line in (*measured, *predicted) for point in line.points}))
         axes.set_ylim(bottom=0)
-        add_legend(figure, [line.label for line in lines])
+        handles = [key_of(label, place) for place, label in enumerate(labels) if label]
+        kinds = [PREDICTED_KEY] if predicted else []
+        add_legend(figure, [*handles, *([MEASURED_KEY] if measured and predicted else []), *kinds])
         return figure
 
     return draw
@@ -103,7 +112,12 @@ def draw_line(axes: Axes, line: Line, place: int, scale: float = 1.0) -> None:
     xs = [point.x for point in line.points]
     ys = [point.y * scale for point in line.points]
     errors = [[(p.y - p.low) * scale for p in line.points], [(p.high - p.y) * scale for p in line.points]]
-    axes.errorbar(xs, ys, yerr=errors, color=color(place), marker=marker(place), capsize=4, label=line.label)
+    axes.errorbar(xs, ys, yerr=errors, color=color(place), marker=marker(place), capsize=4)
+
+
+def draw_predicted(axes: Axes, line: Line, place: int, scale: float) -> None:
+    xs, ys = [point.x for point in line.points], [point.y * scale for point in line.points]
+    axes.plot(xs, ys, color=color(place), linestyle="--", linewidth=1.5, marker=marker(place), markerfacecolor="white")
 
 
 def draw_throughput(rows: Sequence[Row]) -> Figure | None:
@@ -113,11 +127,10 @@ def draw_throughput(rows: Sequence[Row]) -> Figure | None:
         return None
     title = "Throughput against latency; numbers are batch sizes"
     figure, axes = new_figure(title, "time per output token, p50 (ms)", "tokens/s, prefill included")
-    front_label = "Pareto front"
     front = pareto_front(point for line in lines for point in line.points)
     axes.plot(
         [point.x for point in front], [point.y for point in front],
-        color="#c9c9c9", linewidth=7, solid_capstyle="round", zorder=1, label=front_label,
+        color=FRONT, linewidth=7, solid_capstyle="round", zorder=1,
     )  # fmt: skip
     for place, line in enumerate(lines):
         draw_line(axes, line, place)
@@ -127,7 +140,8 @@ def draw_throughput(rows: Sequence[Row]) -> Figure | None:
             )
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    add_legend(figure, [front_label, *(line.label for line in lines)])
+    keys = [key_of(line.label, place) for place, line in enumerate(lines) if line.label]
+    add_legend(figure, [*keys, FRONT_KEY])
     return figure
 
 
@@ -208,13 +222,18 @@ def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def add_legend(figure: Figure, labels: Sequence[str]) -> None:
-    """Below the plot, where it hides nothing and takes no height from it; none for a single line without a name."""
-    if not any(labels):
+def add_legend(figure: Figure, keys: Sequence[Line2D]) -> None:
+    """Below the plot, where it hides nothing and takes no height from it."""
+    if not keys:
         return
-    columns = 1 if max(len(label) for label in labels) > LEGEND_LABEL else 2
-    figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(labels) // columns))
-    figure.legend(loc="outside lower center", ncols=columns)
+    columns = 1 if max(len(str(key.get_label())) for key in keys) > LEGEND_LABEL else 2
+    figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(keys) // columns))
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns)
+
+
+def key_of(label: str, place: int) -> Line2D:
+    """A line of the legend."""
+    return Line2D([], [], color=color(place), marker=marker(place), label=label)
 
 
 def wrap(label: str) -> str:

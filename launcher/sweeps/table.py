@@ -28,18 +28,24 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "world_size": ("cards", plain),
     "batch_size": ("batch", plain),
     "tokens_per_sec": ("tokens/s", number),
+    "predicted_tokens_per_sec": ("plan tokens/s", number),
     "ttft_ms": ("TTFT ms", number),
+    "predicted_ttft_ms": ("plan", number),
     "tpot_p50_ms": ("TPOT ms", number),
     "tpot_p99_ms": ("p99", number),
-    "tpot_floor_ms": ("floor ms", number),
+    "predicted_tpot_ms": ("plan", number),
+    "tpot_floor_ms": ("floor", number),
     "comm_share": ("comm.", percent),
-    "peak_gib": ("peak GiB", gib),
-    "predicted_gib": ("plan GiB", gib),
+    "predicted_comm_share": ("plan comm.", percent),
+    "peak_gib": ("GiB", gib),
+    "predicted_gib": ("plan", gib),
     "tokens_per_joule": ("tokens/J", number),
 }
+# What people get from other columns, and what a terminal has no room for.
+ONLY_IN_CSV = ("predicted_tokens_per_sec", "predicted_comm_share")
 NOTE = (
-    "tokens/s with prefill; TTFT and TPOT are medians; floor: the least TPOT, by the plan; comm.: share of a decode "
-    "step; GiB of the fullest card; -: not measured"
+    "tokens/s with prefill; TTFT and TPOT are medians; plan: predicted, of what stands before it; floor: the plan's "
+    "least TPOT; comm.: share of a decode step; GiB of the fullest card; -: not measured"
 )
 
 
@@ -93,7 +99,7 @@ def table_cells(row: Row, names: Sequence[str]) -> list[str]:
 def shown(rows: Sequence[Row]) -> list[str]:
     """Columns that say something: a value of one job at least, and nothing that an override says already."""
     said = {"world_size": "gpus", "batch_size": "workload.batch_size"}
-    names = [name for name in VALUES if said.get(name) not in rows[0]["varies"]]
+    names = [name for name in VALUES if name not in ONLY_IN_CSV and said.get(name) not in rows[0]["varies"]]
     return [name for name in names if any(row[name] is not None for row in rows)]
 
 

@@ -54,7 +54,10 @@ def test_every_plot_is_there_as_png_and_svg(plots: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tokens_per_sec_over_cards", ["cards", "tokens/s, prefill included", "batch_size=1", "batch_size=8", "4"]),
+        (
+            "tokens_per_sec_over_cards",
+            ["cards", "tokens/s, prefill included", "batch_size=8", "predicted"],
+        ),
         ("ttft_over_cards", ["cards", "TTFT (ms)", "batch_size=1"]),
         ("comm_share_over_cards", ["share of the step (%)", "batch_size=8", "40"]),
         ("memory", ["GiB", "predicted", "measured peak", "limit of a card", "-2.2 %", "gpus=2, batch_size=8"]),
@@ -85,6 +88,17 @@ def test_nothing_is_drawn_over_the_edge(plots: dict[str, Path], name: str) -> No
     image = matplotlib.image.imread(plots[f"{name}.png"])[..., :3]
     for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert (edge > 0.99).all()
+
+
+def test_plans_alone_are_drawn_over_cards_as_predictions(tmp_path: Path) -> None:
+    for number, gpus in enumerate((2, 4)):
+        report = bench_report(gpus, tokens_per_sec=None, ttft_ms=None, tpot_ms=None, comm_share=None)
+        report["cards"] = []
+        write_job(tmp_path, number, [f"gpus={gpus}"], report)
+    files = draw(tmp_path)
+    assert {name.partition(".")[0] for name in files} == {name for name in NAMES if "over_cards" in name}
+    assert "predicted" in texts(files["ttft_over_cards.svg"])
+    assert "measured" not in texts(files["ttft_over_cards.svg"])
 
 
 def test_one_job_on_a_cpu_has_only_its_memory_to_show(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_row_holds_what_the_report_says_and_the_fullest_card(rows: list[Row]) ->
     assert [rows[2][name] for name in names] == [4, 100.0, 120.0, 8.0, 9.0, 5.0, 0.08]
     assert (rows[2]["peak_gib"], rows[2]["predicted_gib"], rows[2]["limit_gib"]) == (22.0, 22.5, 24.0)
     assert (rows[2]["batch_size"], rows[2]["tokens_per_joule"]) == (1, 0.25)
+    names = ("tokens_per_sec", "ttft_ms", "tpot_ms", "comm_share")
+    assert [rows[2][f"predicted_{name}"] for name in names] == [110.0, 115.0, 7.5, 0.06]
 
 
 def test_memory_of_a_card_that_was_not_measured_is_not_that_of_the_others(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_markdown_is_one_table_with_the_reasons(rows: list[Row]) -> None:
     assert len(lines) == 2 + len(rows)
     # The bar in the reason is no border.
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert "| 1 | 2 | a | ok | 1 | 100 | 120 | 8 | 9 | 5 | 8.0 % | 22.00 | 22.50 | 0.25 |" in lines[3]
+    assert "| 1 | 2 | a | ok | 1 | 100 | 120 | 115 | 8 | 9 | 7.5 | 5 | 8.0 % | 22.00 | 22.50 | 0.25 |" in lines[3]
     assert "39.83 GiB \\| too much." in lines[2]
 
 
@@ -128,7 +130,7 @@ def test_terminal_gets_the_table_and_the_reasons_below(rows: list[Row]) -> None:
     console = Console(width=140)
     with console.capture() as capture:
         console.print(terminal_table(rows, "5 jobs"))
-    assert "plan GiB" in capture.get()
+    assert "plan" in capture.get()
     assert "22.50" in capture.get()
     assert reasons(rows) == ["job 0 failed: ConfigError: it needs 39.83 GiB | too much."]
 
