@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import (
@@ -21,6 +22,7 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from parallel.communicator import Communicator
+from parallel.kernels.prefetch import Ahead
 
 Slices = tuple[slice, ...]
 
@@ -49,6 +51,10 @@ class ShardedLayer(TensorParallel_Layer):
         output: Tensor = self.packed(hidden)
         return output if bias is None else output.add_(bias)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """As GroupedLinear.stored."""
+        return (self.weight,) if self.packed is None else cast(Any, self.packed).stored()
+
 
 class ColumnParallelLinear(ShardedLayer, LinearLayer):
     """[..., in] -> [..., local out]: weight [local out, in], no communication."""
@@ -63,8 +69,9 @@ class RowParallelLinear(ShardedLayer, LinearAllreduce):
     def local_slices(self, parameter: str) -> Slices:
         return (slice(None), self.local_range()) if parameter == "weight" else (slice(None),)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        output = self.communicator.all_reduce(self.multiply(hidden))
+    def forward(self, hidden: Tensor, ahead: Ahead = ()) -> Tensor:
+        """`ahead`: what the linear after this one reads first; see Communicator.all_reduce."""
+        output = self.communicator.all_reduce(self.multiply(hidden), ahead)
         return output if self.bias is None else output.add_(self.bias)
 
 

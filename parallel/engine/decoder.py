@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from parallel.engine.ahead import look_ahead
 from parallel.engine.merged import is_merged, local_sizes, merge_layer
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
+from parallel.kernels.prefetch import Ahead
 
 # query [tokens, local heads, head_dim], the layer's cache -> the same shape
 Attend = Callable[[Tensor, PagedKV], Tensor]
@@ -53,12 +55,15 @@ class Decoder:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
         update = torch.zeros(0)
-        for index, (layer, cache) in enumerate(zip(self.model.model.layers, caches, strict=True)):
+        layers = self.model.model.layers
+        aheads = look_ahead(layers, self.model.lm_head, len(tokens.ids), residual.device)
+        for index, (layer, cache, ahead) in enumerate(zip(layers, caches, aheads, strict=True)):
             norm = layer.input_layernorm.weight
             normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
-            update = self._attention(layer.self_attn, normed, tokens, attend, cache)
+            attended = self._attention(layer.self_attn, normed, tokens, attend, cache, ahead.output)
+            update = layer.self_attn.o_proj(attended, ahead.gate_up)
             normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
-            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed)))
+            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed), *ahead.down), ahead.following)
         return residual.add_(update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -66,10 +71,13 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
+    def _attention(
+        self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV, ahead: Ahead
+    ) -> Tensor:
+        """[tokens, local heads * head_dim]; `ahead` is of the output projection."""
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
-            return attention.o_proj(normed.new_empty(len(normed), 0))
+            return normed.new_empty(len(normed), 0)
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         query = rotary_and_cache(
             attention.qkv(normed),
@@ -84,5 +92,6 @@ class Decoder:
             None if query_norm is None else query_norm.weight,
             None if key_norm is None else key_norm.weight,
             self.eps,
+            *ahead,
         )
-        return attention.o_proj(attend(query, cache).flatten(1))
+        return attend(query, cache).flatten(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ class MergedLinear(nn.Module):
         output: Tensor = self.multiply(hidden)
         return output if self.bias is None else output.add_(self.bias)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """As GroupedLinear.stored."""
+        return cast(Any, self.multiply).stored()
+
 
 class PlainWeight(nn.Module):
     """[..., in] -> [..., out] by a weight of numbers."""
@@ -40,6 +44,9 @@ class PlainWeight(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)
 
+    def stored(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
 
 class SideBySide(nn.Module):
     """The same of linears whose weights cannot be one: each on its own."""
@@ -50,6 +57,10 @@ class SideBySide(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([layer(hidden) for layer in self.layers], dim=-1)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """Of the first, as GroupedLinear.stored."""
+        return cast(Any, self.layers[0]).stored()
 
 
 def merge_linears(layers: Sequence[ColumnParallelLinear]) -> nn.Module:
