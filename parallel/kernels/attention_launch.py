@@ -92,7 +92,7 @@ def choose_splits(pairs: int, max_tokens: int, multiprocessors: int, warps: int)
     """Into how many blocks each of `pairs` is split, for contexts of up to `max_tokens`.
 
     Pairs are sequences times KV heads times passes. Never from the lengths, which a graph finds on the card when it is
-    replayed: shorter sequences leave splits idle. A block for each multiprocessor: its rings hold what keeps memory busy,
+    replayed: shorter sequences leave splits idle. A block for each multiprocessor: its rings keep memory busy,
     and the fewer splits, the fewer sums to add up.
     """
     wanted = multiprocessors // max(1, pairs)
