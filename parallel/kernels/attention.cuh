@@ -37,6 +37,12 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The 8x8 matrix whose row g lies in lanes (g, 0..3), two elements each, transposed.
 __device__ __forceinline__ u32 transpose(u32 pair) {
   u32 transposed;
@@ -85,7 +91,7 @@ __device__ __forceinline__ void unpack_e4m3(u32 four, u32& low, u32& high) {
 #endif
 }
 
-// Counts to `last` and wraps to zero by itself. What blocks wrote before they counted is seen by those that count later.
+// Counts to `last`, then from zero again. What blocks wrote before they counted is seen by those that count later.
 __device__ __forceinline__ u32 count_up(u32* counter, u32 last) {
   u32 found;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(found) : "l"(counter), "r"(last) : "memory");

@@ -5,64 +5,92 @@ struct Found {
   float v[HEAD_DIM / 32];
 };
 
-__device__ __forceinline__ Found load_found(const float* row, int lane) {
-  Found found;
+__device__ __forceinline__ Found load_found(const float* from, bool is_there) {
+  Found found = {};
+  if (!is_there) return found;
   if (HEAD_DIM == 128) {
-    const float4 four = __ldcg((const float4*)row + lane);
+    const float4 four = __ldcg((const float4*)from);
     found.v[0] = four.x, found.v[1] = four.y, found.v[HEAD_DIM / 32 - 2] = four.z, found.v[HEAD_DIM / 32 - 1] = four.w;
   } else {
-    const float2 two = __ldcg((const float2*)row + lane);
+    const float2 two = __ldcg((const float2*)from);
     found.v[0] = two.x, found.v[1] = two.y;
   }
   return found;
 }
 
-// Adds up what `splits` blocks left, always in their order, and hands each pair of dimensions of each column to `write`.
-// Sums are under way while their weights are worked out.
-template <class Write>
-__device__ __forceinline__ void combine(const float* partial, const float2* maxima_sums, int num_splits, int splits,
-                                        int num_columns, Write write) {
-  constexpr int at_once = 8;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll 1
-  for (int column = warp; column < num_columns; column += WARPS) {
-    auto load = [&](int split) {
-      return load_found(partial + ((size_t)min(split, splits - 1) * COLUMNS + column) * HEAD_DIM, lane);
-    };
-    Found found[at_once];
-#pragma unroll
-    for (int i = 0; i < at_once; i++) found[i] = load(i);
+// What the sums of the splits count, in the lane of the split (of split 32 in lane 0 again), and the sum of all.
+struct Weights {
+  float of_split[MAX_SPLITS / 32], sum;
+
+  __device__ __forceinline__ void find(const float2* maxima_sums, int splits) {
+    const int lane = threadIdx.x & 31;
     float2 own[MAX_SPLITS / 32];
-    float highest = LOWEST, sum = 0;
+    float highest = LOWEST;
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; i++) {
-      const int split = i * 32 + lane;
-      own[i] = split < splits ? __ldcg(maxima_sums + column * num_splits + split) : make_float2(LOWEST, 0);
+      own[i] = i * 32 + lane < splits ? __ldcg(maxima_sums + i * 32 + lane) : make_float2(LOWEST, 0);
       highest = fmaxf(highest, own[i].x);
     }
+#pragma unroll
     for (int step = 1; step < 32; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, step));
+    sum = 0;
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; i++) {
-      own[i].x = exp2_approximate(own[i].x - reference_of(highest));
-      sum += own[i].x * own[i].y;
+      of_split[i] = exp2_approximate(own[i].x - reference_of(highest));
+      sum += of_split[i] * own[i].y;
     }
-    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(FULL, sum, step);
-    Found total = {};
 #pragma unroll
-    for (int part = 0; part < MAX_SPLITS / 32; part++)
-      for (int first = part * 32; first < min(splits, part * 32 + 32); first += at_once) {
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(FULL, sum, step);
+  }
+
+  __device__ __forceinline__ float of(int split) const {
+    return __shfl_sync(FULL, split < 32 ? of_split[0] : of_split[MAX_SPLITS / 32 - 1], split & 31);
+  }
+};
+
+// Adds up what `splits` blocks left, always in their order, and hands each pair of dimensions of a column to `write`. Sums
+// are under way while their weights are worked out, and those of two columns where a warp has two.
+template <class Write>
+__device__ __forceinline__ void combine(int warp, const float* partial, const float2* maxima_sums, int num_splits,
+                                        int splits, int num_columns, Write write) {
+  constexpr int at_once = 8, stride = COLUMNS * HEAD_DIM, num = COLUMNS > WARPS ? 2 : 1;
+  const int dim = (threadIdx.x & 31) * (HEAD_DIM / 32);
+#pragma unroll 1
+  for (int first = warp; first < num_columns; first += num * WARPS) {
+    int columns[num];
+    Weights weights[num];
+    Found found[num][at_once], total[num] = {};
+#pragma unroll
+    for (int k = 0; k < num; k++) {
+      // Where there is no second one, the first twice.
+      columns[k] = first + k * WARPS < num_columns ? first + k * WARPS : first;
+#pragma unroll
+      for (int i = 0; i < at_once; i++)
+        found[k][i] = load_found(partial + i * stride + columns[k] * HEAD_DIM + dim, i < splits);
+    }
+#pragma unroll
+    for (int k = 0; k < num; k++) weights[k].find(maxima_sums + columns[k] * num_splits, splits);
+#pragma unroll 1
+    for (int done = 0; done < splits; done += at_once) {
+#pragma unroll
+      for (int k = 0; k < num; k++) {
+        const float* next = partial + (done + at_once) * stride + columns[k] * HEAD_DIM + dim;
 #pragma unroll
         for (int i = 0; i < at_once; i++) {
-          const float weight = __shfl_sync(FULL, own[part].x, (first + i) & 31);
-          // A split behind the last one is the last one again.
-          if (first + i < splits)
-            for (int d = 0; d < HEAD_DIM / 32; d++) total.v[d] += found[i].v[d] * weight;
-          found[i] = load(first + at_once + i);
+          const float weight = weights[k].of(done + i);
+#pragma unroll
+          for (int d = 0; d < HEAD_DIM / 32; d++) total[k].v[d] += found[k][i].v[d] * weight;
+          found[k][i] = load_found(next + i * stride, done + at_once + i < splits);
         }
       }
+    }
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 32; d += 2)
-      write(column, lane * (HEAD_DIM / 32) + d, total.v[d], total.v[d + 1], sum);
+    for (int k = 0; k < num; k++) {
+      const float by = weights[k].sum > 0 ? reciprocal(weights[k].sum) : 0;
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 32; d += 2)
+        write(columns[k], dim + d, total[k].v[d] * by, total[k].v[d + 1] * by);
+    }
   }
 }
 
@@ -88,9 +116,9 @@ struct Warps {
 // Adds up what the warps have in `acc`, through shared memory, and hands four neighbouring dimensions of a column at a
 // time to `write`. All of `memory` is free, once all threads have come here.
 template <class Write>
-__device__ __forceinline__ void merge_warps(Warps& warps, u8* memory, float (*acc)[DIM_TILES][4],
+__device__ __forceinline__ void merge_warps(int warp, Warps& warps, u8* memory, float (*acc)[DIM_TILES][4],
                                             const float (*highest)[2], float (*sum)[2], Write write) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int n = 0; n < NT; n++)
 #pragma unroll

@@ -1,19 +1,19 @@
 // Attention of the newest tokens of sequences over their paged keys and values; softmax in float32, grouped-query heads.
 //
-// Block (KV head and pass, split, sequence) takes the query heads of a KV head, of all rows of its sequence, so that keys
-// and values are read once. Keys, then values, are the 16-row side of mma.m16n8k16 and 8 query heads, of one row or of
-// several, are its columns. Where rows have more than NT tiles of columns, passes take them, beside one another. A warp
-// works on tiles of 16 tokens, warps of all splits in turn, with a running maximum and sum; warps meet at the end of
-// the split. The last block of a pass to finish adds up the splits, always in the same order. How many splits there
-// are is the host's choice; how many tiles they have follows from the sequence's length, read here, so that a captured
-// graph stays right as sequences grow. Pages are looked up before the length is known: one wait for memory, not two.
+// Block (KV head and pass, split, sequence) takes the query heads of a KV head, of all rows of its sequence, so that
+// keys and values are read once. Keys, then values, are the 16-row side of mma.m16n8k16 and 8 query heads, of one row or
+// of several, are its columns. Where rows have more than NT tiles of columns, passes take them, beside one another. A
+// warp works on tiles of 16 tokens, warps of all splits in turn, with a running maximum and sum; warps meet at the end of
+// the split. The last block of a pass to finish adds up the splits, always in the same order. How many splits there are
+// is the host's choice; how many tiles they have follows from the sequence's length, read here, so that a captured graph
+// stays right as sequences grow. Pages are looked up before the length is known: one wait for memory, not two.
 //
-// With TREE, tokens from `starts` of the sequence on are nodes of a tree, in order, and bit i of a row's mask says whether
-// it sees node i; tokens before are seen by all rows. A row whose mask is 0 is empty, and its output zeros.
+// With TREE, tokens from `starts` of the sequence on are nodes of a tree, in order, and bit i of a row's mask says
+// whether it sees node i; tokens before are seen by all rows. A row whose mask is 0 is empty, and its output zeros.
 //
-// Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units of a
-// warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS, MAX_COUNTERS, TREE, QUERY_F16 (0: bf16), KV_FP8 (0: as the
-// query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
+// Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units of
+// a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, TREE, QUERY_F16 (0: bf16), KV_FP8
+// (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
@@ -22,10 +22,10 @@
 //   partial       [sequences][passes][KV heads][splits][COLUMNS][HEAD_DIM] float32
 //   maxima_sums   [sequences][passes][KV heads][COLUMNS][splits] pairs
 //
-// A tile's keys, and its values, are one piece of memory, which a warp copies as it lies. Which token and which dimension
-// is which row or step of an mma is free as long as both sides agree: lane (g, c) reads 16 bytes of keys g and g + 8 at a
-// time, for two steps of the product with the query (four of e4m3), and for the other product all its dimensions of
-// tokens 2c, 2c + 1, 2c + 8, 2c + 9, which byte permutations pair up.
+// A tile's keys, and its values, are one piece of memory, which a warp copies as it lies. Which token and which
+// dimension is which row or step of an mma is free as long as both sides agree: lane (g, c) reads 16 bytes of keys g and
+// g + 8 at a time, for two steps of the product with the query (four of e4m3), and for the other product all its
+// dimensions of tokens 2c, 2c + 1, 2c + 8, 2c + 9, which byte permutations pair up.
 
 #include "attention.cuh"
 #include "attention_tiles.cuh"
@@ -39,7 +39,9 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
                 const int* __restrict__ block_table, const int* __restrict__ lengths, const int* __restrict__ starts,
                 const u64* __restrict__ masks, u16* out, float* partial, float* maxima_sums, float scale_log2,
                 int query_stride, int table_stride, int max_pages, int kv_heads, int group, int rows) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  // The same in all lanes, as the compiler cannot know by itself.
+  const int warp = __shfl_sync(FULL, (int)threadIdx.x >> 5, 0);
   const int head = blockIdx.x % kv_heads, first_column = blockIdx.x / kv_heads * COLUMNS;
   const int split = blockIdx.y, num_splits = gridDim.y, sequence = blockIdx.z;
   const int num_columns = min(COLUMNS, rows * group - first_column);
@@ -58,18 +60,15 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   // Of a column, in query heads.
   auto head_at = [&](int column, int row) { return head * group + first_column + column - row * group; };
   __shared__ u64 row_masks[64];
-  // A row that sees nothing has a sum of 0.
-  auto write_pair = [&](int column, int dim, float low, float high, float sum) {
+  auto write_pair = [&](int column, int dim, float low, float high) {
     const int row = row_of(column);
-    const bool is_empty = sum == 0 || (TREE && row_masks[row] == 0);
-    const float by = is_empty ? 0 : 1 / sum;
     const size_t at = ((size_t)(sequence * rows + row) * kv_heads * group + head_at(column, row)) * HEAD_DIM + dim;
-    *(u32*)(out + at) = is_empty ? 0 : pack_output(low * by, high * by);
+    *(u32*)(out + at) = TREE && row_masks[row] == 0 ? 0 : pack_output(low, high);
   };
   if (length <= 0) {
     if (split == 0)
       for (int at = threadIdx.x; at < num_columns * HEAD_DIM / 2; at += WARPS * 32)
-        write_pair(at / (HEAD_DIM / 2), at % (HEAD_DIM / 2) * 2, 0, 0, 0);
+        write_pair(at / (HEAD_DIM / 2), at % (HEAD_DIM / 2) * 2, 0, 0);
     return;
   }
   const int tiles = divide_up(length, TILE);
@@ -92,7 +91,8 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
 #pragma unroll
       for (int part = 0; part < UNIT_BYTES / 512; part++) {
         const int row = part * 32 / CHUNKS + lane / CHUNKS;
-        copy_async(ring_address + slot * UNIT_BYTES + place(row, lane % CHUNKS * 16), from + part * 512, row < present);
+        const u32 to = ring_address + slot * UNIT_BYTES + place(row, lane % CHUNKS * 16);
+        copy_async(to, from + part * 512, row < present);
       }
     }
     commit_copies();
@@ -102,16 +102,16 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     if (!is_values && i % 32 == 0 && i != 0 && i < count) pages = look_up(i);
     fetch(is_values ? values : keys, i, slot);
   };
-#pragma unroll
+#pragma unroll 1
   for (int unit = 0; unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
 
   // Dimensions in the order in which a lane meets those of the keys.
   auto load_query = [&](int n, int i) {
-    const int column = n * 8 + g, dim = KV_FP8 ? i / 2 * 64 + c * 16 + i % 2 * 8 : i * 32 + c * 8, row = row_of(column);
+    const int column = n * 8 + g, row = row_of(column);
+    const int dim = KV_FP8 ? i / 2 * 64 + c * 16 + i % 2 * 8 : i * 32 + c * 8;
+    const u16* own_row = query + (size_t)(sequence * rows + row) * query_stride;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (column < num_columns)
-      v = __ldg((const uint4*)(query + (size_t)(sequence * rows + row) * query_stride + head_at(column, row) * HEAD_DIM +
-                               dim));
+    if (column < num_columns) v = __ldg((const uint4*)(own_row + head_at(column, row) * HEAD_DIM + dim));
     return make_uint4(convert_query(v.x), convert_query(v.y), convert_query(v.z), convert_query(v.w));
   };
   uint4 own_query[QUERY_SHARED ? 1 : NT][QUERY_PARTS];
@@ -198,12 +198,13 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   const size_t pair = (size_t)sequence * gridDim.x + blockIdx.x;
   float* own_partial = partial + pair * num_splits * COLUMNS * HEAD_DIM;
   float2* own_maxima_sums = (float2*)maxima_sums + pair * COLUMNS * num_splits;
-  merge_warps(warps, memory, acc, highest, sum, [&](int column, int dim, const float4& v) {
+  merge_warps(warp, warps, memory, acc, highest, sum, [&](int column, int dim, const float4& v) {
     if (column >= num_columns) return;
     if (used_splits == 1) {
-      const float all = warps.sum_of(column, warps.highest_of(column));
-      write_pair(column, dim, v.x, v.y, all);
-      write_pair(column, dim + 2, v.z, v.w, all);
+      // A row that sees nothing has a sum of 0.
+      const float all = warps.sum_of(column, warps.highest_of(column)), by = all > 0 ? reciprocal(all) : 0;
+      write_pair(column, dim, v.x * by, v.y * by);
+      write_pair(column, dim + 2, v.z * by, v.w * by);
     } else {
       *(float4*)(own_partial + ((size_t)split * COLUMNS + column) * HEAD_DIM + dim) = v;
     }
@@ -217,5 +218,5 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   __syncthreads();
   if (threadIdx.x == 0) is_last = count_up(&arrivals[pair], used_splits - 1) == used_splits - 1;
   __syncthreads();
-  if (is_last) combine(own_partial, own_maxima_sums, num_splits, used_splits, num_columns, write_pair);
+  if (is_last) combine(warp, own_partial, own_maxima_sums, num_splits, used_splits, num_columns, write_pair);
 }

@@ -98,6 +98,7 @@ template <int pending> inline void await_copies() {
 
 inline float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline float exp2_approximate(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline u32 to_bf16(float value) {
   u32 bits;
   memcpy(&bits, &value, 4);
@@ -144,7 +145,7 @@ inline u32 transpose(u32 pair) {
   return found;
 }
 
-// Fragments of mma.m16n8k16, from the PTX manual: a[16][16] and b[16][8] in registers of pairs, c[16][8] in float32.
+// Fragments of mma.m16n8k16, from the PTX manual: a[16][16] and b[16][8] in pairs, c[16][8] in float32.
 inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
   auto value = [](u32 bits) { return QUERY_F16 || KV_FP8 ? from_f16(bits) : __uint_as_float(bits << 16); };
   Warp& warp = own_warp();
