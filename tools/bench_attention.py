@@ -4,7 +4,8 @@ For each number of KV heads a rank has (8, 4 and 2 at TP 1, 2 and 4), context, b
 layer, keys and values read once over that time, and the share of the copy bandwidth measured in the same run. Calls
 cycle through more layers than the L2 cache holds, in a CUDA graph, with shuffled pages and page tables for 8192 tokens
 or more, as an engine has them. Rows of a sequence that check drafts are timed too, and what a row each would take.
---tune times launches of other warps, rings and splits instead (TP2, under a minute). The last line on stdout is JSON.
+--tune times launches of other warps, rings and splits instead (TP2, under a minute), written 4x6/33: warps, units of a
+ring, splits. The last line on stdout is JSON.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ struct Weights {
   }
 };
 
-// Adds up what `splits` blocks left, always in their order, and hands each pair of dimensions of a column to `write`. Sums
-// are under way while their weights are worked out, and those of two columns where a warp has two.
+// Adds up what `splits` blocks left, always in their order, and hands each pair of dimensions of a column to `write`.
+// Sums are under way while their weights are worked out, and those of two columns where a warp has two.
 template <class Write>
 __device__ __forceinline__ void combine(int warp, const float* partial, const float2* maxima_sums, int num_splits,
                                         int splits, int num_columns, Write write) {

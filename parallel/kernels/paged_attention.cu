@@ -1,19 +1,21 @@
-// Attention of the newest tokens of sequences over their paged keys and values; softmax in float32, grouped-query heads.
+// Attention of the newest tokens of sequences over their paged keys and values; softmax in float32, grouped-query
+// heads.
 //
 // Block (KV head and pass, split, sequence) takes the query heads of a KV head, of all rows of its sequence, so that
-// keys and values are read once. Keys, then values, are the 16-row side of mma.m16n8k16 and 8 query heads, of one row or
-// of several, are its columns. Where rows have more than NT tiles of columns, passes take them, beside one another. A
-// warp works on tiles of 16 tokens, warps of all splits in turn, with a running maximum and sum; warps meet at the end of
-// the split. The last block of a pass to finish adds up the splits, always in the same order. How many splits there are
-// is the host's choice; how many tiles they have follows from the sequence's length, read here, so that a captured graph
-// stays right as sequences grow. Pages are looked up before the length is known: one wait for memory, not two.
+// keys and values are read once. Keys, then values, are the 16-row side of mma.m16n8k16 and 8 query heads, of one row
+// or of several, are its columns. Where rows have more than NT tiles of columns, passes take them, beside one another.
+// A warp works on tiles of 16 tokens, warps of all splits in turn, with a running maximum and sum; warps meet at the
+// end of the split. The last block of a pass to finish adds up the splits, always in the same order. How many splits
+// there are is the host's choice; how many tiles they have follows from the sequence's length, read here, so that a
+// captured graph stays right as sequences grow. Pages are looked up before the length is known: one wait for memory,
+// not two.
 //
 // With TREE, tokens from `starts` of the sequence on are nodes of a tree, in order, and bit i of a row's mask says
 // whether it sees node i; tokens before are seen by all rows. A row whose mask is 0 is empty, and its output zeros.
 //
-// Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units of
-// a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, TREE, QUERY_F16 (0: bf16), KV_FP8
-// (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
+// Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units
+// of a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, TREE, QUERY_F16 (0: bf16),
+// KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
@@ -23,8 +25,8 @@
 //   maxima_sums   [sequences][passes][KV heads][COLUMNS][splits] pairs
 //
 // A tile's keys, and its values, are one piece of memory, which a warp copies as it lies. Which token and which
-// dimension is which row or step of an mma is free as long as both sides agree: lane (g, c) reads 16 bytes of keys g and
-// g + 8 at a time, for two steps of the product with the query (four of e4m3), and for the other product all its
+// dimension is which row or step of an mma is free as long as both sides agree: lane (g, c) reads 16 bytes of keys g
+// and g + 8 at a time, for two steps of the product with the query (four of e4m3), and for the other product all its
 // dimensions of tokens 2c, 2c + 1, 2c + 8, 2c + 9, which byte permutations pair up.
 
 #include "attention.cuh"

@@ -157,7 +157,8 @@ inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
     const int row = own_lane() / 4 + j / 2 * 8, column = own_lane() % 4 * 2 + j % 2;
     double sum = c[j];
     for (int k = 0; k < 16; k++) {
-      const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], right = warp.b[column * 4 + k % 8 / 2][k / 8];
+      const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const u32 right = warp.b[column * 4 + k % 8 / 2][k / 8];
       sum += (double)value(left >> k % 2 * 16 & 0xffff) * value(right >> k % 2 * 16 & 0xffff);
     }
     c[j] = sum;
