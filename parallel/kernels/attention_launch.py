@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -75,6 +76,7 @@ def num_passes(columns: int) -> int:
     return -(-columns // (8 * MAX_COLUMN_TILES))
 
 
+@cache
 def choose_launch(
     head_dim: int, columns: int, dtype: torch.dtype, kv_dtype: torch.dtype, *, tree: bool = False, warps: int = 0
 ) -> Launch:
