@@ -1,9 +1,11 @@
 """Times decode attention at the shapes of a 70B: `python -m tools.bench_attention [--tune]`, on a card.
 
 For each number of KV heads a rank has (8, 4 and 2 at TP 1, 2 and 4), context, batch and type of KV: microseconds of one
-layer, keys and values read over that time, and the share of the copy bandwidth measured in the same run. Calls cycle
-through more layers than the L2 cache holds, in a CUDA graph, with shuffled pages and page tables for 8192 tokens or
-more, as an engine has them. --tune also times every number of splits. The last line on stdout is JSON.
+layer, keys and values read once over that time, and the share of the copy bandwidth measured in the same run. Calls
+cycle through more layers than the L2 cache holds, in a CUDA graph, with shuffled pages and page tables for 8192 tokens
+or more, as an engine has them. Rows of a sequence that check drafts are timed too, and what a row each would take.
+--tune times launches of other warps, rings and splits instead (TP2, under a minute), written 4x6/33: warps, units of a
+ring, splits. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -20,25 +23,40 @@ from torch import Tensor
 
 from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, pages_for
 from parallel.kernels import paged_attention as own
+from parallel.kernels.attention_launch import (
+    MAX_DEPTH,
+    MAX_SPLITS,
+    TILE,
+    Launch,
+    choose_launch,
+    choose_splits,
+    unit_bytes,
+)
+from parallel.kernels.attention_reference import TreeMask, attend_gathered, chain_masks
 from tools.bench_linears import measure_copy
 
 GROUP = 8
 HEAD_DIM = 128
 KV_HEADS = {1: 8, 2: 4, 4: 2}
-CONTEXTS = (512, 1024, 4096, 32768)
+CONTEXTS = (576, 4128, 32768)
 BATCHES = (1, 8, 32)
 DTYPES = {"bf16": torch.bfloat16, "e4m3": FP8}
 MAX_CONTEXT = 8192
-SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Rows of a sequence that checks so many drafts and one.
+ROWS = (2, 4, 5, 8, 16)
+# Of --tune: KiB of a block's rings, and blocks for each multiprocessor.
+RINGS = (48, 96)
+BLOCKS = (0.5, 1, 2, 4)
 # Several times the 60 MB of L2 of an H200.
 CYCLE_BYTES = 400e6
 MAX_LAYERS = 64
+NUM_REPLAYS = 10
 Call = Callable[[], Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="also time every number of splits")
+    parser.add_argument("--tune", action="store_true", help="time other launches, and print the best of each case")
     parser.add_argument("--tp", type=int, nargs="+", default=list(KV_HEADS), choices=KV_HEADS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -46,54 +64,80 @@ def main() -> None:
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["copy_gb_per_sec"] = copy_gb_per_sec
     print(f"{result['card']}, copy {copy_gb_per_sec:.0f} GB/s")
-    cases = product(arguments.tp, DTYPES, BATCHES, CONTEXTS)
-    result["attention"] = [time_case(*case, copy_gb_per_sec, tune=arguments.tune) for case in cases]
+    if arguments.tune:
+        result["tuned"] = [tune_case(*case) for case in product(DTYPES, BATCHES, CONTEXTS)]
+    else:
+        cases = product(arguments.tp, DTYPES, BATCHES, CONTEXTS)
+        result["attention"] = [time_case(*case, copy_gb_per_sec) for case in cases]
+        result["rows"] = [time_rows(*case) for case in product(DTYPES, (1, 8), CONTEXTS[:2], ROWS)]
     print(json.dumps(result))
 
 
 class Step:
-    """What one step attends to: layers of pages, one table, one query."""
+    """What one step attends to: layers of pages, one table, `rows` queries of each of `batch` sequences."""
 
-    def __init__(self, kv_heads: int, dtype: torch.dtype, batch: int, context: int) -> None:
+    def __init__(self, kv_heads: int, dtype: torch.dtype, batch: int, context: int, rows: int = 1) -> None:
         self.num_bytes = batch * context * 2 * kv_heads * HEAD_DIM * dtype.itemsize
         num_layers = max(2, min(MAX_LAYERS, round(CYCLE_BYTES / self.num_bytes)))
         pages = pages_for(context)
         self.layers = allocate_pages(num_layers, batch * pages, kv_heads, HEAD_DIM, dtype, "cuda")
         for tensor in (tensor for layer in self.layers for tensor in (layer.keys, layer.values)):
             tensor.copy_(torch.randn(tensor.shape, dtype=torch.bfloat16, device="cuda"))
-        self.query = torch.randn(batch, kv_heads * GROUP, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        self.query = torch.randn(batch * rows, kv_heads * GROUP, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         table = torch.zeros(batch, max(pages, MAX_CONTEXT // PAGE_SIZE), dtype=torch.int32, device="cuda")
         table[:, :pages] = torch.randperm(batch * pages, device="cuda").view(batch, pages)
         self.block_table = table
         self.lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
         self.scale = HEAD_DIM**-0.5
+        self.tree: TreeMask | None = None
+        if rows > 1:
+            self.tree = TreeMask(rows, self.lengths - rows, chain_masks(rows, table.device).repeat(batch))
 
-    def calls(self, num_splits: int | None = None) -> list[Call]:
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.block_table, self.lengths
+
+    def calls(self) -> list[Call]:
         def bind(kv: PagedKV) -> Call:
-            tensors = (self.query, kv.keys, kv.values, self.block_table, self.lengths)
-            if num_splits is None:
-                return lambda: own.paged_attention(self.query, kv, self.block_table, self.lengths, self.scale)
-            return lambda: own.run_kernel(num_splits, *tensors, self.scale)
+            return lambda: own.paged_attention(self.query, kv, *self.tensors, self.scale, self.tree)
 
         return [bind(kv) for kv in self.layers]
 
-    def check(self) -> float:
+    def launched(self, launch: Launch, num_splits: int) -> list[Call]:
+        """One row a sequence, with this launch."""
+
+        def bind(kv: PagedKV) -> Call:
+            return lambda: own.run_kernel(launch, num_splits, self.query, kv.keys, kv.values, *self.tensors, self.scale)
+
+        return [bind(kv) for kv in self.layers]
+
+    def apart(self) -> list[Call]:
+        """As many rows, each a sequence of its own that reads the same pages."""
+        assert self.tree is not None
+        rows = self.tree.rows_per_sequence
+        table, lengths = self.block_table.repeat_interleave(rows, 0), self.lengths.repeat_interleave(rows)
+
+        def bind(kv: PagedKV) -> Call:
+            return lambda: own.paged_attention(self.query, kv, table, lengths, self.scale)
+
+        return [bind(kv) for kv in self.layers]
+
+    def error(self) -> float:
         """The largest difference from plain torch, in units of the mean size of its result."""
-        kv = self.layers[-1]
-        tensors = (self.query, kv.keys, kv.values, self.block_table[:, : pages_for(int(self.lengths[0]))], self.lengths)
-        expected = own.attend_gathered(*tensors, self.scale).float()
+        kv, tree = self.layers[-1], self.tree
+        table = self.block_table[:, : pages_for(int(self.lengths[0]))]
+        nodes = (None, None) if tree is None else (tree.starts, tree.masks)
+        expected = attend_gathered(self.query, kv.keys, kv.values, table, self.lengths, self.scale, *nodes).float()
         error = float((self.calls()[-1]().float() - expected).abs().max() / expected.abs().mean())
         assert error < 0.1, f"the kernel is off by {error}"
         return error
 
 
-def time_case(tp: int, dtype: str, batch: int, context: int, copy_gb_per_sec: float, *, tune: bool) -> dict[str, Any]:
+def time_case(tp: int, dtype: str, batch: int, context: int, copy_gb_per_sec: float) -> dict[str, Any]:
     step = Step(KV_HEADS[tp], DTYPES[dtype], batch, context)
     # Plain torch holds all of it in float32.
-    error = step.check() if step.num_bytes < 1e9 else None
+    error = step.error() if step.num_bytes < 1e9 else None
     us = time_graph(step.calls())
-    pairs = batch * KV_HEADS[tp]
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     gb_per_sec = step.num_bytes / us / 1e3
     row: dict[str, Any] = {
         "tp": tp,
@@ -101,21 +145,67 @@ def time_case(tp: int, dtype: str, batch: int, context: int, copy_gb_per_sec: fl
         "kv_dtype": dtype,
         "batch": batch,
         "context": context,
-        "splits": own.choose_splits(pairs, step.block_table.shape[1] * PAGE_SIZE, multiprocessors),
+        "splits": chosen(step, KV_HEADS[tp])[1],
         "us": us,
         "gb_per_sec": gb_per_sec,
         "share_of_copy": gb_per_sec / copy_gb_per_sec,
         "error": error,
     }
-    if tune:
-        row["us_by_splits"] = {splits: time_graph(step.calls(splits)) for splits in SPLITS}
     print(f"TP{tp} {dtype} batch {batch:2} context {context:5}: {us:7.2f} us, {gb_per_sec:5.0f} GB/s "
-          f"({row['share_of_copy']:4.0%} of copy), {row['splits']} splits {tuned_text(row)}")  # fmt: skip
+          f"({row['share_of_copy']:4.0%} of copy), {row['splits']} splits")  # fmt: skip
     return row
 
 
-def tuned_text(row: dict[str, Any]) -> str:
-    return " ".join(f"{splits}:{us:.2f}" for splits, us in row.get("us_by_splits", {}).items())
+def time_rows(dtype: str, batch: int, context: int, rows: int) -> dict[str, Any]:
+    """At TP2, beside as many rows that each read everything."""
+    step = Step(KV_HEADS[2], DTYPES[dtype], batch, context, rows)
+    found = {"kv_dtype": dtype, "batch": batch, "context": context, "rows": rows, "error": step.error()}
+    found |= {"us": time_graph(step.calls()), "us_apart": time_graph(step.apart())}
+    print(f"TP2 {dtype} batch {batch} context {context:5}, {rows:2} rows of each sequence: {found['us']:7.2f} us, "
+          f"apart {found['us_apart']:7.2f}")  # fmt: skip
+    return found
+
+
+def tune_case(dtype: str, batch: int, context: int) -> dict[str, Any]:
+    """The best launch at TP2 and the one that is chosen, with the microseconds of all that were tried."""
+    kv_heads = KV_HEADS[2]
+    step = Step(kv_heads, DTYPES[dtype], batch, context)
+    present = chosen(step, kv_heads)
+    tried = dict.fromkeys((present, *candidates(step, kv_heads)))
+    us = {each: time_graph(step.launched(*each)) for each in tried}
+    best = min(us, key=lambda each: us[each])
+    print(f"{dtype} batch {batch:2} context {context:5}: best {text_of(best)} {us[best]:7.2f} us, "
+          f"chosen {text_of(present)} {us[present]:7.2f}, its bytes {step.num_bytes / 1e6:.1f} MB")  # fmt: skip
+    found = {"kv_dtype": dtype, "batch": batch, "context": context, "best": text_of(best), "chosen": text_of(present)}
+    return found | {"us": {text_of(each): round(value, 2) for each, value in us.items()}}
+
+
+def text_of(choice: tuple[Launch, int]) -> str:
+    launch, splits = choice
+    return f"{launch.warps}x{launch.depth}/{splits}"
+
+
+def chosen(step: Step, kv_heads: int) -> tuple[Launch, int]:
+    """What `paged_attention` takes for one row a sequence."""
+    launch = choose_launch(HEAD_DIM, GROUP, step.query.dtype, step.layers[0].keys.dtype)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    pairs = len(step.lengths) * kv_heads
+    return launch, choose_splits(pairs, step.block_table.shape[1] * PAGE_SIZE, multiprocessors, launch.warps)
+
+
+def candidates(step: Step, kv_heads: int) -> list[tuple[Launch, int]]:
+    present, _ = chosen(step, kv_heads)
+    unit = unit_bytes(HEAD_DIM, kv_fp8=present.kv_fp8)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    found = []
+    for warps, ring, blocks in product((4, 8), RINGS, BLOCKS):
+        depth = min(2 * MAX_DEPTH, ring * 1024 // warps // unit)
+        most = min(MAX_SPLITS, -(-step.block_table.shape[1] * PAGE_SIZE // (TILE * warps)))
+        splits = max(1, min(most, int(blocks * multiprocessors / len(step.lengths) / kv_heads)))
+        # Two units in flight beside the one that is multiplied.
+        if depth >= 3:
+            found.append((replace(present, warps=warps, depth=depth), splits))
+    return found
 
 
 def time_graph(calls: list[Call]) -> float:
@@ -128,7 +218,7 @@ def time_graph(calls: list[Call]) -> float:
         for call in calls:
             call()
     times = []
-    for _ in range(10):
+    for _ in range(NUM_REPLAYS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()

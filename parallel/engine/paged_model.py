@@ -40,10 +40,10 @@ class PagedModel:
 
     def row_states(self, rows: Rows) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position."""
-        lengths = rows.lengths()
+        tables, lengths, tree = rows.sequence_tables(), rows.sequence_lengths(), rows.tree()
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            return paged_attention(query, cache, rows.block_table, lengths, self.decoder.scale)
+            return paged_attention(query, cache, tables, lengths, self.decoder.scale, tree)
 
         return self.decoder(rows.inputs(), attend, self.caches)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from parallel.engine.decoder import Tokens
 from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Sequence
+from parallel.kernels.attention_reference import TreeMask, chain_masks
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Rows:
     its tokens in the cache reaches, and its pages.
 
     Shapes: [rows] int64, and `block_table` [rows, pages of the longest context] int32. Rows without a sequence write to
-    page 0, which belongs to none, and read nothing.
+    page 0, which belongs to none, and read nothing. With more than one of `rows_per_sequence`, rows of a sequence are
+    next to one another, at positions that follow.
     """
 
     tokens: Tensor
@@ -28,6 +30,7 @@ class Rows:
     keys: Tensor
     ends: Tensor
     block_table: Tensor
+    rows_per_sequence: int = field(default=1, kw_only=True)
 
     @classmethod
     def empty(cls, num_rows: int, num_pages: int, device: torch.device) -> Rows:
@@ -52,6 +55,22 @@ class Rows:
         """[rows] int32: tokens of each sequence in the cache once the newest is; 0 in rows without one."""
         return ((self.positions + 1) * self.active).to(torch.int32)
 
+    def sequence_tables(self) -> Tensor:
+        """[sequences, pages]"""
+        return self.block_table[:: self.rows_per_sequence]
+
+    def sequence_lengths(self) -> Tensor:
+        """[sequences] int32: tokens of each in the cache once those of all its rows are."""
+        return self.lengths().view(-1, self.rows_per_sequence).amax(1)
+
+    def tree(self) -> TreeMask | None:
+        """What rows of one sequence see of each other: those before. None where there is one a sequence."""
+        num = self.rows_per_sequence
+        if num == 1:
+            return None
+        masks = chain_masks(num, self.active.device) * self.active.view(-1, num)
+        return TreeMask(num, self.positions[::num].to(torch.int32), masks.flatten())
+
     def advance(self, newest: Tensor, counts: Tensor) -> None:
         """Takes the last of the `counts` [rows] tokens that followed, `newest` [rows], in place; 0 leaves a row."""
         self.tokens.copy_(torch.where(counts > 0, newest, self.tokens))
@@ -70,7 +89,7 @@ class Rows:
         # Where cosines and pages are looked up, for nothing.
         positions = torch.minimum(positions, ends - 1).clamp(min=0)
         repeated = (column.repeat_interleave(num, dim=0) for column in (self.keys, self.ends, self.block_table))
-        return Rows(tokens.flatten(), positions.flatten(), active.flatten(), *repeated)
+        return Rows(tokens.flatten(), positions.flatten(), active.flatten(), *repeated, rows_per_sequence=num)
 
     def arrange(self, sequences: Ordered[Sequence], sources: Ordered[int], tokens: Tensor, positions: Tensor) -> None:
         """Puts `sequences` into the first rows, in order, and none into the others.

@@ -1,36 +1,45 @@
-// What paged_attention.cu is made of: instructions that C++ has no name for, and arithmetic on small vectors.
+// Instructions of paged_attention.cu that C++ has no name for. tests/parallel/emulated_attention.h has the same in C++.
 //
 // Defined by the host: QUERY_F16 and KV_FP8, as there.
+
+#ifndef ATTENTION_CUH
+#define ATTENTION_CUH
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 #define FULL 0xffffffffu
 #define LOWEST __int_as_float(0xff800000)
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
 
-// Copies BYTES, or writes zeros without reading.
-template <int BYTES>
-__device__ __forceinline__ void copy_async(const void* shared, const void* global, bool present) {
-  const u32 to = (u32)__cvta_generic_to_shared(shared);
-  const int size = present ? BYTES : 0;
-  if (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
+__device__ __forceinline__ u32 shared_address(const void* memory) { return (u32)__cvta_generic_to_shared(memory); }
+
+// Copies 16 bytes, or writes zeros without reading.
+__device__ __forceinline__ void copy_async(u32 shared, const void* global, bool present) {
+  const int size = present ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(size) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING groups of copies are under way.
 template <int PENDING>
-__device__ __forceinline__ void wait_copies() {
+__device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -82,37 +91,11 @@ __device__ __forceinline__ void unpack_e4m3(u32 four, u32& low, u32& high) {
 #endif
 }
 
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// A pair in the type that tensor cores multiply.
-__device__ __forceinline__ u32 pack(float low, float high) {
-  return QUERY_F16 || KV_FP8 ? pack_f16(low, high) : pack_bf16(low, high);
+// Counts to `last`, then from zero again. What blocks wrote before they counted is seen by those that count later.
+__device__ __forceinline__ u32 count_up(u32* counter, u32 last) {
+  u32 found;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(found) : "l"(counter), "r"(last) : "memory");
+  return found;
 }
 
-__device__ __forceinline__ uint2 pack_output(const float4& v) {
-  if (QUERY_F16) return make_uint2(pack_f16(v.x, v.y), pack_f16(v.z, v.w));
-  return make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
-}
-
-__device__ __forceinline__ float4 scaled(const float4& v, float by) {
-  return make_float4(v.x * by, v.y * by, v.z * by, v.w * by);
-}
-
-// The query's pair as what tensor cores multiply.
-__device__ __forceinline__ u32 convert_query(u32 pair) {
-  if (QUERY_F16 || !KV_FP8) return pair;
-  return pack_f16(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-
-// Over lanes of the same c.
-__device__ __forceinline__ float max_over_rows(float v) {
-  for (int step = 4; step < 32; step *= 2) v = fmaxf(v, __shfl_xor_sync(FULL, v, step));
-  return v;
-}
-
-__device__ __forceinline__ float sum_over_rows(float v) {
-  for (int step = 4; step < 32; step *= 2) v += __shfl_xor_sync(FULL, v, step);
-  return v;
-}
+#endif

@@ -1,12 +1,11 @@
-"""Decode attention over paged keys and values: one new token a sequence (paged_attention.cu), plain torch elsewhere.
+"""Decode attention over paged keys and values, of the newest tokens of sequences (paged_attention.cu).
 
-What it reads is what must be read: keys and values once, for all query heads that share them.
+What it reads is what must be read: keys and values once, for all query heads and all rows that share them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,111 +15,69 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits, pages_for
+from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
+from parallel.kernels.attention_launch import (
+    MAX_COUNTERS,
+    PARAMETERS,
+    Launch,
+    choose_launch,
+    choose_splits,
+    num_passes,
+)
+from parallel.kernels.attention_reference import MAX_NODES, TreeMask, attend_gathered
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
 from parallel.kernels.operators import operator
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
-PARAMETERS = "PPPPPPPPfiiiii"
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
-WARPS = 8
-TILE = 16
-MAX_SPLITS = 128
-# Sequences times KV heads of one launch.
-MAX_COUNTERS = 16384
-# Rings of 96 KiB: one block on a multiprocessor of an RTX 4090 (100 KiB), two on that of an H200.
-RING_BYTES = 12 * 1024
-MAX_DEPTH = 6
-# Blocks worth starting for each multiprocessor, where contexts are long enough.
-BLOCKS_PER_MULTIPROCESSOR = 2
 # Not cuDNN's, which builds a plan for each new length (launcher/rank.py has the measurement).
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def paged_attention(query: Tensor, kv: PagedKV, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query @ keys) @ values of each sequence, in float32: [batch, heads, head_dim] in query's dtype.
+def paged_attention(
+    query: Tensor, kv: PagedKV, block_table: Tensor, lengths: Tensor, scale: float, tree: TreeMask | None = None
+) -> Tensor:
+    """softmax(scale * query @ keys) @ values of each row, in float32: [rows, heads, head_dim] in query's dtype.
 
-    query [batch, heads, head_dim], heads a multiple of the KV heads; block_table [batch, max_pages] int32, of which the
-    pages of `lengths` [batch] int32 tokens are read, the newest token among them. A length of 0 gives zeros. It can be
-    captured in a graph after a first call; a card's launches must follow one another, on one stream. Where `refusal`
-    has a reason, plain torch does the same, reading max_pages of every sequence.
+    query [rows, heads, head_dim], heads a multiple of the KV heads, a row for each sequence or as `tree` says;
+    block_table [sequences, max_pages] int32, of which the pages of `lengths` [sequences] int32 tokens are read, the
+    newest tokens among them. A length of 0 gives zeros. It can be captured in a graph after a first call; a card's
+    launches must follow one another, on one stream. Where `refusal` has a reason, plain torch does the same, reading
+    max_pages of every sequence.
     """
-    return attend(query, kv.keys, kv.values, block_table, lengths, scale)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is compiled."""
-
-    head_dim: int
-    # Of 8 query heads of a KV head.
-    column_tiles: int
-    query_f16: bool
-    kv_fp8: bool
-
-    @property
-    def unit_bytes(self) -> int:
-        """Keys, or values, of a tile of 16 tokens."""
-        return TILE * self.head_dim * (1 if self.kv_fp8 else 2)
-
-    @property
-    def depth(self) -> int:
-        return min(MAX_DEPTH, RING_BYTES // self.unit_bytes)
-
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: the rings of its warps, later their sums, then the weights of the splits."""
-        columns = self.column_tiles * 8
-        ring, sums = self.depth * self.unit_bytes, columns * self.head_dim * 4
-        return max(WARPS * ring, WARPS * sums, MAX_SPLITS * columns * 4)
-
-    def options(self) -> tuple[str, ...]:
-        values = {
-            "HEAD_DIM": self.head_dim,
-            "PAGE_SIZE": PAGE_SIZE,
-            "NT": self.column_tiles,
-            "WARPS": WARPS,
-            "DEPTH": self.depth,
-            "MAX_SPLITS": MAX_SPLITS,
-            "MAX_COUNTERS": MAX_COUNTERS,
-            "QUERY_F16": int(self.query_f16),
-            "KV_FP8": int(self.kv_fp8),
-        }
-        return tuple(f"-D{name}={value}" for name, value in values.items())
+    if tree is None:
+        return attend(query, kv.keys, kv.values, block_table, lengths, scale)
+    rows = tree.rows_per_sequence
+    assert 0 < rows <= MAX_NODES and len(query) == rows * len(lengths), f"{rows=} {len(query)=} {len(lengths)=}"
+    return attend(query, kv.keys, kv.values, block_table, lengths, scale, tree.starts, tree.masks)
 
 
 @operator(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
-def attend(query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> Tensor:
     """`paged_attention` on tensors."""
+    tree = (starts, masks)
     if not query.is_cuda:
         # Lengths can be read without waiting for a card.
         longest = int(lengths.max()) if len(lengths) else 0
-        return attend_gathered(query, keys, values, block_table[:, : pages_for(longest)], lengths, scale)
+        return attend_gathered(query, keys, values, block_table[:, : pages_for(longest)], lengths, scale, *tree)
     if refusal(query, keys) is not None:
-        return attend_gathered(query, keys, values, block_table, lengths, scale)
+        return attend_gathered(query, keys, values, block_table, lengths, scale, *tree)
+    columns = len(query) // len(lengths) * (query.shape[1] // keys.shape[1])
+    launch = choose_launch(query.shape[2], columns, query.dtype, keys.dtype, tree=starts is not None)
+    pairs = len(lengths) * keys.shape[1] * num_passes(columns)
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    pairs = len(query) * keys.shape[1]
-    num_splits = choose_splits(pairs, block_table.shape[1] * PAGE_SIZE, multiprocessors)
-    return run_kernel(num_splits, query, keys, values, block_table, lengths, scale)
-
-
-def attend_gathered(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """`paged_attention` in plain torch, on any device and for any dtype, over all pages of `block_table`."""
-    positions = torch.arange(block_table.shape[1] * PAGE_SIZE, device=query.device)
-    # Unused slots may hold anything: as masked values they would still be multiplied by a weight of zero.
-    absent = (positions >= lengths.unsqueeze(1))[:, None, :, None]
-    pages = block_table.masked_fill(absent[:, 0, ::PAGE_SIZE, 0], 0).long()
-
-    def gather(stored: Tensor) -> Tensor:
-        paged = as_bits(stored)[pages].view(stored.dtype).movedim(2, 1)
-        return paged.flatten(2, 3).to(torch.float32).masked_fill(absent, 0)
-
-    grouped = query.unflatten(1, (keys.shape[1], -1)).to(torch.float32)
-    scores = (grouped @ gather(keys).transpose(2, 3) * scale).masked_fill(absent.transpose(2, 3), -torch.inf)
-    attended = (scores.softmax(-1) @ gather(values)).flatten(1, 2)
-    return attended.masked_fill((lengths <= 0)[:, None, None], 0).to(query.dtype)
+    num_splits = choose_splits(pairs, block_table.shape[1] * PAGE_SIZE, multiprocessors, launch.warps)
+    return run_kernel(launch, num_splits, query, keys, values, block_table, lengths, scale, *tree)
 
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:
@@ -130,7 +87,7 @@ def refusal(query: Tensor, keys: Tensor) -> str | None:
 
 @cache
 def find_refusal(
-    batch: int,
+    rows: int,
     heads: int,
     head_dim: int,
     kv_heads: int,
@@ -145,47 +102,53 @@ def find_refusal(
         f"KV in {str(kv_dtype).removeprefix('torch.')}": kv_dtype in (dtype, FP8),
         f"heads of {head_dim}": head_dim in HEAD_DIMS,
         f"{group} query heads for a KV head": group <= MAX_GROUP,
-        f"{batch} sequences": batch * kv_heads <= MAX_COUNTERS,
+        # Rows of one sequence take fewer counters than these.
+        f"{rows} rows": rows * kv_heads <= MAX_COUNTERS,
     }
     failed = [reason for reason, passed in checks.items() if not passed]
-    return failed[0] if failed else load_problem(load, launch_for(head_dim, group, dtype, kv_dtype), device.index)
-
-
-def launch_for(head_dim: int, group: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> Launch:
-    return Launch(head_dim, -(-group // 8), dtype == torch.float16, kv_dtype == FP8)
-
-
-def choose_splits(pairs: int, max_tokens: int, multiprocessors: int) -> int:
-    """Into how many blocks each of `pairs` sequences times KV heads is split, for contexts of up to `max_tokens`.
-
-    Never from the lengths, which a graph finds on the card when it is replayed: shorter sequences leave splits idle.
-    """
-    wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors // max(1, pairs)
-    return max(1, min(wanted, -(-max_tokens // (TILE * WARPS)), MAX_SPLITS))
+    return failed[0] if failed else load_problem(load, choose_launch(head_dim, group, dtype, kv_dtype), device.index)
 
 
 def run_kernel(
-    num_splits: int, query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    launch: Launch,
+    num_splits: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """The kernel, its workspace and its output."""
     assert block_table.dtype == lengths.dtype == torch.int32, f"{block_table.dtype=} {lengths.dtype=}"
     assert keys.is_contiguous() and values.is_contiguous() and block_table.stride(1) == 1
-    batch, heads, head_dim = query.shape
-    kv_heads = keys.shape[1]
     query = query if has_aligned_rows(query) else query.contiguous()
     output = query.new_empty(query.shape)
-    # What splits leave for the last of them; not touched where there is one.
-    workspace = query.new_empty(
-        (num_splits if num_splits > 1 else 0) * batch * heads * (head_dim + 2), dtype=torch.float32
-    )
-    partial, maxima_sums = workspace.tensor_split([workspace.numel() // (head_dim + 2) * head_dim])
-    tensors = (query, keys, values, block_table, lengths, output, partial, maxima_sums)
+    heads, kv_heads, rows = query.shape[1], keys.shape[1], len(query) // len(lengths)
+    grid = (kv_heads * num_passes(rows * heads // kv_heads), num_splits, len(lengths))
+    partial, maxima_sums = workspace(launch, grid, query)
+    tensors = (query, keys, values, block_table, lengths, *tree_tensors(starts, masks), output, partial, maxima_sums)
     strides = (query.stride(0), block_table.stride(0))
-    sizes = (block_table.shape[1], kv_heads, heads // kv_heads)
-    launch = launch_for(head_dim, heads // kv_heads, query.dtype, keys.dtype)
+    sizes = (block_table.shape[1], kv_heads, heads // kv_heads, rows)
     kernel = load(launch, query.device.index)
-    kernel((kv_heads, num_splits, batch), WARPS * 32, *tensors, scale * math.log2(math.e), *strides, *sizes)
+    kernel(grid, launch.warps * 32, *tensors, scale * math.log2(math.e), *strides, *sizes)
     return output
+
+
+def tree_tensors(starts: Tensor | None, masks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if starts is None or masks is None:
+        return None, None
+    assert starts.dtype == torch.int32 and masks.dtype == torch.int64, f"{starts.dtype=} {masks.dtype=}"
+    return starts.contiguous(), masks.contiguous()
+
+
+def workspace(launch: Launch, grid: tuple[int, int, int], query: Tensor) -> tuple[Tensor, ...]:
+    """What splits leave for the last of them, sums and then maxima; empty, and not touched, where there is one."""
+    head_dim, splits = launch.head_dim, grid[1]
+    columns = (splits if splits > 1 else 0) * grid[0] * grid[2] * launch.column_tiles * 8
+    return query.new_empty(columns * (head_dim + 2), dtype=torch.float32).tensor_split([columns * head_dim])
 
 
 def has_aligned_rows(query: Tensor) -> bool:

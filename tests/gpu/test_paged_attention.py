@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from parallel.engine.pages import FP8, PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.kernels import paged_attention as own
+from parallel.kernels.attention_launch import choose_launch
 from tests.parallel.paged import Case, gather, make_case, write_kv
+from tests.parallel.trees import TreeCase, make_tree_case
 
 pytestmark = pytest.mark.gpu
 
@@ -37,9 +40,14 @@ def batches() -> dict[str, list[int]]:
 
 
 def attend(case: Case) -> Tensor:
-    poison = torch.full((4 * 1024**2,), float("nan"), device="cuda")
-    del poison
+    poison_memory()
     return own.paged_attention(case.query, case.kv, case.block_table, case.lengths, case.scale)
+
+
+def poison_memory() -> None:
+    """Outputs and workspaces to come find NaN."""
+    poison = [torch.full((size,), float("nan"), device="cuda") for size in (4 * 1024**2, 1024**2, 64 * 1024, 4096)]
+    del poison
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,15 +77,81 @@ def worst_rows(case: Case, output: Tensor) -> str:
     return f"by length, each head: {rows}"
 
 
+@pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("kind", ["bf16", "e4m3"])
-def test_every_number_of_splits_gives_the_same(kind: str) -> None:
+def test_every_number_of_splits_gives_the_same(kind: str, warps: int) -> None:
     dtype, kv_dtype, allowed = KINDS[kind]
     case = make_case([5000, 1, 0, 700, 129], 1, 8, 128, dtype=dtype, kv_dtype=kv_dtype, device="cuda")
+    launch = choose_launch(128, 8, dtype, case.kv.keys.dtype, warps=warps)
     errors = {}
-    for splits in (1, 2, 3, 7, 40, 64, 128):
+    for splits in (1, 2, 3, 7, 9, 33, 40, 64):
+        poison_memory()
         tensors = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths)
-        errors[splits] = case.worst_error(own.run_kernel(splits, *tensors, case.scale))
+        errors[splits] = case.worst_error(own.run_kernel(launch, splits, *tensors, case.scale))
     assert max(errors.values()) < allowed, errors
+
+
+# Rows, and query heads of a KV head: one to four tiles of columns, several passes, and groups that no tile divides.
+TREES = ((1, 8), (2, 8), (3, 8), (4, 8), (5, 8), (8, 8), (13, 5), (33, 4), (64, 8), (64, 1), (7, 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", own.HEAD_DIMS)
+@pytest.mark.parametrize("chain", [False, True], ids=["tree", "chain"])
+def test_rows_of_a_tree_agree_with_float64(chain: bool, head_dim: int, kind: str) -> None:
+    dtype, kv_dtype, allowed = KINDS[kind]
+    failures = []
+    for rows, group in TREES:
+        contexts = [0, 1, 62, 63, 64, -1, 700, random.randrange(1, 3000)]
+        nodes = [rows, rows, min(rows, 2), rows, 1, 0, random.randrange(1, rows + 1), rows]
+        held = make_tree_case(
+            contexts, nodes, rows, 2, group, head_dim, chain=chain, dtype=dtype, kv_dtype=kv_dtype, device="cuda"
+        )
+        assert own.refusal(held.query, held.case.kv.keys) is None
+        first = attend_tree(held)
+        if not (error := held.worst_error(first)) < allowed:
+            failures.append(
+                f"{rows} rows, group {group}, {contexts} and {nodes}: error {error:.4f}, {worst_nodes(held, first)}"
+            )
+        if not torch.equal(first, attend_tree(held)):
+            failures.append(f"{rows} rows, group {group}: another result the second time")
+    assert not failures, "\n".join(failures)
+
+
+def attend_tree(held: TreeCase) -> Tensor:
+    poison_memory()
+    case = held.case
+    return own.paged_attention(held.query, case.kv, case.block_table, case.lengths, case.scale, held.tree)
+
+
+def worst_nodes(held: TreeCase, output: Tensor) -> str:
+    """The error of each row of the first sequences."""
+    off = (output.double() - held.expected()).abs().amax((1, 2)).view(-1, held.tree.rows_per_sequence)
+    return f"each row: {[[round(float(e), 3) for e in each[:16]] for each in off]}"
+
+
+def test_a_graph_of_a_tree_follows_lengths_and_masks() -> None:
+    first, later = (
+        make_tree_case([1200, 40], nodes, 5, 2, 8, 128, device="cuda", chain=chain)
+        for nodes, chain in (([5, 5], True), ([3, 5], False))
+    )
+    num_pages = max(len(each.case.kv.keys) for each in (first, later))
+    held = make_static(first.case, num_pages)
+    query, tree = (
+        first.query.clone(),
+        replace(first.tree, starts=first.tree.starts.clone(), masks=first.tree.masks.clone()),
+    )
+    own.paged_attention(query, held.kv, held.block_table, held.lengths, held.scale, tree)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = own.paged_attention(query, held.kv, held.block_table, held.lengths, held.scale, tree)
+    for each in (first, later, first):
+        load(held, each.case)
+        for to, new in ((query, each.query), (tree.starts, each.tree.starts), (tree.masks, each.tree.masks)):
+            to.copy_(new)
+        output.fill_(float("nan"))
+        graph.replay()
+        assert (error := each.worst_error(output)) < 0.08, f"{error}: {worst_nodes(each, output)}"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "e4m3"])

@@ -7,7 +7,10 @@ import torch
 
 from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
+from parallel.kernels.attention_launch import MAX_SPLITS, TILE, choose_launch, choose_splits, num_passes
+from parallel.kernels.attention_reference import TreeMask, chain_masks
 from tests.parallel.paged import make_case
+from tests.parallel.trees import make_tree_case
 
 LENGTHS = [0, 1, 63, 64, 65, 130, 200]
 # Rounding of the output, in units of the mean size of the result.
@@ -31,6 +34,33 @@ def test_padding_rows_are_zeros() -> None:
     assert torch.equal(output, torch.zeros_like(case.query))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_rows_of_a_tree_agree_with_float64(rows: int, dtype: torch.dtype, fp8: bool) -> None:
+    contexts, nodes = [0, 63, 64, 65, 130, -1, 1], [rows, rows, min(rows, 2), 1, rows, 0, 0]
+    held = make_tree_case(contexts, nodes, rows, 2, 3, 16, dtype=dtype, kv_dtype=FP8 if fp8 else None)
+    case = held.case
+    output = own.paged_attention(held.query, case.kv, case.block_table, case.lengths, case.scale, held.tree)
+    assert output.dtype == dtype
+    assert held.worst_error(output) < TOLERANCE[dtype]
+
+
+def test_a_chain_is_rows_of_growing_lengths() -> None:
+    case = make_case([75], 2, 2, 16, dtype=torch.float32)
+    query = torch.randn(7, 4, 16)
+    tree = TreeMask(7, torch.tensor([68], dtype=torch.int32), chain_masks(7, query.device))
+    output = own.paged_attention(query, case.kv, case.block_table, case.lengths, case.scale, tree)
+    lengths = torch.arange(69, 76, dtype=torch.int32)
+    apart = own.paged_attention(query, case.kv, case.block_table.expand(7, -1), lengths, case.scale)
+    torch.testing.assert_close(output, apart, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_of_a_chain_fill_64_bits() -> None:
+    masks = [int(mask) % 2**64 for mask in chain_masks(64, torch.device("cpu"))]
+    assert masks == [2 ** (node + 1) - 1 for node in range(64)]
+
+
 def test_nan_among_the_tokens_of_a_sequence_is_not_hidden() -> None:
     case = make_case([70, 70], 1, 2, 8, dtype=torch.float32)
     case.kv.values[int(case.block_table[0, 1]), 0, 3] = float("nan")
@@ -43,29 +73,38 @@ def test_the_operator_keeps_its_contract() -> None:
     case = make_case([3, 66], 2, 4, 16, dtype=torch.float32)
     arguments = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths, case.scale)
     torch.library.opcheck(own.attend, arguments, test_utils=("test_schema", "test_faketensor"))
+    tree = (torch.tensor([2, 65], dtype=torch.int32), torch.ones(2, dtype=torch.int64))
+    torch.library.opcheck(own.attend, (*arguments, *tree), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
     ("pairs", "max_tokens"), [(1, 64), (4, 8192), (8, 131072), (64, 4096), (256, 32768), (4096, 64)]
 )
 @pytest.mark.parametrize("multiprocessors", [82, 128, 132])
-def test_splits_are_no_more_than_rounds_or_a_wave(pairs: int, max_tokens: int, multiprocessors: int) -> None:
-    splits = own.choose_splits(pairs, max_tokens, multiprocessors)
-    assert 1 <= splits <= own.MAX_SPLITS
-    assert (splits - 1) * own.TILE * own.WARPS < max_tokens
-    assert splits == 1 or splits * pairs <= own.BLOCKS_PER_MULTIPROCESSOR * multiprocessors
+@pytest.mark.parametrize("warps", [4, 8])
+def test_splits_are_no_more_than_rounds_or_a_wave(
+    pairs: int, max_tokens: int, multiprocessors: int, warps: int
+) -> None:
+    splits = choose_splits(pairs, max_tokens, multiprocessors, warps)
+    assert 1 <= splits <= MAX_SPLITS
+    assert (splits - 1) * TILE * warps < max_tokens
+    assert splits == 1 or splits * pairs <= multiprocessors
 
 
 @pytest.mark.parametrize("head_dim", own.HEAD_DIMS)
-@pytest.mark.parametrize("column_tiles", [1, 2])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_every_launch_fits_a_4090(head_dim: int, column_tiles: int, fp8: bool) -> None:
-    launch = own.Launch(head_dim, column_tiles, False, fp8)
-    static = 2 * own.WARPS * column_tiles * 8 * 4 + 16
+@pytest.mark.parametrize("columns", [1, 8, 9, 16, 24, 40, 64, 512, 1024])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("warps", [0, 4])
+def test_every_launch_fits_a_4090(head_dim: int, columns: int, kv_dtype: torch.dtype, warps: int) -> None:
+    launch = choose_launch(head_dim, columns, torch.bfloat16, kv_dtype, warps=warps)
+    static = 2 * launch.warps * launch.column_tiles * 8 * 4 + 64 * 8 + 16
     assert launch.shared_bytes() + static <= 99 * 1024
     assert launch.depth >= 3
-    # Sums of the warps and weights of the splits take the place of the rings.
-    assert launch.shared_bytes() >= own.WARPS * column_tiles * 8 * head_dim * 4
+    # Sums of the warps take the place of the rings.
+    assert launch.shared_bytes() >= launch.warps * launch.column_tiles * 8 * head_dim * 4
+    # All columns have a pass, and no pass is without any.
+    held = launch.column_tiles * 8
+    assert (num_passes(columns) - 1) * held < columns <= num_passes(columns) * held
 
 
 def test_what_the_kernel_cannot_take_is_refused_with_the_reason() -> None:

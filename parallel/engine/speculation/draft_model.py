@@ -7,7 +7,7 @@ Sharded, since the cards have neither the memory nor the time for all of it: of 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class DraftModel:
 
     def _next(self, rows: Rows, num: int) -> Tensor:
         """What follows the last of each `num` rows: [rows / num]."""
-        known = Rows(rows.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1), *rows.columns()[1:])
+        known = replace(rows, tokens=rows.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1))
         last = slice(num - 1, None, num)
         logits = self.model.decoder.logits(self.model.row_states(known)[last])
         return self.sampler(logits, known.keys[last], known.positions[last] + 1)

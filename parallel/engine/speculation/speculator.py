@@ -1,9 +1,9 @@
 """Speculative decoding: tokens are guessed cheaply, and one step of the model checks all guesses of all sequences.
 
 A sequence takes a row for its newest token and one for each draft, at the positions that follow: weights are read once
-for all. What the model draws at each of them is what it would draw in a step of its own, if the tokens before are
-right; so drafts are kept for as long as they equal the draws, and the first draw that differs comes in place of the
-draft. Keys and values of refused drafts are overwritten by the next step.
+for all, and the context once for all rows of a sequence. What the model draws at each of them is what it would draw in
+a step of its own, if the tokens before are right; so drafts are kept for as long as they equal the draws, and the first
+draw that differs comes in place of the draft. Keys and values of refused drafts are overwritten by the next step.
 
 Draws are a function of the logits, the sequence and the position alone (parallel/engine/noise.py), and a draft model
 uses the same noise. So an answer is what it is without speculation, greedy or sampled, token for token as far as
