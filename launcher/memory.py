@@ -11,6 +11,7 @@ from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, EngineLimits
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
+from parallel.transports.copy_layout import choose_layout
 
 # What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
 # with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on
@@ -71,11 +72,17 @@ class Demand:
     def fixed_lines(self) -> tuple[dict[str, int], ...]:
         """Lines that the context does not change: context, communicator, weights.*; one dict per rank."""
         parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype, linear_bits=self._held_bits())
-        base = {"context": CONTEXT_BYTES[self.device], "communicator": COMMUNICATOR_BYTES[self.transport]}
+        base = {"context": CONTEXT_BYTES[self.device], "communicator": self._communicator()}
         return tuple(
             base | {f"weights.{name}": size for name, size in part.items()} | self._draft_weights(rank)
             for rank, part in enumerate(parts)
         )
+
+    def _communicator(self) -> int:
+        """What was measured; and between cards that go through host memory, where copies of messages are added up."""
+        copies = self.transport == "nccl" and self.world_size > 1
+        staging = choose_layout(self.world_size).staging_bytes if copies else 0
+        return COMMUNICATOR_BYTES[self.transport] + staging
 
     def _draft_weights(self, rank: int) -> dict[str, int]:
         draft = self.draft

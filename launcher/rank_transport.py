@@ -14,6 +14,7 @@ from parallel.communicator import Communicator, TransportError, open_communicato
 from parallel.selftest import DECODE_BYTES, check_transport
 from parallel.transport_choice import (
     TIMED_BYTES,
+    TIMED_COPIES_BYTES,
     TIMED_LARGE_BYTES,
     TIMED_MIDDLE_BYTES,
     Proof,
@@ -25,6 +26,7 @@ from parallel.transport_choice import (
 )
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import Channel
+from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import DenseHostMemory, wrap_dense
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
@@ -49,6 +51,7 @@ class Wrap(Protocol):
 
 # Those that compete with NCCL, and at which sizes.
 CANDIDATES: dict[str, tuple[Wrap, tuple[int, ...]]] = {
+    CopiedHostMemory.name: (wrap_copies, TIMED_COPIES_BYTES),
     TwoStepHostMemory.name: (wrap_two_step, TIMED_LARGE_BYTES),
     DenseHostMemory.name: (wrap_dense, TIMED_MIDDLE_BYTES),
     HostMemory.name: (wrap_host_memory, TIMED_BYTES),

@@ -21,6 +21,8 @@ from parallel.timing import p99
 # One token of a 70B (hidden 8192, bf16), the message of every decode step.
 DECODE_BYTES = 16 * 1024
 CALLS_PER_GRAPH = 16
+# Messages of this size are those of prefill, which is not captured; smaller ones may be a decode step's.
+EAGER_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,15 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
     """Times all-reduces of `num_bytes` from a common start, and checks the sums once.
 
     On a card, calls are captured and replayed as a graph, as a decode step runs them: single calls would time how fast
-    the host launches them (55 us against 13 us for 16 KiB over NCCL, measured on two H200).
+    the host launches them (55 us against 13 us for 16 KiB over NCCL, measured on two H200). Those of prefill are timed
+    as single calls, as it makes them.
     """
     message = torch.zeros(max(1, num_bytes // 4), device=device)
     for _ in range(3):
         communicator.all_reduce(message)
     communicator.barrier()
-    measure = graph_timer(communicator, message) if communicator.capturable else call_timer(communicator, message)
+    captured = communicator.capturable and num_bytes < EAGER_BYTES
+    measure = graph_timer(communicator, message) if captured else call_timer(communicator, message)
     times = [measure() for _ in range(repeats)]
     communicator.barrier()
     p50 = statistics.median(times)

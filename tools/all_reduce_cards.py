@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from parallel.communicator import Communicator
-from parallel.selftest import time_all_reduce
+from parallel.selftest import EAGER_BYTES, time_all_reduce
 from parallel.transports import dense, host_memory
+from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import DenseHostMemory, wrap_dense
 from parallel.transports.host_memory import KIB, HostMemory, wrap_host_memory
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
@@ -23,6 +24,7 @@ TRANSPORTS: dict[str, tuple[Callable[..., Communicator], int, int]] = {
     HostMemory.name: (wrap_host_memory, 1, host_memory.MAX_BYTES),
     DenseHostMemory.name: (wrap_dense, 16 * KIB, dense.MAX_BYTES),
     TwoStepHostMemory.name: (wrap_two_step, 64 * KIB, SIZES[-1]),
+    CopiedHostMemory.name: (wrap_copies, EAGER_BYTES, SIZES[-1]),
 }
 # What --tune tries of the dense kernel: blocks and warps a block.
 TUNED_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 2048 * KIB)

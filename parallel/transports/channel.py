@@ -24,7 +24,7 @@ REDUCTIONS = {
     torch.float32: "reduce_float32",
 }
 FOLDER = Path(__file__).parent
-# Of every kernel: source, target, state, region; bytes, units of a slot, rank, limit.
+# Of kernels that talk: source, target, state, region; bytes, units of a slot, rank, limit.
 PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
@@ -57,6 +57,7 @@ class Channel:
         source: str,
         names: Sequence[str],
         timeout_sec: float,
+        parameters: str = PARAMETERS,
         options: tuple[str, ...] = (),
         fetches: bool = False,
     ) -> None:
@@ -69,7 +70,7 @@ class Channel:
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
         options = (f"-DWORLD={world_size}", *options, *(prefetch.options(device.index) if fetches else ()))
-        parameters = PARAMETERS + prefetch.PARAMETERS * fetches
+        parameters += prefetch.PARAMETERS * fetches
         self.kernels = {name: load_kernel(FOLDER / source, name, options, parameters, device.index) for name in names}
 
     def launch(
@@ -102,11 +103,14 @@ class Channel:
         """Raises TransportError if a call that the card has run was given up for want of a peer's answer."""
         missing = self.error.value
         if missing:
-            raise TransportError(
-                f"rank {missing - 1} did not answer rank {self.rank} through host memory within {self.timeout_sec:g} s "
-                "(timeouts.collective_sec; a quarter of timeouts.selftest_sec in the self-test). Its log says what it "
-                "was doing; engine.transport=nccl avoids host memory."
-            )
+            raise self.not_answered(missing - 1, self.rank)
+
+    def not_answered(self, missing: int, rank: int) -> TransportError:
+        return TransportError(
+            f"rank {missing} did not answer rank {rank} through host memory within {self.timeout_sec:g} s "
+            "(timeouts.collective_sec; a quarter of timeouts.selftest_sec in the self-test). Its log says what it "
+            "was doing; engine.transport=nccl avoids host memory."
+        )
 
 
 C = TypeVar("C", bound=Channel)

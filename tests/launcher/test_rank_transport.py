@@ -19,6 +19,7 @@ from parallel.kernels.prefetch import Ahead
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
 from parallel.transports.by_size import BySize
+from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.dense import DenseHostMemory
 from parallel.transports.host_memory import KIB, HostMemory
 from parallel.transports.solo import Solo
@@ -49,6 +50,7 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
 
 
 SMALL, MIDDLE, LARGE = HostMemory.name, DenseHostMemory.name, TwoStepHostMemory.name
+COPIES = CopiedHostMemory.name
 MIB = 2**20
 
 
@@ -91,6 +93,8 @@ def open_with(
     by_name, tried = {proof.name: proof for proof in proofs}, {}
 
     def fake_prove(name: str, opener: object, sizes: object, **_: object) -> tuple[Fake | None, Proof]:
+        # Of those that a test says nothing of, no size was timed.
+        by_name.setdefault(name, Proof(name))
         tried[name] = (FakeSlots if name == SMALL else Fake)(name)
         return (None if by_name[name].error else tried[name]), by_name[name]
 
@@ -131,7 +135,7 @@ def test_each_message_goes_the_way_of_its_size(
     carriers: list[str],
 ) -> None:
     choice, tried = open_with(monkeypatch, tmp_path, kind, NCCL, small, middle, large)
-    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", LARGE, MIDDLE, SMALL])
+    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", COPIES, LARGE, MIDDLE, SMALL])
     sizes = {4: 0, DECODE_BYTES: 0, DECODE_BYTES + 4: 1, 128 * KIB: 1, 128 * KIB + 4: 2, MIB: 2, 64 * MIB: 2}
     for size, place in sizes.items():
         choice.communicator.all_reduce(torch.empty(size // 4))
@@ -146,6 +150,17 @@ def test_each_message_goes_the_way_of_its_size(
             assert channel.closed == (each.name not in carriers)
             # The limit of the self-test ends with it.
             assert channel.timeout_sec == make_run().timeouts.collective_sec
+
+
+@pytest.mark.parametrize(("copies_us", "carriers"), [(700.0, [LARGE, COPIES]), (1100.0, [LARGE])])
+def test_copies_carry_prefill_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copies_us: float, carriers: list[str]
+) -> None:
+    nccl = Proof("nccl", {MIB: 63.0, PREFILL_BYTES: 1183.0})
+    large, copies = Proof(LARGE, {MIB: 40.0, PREFILL_BYTES: 1030.0}), Proof(COPIES, {PREFILL_BYTES: copies_us})
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, nccl, large, copies)
+    assert [each.name for each in choice.ranges] == carriers
+    assert tried[COPIES].channel.closed == (COPIES not in carriers)
 
 
 @pytest.mark.parametrize(("small", "rest"), [(FAST, SMALL), (SLOW, "nccl"), (BROKEN, "nccl")])

@@ -1,0 +1,222 @@
+"""All-reduce by copies: threads are ranks, and a driver does at once, in host memory, what a card would queue."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.communicator import TransportError
+from parallel.kernels.prefetch import Ahead
+from parallel.transports import channel, copy_streams
+from parallel.transports.copies import CopiedHostMemory, CopyChannel
+from parallel.transports.copy_layout import COUNTS, CopyLayout
+from parallel.transports.shared_region import SharedRegion, create_memory
+from parallel.transports.solo import Solo
+from tools.ranks_on_one_card import ordered_sum
+
+CPU = torch.device("cpu")
+LAYOUTS = {
+    2: CopyLayout(2, segment_bytes=4096, piece_bytes=1024, ahead=2),
+    3: CopyLayout(3, segment_bytes=4096, piece_bytes=4096, ahead=2),
+    4: CopyLayout(4, segment_bytes=4096, piece_bytes=4096, ahead=3),
+}
+DTYPES = {"reduce_bfloat16": torch.bfloat16, "reduce_float16": torch.float16, "reduce_float32": torch.float32}
+SIZES = (16, 48, 1040, 4096, 4112, 12_304, 40_960)
+
+
+class Driver:
+    """What copy_streams.py calls of the driver."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+
+    def __call__(self, name: str, *args: Any) -> None:
+        getattr(self, name)(*args)
+
+    def cuMemAlloc_v2(self, address: Any, num_bytes: int) -> None:
+        buffer = ctypes.create_string_buffer(b"\xff" * num_bytes, num_bytes)
+        address._obj.value = ctypes.addressof(buffer)
+        self.memory[address._obj.value] = buffer
+
+    def cuMemFree_v2(self, address: int) -> None:
+        del self.memory[address]
+
+    def cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        ctypes.memmove(target, source, num_bytes)
+
+    cuMemcpyHtoDAsync_v2 = cuMemcpyDtoHAsync_v2
+
+    def cuStreamWriteValue32_v2(self, stream: int, address: int, value: int, flags: int) -> None:
+        assert flags == 0 and 0 <= value < COUNTS
+        ctypes.c_uint32.from_address(address).value = value
+
+    def cuStreamWaitValue32_v2(self, stream: int, address: int, value: int, flags: int) -> None:
+        assert flags == 0 and 0 <= value < COUNTS
+        while ctypes.c_int32(ctypes.c_uint32.from_address(address).value - value).value < 0:
+            time.sleep(1e-5)
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    def record(self, stream: Stream) -> None: ...
+
+
+class Kernel:
+    """host_memory_copies.cu, for one type."""
+
+    def __init__(self, name: str) -> None:
+        self.dtype = DTYPES[name]
+
+    def __call__(
+        self, grid: object, threads: int, own: int, out: int, peers: int, units: int, stride: int, rank: int
+    ) -> None:
+        assert units > 0
+        world_size = self.world_size
+        values = [self.at(peers + 16 * stride * place, units).clone() for place in range(world_size - 1)]
+        values.insert(rank, self.at(own, units))
+        self.at(out, units).copy_(ordered_sum(values))
+
+    world_size = 0
+
+    def at(self, address: int, units: int) -> Tensor:
+        return torch.frombuffer((ctypes.c_char * (16 * units)).from_address(address), dtype=self.dtype)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = Driver()
+    monkeypatch.setattr(copy_streams, "driver_call", driver)
+    monkeypatch.setattr(copy_streams, "declare_types", lambda: None)
+    monkeypatch.setattr(channel, "load_kernel", lambda path, name, *_: Kernel(name))
+    for name, fake in {"Stream": Stream, "Event": Event, "current_stream": Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return driver
+
+
+@contextlib.contextmanager
+def opened(world_size: int, timeout_sec: float = 20, first_count: int = 0) -> Iterator[list[CopyChannel]]:
+    """A channel a rank, whose flags have been raised `first_count` times before."""
+    layout = LAYOUTS[world_size]
+    descriptor = create_memory(layout.num_bytes)
+    region = SharedRegion(descriptor, layout.num_bytes)
+    os.close(descriptor)
+    region.device_address = region.address
+    region.unregister = lambda: None  # type: ignore[method-assign]
+    channels = [CopyChannel(region, layout, rank, CPU, timeout_sec=timeout_sec) for rank in range(world_size)]
+    for each in channels:
+        for kernel in each.kernels.values():
+            kernel.world_size = world_size  # type: ignore[attr-defined]
+        for words in each.watch.flags:
+            for word in words:
+                word.value = first_count
+        each.watch.queued = [first_count] * len(each.watch.queued)
+    try:
+        yield channels
+    finally:
+        for each in channels:
+            each.close()
+
+
+def on_ranks(channels: list[CopyChannel], call: Any) -> None:
+    with ThreadPoolExecutor(len(channels)) as pool:
+        list(pool.map(call, channels))
+
+
+@pytest.mark.parametrize("first_count", (0, COUNTS - 7))
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_sums_in_rank_order_of_every_type_and_size(driver: Driver, world_size: int, first_count: int) -> None:
+    """In place and not, and while the counts of flags wrap."""
+    with opened(world_size, first_count=first_count) as channels:
+        for dtype in DTYPES.values():
+            for num_bytes in SIZES:
+                sources = [torch.randn(num_bytes // dtype.itemsize).to(dtype) for _ in channels]
+                targets = [torch.full_like(source, float("nan")) for source in sources]
+                in_place = [source.clone() for source in sources]
+                on_ranks(channels, lambda each, s=sources, t=targets: each.all_reduce(s[each.rank], t[each.rank]))
+                on_ranks(channels, lambda each, b=in_place: each.all_reduce(b[each.rank], b[each.rank]))
+                expected = ordered_sum(sources)
+                assert all(torch.equal(found, expected) for found in (*targets, *in_place)), (dtype, num_bytes)
+        for each in channels:
+            each.check()
+        assert driver.memory
+    assert not driver.memory
+
+
+def test_a_missing_rank_is_an_error_on_all_and_nobody_waits_for_ever(driver: Driver) -> None:
+    with opened(3, timeout_sec=0.2) as channels:
+        buffers = [torch.ones(12_000) for _ in channels]
+        on_ranks(channels[1:], lambda each: each.all_reduce(buffers[each.rank], buffers[each.rank]))
+        for each in channels:
+            with pytest.raises(
+                TransportError, match=r"rank 0 did not answer rank [12] through host memory within 0.2 s"
+            ):
+                each.check()
+
+
+def test_the_limit_can_be_changed_and_ends_with_the_channel(driver: Driver) -> None:
+    with opened(2) as channels:
+        channels[0].timeout_sec = 7.0
+        assert (channels[0].watch.timeout_sec, channels[0].timeout_sec, channels[1].timeout_sec) == (7.0, 7.0, 20)
+    assert not any(each.watch.thread.is_alive() for each in channels)
+
+
+def test_the_kernel_has_the_threads_that_it_is_given() -> None:
+    text = (Path(copy_streams.__file__).parent / "host_memory_copies.cu").read_text(encoding="utf-8")
+    assert re.findall(r"^#define THREADS (\d+)$", text, re.MULTILINE) == [str(copy_streams.THREADS)]
+
+
+class Counting(Solo):
+    world_size = 2
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.calls = 0
+
+    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+        self.calls += 1
+        return tensor
+
+
+def test_whole_units_of_known_types_are_copied_and_nothing_that_is_captured(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = Counting()
+    with opened(2) as channels:
+        ranks = [CopiedHostMemory(inner, each) for each in channels]
+        assert all(each.capturable == inner.capturable for each in ranks)
+        base = [torch.arange(24.0).view(4, 6) for _ in ranks]
+        on_ranks(ranks, lambda each: each.all_reduce(base[each.channel.rank].T))  # type: ignore[arg-type]
+        assert all(torch.equal(each, 2 * torch.arange(24.0).view(4, 6)) for each in base)
+        assert inner.calls == 0
+        for tensor in (torch.ones(5), torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.int32)):
+            ranks[0].all_reduce(tensor)
+        assert inner.calls == 3
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        ranks[0].all_reduce(torch.ones(1024))
+        ranks[0].min_bytes = 8192
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        ranks[0].all_reduce(torch.ones(1024))
+        assert inner.calls == 5
