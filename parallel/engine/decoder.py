@@ -45,6 +45,7 @@ class Decoder:
         self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
         self.scale = self.head_dim**-0.5
         self.num_layers = config.num_hidden_layers
+        self.world_size: int = model.model.layers[0].self_attn.o_proj.communicator.world_size
         for layer in model.model.layers:
             if not is_merged(layer):
                 merge_layer(layer)
@@ -78,9 +79,14 @@ class Decoder:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
             return normed.new_empty(len(normed), 0)
+        query = self.rotate(attention, attention.qkv(normed), tokens, cache, ahead)
+        return attend(query, cache).flatten(1)
+
+    def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV, ahead: Ahead = ()) -> Tensor:
+        """Caches the keys and values in `qkv` [tokens, ...]; returns the queries, [tokens, local heads, head_dim]."""
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        query = rotary_and_cache(
-            attention.qkv(normed),
+        return rotary_and_cache(
+            qkv,
             self.cos,
             self.sin,
             tokens.positions,
@@ -94,4 +100,3 @@ class Decoder:
             self.eps,
             *ahead,
         )
-        return attend(query, cache).flatten(1)
