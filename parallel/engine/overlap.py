@@ -25,20 +25,6 @@ from parallel.engine.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.blocks import products
 from parallel.kernels.fused import add_rms_norm, rms_norm, silu_mul
 
-# Below it a half has too few rows for its products to keep the card as busy as those of all rows do: an H200 reads the
-# numbers of a bf16 weight in the time of 206 rows' products, an RTX 4090 in that of 165.
-MIN_ROWS = 512
-# cuBLAS computes so many rows at a time.
-TILE_ROWS = 128
-
-
-def choose_cut(num_rows: int, world_size: int) -> int | None:
-    """Rows of the first half of a pass; None where it is better left whole."""
-    if world_size == 1 or num_rows < MIN_ROWS:
-        return None
-    tiles = -(-num_rows // TILE_ROWS)
-    return -(-tiles // 2) * TILE_ROWS
-
 
 @dataclass
 class Half:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import EngineLimits
-from parallel.engine.overlap import choose_cut, run_in_halves
+from parallel.engine.limits import EngineLimits, choose_cut
+from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence

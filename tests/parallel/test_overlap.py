@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine import overlap, paged_model
+from parallel.engine import limits, overlap, paged_model
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
@@ -54,12 +54,12 @@ def whole_and_halved(communicator: Communicator, folder: Path) -> list[tuple[Ten
     engine = make_engine(communicator, folder)
     found = []
     for parts in PASSES:
-        overlap.MIN_ROWS = 10**9
+        limits.MIN_HALVED_ROWS = 10**9
         whole = pass_states(engine, parts)
         for cache in engine.caches:
             cache.keys.fill_(torch.nan)
             cache.values.fill_(torch.nan)
-        overlap.MIN_ROWS, overlap.TILE_ROWS = 2, 1
+        limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE = 2, 1
         found.append((whole, pass_states(engine, parts)))
     return found
 
@@ -76,8 +76,8 @@ def test_halves_give_what_the_whole_gives(folders: dict[str, Path], model: str, 
 
 def halved_answers(communicator: Communicator, folder: Path, min_rows: int) -> tuple[list[list[int]], list[int]]:
     """Tokens of answers to prompts that are read in small chunks beside decode steps; rows of the passes' halves."""
-    overlap.MIN_ROWS, overlap.TILE_ROWS, cuts = min_rows, 1, []
-    choose = overlap.choose_cut
+    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, cuts = min_rows, 1, []
+    choose = limits.choose_cut
     paged_model.choose_cut = lambda *sizes: (cuts.append(choose(*sizes)), cuts[-1])[1]
     engine = make_engine(communicator, folder, prefill_chunk=16, batch_size=2)
     result = generate(engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9))
@@ -116,7 +116,7 @@ class TracedSum(Sum):
 
 def traced_pass(communicator: Communicator, folder: Path) -> list[str]:
     """Starts of sums, waits for them, and products, in a pass of two halves."""
-    overlap.MIN_ROWS, overlap.TILE_ROWS, overlap.side_stream = 2, 1, Traced
+    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, overlap.side_stream = 2, 1, Traced
     multiply = Block.multiply
 
     def traced_multiply(block: Block, *tensors: Tensor) -> None:
@@ -147,7 +147,7 @@ def test_parts_are_cut_at_any_token() -> None:
 
 
 def test_halves_are_whole_tiles_and_about_equal() -> None:
-    assert [overlap.choose_cut(rows, 2) for rows in (1, 511, 512, 513, 768, 769, 2048)] == [
+    assert [limits.choose_cut(rows, 2) for rows in (1, 511, 512, 513, 768, 769, 2048)] == [
         *(None, None, 256, 384, 384, 512, 1024)
     ]
-    assert overlap.choose_cut(2048, 1) is None
+    assert limits.choose_cut(2048, 1) is None
