@@ -50,7 +50,7 @@ def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Pat
     prefill = report["prefill_breakdown"]
     assert (prefill["tokens"], prefill["problem"]) == (2 * 24, None)
     assert all(sec > 0 for sec in prefill["pass_ms"].values())
-    assert 0 < prefill["parts"]["all_reduce_alone"]["us"] <= prefill["parts"]["all_reduce"]["us"]
+    assert 0 < prefill["parts"]["all_reduce_alone"]["us"] < 1.001 * prefill["parts"]["all_reduce"]["us"]
     parts = report["breakdown"]["parts"]
     assert all(parts[name]["us"] > 0 for name in parts if name != "between")
     rows = {row["name"]: row for row in report["baselines"]}
