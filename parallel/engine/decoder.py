@@ -7,7 +7,7 @@ launcher/model_config.py, whose layers differ in biases and in norms of queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,8 @@ class Decoder:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
         update = torch.zeros(0)
-        layers = self.model.model.layers
-        aheads = look_ahead(layers, self.model.lm_head, len(tokens.ids), residual.device)
-        for index, (layer, cache, ahead) in enumerate(zip(layers, caches, aheads, strict=True)):
+        aheads = look_ahead(self.model.model.layers, self.model.lm_head, len(tokens.ids), residual.device)
+        for index, (layer, cache, ahead) in enumerate(zip(self.layers(), caches, aheads, strict=True)):
             norm = layer.input_layernorm.weight
             normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
             attended = self._attention(layer.self_attn, normed, tokens, attend, cache, ahead.output)
@@ -66,6 +65,10 @@ class Decoder:
             normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
             update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed), *ahead.down), ahead.following)
         return residual.add_(update)
+
+    def layers(self) -> Iterator[Any]:
+        """In turn; each is ready until the next is asked for."""
+        return iter(self.model.model.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, local vocabulary]"""

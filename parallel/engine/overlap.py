@@ -51,12 +51,11 @@ class Half:
 
 def run_in_halves(decoder: Decoder, halves: Sequence[tuple[Tokens, Attend]], caches: Sequence[PagedKV]) -> Tensor:
     """[tokens, hidden]: what `decoder` gives for the tokens of all `halves`, one after the other."""
-    model = decoder.model.model
-    residual: Tensor = model.embed_tokens(torch.cat([tokens.ids for tokens, _ in halves]))
+    residual: Tensor = decoder.model.model.embed_tokens(torch.cat([tokens.ids for tokens, _ in halves]))
     rows = residual.split([len(tokens.ids) for tokens, _ in halves])
     run = PassInHalves(decoder, [Half(*half, part) for half, part in zip(halves, rows, strict=True)])
     try:
-        for layer, cache in zip(model.layers, caches, strict=True):
+        for layer, cache in zip(decoder.layers(), caches, strict=True):
             run.attention(layer, cache)
             run.mlp(layer)
         for half in run.halves:
