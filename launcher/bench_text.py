@@ -1,4 +1,5 @@
-"""What task=bench found out, for reading: this engine and its baselines in one table, then its decode step."""
+"""What task=bench found out, for reading: this engine and its baselines in one table, then its decode step
+and a pass of prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from launcher.units import GIB
 
 ENGINE = "launch70b"
 NUM_LISTED = 4
+PART_NAMES = {"all_reduce_alone": "all-reduce alone"}
 
 
 def bench_table(report: dict[str, Any]) -> Table:
@@ -65,21 +67,34 @@ def with_spread(value: float | None, spread: dict[str, float] | None) -> str:
     return f"{number(value)} ({number(spread['min'])}-{number(spread['max'])})"
 
 
-def breakdown_table(report: dict[str, Any]) -> Table | None:
-    """The parts of a decode step; None where the profiler saw none."""
-    found = report["breakdown"]
+def breakdown_tables(report: dict[str, Any]) -> list[Table | str]:
+    """The parts of a decode step, and of a pass of prompts, with what `other` is; or why there are none."""
+    step, prefill = report["breakdown"], report["prefill_breakdown"]
+    return [
+        *parts_table("decode step", step, step_text(report)),
+        *parts_table("prefill", prefill, prefill_text(prefill)),
+    ]
+
+
+def parts_table(name: str, found: dict[str, Any], title: str) -> list[Table | str]:
     if found["parts"] is None:
-        return None
-    table = Table("decode step", "us", "share", title=step_text(report))
-    for name, part in found["parts"].items():
-        table.add_row(name.replace("_", "-"), number(part["us"]), percent(part["share"]))
-    return table
+        return [f"no breakdown of the {name}: {found['problem']}"]
+    table = Table(name, "us", "share", title=title)
+    for part, time in found["parts"].items():
+        table.add_row(PART_NAMES.get(part, part.replace("_", "-")), number(time["us"]), percent(time["share"]))
+    return [table, other_text(found["other_us"])]
 
 
-def other_text(report: dict[str, Any]) -> str:
+def other_text(us_by_name: dict[str, float]) -> str:
     """What took most of the time of `other`, in us."""
-    found = report["breakdown"]["other_us"]
-    return "other: " + ", ".join(f"{name[:60]} {number(us)}" for name, us in list(found.items())[:NUM_LISTED])
+    return "other: " + ", ".join(f"{name[:60]} {number(us)}" for name, us in list(us_by_name.items())[:NUM_LISTED])
+
+
+def prefill_text(found: dict[str, Any]) -> str:
+    """The pass by itself."""
+    measured, without = found["pass_ms"]["measured"], found["pass_ms"]["without_all_reduce"]
+    text = f"prefill of {found['tokens']:,} tokens {number(measured)} ms"
+    return text if without is None else f"{text}, {number(without)} without all-reduces"
 
 
 def step_text(report: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.amounts import UNKNOWN, amount, number, percent
-from launcher.bench_text import bench_table, breakdown_table, other_text
+from launcher.bench_text import bench_table, breakdown_tables
 from launcher.config import Aim, TaskKind
 from launcher.failures import Failure
 from launcher.options import Option
@@ -73,12 +73,11 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_bench(console: Console, report: dict[str, Any]) -> None:
     console.print(bench_table(report))
-    breakdown = breakdown_table(report)
-    if breakdown is None:
-        console.print(f"no breakdown: {report['breakdown']['problem']}", markup=False)
-        return
-    console.print(breakdown)
-    console.print(other_text(report), markup=False, highlight=False, soft_wrap=True)
+    for each in breakdown_tables(report):
+        if isinstance(each, str):
+            console.print(each, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(each)
 
 
 def print_inventory(console: Console, inventory: dict[str, Any]) -> None:

@@ -59,6 +59,10 @@ class EngineConfig:
     kv_dtype: KVDType = KVDType.auto
     # Tokens of prompt that go through the model at a time; bounds the memory of activations.
     prefill_chunk: int = 2048
+    # The same while answers are being written, each of which waits for the whole pass before its next token: 512 tokens
+    # of a 70B took 123 ms on two H200, 2048 took 396. Where nobody waits for single tokens, as large as prefill_chunk
+    # answers more of them a second.
+    prefill_chunk_while_decoding: int = 512
     # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
     prefix_cache: bool = True
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
@@ -69,7 +73,8 @@ class EngineConfig:
     def problems(self) -> Iterator[str]:
         if self.max_context is not None and self.max_context < 2:
             yield f"engine.max_context={self.max_context} must be at least 2: one token of prompt and one of answer."
-        if self.prefill_chunk < 1:
-            yield f"engine.prefill_chunk={self.prefill_chunk} must be at least 1."
+        for name in ("prefill_chunk", "prefill_chunk_while_decoding"):
+            if getattr(self, name) < 1:
+                yield f"engine.{name}={getattr(self, name)} must be at least 1."
         if self.comm_share_steps < 0:
             yield f"engine.comm_share_steps={self.comm_share_steps} must be 0 (do not measure) or above."

@@ -65,6 +65,10 @@ def build_environment(job: Job) -> dict[str, str]:
     }
     if job.placement.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        # The most there are. Streams that share one of the card's queues, eight by default, wait for one another:
+        # products behind the sums that they are to hide.
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     if job.run.limits.peer_access == PeerAccess.off:
         environment["NCCL_P2P_DISABLE"] = "1"
     return environment

@@ -8,7 +8,7 @@ from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
+from parallel.engine.limits import PAGE_SIZE, EngineLimits, choose_cut
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from parallel.transports.copy_layout import choose_layout
@@ -154,8 +154,9 @@ class Demand:
     def _activations(self, rank: int, max_context: int) -> int:
         """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
-        Written for parallel/engine/decoder.py; e is the size of an element in bytes. On a card norms, rotation and
-        activation write nothing but their results; plain torch needs copies, in float32 but for the activation's.
+        Written for parallel/engine/decoder.py, and overlap.py beside it; e is the size of an element in bytes. On a
+        card norms, rotation and activation write nothing but their results; plain torch needs copies, in float32 but
+        for the activation's.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
         tokens = min(self.prefill_chunk, self.batch_size * max_context)
@@ -165,13 +166,14 @@ class Demand:
         qkv = queries + 2 * keys
         intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
         on_cpu = self.device == "cpu"
-        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * tokens if on_cpu else 0
+        half = choose_cut(tokens, self.world_size)
+        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * (half or tokens) if on_cpu else 0
         steps = {
             "norm": plain * hidden,
             "qkv": tokens * qkv * e + self._product(tokens, qkv * hidden),
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(max_context, keys * e),
+            "attention": 3 * tokens * queries * e + self._prompt_keys(tokens, max_context, keys * e),
             "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
             "activation": tokens * (4 if on_cpu else 3) * intermediate * e,
@@ -180,12 +182,17 @@ class Demand:
             "logits": self.batch_size * self.rows_per_sequence * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
+        if half is not None:
+            # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
+            weights = self._product(tokens, qkv * hidden) + self._product(tokens, queries * hidden)
+            kept = half * (2 * qkv + 4 * queries) * e
+            steps["attention"] = kept + self._prompt_keys(half, max_context, keys * e) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
-    def _prompt_keys(self, max_context: int, token_bytes: int) -> int:
-        """Keys and values that a prompt attends to; plain torch has the mask too, of booleans and of numbers."""
-        tokens, element_bytes = min(self.prefill_chunk, max_context), DTYPE_BYTES[self.dtype]
+    def _prompt_keys(self, num_rows: int, max_context: int, token_bytes: int) -> int:
+        """Keys and values that so many tokens attend to; plain torch has the mask too, of booleans and of numbers."""
+        tokens, element_bytes = min(num_rows, max_context), DTYPE_BYTES[self.dtype]
         mask = tokens * max_context * (1 + element_bytes) if self.device == "cpu" and tokens < max_context else 0
         return max_context * token_bytes * 2 + max(max_context * token_bytes * (GATHERED_COPIES - 2), mask)
 

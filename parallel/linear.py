@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import (
     LinearAllreduce,
@@ -22,6 +23,7 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from parallel.communicator import Communicator
+from parallel.kernels.blocks import Block, whole
 from parallel.kernels.prefetch import Ahead
 
 Slices = tuple[slice, ...]
@@ -30,11 +32,11 @@ Slices = tuple[slice, ...]
 class ShardedLayer(TensorParallel_Layer):
     """What all our sharded layers share: the communicator and the range of the split dimension this rank owns.
 
-    `packed` multiplies by a quantised weight (parallel/kernels); where it is set, `weight` is None.
+    `packed`, a module, multiplies by a quantised weight (parallel/kernels); None where `weight` is there instead.
     """
 
     communicator: Communicator
-    packed: nn.Module | None
+    packed: Any
 
     def local_range(self) -> slice:
         start = sum(self._partition_sizes[: self.tp_index])
@@ -53,7 +55,14 @@ class ShardedLayer(TensorParallel_Layer):
 
     def stored(self) -> tuple[Tensor, ...]:
         """As GroupedLinear.stored."""
-        return (self.weight,) if self.packed is None else cast(Any, self.packed).stored()
+        return (self.weight,) if self.packed is None else self.packed.stored()
+
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        """The weight without its bias, for products of many inputs of `dtype`."""
+        if self.packed is None:
+            return whole(self.weight)
+        blocks: list[Block] = self.packed.blocks(dtype)
+        return blocks
 
 
 class ColumnParallelLinear(ShardedLayer, LinearLayer):

@@ -16,10 +16,12 @@ from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
 from launcher.tasks.measure import accepted_drafts, communication, kernels, memory
+from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
 from parallel.engine.arrivals import Agree, alone
+from parallel.engine.chunk_timer import chunk_lengths
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.speculation.acceptance import join
@@ -103,6 +105,9 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         **step,
         **bandwidth(bench.engine, contexts, step["decode_step_ms"]["measured"], copy_bytes_per_sec),
         "breakdown": breakdown(context, bench.engine, contexts),
+        "prefill_breakdown": prefill_breakdown(
+            bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator
+        ),
         "memory": memory(context.device, bench.engine),
     }
 

@@ -6,7 +6,7 @@ small kernels, but order does: both come after the step's last norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,11 @@ class Piece:
     us: float
 
 
-def profile_steps(run: Callable[[], None], device: torch.device) -> list[Piece]:
-    """What NUM_STEPS + 1 calls of `run`, queued one after another, did on `device`, by start."""
+def profile_steps(run: Callable[[], None], device: torch.device, num_steps: int = NUM_STEPS) -> list[Piece]:
+    """What `num_steps` + 1 calls of `run`, queued one after another, did on `device`, by start."""
     on_card = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as profiler:
-        for _ in range(NUM_STEPS + 1):
+        for _ in range(num_steps + 1):
             run()
         if on_card:
             torch.cuda.synchronize(device)
@@ -65,10 +65,9 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
     `between` is the time in which nothing ran: gaps, which the profiler widens, and on a CPU Python and waiting.
     `problem` says why there is nothing, where the pieces cannot be told apart by step.
     """
-    if not pieces or len(pieces) % (num_steps + 1):
-        return {"parts": None, "problem": f"the profiler saw {len(pieces)} kernels in {num_steps + 1} equal steps"}
-    size = len(pieces) // (num_steps + 1)
-    steps = [pieces[start : start + size] for start in range(size, len(pieces), size)]
+    steps = split_steps(pieces, num_steps)
+    if steps is None:
+        return {"parts": None, "problem": problem_text(pieces, num_steps)}
     parts: dict[str, float] = dict.fromkeys(NAMES, 0.0)
     others: dict[str, float] = {}
     for step in steps:
@@ -87,6 +86,18 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
     }
 
 
+def split_steps(pieces: Sequence[Piece], num_steps: int) -> list[Sequence[Piece]] | None:
+    """Those of each of `num_steps` steps that followed another; None where steps did not do equally much."""
+    size = len(pieces) // (num_steps + 1)
+    if not pieces or len(pieces) % (num_steps + 1):
+        return None
+    return [pieces[start : start + size] for start in range(size, len(pieces), size)]
+
+
+def problem_text(pieces: Sequence[Piece], num_steps: int) -> str:
+    return f"the profiler saw {len(pieces)} kernels in {num_steps + 1} equal steps"
+
+
 def parts_of(names: Sequence[str]) -> list[str]:
     """The part of each piece of one step, in order."""
     parts = [part_of(name) for name in names]
@@ -95,6 +106,6 @@ def parts_of(names: Sequence[str]) -> list[str]:
     return [*parts[: last_norm + 1], *late]
 
 
-def part_of(name: str) -> str:
+def part_of(name: str, parts: Mapping[str, Sequence[str]] = PARTS) -> str:
     lower = name.lower()
-    return next((part for part, patterns in PARTS.items() if any(text in lower for text in patterns)), OTHER)
+    return next((part for part, patterns in parts.items() if any(text in lower for text in patterns)), OTHER)

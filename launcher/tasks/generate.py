@@ -86,7 +86,12 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         module,
         context.communicator,
         context.device,
-        EngineLimits(plan.max_context, run.workload.batch_size, run.engine.prefill_chunk),
+        EngineLimits(
+            plan.max_context,
+            run.workload.batch_size,
+            run.engine.prefill_chunk,
+            run.engine.prefill_chunk_while_decoding,
+        ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
         prefix_cache=run.engine.prefix_cache,

@@ -35,7 +35,13 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
     prompt_tokens = run.num_prompt_tokens
     if prompt_tokens is None:
         return "workload.prompt_tokens is not set"
-    load = Workload(run.workload.batch_size, prompt_tokens, run.workload.output_tokens, run.engine.prefill_chunk)
+    load = Workload(
+        run.workload.batch_size,
+        prompt_tokens,
+        run.workload.output_tokens,
+        run.engine.prefill_chunk,
+        run.engine.prefill_chunk_while_decoding,
+    )
     try:
         return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates)
     except ValueError as error:

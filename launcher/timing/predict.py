@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.timing.rates import MB, ChunkRates, Rates, StepRates, interpolate
 
@@ -32,6 +32,12 @@ class Workload:
     prompt_tokens: int
     output_tokens: int
     prefill_chunk: int
+    # Where answers are under way.
+    prefill_chunk_while_decoding: int
+
+    @property
+    def prompts_only(self) -> Workload:
+        return replace(self, output_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def predict_times(work: Work, load: Workload, rates: Rates) -> Times:
         raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.decode)}")
     parts = decode_parts(work, load, rates)
     tpot_ms = sum(parts.values())
-    prompts_ms = prefill_ms(work, load, rates)
+    prompts_ms = prefill_ms(work, load, rates, tpot_ms)
+    prefill_only_ms = max(prefill_ms(work, load.prompts_only, rates, tpot_ms))
     answers_ms = max(prompts_ms) + (load.output_tokens - 1) * tpot_ms
     tokens_per_sec = load.batch_size * load.output_tokens / answers_ms * 1e3
     return Times(
@@ -87,7 +94,7 @@ def predict_times(work: Work, load: Workload, rates: Rates) -> Times:
         limit=LIMITS[max(parts, key=lambda name: parts[name])],
         tokens_per_sec=tokens_per_sec,
         ttft_ms=statistics.median(prompts_ms),
-        prefill_tokens_per_sec=load.batch_size * load.prompt_tokens / max(prompts_ms) * 1e3,
+        prefill_tokens_per_sec=load.batch_size * load.prompt_tokens / prefill_only_ms * 1e3,
         tokens_per_joule=tokens_per_sec / (rates.power_w * rates.world_size) if rates.power_w else None,
     )
 
@@ -130,15 +137,22 @@ def step_bytes(work: Work, load: Workload) -> float:
     return layers + work.head_bytes
 
 
-def prefill_ms(work: Work, load: Workload, rates: Rates) -> list[float]:
-    """When each prompt of the batch has its first token: chunks are filled in order, and a prompt ends in one."""
+def prefill_ms(work: Work, load: Workload, rates: Rates, step_ms: float) -> list[float]:
+    """When each prompt of the batch has its first token: chunks are filled in order, and a prompt ends in one.
+
+    Once answers are under way chunks are shorter, with a step between every two, counted as one of all rows.
+    """
     table = rates.prefill[work.format]
-    total, done_ms, clock = load.batch_size * load.prompt_tokens, [], 0.0
-    for start in range(0, total, load.prefill_chunk):
-        tokens = min(load.prefill_chunk, total - start)
+    total, done_ms, clock, start = load.batch_size * load.prompt_tokens, list[float](), 0.0, 0
+    while start < total:
+        chunk, is_decoding = load.prefill_chunk, bool(done_ms) and load.output_tokens > 1
+        if is_decoding:
+            chunk, clock = min(chunk, load.prefill_chunk_while_decoding), clock + step_ms
+        tokens = min(chunk, total - start)
         clock += chunk_ms(work, table, tokens, rates) + past_ms(work, load, start, tokens, rates)
         ended = (start + tokens) // load.prompt_tokens - start // load.prompt_tokens
         done_ms += [clock] * ended
+        start += tokens
     return done_ms
 
 

@@ -7,7 +7,7 @@ launcher/model_config.py, whose layers differ in biases and in norms of queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Decoder:
         self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
         self.scale = self.head_dim**-0.5
         self.num_layers = config.num_hidden_layers
+        self.world_size: int = model.model.layers[0].self_attn.o_proj.communicator.world_size
         for layer in model.model.layers:
             if not is_merged(layer):
                 merge_layer(layer)
@@ -55,9 +56,8 @@ class Decoder:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
         update = torch.zeros(0)
-        layers = self.model.model.layers
-        aheads = look_ahead(layers, self.model.lm_head, len(tokens.ids), residual.device)
-        for index, (layer, cache, ahead) in enumerate(zip(layers, caches, aheads, strict=True)):
+        aheads = look_ahead(self.model.model.layers, self.model.lm_head, len(tokens.ids), residual.device)
+        for index, (layer, cache, ahead) in enumerate(zip(self.layers(), caches, aheads, strict=True)):
             norm = layer.input_layernorm.weight
             normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
             attended = self._attention(layer.self_attn, normed, tokens, attend, cache, ahead.output)
@@ -65,6 +65,10 @@ class Decoder:
             normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
             update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed), *ahead.down), ahead.following)
         return residual.add_(update)
+
+    def layers(self) -> Iterator[Any]:
+        """In turn; each is ready until the next is asked for."""
+        return iter(self.model.model.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, local vocabulary]"""
@@ -78,9 +82,14 @@ class Decoder:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
             return normed.new_empty(len(normed), 0)
+        query = self.rotate(attention, attention.qkv(normed), tokens, cache, ahead)
+        return attend(query, cache).flatten(1)
+
+    def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV, ahead: Ahead = ()) -> Tensor:
+        """Caches the keys and values in `qkv` [tokens, ...]; returns the queries, [tokens, local heads, head_dim]."""
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        query = rotary_and_cache(
-            attention.qkv(normed),
+        return rotary_and_cache(
+            qkv,
             self.cos,
             self.sin,
             tokens.positions,
@@ -94,4 +103,3 @@ class Decoder:
             self.eps,
             *ahead,
         )
-        return attend(query, cache).flatten(1)

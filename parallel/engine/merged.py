@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from parallel.kernels.blocks import Block, side_by_side, whole, with_bias
 from parallel.kernels.merge import merge
 from parallel.linear import ColumnParallelLinear
 
@@ -17,6 +18,7 @@ from parallel.linear import ColumnParallelLinear
 class MergedLinear(nn.Module):
     """[..., in] -> [..., sum of local outs]: the outputs of `layers`, side by side, in one launch."""
 
+    multiply: Any
     bias: Tensor | None
 
     def __init__(self, weight: Tensor | nn.Module, bias: Tensor | None) -> None:
@@ -31,7 +33,11 @@ class MergedLinear(nn.Module):
 
     def stored(self) -> tuple[Tensor, ...]:
         """As GroupedLinear.stored."""
-        return cast(Any, self.multiply).stored()
+        return self.multiply.stored()
+
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        """For products of many inputs of `dtype`."""
+        return with_bias(self.multiply.blocks(dtype), self.bias)
 
 
 class PlainWeight(nn.Module):
@@ -47,9 +53,14 @@ class PlainWeight(nn.Module):
     def stored(self) -> tuple[Tensor, ...]:
         return (self.weight,)
 
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        return whole(self.weight)
+
 
 class SideBySide(nn.Module):
     """The same of linears whose weights cannot be one: each on its own."""
+
+    layers: Any
 
     def __init__(self, layers: Sequence[ColumnParallelLinear]) -> None:
         super().__init__()
@@ -60,7 +71,11 @@ class SideBySide(nn.Module):
 
     def stored(self) -> tuple[Tensor, ...]:
         """Of the first, as GroupedLinear.stored."""
-        return cast(Any, self.layers[0]).stored()
+        return self.layers[0].stored()
+
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        """For products of many inputs of `dtype`."""
+        return side_by_side(with_bias(layer.blocks(dtype), layer.bias) for layer in self.layers)
 
 
 def merge_linears(layers: Sequence[ColumnParallelLinear]) -> nn.Module:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import EngineLimits
+from parallel.engine.limits import EngineLimits, choose_cut
+from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
@@ -35,8 +36,12 @@ class PagedModel:
 
     def part_states(self, parts: Ordered[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
-        device = self.caches[0].keys.device
-        return self.decoder(part_tokens(parts, device), self._attend_parts(parts, device), self.caches)
+        tokens = part_tokens(parts, self.caches[0].keys.device)
+        cut = choose_cut(len(tokens.ids), self.decoder.world_size)
+        if cut is None:
+            return self.decoder(tokens, self._attend_parts(parts), self.caches)
+        halves = zip(split_tokens(tokens, cut), map(self._attend_parts, split_parts(parts, cut)), strict=True)
+        return run_in_halves(self.decoder, list(halves), self.caches)
 
     def row_states(self, rows: Rows) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position."""
@@ -47,7 +52,8 @@ class PagedModel:
 
         return self.decoder(rows.inputs(), attend, self.caches)
 
-    def _attend_parts(self, parts: Ordered[Part], device: torch.device) -> Attend:
+    def _attend_parts(self, parts: Ordered[Part]) -> Attend:
+        device = self.caches[0].keys.device
         tables = [to_device(torch.tensor(part.sequence.pages), device) for part in parts]
 
         def attend_part(chunk: Tensor, cache: PagedKV, part: Part, table: Tensor) -> Tensor:
@@ -56,7 +62,8 @@ class PagedModel:
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
             chunks = zip(query.split([part.end - part.start for part in parts]), parts, tables, strict=True)
-            return torch.cat([attend_part(chunk, cache, part, table) for chunk, part, table in chunks])
+            attended = [attend_part(chunk, cache, part, table) for chunk, part, table in chunks]
+            return torch.cat(attended) if len(attended) > 1 else attended[0]
 
         return attend
 
@@ -66,6 +73,23 @@ def part_tokens(parts: Ordered[Part], device: torch.device) -> Tokens:
     positions = torch.cat([torch.arange(part.start, part.end) for part in parts])
     slots = torch.cat([slots_of(part.sequence.pages, part.start, part.end) for part in parts])
     return Tokens(*to_device(torch.stack([ids, positions, slots]), device).unbind(0))
+
+
+def split_tokens(tokens: Tokens, cut: int) -> tuple[Tokens, Tokens]:
+    """The first `cut` tokens, and the others."""
+    columns = (tokens.ids, tokens.positions, tokens.slots)
+    return Tokens(*(column[:cut] for column in columns)), Tokens(*(column[cut:] for column in columns))
+
+
+def split_parts(parts: Ordered[Part], cut: int) -> tuple[list[Part], list[Part]]:
+    """The first `cut` tokens of `parts`, and the others; a part with tokens in both is cut in two."""
+    first, second = [], []
+    for part in parts:
+        middle = min(part.start + cut, part.end)
+        first += [replace(part, end=middle)] if middle > part.start else []
+        second += [replace(part, start=middle)] if middle < part.end else []
+        cut -= middle - part.start
+    return first, second
 
 
 def open_paged(

@@ -17,9 +17,9 @@ class Scheduler:
     - Ranks agree unasked: decisions depend on the prompts added, the limits and the tokens so far, never on time.
     - A sequence has all the pages that it may need before its first token is read, so none is ever thrown out again.
     - None starves. Nobody overtakes: prompts are taken in, and read, in their order. The first that waits gets its row
-      and its pages as those before it end, and they end: with each pass of prompts, of at most `prefill_chunk` tokens,
-      every running sequence takes a step. The price is that a prompt that is short of pages, or long to read, holds
-      up shorter ones behind it; with `EngineLimits.num_pages` pages, whoever has a row has pages.
+      and its pages as those before it end, and they end: with each pass of prompts, whose tokens `EngineLimits.chunk`
+      limits, every running sequence takes a step. The price is that a prompt that is short of pages, or long to read,
+      holds up shorter ones behind it; with `EngineLimits.num_pages` pages, whoever has a row has pages.
     - A prompt reads what another before it has, or will have, put into shared pages (see PrefixCache) after that one.
     """
 
@@ -67,8 +67,11 @@ class Scheduler:
         return True
 
     def next_parts(self) -> list[Part]:
-        """What to prefill next: as much of the oldest prompts as one pass takes, none before an older one's end."""
-        room, parts = self.engine.limits.prefill_chunk, []
+        """What to prefill next: as much of the oldest prompts as one pass takes, none before an older one's end.
+
+        A pass is shorter where answers are under way: each of them waits for it before its next token.
+        """
+        room, parts = self.engine.limits.chunk(is_decoding=bool(self.running)), []
         for sequence in self.prefilling:
             start = sequence.num_prefilled
             end = min(len(sequence.prompt), start + room)

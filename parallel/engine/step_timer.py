@@ -23,7 +23,7 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
     """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
     see `prepared_step`."""
     with prepared_step(engine, contexts, communicator) as run:
-        return [_milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+        return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
 
 
 @contextmanager
@@ -65,7 +65,8 @@ def _same_step(engine: Engine, num_rows: int) -> Callable[[], None]:
     return capture(step).replay if engine.device.type == "cuda" else step
 
 
-def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+def milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    """Of one call, and of what it queued on the device."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":

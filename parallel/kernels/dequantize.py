@@ -5,10 +5,13 @@ Weights stay packed in memory; each call makes the dequantised weight anew and d
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.kernels.blocks import Block
 from parallel.quantized import QuantizedWeight, by_blocks
 
 
@@ -41,6 +44,10 @@ class DequantizeLinear(nn.Module):
         """[out, in]"""
         shape = (len(self.values), self.num_in)
         return by_blocks(shape, dtype, self.values.device, lambda rows: self.weight(rows).whole(dtype))
+
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        """For products of many inputs of `dtype`."""
+        return [Block(slice(0, len(self.values)), partial(self.dequantize, dtype))]
 
     def weight(self, rows: slice) -> QuantizedWeight:
         """Some of the outputs, unpacked."""

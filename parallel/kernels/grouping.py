@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from parallel.kernels.blocks import Block
 from parallel.kernels.held import DEQUANTIZED_AT_A_TIME
 from parallel.quantized import QuantizedWeight
 
@@ -47,9 +49,10 @@ class GroupedLinear(nn.Module):
 
     order: Tensor | None
 
-    def __init__(self, num_out: int, order: Tensor | None, *, max_rows: int) -> None:
+    def __init__(self, shape: tuple[int, int], order: Tensor | None, *, max_rows: int) -> None:
+        """`shape` of the weight: outputs, inputs."""
         super().__init__()
-        self.num_out = num_out
+        self.num_out, self.num_in = shape
         self.max_rows = max_rows
         self.register_buffer("order", order)
 
@@ -64,9 +67,16 @@ class GroupedLinear(nn.Module):
     def multiply_dequantized(self, rows: Tensor) -> Tensor:
         """[m, in] -> [m, out]"""
         output = rows.new_empty(len(rows), self.num_out)
-        for outputs in output_blocks(self.num_out, rows.shape[1]):
+        for outputs in output_blocks(self.num_out, self.num_in):
             torch.mm(rows, self.dequantize(outputs).t(), out=output[:, outputs])
         return output
+
+    def blocks(self, dtype: torch.dtype) -> list[Block]:
+        """For products of many inputs, `dtype` their own."""
+        return [
+            Block(outputs, partial(self.dequantize, outputs), self.order)
+            for outputs in output_blocks(self.num_out, self.num_in)
+        ]
 
     def multiply(self, rows: Tensor) -> Tensor:
         """[m, in] -> [m, out], columns as they are packed."""

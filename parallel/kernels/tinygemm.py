@@ -32,7 +32,7 @@ class TinygemmLinear(GroupedLinear):
         group_size = find_group_size(weight)
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
-        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_TINYGEMM_ROWS)
+        super().__init__(weight.shape, grouped.order, max_rows=MAX_TINYGEMM_ROWS)
         self.group_size = group_size
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(
             pack_pairs(grouped.columns()), inner_tiles(weight.shape[1])

@@ -67,7 +67,7 @@ class W4A16Linear(GroupedLinear):
         group_size = find_group_size(weight)
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
-        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
+        super().__init__(weight.shape, grouped.order, max_rows=MAX_ROWS)
         pack = partial(pack_values, in_pairs=weight.codebook is not None)
         self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))

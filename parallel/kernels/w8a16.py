@@ -56,7 +56,7 @@ class W8A16Linear(GroupedLinear):
 
     def __init__(self, weight: QuantizedWeight) -> None:
         grouped = group_inputs(weight, W8A16_GROUP_SIZE)
-        super().__init__(weight.shape[0], grouped.order, max_rows=MAX_ROWS)
+        super().__init__(weight.shape, grouped.order, max_rows=MAX_ROWS)
         self.is_float = weight.is_float
         self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack_values))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))

@@ -35,6 +35,12 @@ CASES = {
     "mlp": (replace(FACTS, intermediate_size=4096), LIMITS, SamplingParams()),
     "context": (FACTS, EngineLimits(max_context=4096, batch_size=1, prefill_chunk=64), SamplingParams()),
     "mask": (FACTS, EngineLimits(max_context=4096, batch_size=1, prefill_chunk=512), SamplingParams()),
+    # On two ranks the pass goes in halves.
+    "halves": (
+        replace(FACTS, num_heads=32, num_kv_heads=4),
+        EngineLimits(max_context=1024, batch_size=1, prefill_chunk=1024),
+        SamplingParams(),
+    ),
     "decode": (FACTS, EngineLimits(max_context=1024, batch_size=6, prefill_chunk=32), SamplingParams()),
     "sampling": (replace(FACTS, vocab_size=16384), replace(LIMITS, batch_size=8, max_context=64), SAMPLED),
 }

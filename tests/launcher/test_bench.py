@@ -47,6 +47,10 @@ def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Pat
     # All weights but the embedding, 1 MiB a rank; 26 tokens of two sequences: in 5 layers 2 KV heads of 64 a rank.
     weights = report["cards"][0]["memory"]["weights_bytes"] - 2**20
     assert report["bandwidth"]["step_bytes"] == {"weights": weights, "kv": 2 * 26 * 5 * 2 * 128 * 2}
+    prefill = report["prefill_breakdown"]
+    assert (prefill["tokens"], prefill["problem"]) == (2 * 24, None)
+    assert all(sec > 0 for sec in prefill["pass_ms"].values())
+    assert 0 < prefill["parts"]["all_reduce_alone"]["us"] < 1.001 * prefill["parts"]["all_reduce"]["us"]
     parts = report["breakdown"]["parts"]
     assert all(parts[name]["us"] > 0 for name in parts if name != "between")
     rows = {row["name"]: row for row in report["baselines"]}
@@ -75,6 +79,9 @@ def test_one_rank_answers_requests_that_come_over_time(tmp_path: Path) -> None:
     assert (report["comm_share"], report["baselines"]) == (0, [])
     assert report["decode_step_ms"]["measured"] > 0
     assert report["breakdown"]["parts"]["all_reduce"]["us"] == 0
+    prefill = report["prefill_breakdown"]
+    assert (prefill["pass_ms"]["without_all_reduce"], prefill["parts"]["all_reduce"]["us"]) == (None, 0)
+    assert prefill["parts"]["products"]["us"] > 0
     assert "50 requests/s" in result.stderr
 
 

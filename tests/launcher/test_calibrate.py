@@ -60,7 +60,7 @@ def test_the_file_gives_the_rates_back(calibration: Calibration, tmp_path: Path)
     path = tmp_path / "rates" / "a.json"
     save_calibration(path, calibration)
     assert load_calibration(path) == calibration
-    work, load = calibration.points[0].work, Workload(2, 40, 8, 32)
+    work, load = calibration.points[0].work, Workload(2, 40, 8, 32, 32)
     # A CPU's copies are not timed.
     rates = fit_rates(replace(calibration, copy_gb_per_sec=10.0))
     assert predict_times(work, load, rates).tpot_ms > 0

@@ -116,6 +116,7 @@ def test_plan_may_be_of_a_run_with_files_or_of_a_bench() -> None:
         (["sampling.stop=['']"], "sampling.stop holds an empty text"),
         (["engine.max_context=1"], "engine.max_context=1 must be at least 2"),
         (["engine.prefill_chunk=0"], "engine.prefill_chunk=0 must be at least 1"),
+        (["engine.prefill_chunk_while_decoding=0"], "engine.prefill_chunk_while_decoding=0 must be at least 1"),
         (["engine.comm_share_steps=-1"], "engine.comm_share_steps=-1 must be 0 (do not measure) or above"),
         (["probe.min_bytes=3"], "probe.min_bytes=3 must be from 4 to probe.max_bytes"),
         (["probe.min_bytes=8", "probe.max_bytes=4"], "probe.min_bytes=8 must be from 4 to probe.max_bytes=4"),

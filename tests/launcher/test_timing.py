@@ -17,7 +17,7 @@ WIDE = Work("int4", 80, 220_000_000, 855_000_000, 1_050_000_000, 2048, 32, 16384
 NARROW = replace(
     WIDE, layer_bytes=58_000_000, layer_plain_bytes=218_000_000, head_bytes=525_000_000, message_bytes=8192
 )
-LOAD = Workload(batch_size=8, prompt_tokens=512, output_tokens=256, prefill_chunk=2048)
+LOAD = Workload(8, 512, 256, prefill_chunk=2048, prefill_chunk_while_decoding=2048)
 ROWS, CHUNKS = (1, 8, 32), (128, 512, 2048)
 SHORT, LONG = 512, 4096
 FACTS = Facts("RTX 4090", 1008.0, 165.0, 4, 16, 450.0)
@@ -93,15 +93,28 @@ def test_one_rank_talks_to_nobody(machine: Machine) -> None:
 
 
 def test_prompts_of_a_chunk_end_together(machine: Machine) -> None:
-    # Eight prompts of 512 fill two chunks of 2048.
-    first, second = machine.chunk_ms(WIDE, 2048), 2 * machine.chunk_ms(WIDE, 2048)
+    # Eight prompts of 512 fill two chunks of 2048, between which the first four take a step.
+    chunk, step = machine.chunk_ms(WIDE, 2048), machine.step_ms(WIDE, 8, 640)
     times = predict(machine)
-    assert times.ttft_ms == pytest.approx((first + second) / 2, rel=1e-6)
-    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / second * 1e3, rel=1e-6)
+    assert times.ttft_ms == pytest.approx((chunk + (2 * chunk + step)) / 2, rel=1e-6)
+    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / (2 * chunk) * 1e3, rel=1e-6)
+
+
+def test_chunks_are_shorter_once_answers_are_under_way(machine: Machine) -> None:
+    """The first chunk ends four prompts; each of the others one of the last four, after a step."""
+    first, step = machine.chunk_ms(WIDE, 2048), machine.step_ms(WIDE, 8, 640)
+    each = step + machine.chunk_ms(WIDE, 512)
+    load = replace(LOAD, prefill_chunk_while_decoding=512)
+    times = predict(machine, load)
+    assert times.ttft_ms == pytest.approx((first + (first + each)) / 2, rel=1e-6)
+    assert times.prefill_tokens_per_sec == predict(machine).prefill_tokens_per_sec
+    last = first + 4 * each + 255 * times.tpot_ms
+    assert times.tokens_per_sec == pytest.approx(8 * 256 / last * 1e3, rel=1e-6)
+    assert predict(machine, replace(load, output_tokens=1)).ttft_ms == pytest.approx(1.5 * first, rel=1e-6)
 
 
 def test_a_long_prompt_pays_for_attending_to_its_past(machine: Machine) -> None:
-    load = Workload(batch_size=1, prompt_tokens=4096, output_tokens=2, prefill_chunk=2048)
+    load = replace(LOAD, batch_size=1, prompt_tokens=4096, output_tokens=2)
     whole = machine.chunk_ms(WIDE, 2048) + machine.chunk_ms(WIDE, 2048, 2048)
     assert predict(machine, load).ttft_ms == pytest.approx(whole, rel=1e-6)
 

@@ -197,7 +197,7 @@ class ByHand(GroupedLinear):
     """A grouped linear whose kernel and dequantised weight differ by a factor, to show which of them ran."""
 
     def __init__(self, columns: Tensor, order: Tensor | None) -> None:
-        super().__init__(len(columns), order, max_rows=4)
+        super().__init__((len(columns), columns.shape[1]), order, max_rows=4)
         self.columns = columns
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class PlainGrouped(grouping.GroupedLinear):
     """Many rows only, by a weight that is at hand."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(len(weight), None, max_rows=0)
+        super().__init__((len(weight), weight.shape[1]), None, max_rows=0)
         self.weight = weight
         self.blocks: list[tuple[int, int]] = []
 

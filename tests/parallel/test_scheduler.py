@@ -52,7 +52,7 @@ def num_shared(prompt: list[int], others: Sequence[list[int]]) -> int:
 def test_every_prompt_is_answered_as_if_it_were_alone(seed: int, kind: type[PageAllocator]) -> None:
     """Sequences join and leave at any step, in pages that are plenty or just enough for the longest."""
     draw = random.Random(seed)
-    limits = EngineLimits(MAX_CONTEXT, draw.choice((1, 2, 3, 8)), draw.choice(CHUNKS))
+    limits = EngineLimits(MAX_CONTEXT, draw.choice((1, 2, 3, 8)), draw.choice(CHUNKS), draw.choice((None, 5, 64, 999)))
     num_pages = draw.choice((1 + limits.pages_per_sequence, 3 + limits.pages_per_sequence, limits.num_pages, 1000))
     engine, prompts = TracedEngine(limits, kind(num_pages)), random_prompts(draw, 12)
     for _ in range(2):
@@ -116,6 +116,16 @@ def test_head_that_eight_prompts_share_is_read_once() -> None:
     # One pass reads all: the first prompt whole, of the others what is their own.
     assert engine.events[0] == ("prefill", list(range(8)))
     assert all(kind == "step" for kind, _ in engine.events[1:])
+
+
+@pytest.mark.parametrize(("while_decoding", "expected"), [(None, [200, 190]), (50, [200, 50, 140]), (999, [200, 190])])
+def test_passes_are_shorter_while_answers_wait_for_them(while_decoding: int | None, expected: list[int]) -> None:
+    """The first prompt's answer needs two steps after its first token; then the rest is read at once."""
+    engine = TracedEngine(EngineLimits(MAX_CONTEXT, 2, 200, while_decoding), PageAllocator(1 + 2 * 7))
+    prompts = [Prompt(0, [2] * 10), Prompt(1, [3] * 380)]
+    done: list[int] = [0]
+    generate(cast(Engine, engine), prompts, TOKENIZER, StopRules(3), on_prefill=lambda now, total: done.append(now))
+    assert [end - start for start, end in pairwise(done)] == expected
 
 
 def test_shared_pages_let_more_sequences_in() -> None:

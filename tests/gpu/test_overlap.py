@@ -1,0 +1,111 @@
+"""Passes in two halves on a card, their sums on a second stream: what whole passes give, again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.tasks.breakdown import Piece, profile_steps
+from parallel.checkpoint.headers import read_checkpoint
+from parallel.checkpoint.load import load_checkpoint
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.communicator import Communicator, ElidedAllReduce
+from parallel.engine import limits
+from parallel.engine.chunk_timer import prepared_chunk
+from parallel.engine.engine import Engine, Part
+from parallel.engine.limits import EngineLimits
+from parallel.engine.merged import LayerMerger
+from parallel.engine.pages import pages_for
+from parallel.engine.sequence import Sequence
+from parallel.kernels import grouping
+from parallel.shard import share_process_group
+from tests.gpu.one_card import DEVICE, run_on_one_card
+from tests.parallel.ranks import build
+from tests.parallel.small_models import DEMO
+
+pytestmark = pytest.mark.gpu
+# Lengths of the prompts of each pass.
+PASSES = ((1000,), (513,), (300, 1, 400, 260), (2000,))
+NUM_REPEATS = 6
+HALVED = limits.MIN_HALVED_ROWS
+
+
+def open_engine(communicator: Communicator, kind: str) -> Engine:
+    share_process_group(torch.device("cpu"))
+    model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
+    scheme = QUANTIZE_SCHEMES.get(kind)
+    load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
+    # Several blocks in gate_up.
+    grouping.DEQUANTIZED_AT_A_TIME = 256 * 256
+    return Engine(model.module, communicator, DEVICE, EngineLimits(2048, 4, 2048))
+
+
+def pass_states(engine: Engine, lengths: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    for cache in engine.caches:
+        cache.keys.fill_(torch.nan)
+        cache.values.fill_(torch.nan)
+    sequences = [
+        Sequence(row, torch.randint(3, 4000, (length,), generator=generator).tolist(), 1)
+        for row, length in enumerate(lengths)
+    ]
+    for sequence in sequences:
+        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+    states = engine.hidden_states([Part(sequence, 0, len(sequence.prompt)) for sequence in sequences]).clone()
+    for sequence in sequences:
+        engine.pages.release(sequence.pages)
+    return states
+
+
+def errors(communicator: Communicator, kind: str) -> list[tuple[float, int]]:
+    """Of each pass: the error of halves beside the spread of the whole's numbers, and how many different results."""
+    engine, found = open_engine(communicator, kind), []
+    for lengths in PASSES:
+        limits.MIN_HALVED_ROWS = 10**9
+        whole = pass_states(engine, lengths)
+        limits.MIN_HALVED_ROWS = HALVED
+        halved = [pass_states(engine, lengths) for _ in range(NUM_REPEATS)]
+        error = max(float((each - whole).float().std() / whole.float().std()) for each in halved)
+        found.append((error, sum(not torch.equal(each, halved[0]) for each in halved)))
+    communicator.barrier()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03), ("int4", 0.03), ("int8", 0.03)])
+def test_halves_give_what_the_whole_gives(tmp_path: Path, kind: str, allowed: float) -> None:
+    """In bf16 but for the rounding of products of other numbers of rows; the same bits every time."""
+    for found in run_on_one_card(errors, 2, tmp_path, kind):
+        print(kind, found)
+        assert all(error < allowed and different == 0 for error, different in found), found
+
+
+class Slow(ElidedAllReduce):
+    """Takes about a millisecond of one multiprocessor for each sum."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        torch.cuda._sleep(2_000_000)
+        return tensor
+
+
+def profiled_pass(communicator: Communicator) -> list[Piece]:
+    """What two passes through five layers do, on the first rank."""
+    if communicator.rank != 0:
+        return []
+    engine = open_engine(communicator, "int4")
+    with prepared_chunk(engine, [1024], Slow(communicator)) as run:
+        run()
+        return profile_steps(run, DEVICE, 1)
+
+
+def test_products_run_beside_sums(tmp_path: Path) -> None:
+    pieces = run_on_one_card(profiled_pass, 2, tmp_path)[0]
+    sums = [piece for piece in pieces if "spin" in piece.name.lower()]
+    others = [piece for piece in pieces if piece not in sums]
+    # Of the embedding one, of each layer four.
+    assert len(sums) == 2 * (1 + 5 * 4), {piece.name for piece in pieces}
+    beside = [sum(each.start_us < other.start_us < each.start_us + each.us for other in others) for each in sums]
+    print("kernels that began during each sum:", beside)
+    assert sum(count > 0 for count in beside) >= 2 * 5 * 2
