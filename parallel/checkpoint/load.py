@@ -191,4 +191,6 @@ def check_zeros(entries: Iterable[TensorEntry], read_ahead_bytes: int) -> None:
 def move_buffers(module: nn.Module, device: torch.device) -> None:
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer.to(device)
+            # Those of streamed layers have left the device again.
+            if not buffer.is_meta:
+                owner._buffers[name] = buffer.to(device)

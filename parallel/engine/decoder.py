@@ -20,6 +20,7 @@ from parallel.engine.merged import is_merged, local_sizes, merge_layer
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
 from parallel.kernels.prefetch import Ahead
+from parallel.offload.streamer import Streamer
 
 # query [tokens, local heads, head_dim], the layer's cache -> the same shape
 Attend = Callable[[Tensor, PagedKV], Tensor]
@@ -35,11 +36,15 @@ class Tokens:
 
 
 class Decoder:
-    """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone."""
+    """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone.
 
-    def __init__(self, model: PreTrainedModel, max_context: int) -> None:
+    Args:
+        streamer: has the layers that lie in host memory, where some do.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_context: int, streamer: Streamer | None = None) -> None:
         config = model.config
-        self.model = model
+        self.model, self.streamer = model, streamer
         self.eps = config.rms_norm_eps
         self.head_dim = model.model.layers[0].self_attn.head_dim
         self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
@@ -68,7 +73,8 @@ class Decoder:
 
     def layers(self) -> Iterator[Any]:
         """In turn; each is ready until the next is asked for."""
-        return iter(self.model.model.layers)
+        layers = self.model.model.layers
+        return iter(layers) if self.streamer is None else self.streamer.through(layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, local vocabulary]"""

@@ -22,10 +22,16 @@ from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, open_sampler
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation, Speculator, open_speculator
+from parallel.offload.host_layers import HostLayers
+from parallel.offload.streamer import Streamer
 
 
 class Engine:
-    """Runs a loaded, sharded model; it takes over the model's weights (see Decoder)."""
+    """Runs a loaded, sharded model; it takes over the model's weights (see Decoder).
+
+    Args:
+        host_layers: those of the model's layers that lie in host memory, to be streamed in every pass.
+    """
 
     def __init__(
         self,
@@ -38,10 +44,11 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         prefix_cache: bool = True,
         speculation: Speculation | None = None,
+        host_layers: HostLayers | None = None,
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
         self.dtype = model.lm_head.weight.dtype
-        self.target = open_paged(model, limits, kv_dtype, device)
+        self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
@@ -52,7 +59,16 @@ class Engine:
         self.order: list[Sequence] = []
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
-        self.run_step = self.step_rows if device.type == "cpu" else StepGraphs(self.step_rows, limits.batch_size).run
+        self.run_step = StepGraphs(self.step_rows, limits.batch_size).run if self.captures else self.step_rows
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as graphs; see parallel/offload/streamer.py for why streamed ones are not."""
+        return self.device.type == "cuda" and self.streamer is None
+
+    @property
+    def streamer(self) -> Streamer | None:
+        return self.decoder.streamer
 
     @property
     def models(self) -> nn.ModuleList:

@@ -16,6 +16,8 @@ from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
+from parallel.offload.host_layers import HostLayers
+from parallel.offload.streamer import Streamer
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,17 @@ def split_parts(parts: Ordered[Part], cut: int) -> tuple[list[Part], list[Part]]
 
 
 def open_paged(
-    model: PreTrainedModel, limits: EngineLimits, kv_dtype: torch.dtype | None, device: torch.device
+    model: PreTrainedModel,
+    limits: EngineLimits,
+    kv_dtype: torch.dtype | None,
+    device: torch.device,
+    host_layers: HostLayers | None = None,
 ) -> PagedModel:
     """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default."""
-    decoder = Decoder(model, limits.max_context)
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
+    decoder = Decoder(model, limits.max_context, None if host_layers is None else Streamer(host_layers))
     heads = (decoder.num_kv_heads, decoder.head_dim)
     dtype = kv_dtype or model.lm_head.weight.dtype
     return PagedModel(decoder, allocate_pages(decoder.num_layers, limits.num_pages, *heads, dtype, device))

@@ -30,7 +30,7 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
 def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communicator) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
-    Layers talk through `communicator`; on a card the step is captured with it. The engine must have no sequences open;
+    Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no sequences open;
     what lies in their pages is attended to as it is.
     """
     sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
@@ -62,7 +62,7 @@ def _same_step(engine: Engine, num_rows: int) -> Callable[[], None]:
         engine.rows.positions.copy_(positions)
         engine.step_rows(num_rows)
 
-    return capture(step).replay if engine.device.type == "cuda" else step
+    return capture(step).replay if engine.captures else step
 
 
 def milliseconds(run: Callable[[], None], device: torch.device) -> float:

@@ -17,10 +17,12 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.merged import LayerMerger
 from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.offload.host_layers import HostLayers
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.small_models import DEMO
@@ -50,9 +52,12 @@ def build(communicator: Communicator, folder: Path, dtype: torch.dtype = torch.f
     return build_sharded_model(config, communicator, dtype=dtype, grain=grain)
 
 
-def load(communicator: Communicator, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(
+    communicator: Communicator, folder: Path, dtype: torch.dtype = torch.float32, host_layers: HostLayers | None = None
+) -> nn.Module:
     model = build(communicator, folder, dtype)
-    load_checkpoint(model, read_checkpoint(folder), CPU)
+    on_placed = LayerMerger(model.module, host_layers.keep) if host_layers else lambda name: None
+    load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=on_placed)
     return model.module
 
 
@@ -68,19 +73,22 @@ def make_engine(
     kv_dtype: torch.dtype | None = None,
     speculation: Speculation | None = None,
     draft: Path | None = None,
+    streamed: Sequence[int] = (),
 ) -> Engine:
-    """`draft`: the folder of a draft model, for a `speculation` that needs one."""
+    """`draft`: the folder of a draft model, for a `speculation` that needs one. `streamed`: layers in host memory."""
     limits = EngineLimits(max_context, batch_size, prefill_chunk)
+    host_layers = HostLayers(streamed, CPU) if streamed else None
     if speculation is not None and draft is not None:
         speculation = replace(speculation, draft=load(communicator, draft, dtype))
     return Engine(
-        load(communicator, folder, dtype),
+        load(communicator, folder, dtype, host_layers),
         communicator,
         CPU,
         limits,
         sampling=sampling,
         kv_dtype=kv_dtype,
         speculation=speculation,
+        host_layers=host_layers,
     )
 
 

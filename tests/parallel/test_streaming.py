@@ -1,0 +1,182 @@
+"""Models of which some layers are streamed from host memory answer as those that lie on the device."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parallel.checkpoint.headers import read_checkpoint
+from parallel.checkpoint.load import load_checkpoint
+from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
+from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.merged import LayerMerger
+from parallel.engine.speculation.speculator import Speculation
+from parallel.engine.step_timer import time_steps
+from parallel.offload.host_layers import HostLayers
+from parallel.offload.layout import ALIGNMENT, Layout
+from parallel.offload.spread import NUM_STAGED, spread_layers
+from parallel.offload.streamer import Streamer
+from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
+from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
+from tests.parallel.small_models import DEMO, prompts_of
+
+FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
+NGRAM = Speculation("ngram", num_drafts=3)
+# Of the five layers of the demo model: one, an even and an odd number, the ends, all.
+SETS = ((2,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4))
+
+
+def poisoned(engine: Engine) -> Engine:
+    """What is not copied before it is used shows."""
+    assert engine.streamer is not None
+    engine.streamer.buffers.fill_(0xFF)
+    return engine
+
+
+def answers(engine: Engine, prompts: list[Prompt]) -> list[list[int]]:
+    result: Result = generate(engine, prompts, demo_tokenizer(), StopRules(12))
+    return [answer.token_ids for answer in result.answers]
+
+
+def demo_runs(communicator: Communicator, speculation: Speculation | None) -> list[list[list[int]]]:
+    """Answers of the resident model, then of each set: ragged prompts in chunks, more of them than rows."""
+    prompts = numbered(prompts_of("demo"))
+    settings = {"prefill_chunk": 7, "batch_size": 3, "speculation": speculation}
+    found = [answers(make_engine(communicator, DEMO, **settings), prompts)]
+    for streamed in SETS:
+        engine = poisoned(make_engine(communicator, DEMO, streamed=streamed, **settings))
+        found.append(answers(engine, prompts))
+        # A second time, when the buffers hold what the first passes left.
+        assert answers(engine, prompts) == found[-1]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("speculation", [None, NGRAM], ids=["plain", "ngram"])
+def test_streamed_layers_answer_as_resident_ones(world_size: int, speculation: Speculation | None) -> None:
+    for resident, *streamed in run_on_ranks(demo_runs, world_size, speculation):
+        assert len(set(map(tuple, resident))) == len(resident)
+        assert streamed == [resident] * len(SETS)
+
+
+def logits_of(communicator: Communicator, folder: Path, prompts: list[list[int]], forced: list[list[int]]) -> Tensor:
+    """Of the resident model and of the one with both layers streamed."""
+    found = [make_engine(communicator, folder), poisoned(make_engine(communicator, folder, streamed=(0, 1)))]
+    return torch.stack([forced_logits(engine, prompts, forced) for engine in found])
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq_act_order", "nf4", "fp8"])
+def test_packed_weights_travel_packed_and_whole(name: str, tmp_path: Path) -> None:
+    folder = write_pair(name, tmp_path / name) / "quantized"
+    resident, streamed = run_on_ranks(logits_of, 1, folder, PROMPTS, [[token] for token in NEXT])[0]
+    assert torch.isfinite(resident).all()
+    assert torch.equal(resident, streamed)
+
+
+@pytest.mark.parametrize("name", ["llama_with_biases", "qwen3", "llama_tied"])
+def test_biases_and_norms_travel_too(name: str, folders: dict[str, Path]) -> None:
+    resident, streamed = run_on_ranks(logits_of, 1, folders[name], prompts_of(name), FORCED)[0]
+    assert torch.equal(resident, streamed)
+
+
+def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[int]], list[float]]:
+    """Answers before and after a pass that ended in the middle, and after timed steps."""
+    engine, prompts = make_engine(communicator, DEMO, streamed=(0, 2, 3)), numbered(prompts_of("demo"))
+    before = answers(engine, prompts)
+    assert engine.streamer is not None
+    passing = engine.streamer.through(engine.model.model.layers)
+    for _ in range(4):
+        next(passing)
+    passing.close()
+    after = answers(engine, prompts)
+    return before, after, time_steps(engine, [17, 5], 2, communicator)
+
+
+def test_a_pass_that_fails_leaves_the_next_one_whole() -> None:
+    before, after, times = run_on_ranks(interrupted, 1)[0]
+    assert before == after
+    assert min(times) > 0
+
+
+def bytes_held(communicator: Communicator) -> tuple[int, int, int, int]:
+    """Of the parameters that a loaded model still has on the device; of all of it; of the host; and staged."""
+    model, layers = build(communicator, DEMO), HostLayers((1, 2, 4), CPU)
+    whole = sum(parameter.nbytes for parameter in model.module.parameters())
+    load_checkpoint(model, read_checkpoint(DEMO), CPU, on_placed=LayerMerger(model.module, layers.keep))
+    resident = sum(tensor.nbytes for tensor in model.module.parameters() if not tensor.is_meta)
+    return resident, whole, layers.num_bytes, Streamer(layers).buffers.nbytes
+
+
+def test_what_is_streamed_is_on_the_host_alone() -> None:
+    resident, whole, on_host, staged = run_on_ranks(bytes_held, 1)[0]
+    assert resident < whole
+    padding = 3 * 6 * ALIGNMENT
+    assert whole - resident <= on_host <= whole - resident + padding
+    assert staged == pytest.approx(on_host * NUM_STAGED / 3)
+
+
+def test_layout_holds_every_tensor_apart_and_aligned() -> None:
+    layer = nn.Sequential(nn.Linear(3, 5, dtype=torch.bfloat16), nn.BatchNorm1d(5), nn.Linear(5, 1, bias=False))
+    layer.requires_grad_(requires_grad=False)
+    layout, before = Layout.of(layer), [tensor.clone() for tensor in layer.state_dict().values()]
+    memory = torch.full((layout.num_bytes,), 0x5A, dtype=torch.uint8)
+    places = [(view.data_ptr() - memory.data_ptr(), view.nbytes) for view in layout.views(memory)]
+    assert all(start % ALIGNMENT == 0 for start, _ in places)
+    assert all(start + size <= following for (start, size), (following, _) in pairwise(places))
+    for view, tensor in zip(layout.views(memory), layout.tensors(), strict=True):
+        view.copy_(tensor)
+    layout.unbind()
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    layout.bind(layout.views(memory))
+    for found, expected in zip(layer.state_dict().values(), before, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("num_layers", [1, 5, 32, 80])
+def test_streamed_layers_are_spread_evenly_round_the_pass(num_layers: int) -> None:
+    for num_streamed in range(1, num_layers + 1):
+        indices = spread_layers(num_layers, num_streamed)
+        assert len(set(indices)) == num_streamed
+        assert all(0 <= index < num_layers for index in indices)
+        gaps = [after - before for before, after in pairwise([*indices, indices[0] + num_layers])]
+        assert max(gaps) - min(gaps) <= 1
+
+
+class Recorder:
+    """A copy queue of an endless engine: what has been asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def copy(self, source: Tensor, target: Tensor, buffer: int) -> None:
+        self.calls.append(("copy", buffer))
+        target.copy_(source)
+
+    def wait_copied(self, buffer: int) -> None:
+        self.calls.append(("wait", buffer))
+
+    def mark_used(self, buffer: int) -> None:
+        self.calls.append(("used", buffer))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
+def test_buffers_take_turns_and_copies_follow_their_last_use(num_layers: int) -> None:
+    """Over three passes: a buffer is waited for before use, marked after it, and copied to at once then."""
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(num_layers)).requires_grad_(requires_grad=False)
+    kept = HostLayers(range(num_layers), CPU)
+    for index, layer in enumerate(layers):
+        kept.keep(index, layer)
+    streamer, recorder = Streamer(kept), Recorder()
+    streamer.copies = recorder
+    for _ in range(3):
+        for layer in streamer.through(layers):
+            assert not layer.weight.is_meta
+    start, steady = recorder.calls[:4], recorder.calls[4:]
+    assert start == [("used", 0), ("copy", 0), ("used", 1), ("copy", 1)]
+    turns = [place % 2 for place in range(3 * num_layers)]
+    assert steady == [call for turn in turns for call in (("wait", turn), ("used", turn), ("copy", turn))]
