@@ -23,6 +23,8 @@ from launcher.hardware_config import HardwareKind as HardwareKind
 from launcher.hardware_config import LimitsConfig as LimitsConfig
 from launcher.hardware_config import PeerAccess as PeerAccess
 from launcher.model_facts import ModelFacts as ModelFacts
+from launcher.offload_config import OffloadConfig as OffloadConfig
+from launcher.offload_config import OffloadKind as OffloadKind
 from launcher.plan_config import Aim as Aim
 from launcher.plan_config import PlanConfig as PlanConfig
 from launcher.speculation import SpeculationConfig as SpeculationConfig
@@ -33,6 +35,8 @@ from launcher.workload import BenchConfig as BenchConfig
 from launcher.workload import WorkloadConfig as WorkloadConfig
 
 MAX_CARDS = 4
+# Sections with rules of their own.
+CHECKED = ("model", "workload", "limits", "sampling", "engine", "offload", "speculation", "probe", "timeouts")
 
 
 class ConfigError(ValueError):
@@ -161,6 +165,7 @@ class RunConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -186,7 +191,7 @@ class RunConfig:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
         if self.gpus is not None and not 1 <= self.gpus <= MAX_CARDS:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
-        for name in ("model", "workload", "limits", "sampling", "engine", "speculation", "probe", "timeouts"):
+        for name in CHECKED:
             yield from getattr(self, name).problems()
         if self.task.kind in (TaskKind.generate, TaskKind.plan):
             yield from self._file_problems()

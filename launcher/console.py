@@ -98,6 +98,7 @@ def speed_table(report: dict[str, Any]) -> Table:
         ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
         ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
         *accepted_row(report["speculation"]),
+        *streamed_row(report["offload"]),
         ("share of communication", percent(report["comm_share"])),
         ("tokens per joule", number(report["tokens_per_joule"])),
     ]
@@ -116,6 +117,14 @@ def accepted_row(speculation: dict[str, Any] | None) -> list[tuple[str, str]]:
         return []
     mean, drafts = speculation["accepted_per_step"], speculation["num_drafts"]
     return [("drafts accepted a step", f"{number(mean)} of {drafts} ({speculation['kind']})")]
+
+
+def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """None where all layers are on the cards."""
+    if offload is None:
+        return []
+    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(offload['gb_per_sec'])} GB/s"
+    return [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

@@ -10,6 +10,7 @@ from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, EngineLimits, choose_cut
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
+from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from parallel.transports.copy_layout import choose_layout
 
@@ -60,6 +61,8 @@ class Demand:
     rows_per_sequence: int = 1
     # Of the model that guesses, where one does.
     draft_shape: ModelShape | None = None
+    # Layers that lie in host memory and are copied to the card in every pass.
+    num_streamed: int = 0
 
     @property
     def draft(self) -> Demand | None:
@@ -67,15 +70,17 @@ class Demand:
         if self.draft_shape is None:
             return None
         sizes = (self.draft_shape.intermediate_size, self.draft_shape.vocab_size)
-        return replace(self, shape=self.draft_shape, draft_shape=None, grain=choose_grain(sizes, self.world_size))
+        grain = choose_grain(sizes, self.world_size)
+        return replace(self, shape=self.draft_shape, draft_shape=None, grain=grain, num_streamed=0)
 
     def fixed_lines(self) -> tuple[dict[str, int], ...]:
-        """Lines that the context does not change: context, communicator, weights.*; one dict per rank."""
-        parts = part_bytes(self.shape, self.world_size, self.grain, self.dtype, linear_bits=self._held_bits())
+        """Lines that the context does not change: context, communicator, weights.* and what is streamed; one dict per
+        rank."""
+        parts = self._part_bytes(self.shape.num_layers - self.num_streamed)
         base = {"context": CONTEXT_BYTES[self.device], "communicator": self._communicator()}
         return tuple(
-            base | {f"weights.{name}": size for name, size in part.items()} | self._draft_weights(rank)
-            for rank, part in enumerate(parts)
+            base | {f"weights.{name}": size for name, size in part.items()} | streamed | self._draft_weights(rank)
+            for rank, (part, streamed) in enumerate(zip(parts, self._streamed(), strict=True))
         )
 
     def _communicator(self) -> int:
@@ -83,6 +88,23 @@ class Demand:
         copies = self.transport == "nccl" and self.world_size > 1
         staging = choose_layout(self.world_size).staging_bytes if copies else 0
         return COMMUNICATOR_BYTES[self.transport] + staging
+
+    def _streamed(self) -> tuple[dict[str, int], ...]:
+        """The buffers of layers that are copied; on a CPU the layers themselves too, in the memory of the ranks."""
+        if self.num_streamed == 0:
+            return ({},) * self.world_size
+        sizes = self.layer_bytes()
+        on_cpu = [{"streamed": self.num_streamed * size} if self.device == "cpu" else {} for size in sizes]
+        return tuple({"staging": NUM_STAGED * size} | extra for size, extra in zip(sizes, on_cpu, strict=True))
+
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Weights of one decoder layer on each rank."""
+        with_one, without = (self._part_bytes(num) for num in (1, 0))
+        return tuple(sum(a.values()) - sum(b.values()) for a, b in zip(with_one, without, strict=True))
+
+    def _part_bytes(self, num_layers: int) -> tuple[dict[str, int], ...]:
+        shape = replace(self.shape, num_layers=num_layers)
+        return part_bytes(shape, self.world_size, self.grain, self.dtype, linear_bits=self._held_bits())
 
     def _draft_weights(self, rank: int) -> dict[str, int]:
         draft = self.draft
@@ -116,7 +138,8 @@ class Demand:
         kv_cache = self._kv_bytes(max_context, kv_bytes)
         activations = max(each._activations(rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
-        graphs = {"graphs": GRAPHS_BYTES} if self.device == "cuda" else {}
+        # Steps with streamed layers are not captured.
+        graphs = {"graphs": GRAPHS_BYTES} if self.device == "cuda" and not self.num_streamed else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
 
     def _load(self, rank: int) -> int:

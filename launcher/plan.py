@@ -6,11 +6,12 @@ RunConfig + ModelShape + Inventory -> Plan. Every number in a plan is a predicti
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand, fits, largest_context
+from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
 from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
@@ -55,8 +56,11 @@ class Plan:
     # Tokens of all sequences together that the memory left beside the other lines could hold.
     kv_tokens_that_fit: int
     cards: tuple[CardPlan, ...]
-    # Reading the weights of a token once, at the card's published memory bandwidth; None where it is unknown.
+    # Reading the weights of a token once, at the card's published memory bandwidth, or copying those that are streamed,
+    # which goes on meanwhile; None where a speed is unknown.
     tpot_floor_ms: float | None
+    # None where all layers are on the cards.
+    offload: OffloadPlan | None = None
 
 
 def plan_run(
@@ -82,6 +86,8 @@ def plan_run(
     _check_heads(world_size, shape)
     demand = demand_of(run, placement, shape, draft)
     budgets = _budgets(run, world_size, inventory)
+    demand = _stream_layers(run, demand, budgets)
+    offload = plan_offload(run, demand, budgets, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
     cards = _plan_cards(demand, budgets, max_context, placement)
     return Plan(
@@ -95,7 +101,8 @@ def plan_run(
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
         kv_tokens_that_fit=_kv_tokens_that_fit(demand, cards),
         cards=cards,
-        tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size]),
+        tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
+        offload=offload,
     )
 
 
@@ -116,6 +123,20 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         rows_per_sequence=run.speculation.rows_per_sequence,
         draft_shape=draft,
     )
+
+
+def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...]) -> Demand:
+    """`demand` with as many layers in host memory as the run must have there."""
+    limit, _ = context_limit(demand.shape, demand.draft_shape)
+    needed = run.engine.max_context or _needed_tokens(run)
+    wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
+    num_streamed = choose_num_streamed(run, demand, budgets, needed, wanted, KEPT_FREE)
+    return replace(demand, num_streamed=num_streamed)
+
+
+def _needed_tokens(run: RunConfig) -> int:
+    """Of a sequence, prompt and answer, where the prompts are not known yet at least."""
+    return (run.num_prompt_tokens or 1) + run.workload.output_tokens
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
@@ -175,7 +196,7 @@ def _known(*sizes: int) -> Iterable[int]:
 def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
     """Tokens of a sequence and a sentence that says why so many."""
     limit, limit_reason = context_limit(demand.shape, demand.draft_shape)
-    needed = (run.num_prompt_tokens or 1) + run.workload.output_tokens
+    needed = _needed_tokens(run)
     asked = run.engine.max_context
     if asked is not None:
         _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
@@ -232,13 +253,20 @@ def _kv_tokens_that_fit(demand: Demand, cards: tuple[CardPlan, ...]) -> int:
     return min(size // each for size, each in zip(left, per_token, strict=True))
 
 
-def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...]) -> float | None:
-    """Every token reads all weights but the embedding, of which it reads one row; a tied head is read as the head."""
+def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...], offload: OffloadPlan | None) -> float | None:
+    """Every token reads all weights but the embedding, of which it reads one row; a tied head is read as the head.
+
+    What is streamed is copied at the same time, to be read as all else.
+    """
     times_ms = []
-    for card, lines in zip(cards, demand.fixed_lines(), strict=False):
+    for card, lines in zip(cards, replace(demand, num_streamed=0).fixed_lines(), strict=False):
         unread = () if demand.shape.tied_embeddings else ("weights.embedding",)
         num_bytes = sum(size for name, size in lines.items() if name.startswith("weights.") and name not in unread)
         if card.memory_gb_per_sec is None:
             return None
         times_ms.append(num_bytes / (card.memory_gb_per_sec * 1e9) * 1e3)
+    if offload is not None:
+        if offload.pass_ms is None:
+            return None
+        times_ms.append(offload.pass_ms)
     return max(times_ms, default=None)

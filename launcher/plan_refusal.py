@@ -32,11 +32,46 @@ def refuse_memory(
     else:
         what = f"the weights in {_format(demand)} do"
         remedies = []
-    remedies += [*_more_cards(demand, budgets, inventory, max_context), *_fewer_bits(demand, budgets, max_context)]
+    remedies += [*_other_runs(demand, budgets, inventory, max_context), *_streaming(demand, budgets, max_context)]
     lines = demand.lines(max_context) if weights_fit else fixed
     sizes = [_rank_text(rank, lines[rank], budgets[rank], inventory) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
     return PlanError("\n".join([f"{what} not fit (predicted):", *sizes, f"What would fit: {'; or '.join(remedies)}."]))
+
+
+def refuse_host_memory(
+    demand: Demand, budgets: tuple[int, ...], inventory: Inventory, needed_bytes: int, free_bytes: int
+) -> PlanError:
+    """The error for a run whose streamed layers do not fit into host memory.
+
+    Args:
+        needed_bytes: of host memory, for the layers and all else of the ranks.
+    """
+    layers_bytes = demand.num_streamed * sum(demand.layer_bytes())
+    remedies = [*_other_runs(demand, budgets, inventory, 1), "more free host memory"]
+    return PlanError(
+        f"{demand.num_streamed} of {demand.shape.num_layers} layers in {_format(demand)} do not fit the cards and would "
+        f"be streamed from host memory, which does not suffice: with {layers_bytes / GIB:.2f} GiB for them the run "
+        f"needs {needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f} of "
+        f"{inventory.host_memory_bytes / GIB:.2f} are free.\nWhat would fit: {'; or '.join(remedies)}."
+    )
+
+
+def _other_runs(demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int) -> list[str]:
+    """More cards or fewer bits, nothing being streamed."""
+    whole = replace(demand, num_streamed=0)
+    return [*_more_cards(whole, budgets, inventory, max_context), *_fewer_bits(whole, budgets, max_context)]
+
+
+def _streaming(demand: Demand, budgets: tuple[int, ...], max_context: int) -> Iterator[str]:
+    """Layers in host memory, where none is there yet."""
+    num_layers = demand.shape.num_layers
+    if demand.num_streamed or demand.device == "cpu":
+        return
+    for num in range(1, num_layers + 1):
+        if fits(replace(demand, num_streamed=num), budgets, max_context):
+            yield f"offload.enabled=on, which streams {num} of {num_layers} layers from host memory in every pass"
+            return
 
 
 def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int, knobs: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from launcher.amounts import number
+from launcher.offload import OffloadPlan
 from launcher.plan import Plan
 from launcher.shape import ModelShape
 from launcher.timing.predict import Times
@@ -23,6 +24,7 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         ("topology", f"{plan.placement.topology}: {plan.placement.topology_reason}"),
         ("transport", plan.placement.transport),
         ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
+        *([] if plan.offload is None else [("streamed layers, predicted", streamed_text(plan.offload))]),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
         *describe_times(plan, times),
@@ -44,6 +46,15 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
         ("output, predicted", f"{number(times.tokens_per_sec)} tokens/s, prefill included"),
         ("predicted from", "; ".join((times.source, *times.assumptions)) + "."),
     ]
+
+
+def streamed_text(offload: OffloadPlan) -> str:
+    num_streamed = len(offload.streamed_layers)
+    host = f"{num_streamed} of {num_streamed + offload.resident_layers} from {sum(offload.host_bytes) / GIB:.2f} GiB of"
+    if offload.pass_ms is None:
+        return f"{host} host memory: {offload.reason}"
+    rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
+    return f"{host} host memory, {offload.pass_ms:.3g} ms a pass at {rate:.3g} GB/s: {offload.reason}"
 
 
 def plan_tables(plan: Plan, shape: ModelShape, times: Times | str) -> tuple[Table, Table]:

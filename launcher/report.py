@@ -30,6 +30,7 @@ MEASURED_BY_RANKS = (
     "tpot_ms",
     "prefix_cache",
     "speculation",
+    "offload",
     "comm_share",
     "decode_step_ms",
     "all_reduce",
@@ -52,6 +53,7 @@ MEASURED = (
     "tpot_ms",
     "prefix_cache",
     "speculation",
+    "offload",
     "tokens_per_sec",
     "tokens_per_joule",
     "comm_share",
@@ -120,6 +122,7 @@ def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
         "predicted": {
             "tpot_floor_ms": plan.tpot_floor_ms,
             "kv_tokens_that_fit": plan.kv_tokens_that_fit,
+            "offload": None if plan.offload is None else asdict(plan.offload) | {"pass_ms": plan.offload.pass_ms},
             "cards": cards,
             **predicted_times(times),
         },

@@ -32,11 +32,26 @@ def copy_bandwidth(device: torch.device) -> float | None:
     return 2 * COPY_BYTES / sec
 
 
+def pinned_copy_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that a plain copy from torch's own pinned memory brings to a card, the median of some; None on a
+    CPU."""
+    if device.type == "cpu":
+        return None
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target.copy_(source, non_blocking=True)
+    sec = statistics.median(timed_copy(source, target) for _ in range(NUM_COPIES))
+    del source, target
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()
+    return COPY_BYTES / sec
+
+
 def timed_copy(source: torch.Tensor, target: torch.Tensor) -> float:
     """Seconds, by the card's own clock."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    target.copy_(source)
+    target.copy_(source, non_blocking=True)
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
@@ -65,12 +80,44 @@ def token_bytes(engine: Engine, caches: Sequence[PagedKV]) -> int:
     return cache_bytes(caches) // (engine.limits.num_pages * PAGE_SIZE)
 
 
+def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) -> dict[str, Any] | None:
+    """What passes copy from host memory, and how fast a step of `step_ms` (0: none) brings it; None where nothing is
+    streamed.
+
+    Args:
+        copy_bytes_per_sec: of plain copies from pinned memory; None on a CPU.
+    """
+    streamer = engine.streamer
+    if streamer is None:
+        return None
+    num_bytes = streamer.num_bytes
+    rate = num_bytes / step_ms * 1e3 if step_ms else None
+    return {
+        "resident_layers": engine.decoder.num_layers - len(streamer.layers),
+        "streamed_layers": sorted(streamer.places),
+        "bytes_per_pass": num_bytes,
+        "host_bytes": num_bytes,
+        "staging_bytes": streamer.buffers.nbytes,
+        "step_ms": step_ms or None,
+        "gb_per_sec": rate / 1e9 if rate else None,
+        "copy_gb_per_sec": copy_bytes_per_sec / 1e9 if copy_bytes_per_sec else None,
+        "floor_ms": num_bytes / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None,
+        "share_of_copy": rate / copy_bytes_per_sec if rate and copy_bytes_per_sec else None,
+    }
+
+
 def bandwidth(
-    engine: Engine, contexts: Sequence[int], step_ms: float, copy_bytes_per_sec: float | None
+    engine: Engine, contexts: Sequence[int], step_ms: float, copy_bytes_per_sec: float | None, streamed_ms: float | None
 ) -> dict[str, Any]:
-    """`bandwidth_share`: the time in which a copy would move the step's bytes, over that of the step; null on a CPU."""
+    """`bandwidth_share`: the time in which a copy would move the step's bytes, over that of the step; null on a CPU.
+
+    Args:
+        streamed_ms: in which a plain copy would bring what is streamed, if that takes longer.
+    """
     num_bytes = step_bytes(engine, contexts)
     floor_ms = sum(num_bytes.values()) / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None
+    if floor_ms and streamed_ms:
+        floor_ms = max(floor_ms, streamed_ms)
     return {
         "bandwidth_share": floor_ms / step_ms if floor_ms else None,
         "bandwidth": {

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.rank import RankContext
-from launcher.tasks.bandwidth import bandwidth, copy_bandwidth
+from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
 from launcher.tasks.measure import accepted_drafts, communication, kernels, memory
@@ -87,11 +87,15 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     num_prompt_tokens = job.run.num_prompt_tokens
     assert num_prompt_tokens is not None
     copy_bytes_per_sec = copy_bandwidth(context.device)
+    pinned_copy = pinned_copy_bandwidth(context.device) if job.plan.offload else None
     loaded = load_model(context, job.plan, None)
     bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size, open_agreement(context))
     warm_up_sec, (runs, span) = warm_up(bench), measure_runs(bench)
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
+    step_ms = step["decode_step_ms"]["measured"]
+    offload = streaming(bench.engine, step_ms, pinned_copy)
+    streamed_ms = None if offload is None else offload["floor_ms"]
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
@@ -103,7 +107,8 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "generated_tokens": sum(run.output_tokens for run in runs),
         "generation": span,
         **step,
-        **bandwidth(bench.engine, contexts, step["decode_step_ms"]["measured"], copy_bytes_per_sec),
+        "offload": offload,
+        **bandwidth(bench.engine, contexts, step_ms, copy_bytes_per_sec, streamed_ms),
         "breakdown": breakdown(context, bench.engine, contexts),
         "prefill_breakdown": prefill_breakdown(
             bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator

@@ -30,6 +30,8 @@ PARTS = {
 }
 OTHER = "other"
 NAMES = (*PARTS, "head", "sampling", OTHER)
+# Copies of streamed layers, which go on beside the kernels, also from one step to the next.
+COPIES = "memcpy htod"
 # Of the kernels in `other`, those with the most time are listed.
 NUM_LISTED = 12
 
@@ -62,9 +64,12 @@ def profile_steps(run: Callable[[], None], device: torch.device, num_steps: int 
 def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str, Any]:
     """Microseconds a step and share of each part, of `num_steps` steps and one before them.
 
-    `between` is the time in which nothing ran: gaps, which the profiler widens, and on a CPU Python and waiting.
+    `between` is the time in which nothing ran: gaps, which the profiler widens, on a CPU Python and waiting, and where
+    layers are streamed waiting for copies. `host_copies_us` is what these took, beside all else.
     `problem` says why there is nothing, where the pieces cannot be told apart by step.
     """
+    copies_us = sum(piece.us for piece in pieces if COPIES in piece.name.lower()) / (num_steps + 1)
+    pieces = [piece for piece in pieces if COPIES not in piece.name.lower()]
     steps = split_steps(pieces, num_steps)
     if steps is None:
         return {"parts": None, "problem": problem_text(pieces, num_steps)}
@@ -82,6 +87,7 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
         "step_us": step_us,
         "parts": {name: {"us": us, "share": us / step_us} for name, us in parts.items()},
         "other_us": dict(sorted(others.items(), key=lambda item: -item[1])[:NUM_LISTED]),
+        "host_copies_us": copies_us,
         "problem": None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from launcher.config import KVDType, SamplingConfig, SpeculationConfig, Speculat
 from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
+from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
 from launcher.tasks.measure import accepted_drafts, communication, kernels, latencies, memory, reuse
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_draft_model, load_sharded_model
@@ -27,6 +29,7 @@ from parallel.engine.generate import Answer, Result, StopRules
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
+from parallel.offload.host_layers import HostLayers
 
 WARM_UP_TOKENS = 64
 
@@ -56,6 +59,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     # Before the weights: a prompt that cannot be answered is told in seconds.
     token_ids = encode_prompts(job, tokenizer)
     check_lengths(job, token_ids)
+    pinned_copy = pinned_copy_bandwidth(context.device) if job.plan.offload else None
     loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded)
     started = time.time()
@@ -72,6 +76,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
         "speculation": accepted_drafts(job.run.speculation, loaded.draft_load, result.acceptance),
+        "offload": streaming(loaded.engine, statistics.median(result.step_ms or [0.0]), pinned_copy),
         **communication(context, loaded.engine, longest_contexts(token_ids, result)),
         "memory": memory(context.device, loaded.engine),
         "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
@@ -80,7 +85,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
-    module, load = load_sharded_model(context)
+    host_layers = None if plan.offload is None else HostLayers(plan.offload.streamed_layers, context.device)
+    module, load = load_sharded_model(context, host_layers)
     draft = load_draft_model(context)
     engine = Engine(
         module,
@@ -96,6 +102,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
         prefix_cache=run.engine.prefix_cache,
         speculation=speculation_params(run.speculation, None if draft is None else draft[0]),
+        host_layers=host_layers,
     )
     rules = StopRules(
         max_tokens=run.workload.output_tokens,

@@ -87,8 +87,11 @@ def kernels(engine: Engine) -> dict[str, Any]:
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
     on_card, drafter = device.type == "cuda", engine.speculator and engine.speculator.drafter
+    streamed, staging = (0, 0) if engine.streamer is None else (engine.streamer.num_bytes, engine.streamer.buffers.nbytes)
     return {
-        "weights_bytes": weights_bytes(engine.model),
+        "weights_bytes": weights_bytes(engine.model) - streamed,
+        "host_weights_bytes": streamed,
+        "staging_bytes": staging,
         "kv_cache_bytes": cache_bytes(engine.caches),
         "draft_weights_bytes": sum(map(weights_bytes, drafter.models)) if drafter else 0,
         "draft_kv_cache_bytes": cache_bytes(drafter.caches) if drafter else 0,

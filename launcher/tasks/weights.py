@@ -18,11 +18,14 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.engine.merged import LayerMerger
+from parallel.offload.host_layers import HostLayers
 from parallel.shard import ShardedModel, build_sharded_model
 
 
-def load_sharded_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult]:
-    """This rank's part of the model, on its device.
+def load_sharded_model(
+    context: RankContext, host_layers: HostLayers | None = None
+) -> tuple[PreTrainedModel, LoadResult]:
+    """This rank's part of the model, on its device, but for layers that `host_layers` takes as they are loaded.
 
     Raises:
         CheckpointError: the weights cannot be used; the message says which and why.
@@ -30,7 +33,7 @@ def load_sharded_model(context: RankContext) -> tuple[PreTrainedModel, LoadResul
     job = context.job
     assert job.plan is not None and job.shape is not None, "the parent plans a model for this task"
     source = Source(job.model_folder, job.shape, QUANTIZE_SCHEMES.get(job.run.model.quantize.value))
-    return load_source(context, source, job.plan.grain)
+    return load_source(context, source, job.plan.grain, host_layers)
 
 
 def load_draft_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult] | None:
@@ -51,7 +54,9 @@ class Source:
     quantize: Scheme | None
 
 
-def load_source(context: RankContext, source: Source, grain: int) -> tuple[PreTrainedModel, LoadResult]:
+def load_source(
+    context: RankContext, source: Source, grain: int, host_layers: HostLayers | None = None
+) -> tuple[PreTrainedModel, LoadResult]:
     job = context.job
     assert job.plan is not None
     model = build_sharded_model(
@@ -60,7 +65,8 @@ def load_source(context: RankContext, source: Source, grain: int) -> tuple[PreTr
         dtype=getattr(torch, job.plan.dtype),
         grain=grain,
     )
-    return model.module, FILLS[job.run.model.weights](context, model, source)
+    on_placed = LayerMerger(model.module) if host_layers is None else LayerMerger(model.module, host_layers.keep)
+    return model.module, FILLS[job.run.model.weights](context, model, source, on_placed)
 
 
 def config_of_shape(shape: ModelShape) -> PretrainedConfig:
@@ -82,13 +88,15 @@ def config_of_shape(shape: ModelShape) -> PretrainedConfig:
     )
 
 
-def fill_from_checkpoint(context: RankContext, model: ShardedModel, source: Source) -> LoadResult:
+def fill_from_checkpoint(
+    context: RankContext, model: ShardedModel, source: Source, on_placed: Callable[[str], None]
+) -> LoadResult:
     assert source.folder is not None, "only dummy weights come without a folder"
     return load_checkpoint(
         model,
         read_checkpoint(Path(source.folder)),
         context.device,
-        on_placed=LayerMerger(model.module),
+        on_placed=on_placed,
         quantize=source.quantize,
         on_progress=lambda done, total: context.events.progress(
             "loading weights", done, total, "bytes", each_rank=True
@@ -96,19 +104,21 @@ def fill_from_checkpoint(context: RankContext, model: ShardedModel, source: Sour
     )
 
 
-def fill_with_dummies(context: RankContext, model: ShardedModel, source: Source) -> LoadResult:
+def fill_with_dummies(
+    context: RankContext, model: ShardedModel, source: Source, on_placed: Callable[[str], None]
+) -> LoadResult:
     return fill_dummy(
         model,
         source.shape.scheme,
         context.device,
-        on_placed=LayerMerger(model.module),
+        on_placed=on_placed,
         on_progress=lambda done, total: context.events.progress(
             "making weights", done, total, "parameters", each_rank=True
         ),
     )
 
 
-FILLS: dict[WeightsKind, Callable[[RankContext, ShardedModel, Source], LoadResult]] = {
+FILLS: dict[WeightsKind, Callable[[RankContext, ShardedModel, Source, Callable[[str], None]], LoadResult]] = {
     WeightsKind.checkpoint: fill_from_checkpoint,
     WeightsKind.dummy: fill_with_dummies,
 }

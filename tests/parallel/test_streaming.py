@@ -70,9 +70,9 @@ def logits_of(communicator: Communicator, folder: Path, prompts: list[list[int]]
     return torch.stack([forced_logits(engine, prompts, forced) for engine in found])
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq_act_order", "nf4", "fp8"])
+@pytest.mark.parametrize("name", ["awq", "w4a16 act order", "nf4 nested", "fp8 by block"])
 def test_packed_weights_travel_packed_and_whole(name: str, tmp_path: Path) -> None:
-    folder = write_pair(name, tmp_path / name) / "quantized"
+    folder = write_pair(name, tmp_path) / "quantized"
     resident, streamed = run_on_ranks(logits_of, 1, folder, PROMPTS, [[token] for token in NEXT])[0]
     assert torch.isfinite(resident).all()
     assert torch.equal(resident, streamed)
