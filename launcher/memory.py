@@ -77,6 +77,8 @@ class Demand:
         """Lines that the context does not change: context, communicator, weights.* and what is streamed; one dict per
         rank."""
         parts = self._part_bytes(self.shape.num_layers - self.num_streamed)
+        if self.num_streamed:
+            parts = tuple(part | {"embedding": part["embedding"] - self.host_embedding_bytes(part)} for part in parts)
         base = {"context": CONTEXT_BYTES[self.device], "communicator": self._communicator()}
         return tuple(
             base | {f"weights.{name}": size for name, size in part.items()} | streamed | self._draft_weights(rank)
@@ -90,12 +92,25 @@ class Demand:
         return COMMUNICATOR_BYTES[self.transport] + staging
 
     def _streamed(self) -> tuple[dict[str, int], ...]:
-        """The buffers of layers that are copied; on a CPU the layers themselves too, in the memory of the ranks."""
+        """The buffers of layers that are copied; on a CPU also what lies in host memory, since all does."""
         if self.num_streamed == 0:
             return ({},) * self.world_size
-        sizes = self.layer_bytes()
-        on_cpu = [{"streamed": self.num_streamed * size} if self.device == "cpu" else {} for size in sizes]
-        return tuple({"staging": NUM_STAGED * size} | extra for size, extra in zip(sizes, on_cpu, strict=True))
+        on_cpu = [{"host_weights": size} if self.device == "cpu" else {} for size in self.host_bytes()]
+        return tuple(
+            {"staging": NUM_STAGED * size} | extra for size, extra in zip(self.layer_bytes(), on_cpu, strict=True)
+        )
+
+    def host_bytes(self) -> tuple[int, ...]:
+        """Weights in host memory, of each rank: streamed layers, and the embedding, of which a pass reads few rows."""
+        parts = self._part_bytes(self.shape.num_layers)
+        return tuple(
+            self.num_streamed * size + self.host_embedding_bytes(part)
+            for size, part in zip(self.layer_bytes(), parts, strict=True)
+        )
+
+    def host_embedding_bytes(self, part: dict[str, int]) -> int:
+        """Of a rank's embedding: all of it, unless it is the head too."""
+        return 0 if self.shape.tied_embeddings else part["embedding"]
 
     def layer_bytes(self) -> tuple[int, ...]:
         """Weights of one decoder layer on each rank."""
@@ -151,6 +166,10 @@ class Demand:
         # A plain tensor becomes what it stays, beside itself where its dtype changes.
         embedding = split_by_grain(shape.vocab_size, self.world_size, self.grain)[rank] * shape.hidden_size
         plain = stored_bytes * max(linear if shape.scheme is None else 0, embedding) if shape.dtype != self.dtype else 0
+        if self.num_streamed:
+            # Staging buffers come after the load, too, in place of layers on their way to the host.
+            hosted = self.host_embedding_bytes(self._part_bytes(0)[rank])
+            plain = max(plain, hosted - NUM_STAGED * self.layer_bytes()[rank])
         if shape.scheme is None:
             return plain
         return max(plain, load_bytes(shape.scheme, self.device, self.dtype, stored_bytes, shape.hidden_size, linear))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launcher.config import RunConfig, TaskKind
@@ -28,8 +29,9 @@ class OffloadPlan:
     streamed_layers: tuple[int, ...]
     resident_layers: int
     reason: str
-    # On each rank: of host memory, all of which a pass copies to its card.
+    # On each rank: of host memory, for these layers and the embedding; and what of it a pass copies to the card.
     host_bytes: tuple[int, ...]
+    pass_bytes: tuple[int, ...]
     # Of each rank's link, predicted; None where its generation is not known.
     copy_gb_per_sec: tuple[float | None, ...]
 
@@ -37,7 +39,7 @@ class OffloadPlan:
     def pass_ms(self) -> float | None:
         """What the copies of a pass take on the slowest rank; None where a link is not known."""
         times_ms = []
-        for num_bytes, rate in zip(self.host_bytes, self.copy_gb_per_sec, strict=True):
+        for num_bytes, rate in zip(self.pass_bytes, self.copy_gb_per_sec, strict=True):
             if rate is None:
                 return None
             times_ms.append(num_bytes / (rate * 1e9) * 1e3)
@@ -69,14 +71,22 @@ def choose_num_streamed(
 
 
 def weights_exceed(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
-    """Of a single card."""
+    """Whether those alone are too much for a single card."""
     return demand.device == "cuda" and demand.world_size == 1 and sum(demand.fixed_lines()[0].values()) > budgets[0]
 
 
-MUST_STREAM = {
+def run_exceeds(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
+    return not fits(demand, budgets, needed)
+
+
+def never(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
+    return False
+
+
+MUST_STREAM: dict[OffloadKind, Callable[[Demand, tuple[int, ...], int], bool]] = {
     OffloadKind.auto: weights_exceed,
-    OffloadKind.on: lambda demand, budgets, needed: not fits(demand, budgets, needed),
-    OffloadKind.off: lambda demand, budgets, needed: False,
+    OffloadKind.on: run_exceeds,
+    OffloadKind.off: never,
 }
 
 
@@ -88,7 +98,7 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
     """
     if demand.num_streamed == 0:
         return None
-    host_bytes = tuple(demand.num_streamed * size for size in demand.layer_bytes())
+    host_bytes = demand.host_bytes()
     if inventory.source == "nvml":
         free_bytes = inventory.host_memory_bytes if run.task.kind == TaskKind.plan else inventory.host_free_bytes
         needed_bytes = sum(host_bytes) + demand.world_size * HOST_BYTES_PER_RANK
@@ -99,6 +109,7 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
         resident_layers=demand.shape.num_layers - demand.num_streamed,
         reason=_reason(run, demand),
         host_bytes=host_bytes,
+        pass_bytes=tuple(demand.num_streamed * size for size in demand.layer_bytes()),
         copy_gb_per_sec=tuple(map(copy_gb_per_sec, inventory.cards[: demand.world_size])) or (None,) * len(host_bytes),
     )
 

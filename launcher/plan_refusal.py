@@ -47,12 +47,12 @@ def refuse_host_memory(
     Args:
         needed_bytes: of host memory, for the layers and all else of the ranks.
     """
-    layers_bytes = demand.num_streamed * sum(demand.layer_bytes())
+    num, num_layers, host_bytes = demand.num_streamed, demand.shape.num_layers, sum(demand.host_bytes())
     remedies = [*_other_runs(demand, budgets, inventory, 1), "more free host memory"]
     return PlanError(
-        f"{demand.num_streamed} of {demand.shape.num_layers} layers in {_format(demand)} do not fit the cards and would "
-        f"be streamed from host memory, which does not suffice: with {layers_bytes / GIB:.2f} GiB for them the run "
-        f"needs {needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f} of "
+        f"{num} of {num_layers} layers in {_format(demand)} do not fit the cards and would be streamed from host "
+        f"memory, which does not suffice: with {host_bytes / GIB:.2f} GiB for them and the embedding the run needs "
+        f"{needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f} of "
         f"{inventory.host_memory_bytes / GIB:.2f} are free.\nWhat would fit: {'; or '.join(remedies)}."
     )
 

@@ -49,12 +49,14 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
 
 
 def streamed_text(offload: OffloadPlan) -> str:
-    num_streamed = len(offload.streamed_layers)
-    host = f"{num_streamed} of {num_streamed + offload.resident_layers} from {sum(offload.host_bytes) / GIB:.2f} GiB of"
-    if offload.pass_ms is None:
-        return f"{host} host memory: {offload.reason}"
-    rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
-    return f"{host} host memory, {offload.pass_ms:.3g} ms a pass at {rate:.3g} GB/s: {offload.reason}"
+    num_streamed, gib = len(offload.streamed_layers), sum(offload.host_bytes) / GIB
+    text = (
+        f"{num_streamed} of {num_streamed + offload.resident_layers}, {gib:.2f} GiB of host memory with the embedding"
+    )
+    if offload.pass_ms is not None:
+        rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
+        text += f", {max(offload.pass_bytes) / 1e9:.3g} GB a pass at {rate:.3g} GB/s"
+    return f"{text}: {offload.reason}"
 
 
 def plan_tables(plan: Plan, shape: ModelShape, times: Times | str) -> tuple[Table, Table]:

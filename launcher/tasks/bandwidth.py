@@ -90,13 +90,13 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     streamer = engine.streamer
     if streamer is None:
         return None
-    num_bytes = streamer.num_bytes
+    num_bytes = streamer.host_layers.streamed_bytes
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
         "resident_layers": engine.decoder.num_layers - len(streamer.layers),
         "streamed_layers": sorted(streamer.places),
         "bytes_per_pass": num_bytes,
-        "host_bytes": num_bytes,
+        "host_bytes": streamer.host_layers.num_bytes,
         "staging_bytes": streamer.buffers.nbytes,
         "step_ms": step_ms or None,
         "gb_per_sec": rate / 1e9 if rate else None,
@@ -107,7 +107,11 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
 
 
 def bandwidth(
-    engine: Engine, contexts: Sequence[int], step_ms: float, copy_bytes_per_sec: float | None, streamed_ms: float | None
+    engine: Engine,
+    contexts: Sequence[int],
+    step_ms: float,
+    copy_bytes_per_sec: float | None,
+    streamed_ms: float | None = None,
 ) -> dict[str, Any]:
     """`bandwidth_share`: the time in which a copy would move the step's bytes, over that of the step; null on a CPU.
 

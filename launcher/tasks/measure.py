@@ -87,11 +87,12 @@ def kernels(engine: Engine) -> dict[str, Any]:
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
     on_card, drafter = device.type == "cuda", engine.speculator and engine.speculator.drafter
-    streamed, staging = (0, 0) if engine.streamer is None else (engine.streamer.num_bytes, engine.streamer.buffers.nbytes)
+    streamer = engine.streamer
+    on_host = 0 if streamer is None else streamer.host_layers.num_bytes
     return {
-        "weights_bytes": weights_bytes(engine.model) - streamed,
-        "host_weights_bytes": streamed,
-        "staging_bytes": staging,
+        "weights_bytes": weights_bytes(engine.model) - on_host,
+        "host_weights_bytes": on_host,
+        "staging_bytes": 0 if streamer is None else streamer.buffers.nbytes,
         "kv_cache_bytes": cache_bytes(engine.caches),
         "draft_weights_bytes": sum(map(weights_bytes, drafter.models)) if drafter else 0,
         "draft_kv_cache_bytes": cache_bytes(drafter.caches) if drafter else 0,

@@ -18,14 +18,14 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.engine.merged import LayerMerger
-from parallel.offload.host_layers import HostLayers
+from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.shard import ShardedModel, build_sharded_model
 
 
 def load_sharded_model(
     context: RankContext, host_layers: HostLayers | None = None
 ) -> tuple[PreTrainedModel, LoadResult]:
-    """This rank's part of the model, on its device, but for layers that `host_layers` takes as they are loaded.
+    """This rank's part of the model, on its device, but for what `host_layers` takes as it is loaded.
 
     Raises:
         CheckpointError: the weights cannot be used; the message says which and why.
@@ -65,7 +65,7 @@ def load_source(
         dtype=getattr(torch, job.plan.dtype),
         grain=grain,
     )
-    on_placed = LayerMerger(model.module) if host_layers is None else LayerMerger(model.module, host_layers.keep)
+    on_placed = LayerMerger(model.module) if host_layers is None else HostLoader(model.module, host_layers)
     return model.module, FILLS[job.run.model.weights](context, model, source, on_placed)
 
 

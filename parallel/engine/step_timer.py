@@ -30,8 +30,8 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
 def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communicator) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
-    Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no sequences open;
-    what lies in their pages is attended to as it is.
+    Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no
+    sequences open; what lies in their pages is attended to as it is.
     """
     sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
     try:

@@ -1,4 +1,4 @@
-"""Decoder layers of a model whose weights lie in host memory, taken there one by one as they load."""
+"""Weights of a model that lie in host memory, taken there as they load: decoder layers, and the embedding."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from parallel.engine.merged import LayerMerger
+from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
 from parallel.offload.layout import Layout
+
+EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,31 @@ class HostLayer:
 
 
 class HostLayers:
-    """The layers of one model with the indices `streamed`, once `keep` has had them."""
+    """The layers of one model with the indices `streamed`, once `keep` has had them; all others are on the device.
+
+    `embedding`: set once `keep_embedding` had a model whose embedding is not its head too.
+    """
 
     def __init__(self, streamed: Sequence[int], device: torch.device) -> None:
         self.streamed, self.device = tuple(sorted(streamed)), device
         self.host_memory = HostMemory(len(self.streamed), device)
         self.kept: dict[int, HostLayer] = {}
+        self.embedding: HostEmbedding | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Of host memory, which a pass copies to the device."""
+        """Of host memory."""
+        return self.streamed_bytes + (0 if self.embedding is None else self.embedding.num_bytes)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a pass copies to the device."""
         return sum(layer.layout.num_bytes for layer in self.kept.values())
+
+    def keep_embedding(self, model: PreTrainedModel) -> None:
+        """Takes the embedding off the device, where the head does not read it too."""
+        if model.lm_head.weight is not model.model.embed_tokens.weight:
+            self.embedding = move_embedding(model.model.embed_tokens, self.device)
 
     def keep(self, index: int, layer: nn.Module) -> None:
         """Takes the weights of a merged layer off the device, if it is one of the streamed; shapes remain."""
@@ -48,3 +67,17 @@ class HostLayers:
             torch.cuda.current_stream(self.device).synchronize()
         layout.unbind()
         self.kept[index] = HostLayer(layout, buffer)
+
+
+class HostLoader:
+    """Called with each parameter that has got its values: merges layers that are complete (see LayerMerger), and takes
+    to the host what is to lie there."""
+
+    def __init__(self, model: PreTrainedModel, layers: HostLayers) -> None:
+        self.model, self.layers = model, layers
+        self.merger = LayerMerger(model, layers.keep)
+
+    def __call__(self, name: str) -> None:
+        self.merger(name)
+        if name == EMBEDDING_NAME:
+            self.layers.keep_embedding(self.model)

@@ -27,8 +27,7 @@ class Slot:
     @property
     def table(self) -> dict[str, Tensor | None]:
         """The module's own table that has it."""
-        tables = self.owner._parameters if self.is_parameter else self.owner._buffers
-        return tables  # type: ignore[return-value]
+        return self.owner._parameters if self.is_parameter else self.owner._buffers  # type: ignore[return-value]
 
     @property
     def tensor(self) -> Tensor:
@@ -85,5 +84,3 @@ class Layout:
 def on_meta(slot: Slot) -> Tensor:
     empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if slot.is_parameter else empty
-
-

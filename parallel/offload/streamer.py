@@ -27,7 +27,8 @@ class Streamer:
 
     def __init__(self, layers: HostLayers) -> None:
         assert set(layers.kept) == set(layers.streamed), "all streamed layers are in place"
-        self.device = layers.device
+        # Whose embedding is read while this lives.
+        self.host_layers, self.device = layers, layers.device
         self.layers: list[HostLayer] = [layers.kept[index] for index in layers.streamed]
         # Of each streamed layer, where it stands among them.
         self.places = {index: place for place, index in enumerate(layers.streamed)}
@@ -37,11 +38,6 @@ class Streamer:
         self.copies: CopyQueue = open_copy_queue(self.device, NUM_STAGED)
         # (place, buffer) of what has been queued to be copied and not been used, in order.
         self.ahead: deque[tuple[int, int]] = deque()
-
-    @property
-    def num_bytes(self) -> int:
-        """Copied in a pass."""
-        return sum(layer.layout.num_bytes for layer in self.layers)
 
     def through(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
         """The layers of the model in turn, each with its weights on the device until the next is asked for."""

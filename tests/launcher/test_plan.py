@@ -14,6 +14,8 @@ from launcher.config import (
     LimitsConfig,
     ModelConfig,
     ModelFacts,
+    OffloadConfig,
+    OffloadKind,
     PeerAccess,
     RunConfig,
     TaskConfig,
@@ -62,6 +64,10 @@ def cards_of(num_cards: int, nvlink: tuple[tuple[int, int], ...] = (), **changes
 
 NO_TIMES = "nobody measured"
 CPU = replace(cards_of(0), source="none")
+
+
+# Nothing of the model may lie in host memory.
+RESIDENT = {"offload": OffloadConfig(OffloadKind.off)}
 
 
 def run_of(**changes: Any) -> RunConfig:
@@ -434,12 +440,13 @@ def test_70b_bf16_fits_no_number_of_4090s(facts: HardwareConfig) -> None:
 
 
 def test_70b_bf16_on_one_4090_names_the_cards_that_4_bits_need(facts: HardwareConfig) -> None:
-    assert "model.quantize=int4 on gpus=2 (in bfloat16 no number" in refused(LLAMA_70B, read_inventory(facts, 1), 1)
+    message = refused(LLAMA_70B, read_inventory(facts, 1), 1, **RESIDENT)
+    assert "model.quantize=int4 on gpus=2 (in bfloat16 no number" in message
 
 
 def test_fewer_bits_are_advised_beside_more_cards(facts: HardwareConfig) -> None:
-    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, limits=LimitsConfig(card_memory_gib=12))
-    assert "gpus=2 with 2 such cards; or model.quantize=int8 or model.quantize=int4." in message
+    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, limits=LimitsConfig(card_memory_gib=12), **RESIDENT)
+    assert "gpus=2 with 2 such cards; or model.quantize=int8 or model.quantize=int4; or offload" in message
     for kind in ("int8", "int4"):
         plan(quantized_shape(LLAMA_8B, kind), read_inventory(facts, 1), limits=LimitsConfig(card_memory_gib=12))
 
@@ -517,7 +524,7 @@ def test_70b_awq_fits_two_4090s(facts: HardwareConfig) -> None:
 
 
 def test_70b_awq_does_not_fit_one_4090(facts: HardwareConfig) -> None:
-    message = refused(LLAMA_70B_AWQ, read_inventory(facts, 1), 1)
+    message = refused(LLAMA_70B_AWQ, read_inventory(facts, 1), 1, **RESIDENT)
     assert "weights in awq do not fit" in message
     assert "gpus=2 with 2 such cards" in message
 

@@ -17,12 +17,11 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
-from parallel.offload.host_layers import HostLayers
+from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.small_models import DEMO
@@ -56,7 +55,7 @@ def load(
     communicator: Communicator, folder: Path, dtype: torch.dtype = torch.float32, host_layers: HostLayers | None = None
 ) -> nn.Module:
     model = build(communicator, folder, dtype)
-    on_placed = LayerMerger(model.module, host_layers.keep) if host_layers else lambda name: None
+    on_placed = HostLoader(model.module, host_layers) if host_layers else lambda name: None
     load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=on_placed)
     return model.module
 

@@ -14,16 +14,15 @@ from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
-from parallel.engine.merged import LayerMerger
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.step_timer import time_steps
-from parallel.offload.host_layers import HostLayers
+from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.layout import ALIGNMENT, Layout
-from parallel.offload.spread import NUM_STAGED, spread_layers
+from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
-from tests.parallel.small_models import DEMO, prompts_of
+from tests.parallel.small_models import CONFIGS, DEMO, prompts_of
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)
@@ -103,21 +102,32 @@ def test_a_pass_that_fails_leaves_the_next_one_whole() -> None:
     assert min(times) > 0
 
 
-def bytes_held(communicator: Communicator) -> tuple[int, int, int, int]:
-    """Of the parameters that a loaded model still has on the device; of all of it; of the host; and staged."""
-    model, layers = build(communicator, DEMO), HostLayers((1, 2, 4), CPU)
+def bytes_held(communicator: Communicator, folder: Path) -> tuple[int, int, int, int, bool]:
+    """Of the parameters that a loaded model still has on the device; of all; on the host; staged; whether the embedding
+    lies on the host."""
+    model, layers = build(communicator, folder), HostLayers((0, 1), CPU)
     whole = sum(parameter.nbytes for parameter in model.module.parameters())
-    load_checkpoint(model, read_checkpoint(DEMO), CPU, on_placed=LayerMerger(model.module, layers.keep))
-    resident = sum(tensor.nbytes for tensor in model.module.parameters() if not tensor.is_meta)
-    return resident, whole, layers.num_bytes, Streamer(layers).buffers.nbytes
+    load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=HostLoader(model.module, layers))
+    embedding, hosted = model.module.model.embed_tokens.weight, layers.embedding
+    is_hosted = hosted is not None and embedding.data_ptr() == hosted.buffer.memory.data_ptr()
+    held = [
+        tensor for tensor in model.module.parameters() if not (tensor.is_meta or (is_hosted and tensor is embedding))
+    ]
+    resident = sum(tensor.nbytes for tensor in held)
+    return resident, whole, layers.num_bytes, Streamer(layers).buffers.nbytes, is_hosted
 
 
-def test_what_is_streamed_is_on_the_host_alone() -> None:
-    resident, whole, on_host, staged = run_on_ranks(bytes_held, 1)[0]
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_what_is_streamed_is_on_the_host_alone(name: str, folders: dict[str, Path]) -> None:
+    """And the embedding, unless it is the head."""
+    resident, whole, on_host, staged, is_hosted = run_on_ranks(bytes_held, 1, folders[name])[0]
+    padding = 2 * 6 * ALIGNMENT
     assert resident < whole
-    padding = 3 * 6 * ALIGNMENT
     assert whole - resident <= on_host <= whole - resident + padding
-    assert staged == pytest.approx(on_host * NUM_STAGED / 3)
+    assert is_hosted == (name == "llama")
+    config = CONFIGS[name]
+    embedding = config.vocab_size * config.hidden_size * 4 if is_hosted else 0
+    assert staged == on_host - embedding
 
 
 def test_layout_holds_every_tensor_apart_and_aligned() -> None:

@@ -1,0 +1,187 @@
+"""Plans whose layers lie partly in host memory, and a run of one through the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from launcher.config import OffloadConfig, OffloadKind, TaskConfig, TaskKind
+from launcher.memory import Demand, fits
+from launcher.offload import HOST_BYTES_PER_RANK, OffloadPlan
+from launcher.plan import GIB, KEPT_FREE, Plan
+from launcher.plan_text import describe
+from tests.launcher.cli import SHORT, run
+from tests.launcher.test_plan import CPU, LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, TINY, cards_of, plan, refused, run_of
+
+AWQ_4 = replace(LLAMA_70B_AWQ, linear_bits=4.25)
+ON, OFF = ({"offload": OffloadConfig(kind)} for kind in (OffloadKind.on, OffloadKind.off))
+
+
+def streamed(decided: Plan) -> OffloadPlan:
+    assert decided.offload is not None
+    return decided.offload
+
+
+def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
+    decided = plan(AWQ_4, cards_of(1))
+    offload, lines = streamed(decided), decided.cards[0].lines
+    # A layer: q, k, v and o of 8192 x (8192 + 1024), three times 8192 x 28672, in 4.25 bits, and two norms.
+    layer_bytes = 8192 * (2 * (8192 + 1024) + 3 * 28672) * 4.25 / 8 + 2 * 8192 * 2
+    assert offload.pass_bytes[0] == pytest.approx(len(offload.streamed_layers) * layer_bytes, rel=1e-6)
+    assert lines["staging"] == pytest.approx(2 * layer_bytes, rel=1e-6)
+    assert offload.host_bytes[0] - offload.pass_bytes[0] == 128256 * 8192 * 2
+    assert (lines["weights.embedding"], lines["weights.head"]) == (0, 128256 * 8192 * 2)
+    assert offload.resident_layers + len(offload.streamed_layers) == 80
+    # A 4090's link is PCIe 4.0 x16.
+    assert decided.tpot_floor_ms == pytest.approx(offload.pass_bytes[0] / 25e9 * 1e3)
+    assert "graphs" not in lines
+
+
+def test_one_layer_more_would_not_fit() -> None:
+    decided = plan(AWQ_4, cards_of(1), engine__max_context=4096)
+    card, left = decided.cards[0], decided.cards[0].budget_bytes * (1 - KEPT_FREE) - decided.cards[0].predicted_bytes
+    assert 0 <= left < card.lines["staging"] / 2
+
+
+def test_shorter_sequences_leave_more_layers_on_the_card() -> None:
+    short, default = (streamed(plan(AWQ_4, cards_of(1), engine__max_context=size)) for size in (1024, 8192))
+    assert short.resident_layers > default.resident_layers
+
+
+def test_what_fits_is_not_streamed() -> None:
+    for changes in ({}, ON):
+        assert plan(LLAMA_8B, cards_of(1), **changes).offload is None
+        assert plan(AWQ_4, cards_of(2), 2, **changes).offload is None
+
+
+def test_several_cards_stream_where_that_was_asked_for() -> None:
+    """Each its shard; and the refusal names the way."""
+    assert "offload.enabled=on, which streams " in refused(LLAMA_70B, cards_of(2), 2)
+    inventory = replace(cards_of(2), host_memory_bytes=128 * GIB)
+    decided = plan(LLAMA_70B, inventory, 2, **ON)
+    offload = streamed(decided)
+    assert len(offload.host_bytes) == 2
+    assert decided.tpot_floor_ms == pytest.approx(max(offload.pass_bytes) / 25e9 * 1e3)
+    assert "offload" not in refused(LLAMA_70B, CPU)
+
+
+def test_off_refuses_and_names_the_way() -> None:
+    message = refused(AWQ_4, cards_of(1), **OFF)
+    num = int(message.partition("offload.enabled=on, which streams ")[2].split()[0])
+    assert 0 < num <= len(streamed(plan(AWQ_4, cards_of(1))).streamed_layers)
+
+
+def test_sequences_that_do_not_fit_stream_only_where_that_was_asked_for() -> None:
+    changes = {"engine__max_context": 66000}
+    assert "offload.enabled=on" in refused(LLAMA_8B, cards_of(1), **changes)
+    decided = plan(LLAMA_8B, cards_of(1), **changes, **ON)
+    assert decided.max_context == 66000
+    assert streamed(decided).resident_layers > 0
+
+
+def test_resident_layers_are_as_asked() -> None:
+    decided = plan(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=24))
+    assert streamed(decided).streamed_layers == (2, 6, 10, 14, 18, 22, 26, 30)
+    assert plan(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=32)).offload is None
+    message = refused(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=33))
+    assert message == "offload.resident_layers=33 exceeds the model's 32 layers. Lower it."
+    assert len(streamed(plan(TINY, CPU, offload=OffloadConfig(resident_layers=0))).streamed_layers) == 2
+
+
+def test_host_memory_that_does_not_suffice_is_told_with_both_sizes() -> None:
+    needed = streamed(plan(AWQ_4, cards_of(1))).host_bytes[0] + HOST_BYTES_PER_RANK
+    small = replace(cards_of(1), host_memory_bytes=32 * GIB, host_free_bytes=needed - 1)
+    # A plan is about the machine, a run about what is free.
+    streamed(plan(AWQ_4, small))
+    message = refused(AWQ_4, small, task=TaskConfig(TaskKind.generate))
+    for part in (
+        f"{needed / GIB:.2f}",
+        "of 32.00 are free",
+        "What would fit: gpus=2 with 2 such cards; or more free host",
+    ):
+        assert part in message
+    streamed(plan(AWQ_4, replace(small, host_free_bytes=needed), task=TaskConfig(TaskKind.generate)))
+
+
+def test_host_memory_of_another_machine_is_not_checked() -> None:
+    elsewhere = replace(cards_of(1), source="facts", host_memory_bytes=4 * GIB, host_free_bytes=GIB)
+    assert streamed(plan(AWQ_4, elsewhere)).host_bytes[0] > 4 * GIB
+
+
+def test_link_of_fewer_lanes_is_slower_and_an_unknown_one_says_nothing() -> None:
+    times = [plan(AWQ_4, cards_of(1, pcie_generation=5, pcie_lanes=lanes)).tpot_floor_ms for lanes in (16, 8)]
+    assert times[0] is not None
+    assert times[1] == pytest.approx(2 * times[0])
+    unknown = plan(AWQ_4, cards_of(1, pcie_generation=None))
+    assert unknown.tpot_floor_ms is None
+    assert "GB/s" not in dict(describe(unknown, AWQ_4))["streamed layers, predicted"]
+
+
+@pytest.mark.parametrize("num_streamed", [3, 8, 32])
+def test_more_streamed_layers_take_less_of_the_card(num_streamed: int) -> None:
+    fewer, more = (
+        sum(
+            Demand(LLAMA_8B, 1, 128, "bfloat16", "auto", "cuda", "solo", 1, 512, num_streamed=num)
+            .lines(512)[0]
+            .values()
+        )
+        for num in (num_streamed - 1, num_streamed)
+    )
+    if num_streamed > 3:
+        assert more < fewer
+    assert not fits(Demand(LLAMA_8B, 1, 128, "bfloat16", "auto", "cuda", "solo", 1, 512), (more,), 512)
+
+
+def test_plan_with_streamed_layers_survives_json() -> None:
+    decided, adapter = plan(AWQ_4, cards_of(1)), TypeAdapter(Plan)
+    assert adapter.validate_json(adapter.dump_json(decided)) == decided
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (OffloadConfig(resident_layers=-1), "offload.resident_layers=-1 must be 0 or above."),
+        (
+            OffloadConfig(OffloadKind.off, 3),
+            "offload.resident_layers=3 streams all other layers, but offload.enabled=off.",
+        ),
+    ],
+)
+def test_values_that_contradict_are_named(config: OffloadConfig, problem: str) -> None:
+    assert any(problem in each for each in run_of(offload=config).problems())
+
+
+def report_of(folder: Path, *args: str) -> dict[str, Any]:
+    result = run("hardware=cpu", *SHORT, *args, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return result.report
+
+
+def test_run_with_streamed_layers_answers_the_same_and_counts_its_bytes(tmp_path: Path) -> None:
+    resident, half = (
+        report_of(tmp_path / name, *args) for name, args in (("a", []), ("b", ["offload.resident_layers=2"]))
+    )
+    assert resident["offload"] is None
+    assert half["outputs"] == resident["outputs"]
+    offload, predicted = half["offload"], half["predicted"]["offload"]
+    assert (offload["resident_layers"], offload["streamed_layers"]) == (2, [0, 2, 4])
+    # Each tensor begins at a multiple of 256.
+    assert 0 <= offload["bytes_per_pass"] - predicted["pass_bytes"][0] < 3 * 6 * 256
+    assert 0 <= offload["host_bytes"] - predicted["host_bytes"][0] < 3 * 6 * 256
+    assert offload["gb_per_sec"] == pytest.approx(offload["bytes_per_pass"] / offload["step_ms"] / 1e6)
+    memory, lines = half["cards"][0]["memory"], half["predicted"]["cards"][0]["lines"]
+    assert memory["staging_bytes"] == lines["staging"]
+    assert memory["host_weights_bytes"] == offload["host_bytes"] == lines["host_weights"]
+    assert memory["weights_bytes"] == sum(size for name, size in lines.items() if name.startswith("weights."))
+
+
+def test_bench_measures_streamed_steps(tmp_path: Path) -> None:
+    workload = ("workload.repeats=1", "workload.warm_up=0", "workload.prompt_tokens=8", "workload.output_tokens=4")
+    report = report_of(tmp_path, "task=bench", "offload.resident_layers=1", *workload)
+    assert report["offload"]["step_ms"] == report["decode_step_ms"]["measured"] > 0
+    assert report["breakdown"]["problem"] is None
+    assert report["bandwidth"]["step_bytes"]["weights"] > report["offload"]["bytes_per_pass"]
