@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from launcher.config import Aim, RunConfig, TopologyKind
+from launcher.config import Aim, OffloadKind, RunConfig, TopologyKind
 from launcher.hardware import Inventory
 from launcher.plan import Plan, plan_run
 from launcher.shape import ModelShape, quantized_shape
@@ -70,8 +70,10 @@ def variants(shape: ModelShape) -> dict[str, ModelShape]:
 
 
 def try_option(run: RunConfig, shape: ModelShape, inventory: Inventory, option: Option) -> Option:
-    topology = replace(run.topology, kind=TopologyKind.auto)
-    run = replace(run, gpus=option.world_size, topology=topology)
+    run = replace(run, gpus=option.world_size, topology=replace(run.topology, kind=TopologyKind.auto))
+    if option.world_size * option.replicas > 1 and run.offload.enabled == OffloadKind.auto:
+        # Among several cards, only what is on them is compared.
+        run = replace(run, offload=replace(run.offload, enabled=OffloadKind.off))
     try:
         plan = plan_run(run, place_ranks(run, option.world_size, inventory), shape, inventory)
     except (PlanError, PartitionError) as error:

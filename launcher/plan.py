@@ -61,6 +61,8 @@ class Plan:
     tpot_floor_ms: float | None
     # None where all layers are on the cards.
     offload: OffloadPlan | None = None
+    # Tokens of prompt in a pass while answers are under way; None: as many as otherwise.
+    prefill_chunk_while_decoding: int | None = None
 
 
 def plan_run(
@@ -103,6 +105,8 @@ def plan_run(
         cards=cards,
         tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
         offload=offload,
+        # A pass that streams layers costs the same for few tokens.
+        prefill_chunk_while_decoding=None if offload else run.engine.prefill_chunk_while_decoding,
     )
 
 

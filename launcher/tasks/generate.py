@@ -96,7 +96,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
             plan.max_context,
             run.workload.batch_size,
             run.engine.prefill_chunk,
-            run.engine.prefill_chunk_while_decoding,
+            plan.prefill_chunk_while_decoding,
         ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,

@@ -40,10 +40,13 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
         prompt_tokens,
         run.workload.output_tokens,
         run.engine.prefill_chunk,
-        run.engine.prefill_chunk_while_decoding,
+        plan.prefill_chunk_while_decoding or run.engine.prefill_chunk,
     )
+    pass_ms = 0.0 if plan.offload is None else plan.offload.pass_ms
+    if pass_ms is None:
+        return "layers are streamed over a link that is not known"
     try:
-        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates)
+        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, pass_ms)
     except ValueError as error:
         return str(error)
 

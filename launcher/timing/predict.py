@@ -42,7 +42,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Times:
-    """All predicted. `parts_ms` adds up to `tpot_ms`; `floor_ms` reads each byte once at the speed of a copy.
+    """All predicted. `parts_ms` adds up to `tpot_ms`; `floor_ms` reads each byte once at the speed of a copy, on
+    the card or, of streamed layers, from the host.
 
     `tokens_per_sec` counts prefill in, as runs do.
     """
@@ -67,11 +68,15 @@ LIMITS = {
     "all_reduce": "communication between the cards",
     "starts": "the many small operations of a layer",
     "rest": "the head and sampling",
+    "copies": "the link to the host: waiting for streamed layers",
 }
 
 
-def predict_times(work: Work, load: Workload, rates: Rates) -> Times:
+def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0) -> Times:
     """The steps of `load`, in the middle of its answers.
+
+    Args:
+        pass_ms: what streamed layers take to be copied, which goes on while the others compute.
 
     Raises:
         ValueError: the rates know nothing of the format.
@@ -79,9 +84,11 @@ def predict_times(work: Work, load: Workload, rates: Rates) -> Times:
     if work.format not in rates.decode:
         raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.decode)}")
     parts = decode_parts(work, load, rates)
+    if pass_ms:
+        parts["copies"] = max(0.0, pass_ms - sum(parts.values()))
     tpot_ms = sum(parts.values())
-    prompts_ms = prefill_ms(work, load, rates, tpot_ms)
-    prefill_only_ms = max(prefill_ms(work, load.prompts_only, rates, tpot_ms))
+    prompts_ms = prefill_ms(work, load, rates, tpot_ms, pass_ms)
+    prefill_only_ms = max(prefill_ms(work, load.prompts_only, rates, tpot_ms, pass_ms))
     answers_ms = max(prompts_ms) + (load.output_tokens - 1) * tpot_ms
     tokens_per_sec = load.batch_size * load.output_tokens / answers_ms * 1e3
     return Times(
@@ -89,7 +96,7 @@ def predict_times(work: Work, load: Workload, rates: Rates) -> Times:
         assumptions=rates.assumptions,
         tpot_ms=tpot_ms,
         parts_ms=parts,
-        floor_ms=step_bytes(work, load) / rates.copy_gb_per_sec / 1e6,
+        floor_ms=max(step_bytes(work, load) / rates.copy_gb_per_sec / 1e6, pass_ms),
         comm_share=parts["all_reduce"] / tpot_ms,
         limit=LIMITS[max(parts, key=lambda name: parts[name])],
         tokens_per_sec=tokens_per_sec,
@@ -137,7 +144,7 @@ def step_bytes(work: Work, load: Workload) -> float:
     return layers + work.head_bytes
 
 
-def prefill_ms(work: Work, load: Workload, rates: Rates, step_ms: float) -> list[float]:
+def prefill_ms(work: Work, load: Workload, rates: Rates, step_ms: float, pass_ms: float) -> list[float]:
     """When each prompt of the batch has its first token: chunks are filled in order, and a prompt ends in one.
 
     Once answers are under way chunks are shorter, with a step between every two, counted as one of all rows.
@@ -149,7 +156,8 @@ def prefill_ms(work: Work, load: Workload, rates: Rates, step_ms: float) -> list
         if is_decoding:
             chunk, clock = min(chunk, load.prefill_chunk_while_decoding), clock + step_ms
         tokens = min(chunk, total - start)
-        clock += chunk_ms(work, table, tokens, rates) + past_ms(work, load, start, tokens, rates)
+        computed_ms = chunk_ms(work, table, tokens, rates) + past_ms(work, load, start, tokens, rates)
+        clock += max(computed_ms, pass_ms)
         ended = (start + tokens) // load.prompt_tokens - start // load.prompt_tokens
         done_ms += [clock] * ended
         start += tokens

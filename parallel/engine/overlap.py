@@ -97,4 +97,9 @@ class PassInHalves:
     def start_sums(self, linear: Any, inputs: Iterable[Tensor]) -> None:
         """Multiplies each half's input by a row-parallel linear, and starts its sum at once."""
         for half, update in zip(self.halves, products(linear.blocks(self.dtype), inputs), strict=True):
-            half.update, half.bias = self.side.start_all_reduce(linear.communicator, update), linear.bias
+            half.update = self.side.start_all_reduce(linear.communicator, update)
+            half.bias = self.lasting(linear.bias)
+
+    def lasting(self, bias: Tensor | None) -> Tensor | None:
+        """A bias of a streamed layer, which is added in the next: another layer may lie in its place by then."""
+        return bias if bias is None or self.decoder.streamer is None else bias.clone()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # Where a tensor may begin: what torch's allocator keeps to, and more than any kernel asks for.
-ALIGNMENT = 256
+ALIGNMENT = 512
 
 
 @dataclass(frozen=True)

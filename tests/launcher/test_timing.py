@@ -127,6 +127,20 @@ def test_the_largest_part_is_the_limit() -> None:
     assert "keys and values" in predict(machine).limit
 
 
+def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
+    rates = fit_rates(machine.calibration())
+    free = predict_times(WIDE, LOAD, rates)
+    hidden, waiting = (predict_times(WIDE, LOAD, rates, factor * free.tpot_ms) for factor in (0.5, 3.0))
+    assert hidden.tpot_ms == pytest.approx(free.tpot_ms)
+    assert waiting.tpot_ms == pytest.approx(3 * free.tpot_ms)
+    assert waiting.parts_ms["copies"] == pytest.approx(2 * free.tpot_ms)
+    assert waiting.floor_ms == pytest.approx(waiting.tpot_ms) and "host" in waiting.limit
+    # A chunk of prompts streams the layers once.
+    chunk_ms = machine.chunk_ms(WIDE, 2048)
+    prefill = predict_times(WIDE, LOAD, rates, 2 * chunk_ms)
+    assert prefill.ttft_ms == pytest.approx((2 * chunk_ms + 4 * chunk_ms) / 2, rel=1e-6)
+
+
 def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
     with pytest.raises(ValueError, match=r"have no fp8; they have int4"):
         predict(machine, work=replace(WIDE, format="fp8"))
