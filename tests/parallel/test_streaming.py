@@ -65,8 +65,14 @@ def test_streamed_layers_answer_as_resident_ones(world_size: int, speculation: S
 
 def logits_of(communicator: Communicator, folder: Path, prompts: list[list[int]], forced: list[list[int]]) -> Tensor:
     """Of the resident model and of the one with both layers streamed."""
-    found = [make_engine(communicator, folder), poisoned(make_engine(communicator, folder, streamed=(0, 1)))]
-    return torch.stack([forced_logits(engine, prompts, forced) for engine in found])
+    resident, streamed = make_engine(communicator, folder), make_engine(communicator, folder, streamed=(0, 1))
+    found = [forced_logits(engine, prompts, forced) for engine in (resident, poisoned(streamed))]
+    assert streamed.streamer is not None
+    layers = streamed.model.model.layers
+    staging = streamed.streamer.buffers.untyped_storage().data_ptr()
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*layers.parameters(), *layers.buffers())}
+    assert held == {staging}, "nothing of a streamed layer has memory of its own"
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize("name", ["awq", "w4a16 act order", "nf4 nested", "fp8 by block"])
