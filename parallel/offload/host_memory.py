@@ -9,6 +9,7 @@ import mmap
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ class HostBuffer:
 
 def map_pages(num_bytes: int) -> Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # A kernel may be without them.
+    with suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
 

@@ -61,7 +61,8 @@ def test_sharded_ranks_that_stream_answer_as_resident_ones(tmp_path: Path) -> No
 FACTS = (
     *("model=llama3_3_70b", "model.path=nobody/has-this", "model.shape.num_layers=10", "model.weights=dummy"),
     *("gpus=1", "workload.output_tokens=24", "workload.prompt_tokens=700", "engine.prefill_chunk=512"),
-    *("engine.max_context=1024", "workload.batch_size=1"),
+    # Greedy answers of random weights repeat a token, whatever a layer may lack.
+    *("engine.max_context=1024", "workload.batch_size=1", "sampling.temperature=1.0", "sampling.seed=5"),
 )
 
 
@@ -79,7 +80,9 @@ def test_large_layers_answer_as_resident_ones(quantize: str, tmp_path: Path) -> 
     streamed = report_of(tmp_path / "streamed", kind, "offload.resident_layers=3")
     offload, memory = streamed["offload"], streamed["cards"][0]["memory"]
     print(json.dumps({quantize: offload, "load": streamed["load"]["sec"], "resident": resident["tpot_ms"]}))
-    assert streamed["outputs"][0]["token_ids"] == resident["outputs"][0]["token_ids"]
+    tokens = streamed["outputs"][0]["token_ids"]
+    assert len(set(tokens)) > len(tokens) // 2
+    assert tokens == resident["outputs"][0]["token_ids"]
     assert offload["share_of_copy"] > 0
     freed = resident["cards"][0]["memory"]["allocated_peak_bytes"] - memory["allocated_peak_bytes"]
     assert freed > 0.9 * (offload["host_bytes"] - memory["staging_bytes"]) - 2**28
