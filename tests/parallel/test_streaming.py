@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
+from parallel.engine import limits
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.speculation.speculator import Speculation
@@ -22,7 +24,7 @@ from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
-from tests.parallel.small_models import CONFIGS, DEMO, prompts_of
+from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write_model
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)
@@ -87,6 +89,22 @@ def test_packed_weights_travel_packed_and_whole(name: str, tmp_path: Path) -> No
 def test_biases_and_norms_travel_too(name: str, folders: dict[str, Path]) -> None:
     resident, streamed = run_on_ranks(logits_of, 1, folders[name], prompts_of(name), FORCED)[0]
     assert torch.equal(resident, streamed)
+
+
+def halved_states(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor]:
+    """Logits of the resident model and the streamed one, whose prompts go in two halves."""
+    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE = 2, 1
+    engines = make_engine(communicator, folder), poisoned(make_engine(communicator, folder, streamed=range(4)))
+    resident, streamed = (forced_logits(engine, prompts_of("llama"), FORCED) for engine in engines)
+    return resident, streamed
+
+
+def test_passes_in_halves_add_the_biases_of_layers_that_are_gone(tmp_path: Path) -> None:
+    """Those of down projections are added in the next layer, when a third one may lie in the place of theirs."""
+    sizes = COMMON | {"num_hidden_layers": 4}
+    folder = write_model(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False), tmp_path)
+    for resident, streamed in run_on_ranks(halved_states, 2, folder):
+        assert torch.equal(resident, streamed)
 
 
 def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[int]], list[float]]:
