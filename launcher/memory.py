@@ -166,6 +166,9 @@ class Demand:
         # A plain tensor becomes what it stays, beside itself where its dtype changes.
         embedding = split_by_grain(shape.vocab_size, self.world_size, self.grain)[rank] * shape.hidden_size
         plain = stored_bytes * max(linear if shape.scheme is None else 0, embedding) if shape.dtype != self.dtype else 0
+        if self.device == "cuda":
+            # The last layer, while its tensors move into one piece.
+            plain = max(plain, self.layer_bytes()[rank])
         if self.num_streamed:
             # Staging buffers come after the load, too, in place of layers on their way to the host.
             hosted = self.host_embedding_bytes(self._part_bytes(0)[rank])

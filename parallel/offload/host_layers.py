@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from parallel.engine.layout import Layout
 from parallel.engine.merged import LayerMerger
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
-from parallel.offload.layout import Layout
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 

@@ -14,7 +14,7 @@ from launcher.memory import Demand, fits
 from launcher.offload import HOST_BYTES_PER_RANK, OffloadPlan
 from launcher.plan import GIB, KEPT_FREE, Plan
 from launcher.plan_text import describe
-from parallel.offload.layout import ALIGNMENT
+from parallel.engine.layout import ALIGNMENT
 from tests.launcher.cli import SHORT, run
 from tests.launcher.test_plan import (
     CPU,

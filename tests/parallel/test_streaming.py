@@ -16,10 +16,10 @@ from parallel.communicator import Communicator
 from parallel.engine import limits
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.step_timer import time_steps
 from parallel.offload.host_layers import HostLayers, HostLoader
-from parallel.offload.layout import ALIGNMENT, Layout
 from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair

@@ -81,6 +81,16 @@ class Layout:
         self.bind([on_meta(slot) for slot in self.slots])
 
 
+def gather_layer(layer: nn.Module) -> None:
+    """Moves all tensors of a layer into one piece of memory on their device."""
+    layout = Layout.of(layer)
+    memory = torch.empty(layout.num_bytes, dtype=torch.uint8, device=layout.slots[0].tensor.device)
+    views = layout.views(memory)
+    for view, tensor in zip(views, layout.tensors(), strict=True):
+        view.copy_(tensor)
+    layout.bind(views)
+
+
 def on_meta(slot: Slot) -> Tensor:
     empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if slot.is_parameter else empty
