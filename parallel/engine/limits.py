@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 # Tokens of a page of the KV cache.
 PAGE_SIZE = 64
-# A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). In a smaller one
-# they would be too few for products that keep the card as busy as those of all rows do: an H200 reads the numbers of a
-# bf16 weight in the time of 206 rows' products, an RTX 4090 in that of 165.
-MIN_HALVED_ROWS = 512
+# A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). A smaller one is
+# over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200 took 315 ms for 2048 rows in
+# halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
+MIN_HALVED_ROWS = 1024
 # cuBLAS computes so many rows at a time.
 ROWS_PER_TILE = 128
 

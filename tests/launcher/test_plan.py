@@ -500,7 +500,7 @@ def test_plain_load_counts_where_the_dtype_changes() -> None:
     small = {"engine__max_context": 32, "engine__prefill_chunk": 8, "workload__output_tokens": 8}
     (card,) = plan(LLAMA_8B, cards_of(1), 1, **small).cards
     # A layer in pieces, beside itself in one.
-    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     assert card.lines["load"] == layer * 2 - card.lines["kv_cache"] - card.lines["activations"]
     (card,) = plan(replace(LLAMA_8B, dtype="float32"), cards_of(1), 1, model__dtype=DType.bfloat16, **small).cards
     after = card.lines["kv_cache"] + card.lines["activations"]

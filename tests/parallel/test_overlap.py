@@ -147,7 +147,7 @@ def test_parts_are_cut_at_any_token() -> None:
 
 
 def test_halves_are_whole_tiles_and_about_equal() -> None:
-    assert [limits.choose_cut(rows, 2) for rows in (1, 511, 512, 513, 768, 769, 2048)] == [
-        *(None, None, 256, 384, 384, 512, 1024)
+    assert [limits.choose_cut(rows, 2) for rows in (1, 1023, 1024, 1025, 1280, 1281, 2048)] == [
+        *(None, None, 512, 640, 640, 768, 1024)
     ]
     assert limits.choose_cut(2048, 1) is None
