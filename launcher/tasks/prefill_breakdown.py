@@ -32,8 +32,10 @@ ALL_REDUCE = "all_reduce"
 PREFILL_PARTS = {
     ALL_REDUCE: (*PARTS[ALL_REDUCE], "memcpy htod", "memcpy dtoh"),
     "dequantize": ("dequantize",),
+    # Before products: flash attention's kernels have cutlass in their names too.
+    "attention": PARTS["attention"],
     "products": PARTS["linears"],
-    **{name: PARTS[name] for name in ("attention", "norms", "rotary", "activation")},
+    **{name: PARTS[name] for name in ("norms", "rotary", "activation")},
 }
 
 
