@@ -12,8 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from parallel.kernels.prefetch import Ahead
-
 
 class TransportError(RuntimeError):
     """A transport gave wrong sums or did not answer; the message names it and what to try."""
@@ -28,11 +26,8 @@ class Communicator(Protocol):
     # Whether its collectives can be captured in a CUDA graph.
     capturable: bool
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
-        """Sums `tensor` over the ranks, in place, and returns it. Any shape; every rank gets the same bits.
-
-        `ahead`: weights that this rank reads next; a transport may bring them into the cache while it waits.
-        """
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor` over the ranks, in place, and returns it. Any shape; every rank gets the same bits."""
         ...
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -64,7 +59,7 @@ class ElidedAllReduce:
         self.world_size = inner.world_size
         self.capturable = inner.capturable
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:

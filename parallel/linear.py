@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from parallel.communicator import Communicator
 from parallel.kernels.blocks import Block, whole
-from parallel.kernels.prefetch import Ahead
 
 Slices = tuple[slice, ...]
 
@@ -53,10 +52,6 @@ class ShardedLayer(TensorParallel_Layer):
         output: Tensor = self.packed(hidden)
         return output if bias is None else output.add_(bias)
 
-    def stored(self) -> tuple[Tensor, ...]:
-        """As GroupedLinear.stored."""
-        return (self.weight,) if self.packed is None else self.packed.stored()
-
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """The weight without its bias, for products of many inputs of `dtype`."""
         if self.packed is None:
@@ -78,9 +73,8 @@ class RowParallelLinear(ShardedLayer, LinearAllreduce):
     def local_slices(self, parameter: str) -> Slices:
         return (slice(None), self.local_range()) if parameter == "weight" else (slice(None),)
 
-    def forward(self, hidden: Tensor, ahead: Ahead = ()) -> Tensor:
-        """`ahead`: what the linear after this one reads first; see Communicator.all_reduce."""
-        output = self.communicator.all_reduce(self.multiply(hidden), ahead)
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = self.communicator.all_reduce(self.multiply(hidden))
         return output if self.bias is None else output.add_(self.bias)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,11 +140,6 @@ def time_replays(
         for _ in range(calls_per_graph):
             channel.all_reduce(buffers[channel.rank], buffers[channel.rank])
 
-    return time_graphs(ranks, calls, calls_per_graph, repeats)
-
-
-def time_graphs(ranks: RanksOnOneCard[Any], calls: Callable[[Any], None], num_calls: int, repeats: int) -> list[float]:
-    """Microseconds of each of the slowest rank's `num_calls`, which `calls(channel)` queues, by replays of a graph."""
     graphs = ranks.capture(calls)
     begins = [torch.cuda.Event(enable_timing=True) for _ in graphs]
     ends = [torch.cuda.Event(enable_timing=True) for _ in graphs]
@@ -160,7 +154,7 @@ def time_graphs(ranks: RanksOnOneCard[Any], calls: Callable[[Any], None], num_ca
         ranks.run(replay)
         ranks.check()
         slowest = max(begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True))
-        times.append(slowest * 1e3 / num_calls)
+        times.append(slowest * 1e3 / calls_per_graph)
     # The first replays upload the graphs.
     return times[2:]
 

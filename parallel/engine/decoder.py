@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.ahead import look_ahead
 from parallel.engine.merged import is_merged, local_sizes, merge_layer
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
-from parallel.kernels.prefetch import Ahead
 from parallel.offload.streamer import Streamer
 
 # query [tokens, local heads, head_dim], the layer's cache -> the same shape
@@ -61,14 +59,12 @@ class Decoder:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
         update = torch.zeros(0)
-        aheads = look_ahead(self.model.model.layers, self.model.lm_head, len(tokens.ids), residual.device)
-        for index, (layer, cache, ahead) in enumerate(zip(self.layers(), caches, aheads, strict=True)):
+        for index, (layer, cache) in enumerate(zip(self.layers(), caches, strict=True)):
             norm = layer.input_layernorm.weight
             normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
-            attended = self._attention(layer.self_attn, normed, tokens, attend, cache, ahead.output)
-            update = layer.self_attn.o_proj(attended, ahead.gate_up)
+            update = self._attention(layer.self_attn, normed, tokens, attend, cache)
             normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
-            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed), *ahead.down), ahead.following)
+            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed)))
         return residual.add_(update)
 
     def layers(self) -> Iterator[Any]:
@@ -81,17 +77,14 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(
-        self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV, ahead: Ahead
-    ) -> Tensor:
-        """[tokens, local heads * head_dim]; `ahead` is of the output projection."""
+    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
-            return normed.new_empty(len(normed), 0)
-        query = self.rotate(attention, attention.qkv(normed), tokens, cache, ahead)
-        return attend(query, cache).flatten(1)
+            return attention.o_proj(normed.new_empty(len(normed), 0))
+        query = self.rotate(attention, attention.qkv(normed), tokens, cache)
+        return attention.o_proj(attend(query, cache).flatten(1))
 
-    def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV, ahead: Ahead = ()) -> Tensor:
+    def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
         """Caches the keys and values in `qkv` [tokens, ...]; returns the queries, [tokens, local heads, head_dim]."""
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         return rotary_and_cache(
@@ -107,5 +100,4 @@ class Decoder:
             None if query_norm is None else query_norm.weight,
             None if key_norm is None else key_norm.weight,
             self.eps,
-            *ahead,
         )

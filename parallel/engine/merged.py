@@ -32,10 +32,6 @@ class MergedLinear(nn.Module):
         output: Tensor = self.multiply(hidden)
         return output if self.bias is None else output.add_(self.bias)
 
-    def stored(self) -> tuple[Tensor, ...]:
-        """As GroupedLinear.stored."""
-        return self.multiply.stored()
-
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """For products of many inputs of `dtype`."""
         return with_bias(self.multiply.blocks(dtype), self.bias)
@@ -50,9 +46,6 @@ class PlainWeight(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)
-
-    def stored(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
 
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         return whole(self.weight)
@@ -69,10 +62,6 @@ class SideBySide(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([layer(hidden) for layer in self.layers], dim=-1)
-
-    def stored(self) -> tuple[Tensor, ...]:
-        """Of the first, as GroupedLinear.stored."""
-        return self.layers[0].stored()
 
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """For products of many inputs of `dtype`."""

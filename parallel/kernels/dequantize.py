@@ -36,10 +36,6 @@ class DequantizeLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.dequantize(hidden.dtype))
 
-    def stored(self) -> tuple[Tensor, ...]:
-        """As GroupedLinear.stored."""
-        return self.values, self.scales
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out, in]"""
         shape = (len(self.values), self.num_in)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from parallel.kernels import prefetch, reference
+from parallel.kernels import reference
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
 from parallel.kernels.operators import operator
 
@@ -47,18 +47,21 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return launch_norm(NORM_VECTORS, hidden, residual, weight, eps)
 
 
-@operator(lambda gate_up, *ahead: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
-def silu_mul(gate_up: Tensor, ahead: Tensor | None = None, more_ahead: Tensor | None = None) -> Tensor:
-    """[tokens, 2 * I], gates before ups -> [tokens, I]: silu(gate), rounded, times up.
-
-    `ahead`, `more_ahead`: what the next linear reads first, for the cache (prefetch.Ahead); so in `rotary_and_cache`.
-    """
+@operator(lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[tokens, 2 * I], gates before ups -> [tokens, I]: silu(gate), rounded, times up."""
     tokens, pieces = len(gate_up), gate_up.shape[1] // (2 * PIECE)
     if not takes(gate_up) or gate_up.shape[1] % (2 * PIECE):
         return reference.silu_mul(gate_up)
     output = gate_up.new_empty(tokens, pieces * PIECE)
-    grid, fetched = prefetch.beside((tokens, -(-pieces // SILU_THREADS)), ahead, more_ahead)
-    silu_kernel(gate_up.device)(grid, SILU_THREADS, gate_up, output, pieces, gate_up.stride(0) // PIECE, *fetched)
+    silu_kernel(gate_up.device)(
+        (tokens, -(-pieces // SILU_THREADS), 1),
+        SILU_THREADS,
+        gate_up,
+        output,
+        pieces,
+        gate_up.stride(0) // PIECE,
+    )
     return output
 
 
@@ -81,8 +84,6 @@ def rotary_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    ahead: Tensor | None = None,
-    more_ahead: Tensor | None = None,
 ) -> Tensor:
     """Rotates queries and keys of [tokens, (heads + 2 * kv_heads) * head_dim] (q, k, v) and stores keys and values.
 
@@ -103,9 +104,8 @@ def rotary_and_cache(
         )
     query = qkv.new_empty(len(qkv), heads, shape[3])
     kernel, heads_per_block = rotary_kernel(shape[3], shape[2], key_pages.dtype, qkv.device)
-    grid, fetched = prefetch.beside((len(qkv), -(-(heads + 2 * kv_heads) // heads_per_block)), ahead, more_ahead)
     kernel(
-        grid,
+        (len(qkv), -(-(heads + 2 * kv_heads) // heads_per_block), 1),
         ROTARY_THREADS,
         qkv,
         cos,
@@ -123,7 +123,6 @@ def rotary_and_cache(
         heads,
         kv_heads,
         eps,
-        *fetched,
     )
     return query
 
@@ -228,15 +227,13 @@ def norm_kernel(vectors: int, hidden_size: int, device: torch.device) -> tuple[K
 
 @cache
 def silu_kernel(device: torch.device) -> Kernel:
-    options, parameters = prefetch.options(device.index), "PPii" + prefetch.PARAMETERS
-    return load_kernel(FOLDER / "fused_silu.cu", "silu_mul", options, parameters, device.index)
+    return load_kernel(FOLDER / "fused_silu.cu", "silu_mul", (), "PPii", device.index)
 
 
 @cache
 def rotary_kernel(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Kernel, int]:
     """The kernel, and how many heads a block of it takes."""
     lanes = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
-    sizes = (f"-DHEAD_DIM={head_dim}", f"-DPAGE_SIZE={page_size}", f"-DE4M3={int(dtype == torch.float8_e4m3fn)}")
-    options, parameters = (*sizes, *prefetch.options(device.index)), "PPPPPPPPPPqqiiif" + prefetch.PARAMETERS
-    kernel = load_kernel(FOLDER / "fused_rotary.cu", "rotary_and_cache", options, parameters, device.index)
+    options = (f"-DHEAD_DIM={head_dim}", f"-DPAGE_SIZE={page_size}", f"-DE4M3={int(dtype == torch.float8_e4m3fn)}")
+    kernel = load_kernel(FOLDER / "fused_rotary.cu", "rotary_and_cache", options, "PPPPPPPPPPqqiiif", device.index)
     return kernel, ROTARY_THREADS // lanes

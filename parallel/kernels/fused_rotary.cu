@@ -6,7 +6,6 @@
 // Defined by the host: HEAD_DIM (a multiple of 16, up to 256), PAGE_SIZE (tokens), E4M3 (1: pages hold e4m3, 0: bf16).
 
 #include "device.cuh"
-#include "prefetch.cuh"
 
 typedef long long i64;
 
@@ -79,8 +78,7 @@ rotary_and_cache(const uint4* __restrict__ qkv, const float4* __restrict__ cos, 
                  const i64* __restrict__ positions, const i64* __restrict__ slots, void* __restrict__ key_pages,
                  void* __restrict__ value_pages, uint4* __restrict__ query, const uint4* __restrict__ q_norm,
                  const uint4* __restrict__ k_norm, i64 key_stride, i64 value_stride, int row_stride, int heads,
-                 int kv_heads, float eps, AHEAD_PARAMETERS) {
-  if (FETCHES_AHEAD) return;
+                 int kv_heads, float eps) {
   const size_t token = blockIdx.x;
   const int unit = blockIdx.y * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
   const bool works = unit < heads + 2 * kv_heads && lane < LANES;

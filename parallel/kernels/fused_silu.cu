@@ -1,7 +1,6 @@
 // out = bf16(silu(gate)) * up, where a row holds the gates, then the ups. A thread takes 16 bytes of each.
 
 #include "device.cuh"
-#include "prefetch.cuh"
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
@@ -13,9 +12,7 @@ __device__ __forceinline__ u32 silu_mul_pair(u32 gate, u32 up) {
 
 // pieces: of 16 bytes in a row of the result; row_stride in pieces.
 extern "C" __global__ void __launch_bounds__(256)
-silu_mul(const uint4* __restrict__ gate_up, uint4* __restrict__ out, int pieces, int row_stride,
-         AHEAD_PARAMETERS) {
-  if (FETCHES_AHEAD) return;
+silu_mul(const uint4* __restrict__ gate_up, uint4* __restrict__ out, int pieces, int row_stride) {
   const size_t row = blockIdx.x;
   const int at = blockIdx.y * blockDim.x + threadIdx.x;
   if (at >= pieces) return;

@@ -82,10 +82,6 @@ class GroupedLinear(nn.Module):
         """[m, in] -> [m, out], columns as they are packed."""
         raise NotImplementedError
 
-    def stored(self) -> tuple[Tensor, ...]:
-        """What a product reads of the weight, one or two tensors, each from its first byte on."""
-        raise NotImplementedError
-
     def dequantize(self, outputs: slice) -> Tensor:
         """[outputs, in], columns as they are packed; outputs in whole tiles of the packed weight."""
         raise NotImplementedError

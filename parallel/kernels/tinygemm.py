@@ -43,10 +43,6 @@ class TinygemmLinear(GroupedLinear):
         product: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scales_and_shifts)
         return product
 
-    def stored(self) -> tuple[Tensor, ...]:
-        # Scales of all outputs lie together, group by group.
-        return (self.packed,)
-
     def dequantize(self, outputs: slice) -> Tensor:
         """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
         shape = (outputs.stop - outputs.start, self.scales_and_shifts.shape[0] * self.group_size)

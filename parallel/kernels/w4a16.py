@@ -76,9 +76,6 @@ class W4A16Linear(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return w4a16(rows, self.packed, self.scales, self.codebook)
 
-    def stored(self) -> tuple[Tensor, ...]:
-        return self.packed, self.scales
-
     def dequantize(self, outputs: slice) -> Tensor:
         tiles = tiles_of(outputs)
         return dequantize_w4(self.packed[tiles], self.scales[tiles], self.codebook)

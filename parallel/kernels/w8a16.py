@@ -64,9 +64,6 @@ class W8A16Linear(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return w8a16(rows, self.packed, self.scales, self.is_float)
 
-    def stored(self) -> tuple[Tensor, ...]:
-        return self.packed, self.scales
-
     def dequantize(self, outputs: slice) -> Tensor:
         tiles = tiles_of(outputs)
         return dequantize_w8(self.packed[tiles], self.scales[tiles], self.is_float)

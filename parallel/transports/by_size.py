@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.kernels.prefetch import Ahead
 
 
 class BySize:
@@ -36,9 +35,9 @@ class BySize:
         self.rank, self.world_size = inner.rank, inner.world_size
         self.capturable = all(each.capturable for each in self.communicators)
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know.
-        return self.communicators[bisect_left(self.limits, tensor.nbytes)].all_reduce(tensor, ahead)
+        return self.communicators[bisect_left(self.limits, tensor.nbytes)].all_reduce(tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.gather.all_gather(tensor)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
-from parallel.kernels import prefetch
 from parallel.kernels.launch import load_kernel
-from parallel.kernels.prefetch import Ahead
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
 # host_memory_common.cuh has the same numbers.
@@ -59,40 +57,24 @@ class Channel:
         timeout_sec: float,
         parameters: str = PARAMETERS,
         options: tuple[str, ...] = (),
-        fetches: bool = False,
     ) -> None:
-        """`fetches`: whether the kernels take what prefetch.beside gives them after all else."""
         self.region, self.rank = region, rank
-        self.fetches = fetches
         self.timeout_sec = timeout_sec
         # Epoch and arrivals, then the peer that did not answer, plus one.
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
-        options = (f"-DWORLD={world_size}", *options, *(prefetch.options(device.index) if fetches else ()))
-        parameters += prefetch.PARAMETERS * fetches
+        options = (f"-DWORLD={world_size}", *options)
         self.kernels = {name: load_kernel(FOLDER / source, name, options, parameters, device.index) for name in names}
 
     def launch(
-        self,
-        name: str,
-        source: Tensor,
-        target: Tensor,
-        num_bytes: int,
-        slot_size: int,
-        blocks: int,
-        threads: int,
-        ahead: Ahead = (),
+        self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
     ) -> None:
-        """`blocks` take part in the exchange; others fetch `ahead`, where the kernels know of it."""
         region = self.region.device_address
         timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
-        exchanged = source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
-        if not self.fetches:
-            self.kernels[name]((blocks, 1, 1), threads, *exchanged)
-            return
-        grid, fetched = prefetch.beside((blocks, 1), *ahead)
-        self.kernels[name](grid, threads, *exchanged, *fetched)
+        self.kernels[name](
+            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
+        )
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""

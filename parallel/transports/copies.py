@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.kernels.prefetch import Ahead
 from parallel.transports.channel import ERROR_STRIDE, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
 from parallel.transports.copy_layout import COUNTS, LANES, UNIT_BYTES, CopyLayout, choose_layout
 from parallel.transports.copy_plan import plan_all_reduce
@@ -86,12 +85,12 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
         super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know: the length and the type, not where the tensor lies.
         if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
-            return self.inner.all_reduce(tensor, ahead)
+            return self.inner.all_reduce(tensor)
         if torch.cuda.is_current_stream_capturing():
-            return self.inner.all_reduce(tensor, ahead)
+            return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:

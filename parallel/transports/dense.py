@@ -6,13 +6,11 @@ Between what slots of half flags carry best (host_memory.py) and what pays for t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.kernels.prefetch import Ahead
 from parallel.transports.channel import (
     PAGE_BYTES,
     REDUCTIONS,
@@ -96,14 +94,13 @@ class DenseChannel(Channel):
             names=tuple(REDUCTIONS.values()),
             timeout_sec=timeout_sec,
             options=(f"-DACCESS_BYTES={ACCESS_BYTES}",),
-            fetches=True,
         )
         self.layout = layout
 
-    def all_reduce(self, source: Tensor, target: Tensor, ahead: Ahead = ()) -> None:
-        """Sum over the ranks of `source`, into `target`, which may be the same. Meanwhile blocks fetch `ahead`."""
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """Sum over the ranks of `source`, into `target`, which may be the same."""
         size, tiles = source.nbytes, self.layout.slot_tiles
-        self.launch(REDUCTIONS[source.dtype], source, target, size, tiles, *choose_launch(size), ahead=ahead)
+        self.launch(REDUCTIONS[source.dtype], source, target, size, tiles, *choose_launch(size))
 
 
 class DenseHostMemory(OverChannel[DenseChannel]):
@@ -115,12 +112,12 @@ class DenseHostMemory(OverChannel[DenseChannel]):
         super().__init__(inner, channel)
         self.max_bytes = channel.layout.max_bytes
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know: the length and the type, not where the tensor lies.
         whole = tensor.nbytes % UNIT_BYTES == 0 and 0 < tensor.nbytes <= self.max_bytes
         if tensor.dtype not in REDUCTIONS or not whole:
-            return self.inner.all_reduce(tensor, ahead)
-        return reduce_aligned(partial(self.channel.all_reduce, ahead=ahead), tensor, UNIT_BYTES)
+            return self.inner.all_reduce(tensor)
+        return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.inner.all_gather(tensor)

@@ -9,7 +9,6 @@
 // Region (host_memory.py, Layout): a page with an error word a rank, 64 bytes apart; then for each rank two slots of
 // `slot_lines` lines. The slot of a call is its epoch's parity; why two are enough is said in host_memory.py.
 
-#include "../kernels/prefetch.cuh"
 #include "host_memory_common.cuh"
 
 #define LINE_BYTES 16
@@ -123,9 +122,7 @@ __device__ __forceinline__ void exchange(const u8* in, u8* out, State* state, u8
 
 #define KERNEL(name, step)                                                                                             \
   extern "C" __global__ void __launch_bounds__(512)                                                                    \
-  name(const u8* in, u8* out, State* state, u8* region, int num_bytes, int slot_lines, int rank, int timeout_ms,       \
-       AHEAD_PARAMETERS) {                                                                                             \
-    if (FETCHES_AHEAD) return;                                                                                         \
+  name(const u8* in, u8* out, State* state, u8* region, int num_bytes, int slot_lines, int rank, int timeout_ms) {     \
     exchange<step>(in, out, state, region, num_bytes, slot_lines, rank, timeout_ms);                                   \
   }
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.kernels.prefetch import Ahead
 from parallel.transports.channel import (
     PAGE_BYTES,
     REDUCTIONS,
@@ -88,29 +86,22 @@ class SlotChannel(Channel):
     def __init__(
         self, region: SharedRegion, layout: Layout, rank: int, device: torch.device, *, timeout_sec: float
     ) -> None:
+        names = (*REDUCTIONS.values(), GATHER)
         super().__init__(
-            region,
-            layout.world_size,
-            rank,
-            device,
-            source="host_memory.cu",
-            names=(*REDUCTIONS.values(), GATHER),
-            timeout_sec=timeout_sec,
-            fetches=True,
+            region, layout.world_size, rank, device, source="host_memory.cu", names=names, timeout_sec=timeout_sec
         )
         self.layout = layout
 
-    def all_reduce(self, source: Tensor, target: Tensor, ahead: Ahead = ()) -> None:
-        """Sum over the ranks of `source`, into `target`, which may be the same. Meanwhile blocks fetch `ahead`."""
-        self._launch(REDUCTIONS[source.dtype], source, target, ahead)
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """Sum over the ranks of `source`, into `target`, which may be the same."""
+        self._launch(REDUCTIONS[source.dtype], source, target)
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
         """`source` of each rank, of any type, into `target`, [world_size, ...]."""
         self._launch(GATHER, source, target)
 
-    def _launch(self, name: str, source: Tensor, target: Tensor, ahead: Ahead = ()) -> None:
-        size = source.nbytes
-        self.launch(name, source, target, size, self.layout.slot_lines, *choose_launch(size), ahead=ahead)
+    def _launch(self, name: str, source: Tensor, target: Tensor) -> None:
+        self.launch(name, source, target, source.nbytes, self.layout.slot_lines, *choose_launch(source.nbytes))
 
 
 class HostMemory(OverChannel[SlotChannel]):
@@ -122,10 +113,10 @@ class HostMemory(OverChannel[SlotChannel]):
         super().__init__(inner, channel)
         self.max_bytes = channel.layout.max_bytes
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         if tensor.dtype not in REDUCTIONS or not 0 < tensor.nbytes <= self.max_bytes:
-            return self.inner.all_reduce(tensor, ahead)
-        return reduce_aligned(partial(self.channel.all_reduce, ahead=ahead), tensor, DATA_BYTES)
+            return self.inner.all_reduce(tensor)
+        return reduce_aligned(self.channel.all_reduce, tensor, DATA_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         if not 0 < tensor.nbytes <= self.max_bytes:

@@ -21,7 +21,6 @@
 // Region (dense.py, DenseLayout): a page of error words; then for each rank two slots of `slot_tiles` tiles, by the
 // parity of the call; why two are enough is said in host_memory.py.
 
-#include "../kernels/prefetch.cuh"
 #include "host_memory_common.cuh"
 
 #define UNIT_BYTES 16
@@ -246,8 +245,7 @@ struct Call {
 #define KERNEL(name, element)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
   name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_tiles, int rank,                 \
-       int timeout_ms, AHEAD_PARAMETERS) {                                                                             \
-    if (FETCHES_AHEAD) return;                                                                                         \
+       int timeout_ms) {                                                                                               \
     const int lane = threadIdx.x % LANES;                                                                              \
     Call call = {in, out, state, region, num_bytes / UNIT_BYTES, slot_tiles, rank, lane, watch_for(timeout_ms)};       \
     call.run<element>();                                                                                               \

@@ -7,8 +7,6 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from parallel.kernels.prefetch import Ahead
-
 
 class Solo:
     name = "solo"
@@ -19,7 +17,7 @@ class Solo:
         self.device = device
         self.capturable = device.type == "cuda"
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.kernels.prefetch import Ahead
-
 
 class TorchDistributed:
     """Collectives of one torch process group, issued on the current stream."""
@@ -22,7 +20,7 @@ class TorchDistributed:
         self.world_size = dist.get_world_size(group)
         self.capturable = name == "nccl"
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 

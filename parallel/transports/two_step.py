@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.kernels.prefetch import Ahead
 from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
 from parallel.transports.host_memory import MAX_RANKS
 from parallel.transports.shared_region import SharedRegion
@@ -102,10 +101,10 @@ class TwoStepHostMemory(OverChannel[TwoStepChannel]):
         super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know: the length and the type, not where the tensor lies.
         if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
-            return self.inner.all_reduce(tensor, ahead)
+            return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
     def all_gather(self, tensor: Tensor) -> Tensor:

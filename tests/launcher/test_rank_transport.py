@@ -15,7 +15,6 @@ from launcher.rank import RankContext
 from launcher.rank_transport import open_transport
 from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
-from parallel.kernels.prefetch import Ahead
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
 from parallel.transports.by_size import BySize
@@ -76,7 +75,7 @@ class Fake(Solo):
         self.inner: Fake | None = None
         self.reduced: list[int] = []
 
-    def all_reduce(self, tensor: torch.Tensor, ahead: Ahead = ()) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         self.reduced.append(tensor.nbytes)
         return tensor
 

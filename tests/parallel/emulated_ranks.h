@@ -17,11 +17,10 @@
 #define __shared__ static thread_local
 
 struct uint4 { uint32_t x, y, z, w; };
-struct Index { int x, y, z; };
+struct Index { int x; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 using std::min;
-inline long long clock64() { return 0; }
 
 // Where threads meet, and what any of them says.
 struct Group {
@@ -87,17 +86,15 @@ inline void load_line(const void* line, Wide& low, Wide& high) {
 
 #include KERNEL_FILE
 
-// With as many blocks above them that fetch, and take no part.
 template <class Kernel>
 void launch(std::vector<std::thread>& threads, Kernel kernel, int blocks, int num_threads) {
-  for (int b = 0; b < 2 * blocks; ++b) {
+  for (int b = 0; b < blocks; ++b) {
     auto of_block = std::make_shared<Group>(num_threads);
     std::vector<std::shared_ptr<Group>> warps;
     for (int w = 0; w < num_threads / 32; ++w) warps.push_back(std::make_shared<Group>(32));
     for (int t = 0; t < num_threads; ++t)
       threads.emplace_back([=] {
-        threadIdx = {t, 0, 0}, blockIdx = {b % blocks, 0, b / blocks};
-        blockDim = {num_threads, 1, 1}, gridDim = {blocks, 1, 2};
+        threadIdx.x = t, blockIdx.x = b, blockDim.x = num_threads, gridDim.x = blocks;
         block = of_block.get(), warp = warps[t / 32].get();
         kernel();
       });
@@ -110,7 +107,7 @@ extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states,
   auto kernel = bytes_per_value == 2 ? reduce_bfloat16 : reduce_float32;
   std::vector<std::thread> threads;
   for (int r = first; r <= last; ++r)
-    launch(threads, [=] { kernel(in[r], out[r], states + r, region, num_bytes, slot_tiles, r, timeout_ms, in[r], 0, 64, 0); },
-           blocks, num_threads);
+    launch(threads, [=] { kernel(in[r], out[r], states + r, region, num_bytes, slot_tiles, r, timeout_ms); }, blocks,
+           num_threads);
   for (std::thread& thread : threads) thread.join();
 }

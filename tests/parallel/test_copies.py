@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import TransportError
-from parallel.kernels.prefetch import Ahead
 from parallel.transports import channel, copy_streams
 from parallel.transports.copies import CopiedHostMemory, CopyChannel
 from parallel.transports.copy_layout import COUNTS, CopyLayout
@@ -195,7 +194,7 @@ class Counting(Solo):
         super().__init__(CPU)
         self.calls = 0
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         self.calls += 1
         return tensor
 

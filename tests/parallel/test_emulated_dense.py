@@ -32,7 +32,6 @@ INSTRUCTIONS = {
     "cvt.rn.bf16x2": "result = rounded(high) << 16 | rounded(low)",
     "cvt.rn.f16x2": "__builtin_trap()",
     "cvt.f32.f16": "__builtin_trap()",
-    "prefetch.global.L2": "",
     "st.relaxed.sys.global.u32": "*(volatile u32*)error = peer + 1",
     "st.relaxed.sys.global.b128": "store_line(line, v)",
     "ld.relaxed.sys.global.b128": "load_line(line, low, high)",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels.launch import read_source
-from parallel.kernels.prefetch import Ahead
 from parallel.transports import dense, two_step
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
@@ -114,9 +113,8 @@ def defined(text: str) -> dict[str, str]:
 
 
 def test_numbers_of_the_dense_kernel_are_those_of_the_host() -> None:
-    path = Path(dense.__file__).parent / "host_memory_dense.cu"
-    text = read_source(path)
-    other, chosen = re.split(r"^#else$", path.read_text(), maxsplit=1, flags=re.MULTILINE)
+    text = read_source(Path(dense.__file__).parent / "host_memory_dense.cu")
+    other, chosen = re.split(r"^#else$", text, maxsplit=1, flags=re.MULTILINE)
     units = defined(other if dense.ACCESS_BYTES == 16 else chosen)["UNITS"]
     names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "LANES", "LINES", "NUM_TAGS")
     constants = {**vars(dense), "ERROR_STRIDE": ERROR_STRIDE}
@@ -261,11 +259,9 @@ class FakeChannel:
         self.layout = Layout(2, SMALL)
         self.state = torch.zeros(2)
         self.given: list[Tensor] = []
-        self.aheads: list[Ahead] = []
 
-    def all_reduce(self, source: Tensor, target: Tensor, ahead: Ahead = ()) -> None:
+    def all_reduce(self, source: Tensor, target: Tensor) -> None:
         assert is_plain(source) and is_plain(target)
-        self.aheads.append(ahead)
         self.given.append(source)
         target.copy_(ordered_sum([source, source]))
 
@@ -283,11 +279,9 @@ class Counting(Solo):
     def __init__(self) -> None:
         super().__init__(CPU)
         self.calls = 0
-        self.aheads: list[Ahead] = []
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         self.calls += 1
-        self.aheads.append(ahead)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -312,20 +306,6 @@ def test_messages_go_where_they_fit(dtype: torch.dtype) -> None:
     communicator.max_bytes = 64
     communicator.all_reduce(torch.ones(64 // dtype.itemsize + 1, dtype=dtype))
     assert (inner.calls, len(channel.given)) == (3, 2)
-
-
-def test_whoever_carries_a_sum_learns_what_comes_next() -> None:
-    communicator, inner, channel = opened()
-    ahead = (torch.zeros(5), torch.zeros(3))
-    communicator.all_reduce(torch.ones(8), ahead)
-    communicator.all_reduce(torch.ones(41)[1:], ahead)
-    assert [each is ahead for each in channel.aheads] == [True, True] and not inner.aheads
-    communicator.all_reduce(torch.ones(SMALL), ahead)
-    TwoStepHostMemory(inner, channel).all_reduce(torch.ones(3), ahead)  # type: ignore[arg-type]
-    assert [each is ahead for each in inner.aheads] == [True, True]
-    dense_one = DenseHostMemory(inner, channel)  # type: ignore[arg-type]
-    BySize(inner, [(64, inner), (128, dense_one)], inner, CPU).all_reduce(torch.ones(32), ahead)
-    assert channel.aheads[-1] is ahead and len(channel.aheads) == 3
 
 
 def test_types_that_cannot_be_summed_go_to_the_other_and_are_still_gathered() -> None:

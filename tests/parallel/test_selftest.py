@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.kernels.prefetch import Ahead
 from parallel.selftest import DECODE_BYTES, SelfTest, TransportError, check_transport
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, run_on_ranks
@@ -22,7 +21,7 @@ class Corrupting(ElidedAllReduce):
         self.name = inner.name
         self.num_bytes, self.index, self.amount, self.good = num_bytes, index, amount, good
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         result = self.inner.all_reduce(tensor)
         if tensor.nbytes == self.num_bytes:
             self.good -= 1
@@ -36,7 +35,7 @@ class Hanging(Solo):
         super().__init__(CPU)
         self.event = event
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         assert self.event.wait(10), "nobody ended the self-test"
         return tensor
 

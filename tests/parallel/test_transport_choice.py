@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
-from parallel.kernels.prefetch import Ahead
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import Proof, Range, faster_up_to, force_ranges, plan_ranges, prove
 from tests.parallel.ranks import CPU, run_on_ranks
@@ -121,7 +120,7 @@ def test_gathers_go_the_way_that_is_faster_up_to_where_it_stops_being_faster(
 class WrongOnOneRank(ElidedAllReduce):
     """Adds one to the last element of every bfloat16 sum, on rank 1 alone."""
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         result = self.inner.all_reduce(tensor)
         if self.rank == 1 and tensor.dtype == torch.bfloat16:
             result.view(-1)[-1] += 1
@@ -135,7 +134,7 @@ class WrongInTheEnd(ElidedAllReduce):
         super().__init__(inner)
         self.left = 30
 
-    def all_reduce(self, tensor: Tensor, ahead: Ahead = ()) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         self.left -= 1
         return self.inner.all_reduce(tensor).add_(self.left < 0)
 
