@@ -31,21 +31,14 @@ TUNED_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 2048 * KIB
 TUNED = tuple((blocks, warps) for warps in (1, 2, 4, 8) for blocks in (8, 16, 32, 64) if 16 <= blocks * warps <= 256)
 
 
-def use_access_bytes(access_bytes: int) -> None:
-    """Has the dense kernel rely on accesses of 8 or 16 bytes; before any is opened."""
-    dense.ACCESS_BYTES, dense.UNITS = access_bytes, {8: 6, 16: 7}[access_bytes]
-    dense.TILE_BYTES = dense.UNITS * dense.LANES * dense.UNIT_BYTES
-
-
-def bench(rank: CardRank, repeats: int, tune: bool, access_bytes: int) -> None:
-    use_access_bytes(access_bytes)
+def bench(rank: CardRank, repeats: int, tune: bool) -> None:
     opened = {name: wrap(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC) for name, (wrap, _, _) in TRANSPORTS.items()}
     opened["nccl"] = rank.nccl
     say(rank, f"{'bytes':>9}" + "".join(f"{name:>22}" for name in opened))
     rows = [measure(rank, opened, num_bytes, repeats) for num_bytes in SIZES]
     launches = tune_dense(rank, opened[DenseHostMemory.name], repeats) if tune else []
     card = {"name": torch.cuda.get_device_name(rank.device), "torch": torch.__version__}
-    result = {"card": card, "ranks": rank.nccl.world_size, "access_bytes": access_bytes}
+    result = {"card": card, "ranks": rank.nccl.world_size}
     say(rank, json.dumps({**result, "all_reduce": rows, "dense_launches": launches}))
 
 

@@ -20,7 +20,7 @@ from parallel.transports import dense
 from parallel.transports.dense import wrap_dense
 from parallel.transports.host_memory import wrap_host_memory
 from parallel.transports.two_step import wrap_two_step
-from tools.all_reduce_cards import TIMEOUT_SEC, say, use_access_bytes
+from tools.all_reduce_cards import TIMEOUT_SEC, say
 from tools.card_ranks import CardRank
 
 SOURCE = Path(__file__).with_name("all_reduce_soak.cu")
@@ -93,9 +93,8 @@ def load_kernels(kind: str, world_size: int, index: int) -> dict[str, Callable[.
     }
 
 
-def soak(rank: CardRank, num_calls: int, access_bytes: int) -> None:
+def soak(rank: CardRank, num_calls: int) -> None:
     """Raises AssertionError on every rank where an element was wrong on any."""
-    use_access_bytes(access_bytes)
     small = wrap_host_memory(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC)
     middle = wrap_dense(small, rank.device, timeout_sec=TIMEOUT_SEC)
     large = wrap_two_step(small, rank.device, timeout_sec=TIMEOUT_SEC)

@@ -42,12 +42,11 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time every launch instead of the one that is used")
     parser.add_argument("--cards", type=int, default=0, help="ranks that are processes with a card each")
     parser.add_argument("--soak", type=int, default=0, help="between cards: so many calls, all compared")
-    parser.add_argument("--access-bytes", type=int, choices=(8, 16), default=16, help="of the dense kernel")
     args = parser.parse_args()
     if args.soak:
-        run_on_cards(soak, args.cards, args.soak, args.access_bytes)
+        run_on_cards(soak, args.cards, args.soak)
     elif args.cards or is_started_by_torchrun():
-        run_on_cards(bench, args.cards, args.repeats, args.tune, args.access_bytes)
+        run_on_cards(bench, args.cards, args.repeats, args.tune)
     else:
         bench_one_card(args)
 

@@ -25,16 +25,15 @@ from parallel.transports.shared_region import SharedRegion
 MAX_BYTES = 2048 * KIB
 UNIT_BYTES = 16
 LANES = 32
-# What the kernel takes to come whole: 16, or 8 with a quarter of the link for flags instead of an eighth.
-ACCESS_BYTES = 16
 # As in host_memory_dense.cu: of each lane in a tile.
-UNITS = 7 if ACCESS_BYTES == 16 else 6
+UNITS = 7
 LINES = 8
 TILE_BYTES = UNITS * LANES * UNIT_BYTES
 NUM_TAGS = 65535
-# (up to so many bytes, blocks, warps a block). A warp has a page on its way in each direction, so that 64 have three
-# times what a PCIe 5.0 link of 55 GB/s holds in 1.5 us; with many more, all is written before anything is read.
-LAUNCHES: tuple[tuple[int, int, int], ...] = ((MAX_BYTES, 32, 2),)
+# (up to so many bytes, blocks, warps a block): the best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in
+# 9.7, 256 in 15.0; 512 in 27, 1024 in 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps
+# with a page each on its way in each direction fill the link; with 256, all is written before anything is read: 85 us.
+LAUNCHES: tuple[tuple[int, int, int], ...] = ((64 * KIB, 16, 2), (256 * KIB, 64, 2), (MAX_BYTES, 16, 4))
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ class DenseChannel(Channel):
             source="host_memory_dense.cu",
             names=tuple(REDUCTIONS.values()),
             timeout_sec=timeout_sec,
-            options=(f"-DACCESS_BYTES={ACCESS_BYTES}",),
         )
         self.layout = layout
 

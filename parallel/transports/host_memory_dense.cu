@@ -1,13 +1,11 @@
 // All-reduce of the messages of a batch of tokens through slots in pinned host memory, in one hop: every rank writes
 // its message once and reads those of its peers.
 //
-// A message travels in lines of 16 bytes. As in host_memory.cu data and flag come in one access, with no fence and no
-// second hop, but a flag is a tag of 16 bits in the upper end of the access. ACCESS_BYTES says what must come whole:
-//   16  a line has 14 bytes of data and one tag, and is a scalar access of 128 bits. "CUDA runtime requires that
-//       1-byte, 2-byte, 4-byte, 8-byte, and 16-byte naturally aligned loads and stores to host memory initiated from
-//       the device are preserved as single accesses from the point of view of the host and other devices" (CUDA
-//       Programming Guide, Mapped Memory)
-//   8   a line has two words of 6 bytes of data and a tag each, as PTX's memory model, which ends at 64 bits, has it
+// A message travels in lines of 16 bytes, 14 of data and a tag of 16 bits in the upper end. As in host_memory.cu data and
+// flag come in one access, with no fence and no second hop, but one of 128 bits: "CUDA runtime requires that 1-byte,
+// 2-byte, 4-byte, 8-byte, and 16-byte naturally aligned loads and stores to host memory initiated from the device are
+// preserved as single accesses from the point of view of the host and other devices" (CUDA Programming Guide, Mapped
+// Memory).
 //
 // A tile is what a warp carries at a time: UNITS units of 16 bytes a lane in LINES lines, which fill a page. Most lines
 // are a unit whose tagged half words are left out; those are gathered in lines of their own.
@@ -26,11 +24,7 @@
 #define UNIT_BYTES 16
 #define LANES 32
 #define LINES 8
-#if ACCESS_BYTES == 16
 #define UNITS 7
-#else
-#define UNITS 6
-#endif
 #define TILE_UNITS (UNITS * LANES)
 #define NUM_TAGS 65535
 #define ALL_LANES 0xffffffffu
@@ -41,8 +35,6 @@ __device__ __forceinline__ u32 tag_of(u32 epoch) { return epoch % NUM_TAGS + 1; 
 __device__ __forceinline__ u32 tagged(u32 low_half, u32 tag) { return (low_half & 0xffffu) | tag << 16; }
 __device__ __forceinline__ u32 high_halves(u32 first, u32 second) { return first >> 16 | (second & 0xffff0000u); }
 __device__ __forceinline__ u32 joined(u32 low_half, u32 high_half) { return (low_half & 0xffffu) | high_half << 16; }
-
-#if ACCESS_BYTES == 16
 
 __device__ __forceinline__ void write_line(uint4* line, uint4 v) {
   asm volatile("{\n.reg .b128 line;\nmov.b128 line, {%1, %2};\nst.relaxed.sys.global.b128 [%0], line;\n}" ::"l"(line),
@@ -73,45 +65,6 @@ __device__ __forceinline__ uint4 unpack(const uint4* lines, int i) {
   const u32 pair = i < 2 ? lines[7].x : i < 4 ? lines[7].y : i < 6 ? lines[7].z : lines[7].w;
   return make_uint4(lines[i].x, lines[i].y, lines[i].z, joined(lines[i].w, i & 1 ? pair >> 16 : pair));
 }
-
-#else
-
-__device__ __forceinline__ void write_line(uint4* line, uint4 v) {
-  asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(line), "l"((u64)v.y << 32 | v.x),
-               "l"((u64)v.w << 32 | v.z)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 read_line(const uint4* line) {
-  u64 low, high;
-  asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(line) : "memory");
-  return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
-}
-
-__device__ __forceinline__ bool is_complete(uint4 line, u32 tag) { return line.y >> 16 == tag && line.w >> 16 == tag; }
-
-// The upper halves of y and w give way; lines 3 and 7 have those of the three units before them.
-__device__ __forceinline__ void pack(const uint4* units, uint4* lines, u32 tag) {
-#pragma unroll
-  for (int g = 0; g < 2; ++g) {
-    const uint4* u = units + 3 * g;
-    uint4* l = lines + 4 * g;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) l[i] = make_uint4(u[i].x, tagged(u[i].y, tag), u[i].z, tagged(u[i].w, tag));
-    l[3] = make_uint4(high_halves(u[0].y, u[0].w), tagged(u[1].y >> 16, tag), high_halves(u[1].w, u[2].y),
-                      tagged(u[2].w >> 16, tag));
-  }
-}
-
-// Unit `i` of the lines.
-__device__ __forceinline__ uint4 unpack(const uint4* lines, int i) {
-  const uint4 line = lines[i / 3 * 4 + i % 3], highs = lines[i / 3 * 4 + 3];
-  const u32 y = i % 3 == 0 ? highs.x : i % 3 == 1 ? highs.y : highs.z >> 16;
-  const u32 w = i % 3 == 0 ? highs.x >> 16 : i % 3 == 1 ? highs.z : highs.w;
-  return make_uint4(line.x, joined(line.y, y), line.z, joined(line.w, w));
-}
-
-#endif
 
 template <class Element>
 __device__ __forceinline__ uint4 sum_units(const uint4* units) {

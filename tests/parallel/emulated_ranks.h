@@ -1,5 +1,5 @@
 // CUDA, as the kernels through host memory use it, on threads of a CPU: those of all ranks at once. KERNEL_FILE is a
-// source whose instructions are calls of what is here. Accesses of ACCESS_BYTES are single ones, in any order.
+// source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order.
 #include <atomic>
 #include <barrier>
 #include <chrono>
@@ -67,11 +67,8 @@ inline uint32_t rounded(float value) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 static std::mutex whole_line;
-inline std::unique_lock<std::mutex> hold_line() {
-  return ACCESS_BYTES == 16 ? std::unique_lock(whole_line) : std::unique_lock<std::mutex>();
-}
 inline void store_line(void* line, uint4 v) {
-  const auto held = hold_line();
+  const std::lock_guard held(whole_line);
   Wide* words = (Wide*)line;
   __atomic_store_n(words + 1, (Wide)v.w << 32 | v.z, __ATOMIC_RELEASE);
   std::this_thread::yield();
@@ -79,7 +76,7 @@ inline void store_line(void* line, uint4 v) {
 }
 inline void load_line(const void* line, Wide& low, Wide& high) {
   std::this_thread::yield();
-  const auto held = hold_line();
+  const std::lock_guard held(whole_line);
   low = __atomic_load_n((const Wide*)line, __ATOMIC_ACQUIRE);
   high = __atomic_load_n((const Wide*)line + 1, __ATOMIC_ACQUIRE);
 }

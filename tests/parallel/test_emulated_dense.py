@@ -35,22 +35,20 @@ INSTRUCTIONS = {
     "st.relaxed.sys.global.u32": "*(volatile u32*)error = peer + 1",
     "st.relaxed.sys.global.b128": "store_line(line, v)",
     "ld.relaxed.sys.global.b128": "load_line(line, low, high)",
-    "st.relaxed.sys.global.v2": "store_line(line, v)",
-    "ld.relaxed.sys.global.v2": "load_line(line, low, high)",
 }
 SLOT_TILES = 3
+TILE_UNITS = dense.UNITS * dense.LANES
 
 
 class Ranks:
     """Calls of all ranks over one region."""
 
-    def __init__(self, world_size: int, access_bytes: int) -> None:
+    def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.library = compile_source(f"-DWORLD={world_size}", f"-DACCESS_BYTES={access_bytes}")
+        self.library = compile_source(f"-DWORLD={world_size}")
         self.region = torch.zeros(PAGE_BYTES * (1 + 2 * world_size * SLOT_TILES), dtype=torch.uint8)
         # Epoch and arrivals; the peer that did not answer.
         self.states = torch.zeros(world_size, 2, dtype=torch.int64)
-        self.tile_units = {16: 7, 8: 6}[access_bytes] * 32
 
     def run(
         self, sources: list[Tensor], targets: list[Tensor], *, blocks: int, threads: int, only: int | None = None
@@ -97,10 +95,9 @@ def fresh(ranks: Ranks, units: int, dtype: torch.dtype) -> tuple[list[Tensor], l
     return sources, [torch.full((count + 16 // dtype.itemsize,), float("nan"), dtype=dtype) for _ in sources]
 
 
-@pytest.mark.parametrize(("world_size", "access_bytes"), [(2, 16), (2, 8), (3, 16)])
-def test_every_length_is_summed(world_size: int, access_bytes: int) -> None:
-    ranks = Ranks(world_size, access_bytes)
-    tile = ranks.tile_units
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_every_length_is_summed(world_size: int) -> None:
+    ranks, tile = Ranks(world_size), TILE_UNITS
     for call, units in enumerate((1, 31, 33, tile - 1, tile, tile + 1, 2 * tile + 40, 3 * tile, 5)):
         sources, targets = fresh(ranks, units, (torch.bfloat16, torch.float32)[call % 2])
         expected = ordered_sum(sources)
@@ -113,12 +110,11 @@ def test_every_length_is_summed(world_size: int, access_bytes: int) -> None:
     assert ranks.states.tolist() == [[9 << 32, 0]] * world_size
 
 
-@pytest.mark.parametrize("access_bytes", (16, 8))
 @pytest.mark.parametrize("renewed", (True, False))
-def test_only_renewal_keeps_old_lines_from_being_taken_for_new_ones(access_bytes: int, renewed: bool) -> None:
+def test_only_renewal_keeps_old_lines_from_being_taken_for_new_ones(renewed: bool) -> None:
     """A long message in both slots, then short ones or none, then one with the first one's tag and without its peer."""
-    ranks = Ranks(2, access_bytes)
-    full = SLOT_TILES * ranks.tile_units
+    ranks = Ranks(2)
+    full = SLOT_TILES * TILE_UNITS
     for units in (full, full, *[1] * (2 * SLOT_TILES * dense.LINES * renewed)):
         ranks.run(*fresh(ranks, units, torch.float32), blocks=1, threads=32)
     ranks.states[:, 0] = 2 * dense.NUM_TAGS << 32
