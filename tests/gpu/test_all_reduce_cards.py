@@ -38,7 +38,7 @@ def test_no_element_of_many_calls_is_wrong() -> None:
 
 
 def test_lines_of_16_bytes_come_whole() -> None:
-    found = json.loads(run_tool("line_tears", "--rounds", "200000").splitlines()[-1])
-    assert not any(found["mixed_words"] + found["mixed_lines"] + found["gave_up"])
+    found = json.loads(run_tool("line_tears", "--seconds", "2").splitlines()[-1])
+    assert not any(found["mixed"])
     # It has looked while lines were written, and not only before and after.
     assert all(new > 1_000_000 for new in found["new"])
