@@ -1,10 +1,9 @@
 """Times products of many rows at the shapes of a 70B on two cards: `python -m tools.bench_dequantize`, on a card.
 
-First every variant of the kernel that dequantises packed weights: checked against plain torch, then GB/s read and
-written, and the share of a copy's. Then dequantising and multiplying, by the fastest of each way of caching, for each
-number of rows and of weights that are dequantised at a time; beside it cuBLAS alone, and the kernel that multiplies by
-the packed weights, also for more rows than it is given. All in CUDA graphs over more layers than the L2 cache holds.
-The last line on stdout is JSON.
+First dequantising packed weights: checked against plain torch, then GB/s read and written, and the share of a copy's.
+Then dequantising and multiplying, for each number of rows and of weights that are dequantised at a time; beside it
+cuBLAS alone, and the kernel that multiplies by the packed weights, also for more rows than it is given. All in CUDA
+graphs over more layers than the L2 cache holds. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -23,110 +20,62 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from parallel.kernels import dequantize_packed, grouping
-from parallel.kernels.dequantize_packed import Variant
+from parallel.kernels import grouping
 from parallel.kernels.grouping import output_blocks
-from parallel.kernels.held import DEQUANTIZED_AT_A_TIME, MAX_OWN_ROWS
+from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import tiles_of
 from tools.bench_linears import NUM_LAYERS, SHAPES, cycle, measure_copy, time_on_card
 from tools.linear_formats import FORMATS, Packed
 
 MI = 1024**2
-VARIANTS = (
-    *(Variant(run, units) for run, units in product((64, 128, 256), (1, 2, 4))),
-    *(Variant(run, units, stream) for stream, run, units in product((1, 2), (64, 128, 256), (1, 2))),
-    *(Variant(run, 2, stream, blocks=4) for run, stream in product((64, 128, 256), (0, 1))),
-)
 AT_A_TIME = (8 * MI, 16 * MI, 32 * MI, 64 * MI, 256 * MI)
 NUM_ROWS = (128, 192, 256, 512, 1024, 2048)
 CHECKED_SHAPE = (1040, 384)
-Settings = tuple[Variant, int]
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
-    compile_all(arguments.formats)
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["copy_gb_per_sec"] = measure_copy()
     print(f"{result['card']}, copy {result['copy_gb_per_sec']:.0f} GB/s", flush=True)
-    found = {name: time_variants(name, result["copy_gb_per_sec"]) for name in arguments.formats}
-    result["dequantize"] = [row for rows in found.values() for row in rows]
-    result["products"] = [row for name in arguments.products for row in time_products(name, fastest(found[name]))]
+    result["dequantize"] = [time_format(name, result["copy_gb_per_sec"]) for name in arguments.formats]
+    result["products"] = [row for name in arguments.products for row in time_products(name)]
     print(json.dumps(result))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=["w4", "w4-zeros", "nf4", "int8", "fp8"], choices=FORMATS)
-    parser.add_argument("--products", nargs="*", default=["w4"], help="of which products are timed too")
-    arguments = parser.parse_args()
-    if not set(arguments.products) <= set(arguments.formats):
-        parser.error(f"--products {' '.join(arguments.products)}: name them in --formats too")
-    return arguments
-
-
-def compile_all(names: list[str]) -> None:
-    def compile_in_thread(pair: tuple[str, Variant]) -> None:
-        # Makes the card's context current in this thread, which the driver asks for.
-        torch.zeros((), device="cuda")
-        dequantize_packed.compile_kernel(pair[1], FORMATS[pair[0]].wide_layout(), torch.cuda.current_device())
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(compile_in_thread, product(names, VARIANTS)))
-
-
-@contextmanager
-def settings(variant: Variant, at_a_time: int) -> Iterator[None]:
-    with (
-        patch.object(dequantize_packed, "CHOSEN", variant),
-        patch.object(grouping, "DEQUANTIZED_AT_A_TIME", at_a_time),
-    ):
-        yield
+    parser.add_argument("--formats", nargs="*", default=["w4", "w4-zeros", "nf4", "int8", "fp8"], choices=FORMATS)
+    parser.add_argument("--products", nargs="*", default=["w4"], choices=FORMATS, help="of which products are timed")
+    return parser.parse_args()
 
 
 # Dequantising
 
 
-def time_variants(name: str, copy_gb_per_sec: float) -> list[dict[str, Any]]:
-    """A line for each variant, fastest first."""
-    for variant in VARIANTS:
-        check_variant(name, variant)
-    times: dict[Variant, list[float]] = {variant: [] for variant in VARIANTS}
-    for shape in SHAPES[2]:
-        for variant, times_us in times.items():
-            with settings(variant, DEQUANTIZED_AT_A_TIME):
-                times_us.append(time_calls([partial(dequantize, name, each, shape) for each in cycle(name, *shape)]))
+def time_format(name: str, copy_gb_per_sec: float) -> dict[str, Any]:
+    check_format(name)
+    times_us = [time_shape(name, shape) for shape in SHAPES[2]]
     num_bytes = sum(math.prod(shape) * (2 + FORMATS[name].held_bits(shape[1]) / 8) for shape in SHAPES[2])
-    rows = [describe(name, variant, times_us, num_bytes, copy_gb_per_sec) for variant, times_us in times.items()]
-    rows.sort(key=lambda row: -row["gb_per_sec"])
-    for row in rows:
-        print(f"{name:9} {row['variant']!s:75} {row['gb_per_sec']:5.0f} GB/s, {row['share_of_copy']:.0%} of a copy, "
-              f"80 layers {row['ms_80_layers']:.1f} ms {[round(us, 1) for us in row['us']]}", flush=True)  # fmt: skip
-    return rows
+    row: dict[str, Any] = {"format": name, "us": times_us, "ms_80_layers": sum(times_us) * NUM_LAYERS / 1e3}
+    row["gb_per_sec"] = num_bytes / sum(times_us) / 1e3
+    row["share_of_copy"] = row["gb_per_sec"] / copy_gb_per_sec
+    print(f"{name:9} {row['gb_per_sec']:5.0f} GB/s, {row['share_of_copy']:.0%} of a copy, "
+          f"80 layers {row['ms_80_layers']:.1f} ms {[round(us, 1) for us in times_us]}", flush=True)  # fmt: skip
+    return row
 
 
-def check_variant(name: str, variant: Variant) -> None:
+def check_format(name: str) -> None:
     """Against plain torch on fresh values: the very same numbers, whatever the memory held before."""
     own = FORMATS[name]
     weight = own.pack(own.random_weight(*CHECKED_SHAPE))
     torch.full(CHECKED_SHAPE, float("nan"), dtype=torch.bfloat16, device="cuda")
-    with settings(variant, DEQUANTIZED_AT_A_TIME):
-        assert torch.equal(own.dequantize(weight), own.unpack(weight).bfloat16()), f"{name} {variant}"
+    assert torch.equal(own.dequantize(weight), own.unpack(weight).bfloat16()), name
 
 
-def describe(
-    name: str, variant: Variant, times_us: list[float], num_bytes: float, copy_gb_per_sec: float
-) -> dict[str, Any]:
-    gb_per_sec = num_bytes / sum(times_us) / 1e3
-    return {
-        "format": name,
-        "variant": vars(variant),
-        "us": times_us,
-        "ms_80_layers": sum(times_us) * NUM_LAYERS / 1e3,
-        "gb_per_sec": gb_per_sec,
-        "share_of_copy": gb_per_sec / copy_gb_per_sec,
-    }
+def time_shape(name: str, shape: tuple[int, int]) -> float:
+    return time_calls([partial(dequantize, name, each, shape) for each in cycle(name, *shape)])
 
 
 def dequantize(name: str, weight: Packed, shape: tuple[int, int]) -> None:
@@ -142,17 +91,11 @@ def part_of(weight: Packed, outputs: slice) -> Packed:
 # Dequantising and multiplying
 
 
-def fastest(rows: list[dict[str, Any]]) -> list[Variant]:
-    """Of each way of caching."""
-    variants = [Variant(**row["variant"]) for row in rows]
-    return [next(each for each in variants if each.stream == stream) for stream in range(3)]
-
-
-def time_products(name: str, variants: list[Variant]) -> list[dict[str, Any]]:
+def time_products(name: str) -> list[dict[str, Any]]:
     """Milliseconds of 80 layers, by what is timed, number of rows, and weights at a time."""
     sums: dict[tuple[str, int, int], float] = {}
     for shape, num_rows in product(SHAPES[2], NUM_ROWS):
-        for (what, at_a_time), us in time_shape(name, variants, shape, num_rows).items():
+        for (what, at_a_time), us in time_product(name, shape, num_rows).items():
             key = what, num_rows, at_a_time
             sums[key] = sums.get(key, 0) + us * NUM_LAYERS / 1e3
     found = []
@@ -162,9 +105,7 @@ def time_products(name: str, variants: list[Variant]) -> list[dict[str, Any]]:
     return found
 
 
-def time_shape(
-    name: str, variants: list[Variant], shape: tuple[int, int], num_rows: int
-) -> dict[tuple[str, int], float]:
+def time_product(name: str, shape: tuple[int, int], num_rows: int) -> dict[tuple[str, int], float]:
     """Microseconds, by what is timed and weights at a time: none for the kernel that takes them packed."""
     weights, own = cycle(name, *shape), FORMATS[name]
     rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
@@ -172,11 +113,9 @@ def time_shape(
     launch = own.choose(min(num_rows, MAX_OWN_ROWS), shape[0] // 16)
     times = {("packed", 0): time_calls([partial(own.run, launch, rows, each, output) for each in weights])}
     for at_a_time in AT_A_TIME:
-        for variant in variants:
-            with settings(variant, at_a_time):
-                calls = [partial(multiply, name, each, rows, output) for each in weights]
-                times[f"dequantised by {vars(variant)}", at_a_time] = time_calls(calls)
-        with settings(variants[0], at_a_time):
+        with patch.object(grouping, "DEQUANTIZED_AT_A_TIME", at_a_time):
+            calls = [partial(multiply, name, each, rows, output) for each in weights]
+            times["dequantised", at_a_time] = time_calls(calls)
             times["cuBLAS alone", at_a_time] = time_calls([partial(multiply_plain, plain, rows, output)] * len(weights))
     return times
 
@@ -193,7 +132,7 @@ def multiply_plain(weight: Tensor, rows: Tensor, output: Tensor) -> None:
         torch.mm(rows, weight[: outputs.stop - outputs.start].t(), out=output[:, outputs])
 
 
-def time_calls(calls: list[Callable[[], object]]) -> float:
+def time_calls(calls: Sequence[Callable[[], object]]) -> float:
     """Microseconds of one call, the median over replays of a graph of all."""
     calls[0]()
     torch.cuda.synchronize()
