@@ -38,7 +38,7 @@ CASES = {
     # On two ranks the pass goes in halves.
     "halves": (
         replace(FACTS, num_heads=32, num_kv_heads=4),
-        EngineLimits(max_context=1024, batch_size=1, prefill_chunk=1024),
+        EngineLimits(max_context=1280, batch_size=1, prefill_chunk=1024),
         SamplingParams(),
     ),
     "decode": (FACTS, EngineLimits(max_context=1024, batch_size=6, prefill_chunk=32), SamplingParams()),
