@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from parallel.kernels.fused import add_rms_norm
+
 
 class TransportError(RuntimeError):
     """A transport gave wrong sums or did not answer; the message names it and what to try."""
@@ -30,6 +32,13 @@ class Communicator(Protocol):
         """Sums `tensor` over the ranks, in place, and returns it. Any shape; every rank gets the same bits."""
         ...
 
+    def all_reduce_add_norm(self, update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds the sum over the ranks of `update` [tokens, H] to `residual` in place; returns fused.rms_norm of that.
+
+        What is in `update` afterwards is not defined. The bits are those of all_reduce and fused.add_rms_norm.
+        """
+        ...
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """[...] on every rank -> [world_size, ...] on every rank. Shapes must be equal."""
         ...
@@ -46,7 +55,19 @@ class Communicator(Protocol):
         ...
 
 
-class ElidedAllReduce:
+class SeparateNorm:
+    """A communicator's all_reduce_add_norm as two steps: its own all-reduce, then the norm's kernel."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def all_reduce_add_norm(self, update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As Communicator's."""
+        normed: Tensor = add_rms_norm(self.all_reduce(update), residual, weight, eps)
+        return normed
+
+
+class ElidedAllReduce(SeparateNorm):
     """A communicator whose all-reduce does nothing: what a step would cost if talking were free.
 
     The values it leaves are wrong (each rank keeps its partial sum); it exists to be timed.

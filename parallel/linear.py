@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from parallel.communicator import Communicator
 from parallel.kernels.blocks import Block, whole
+from parallel.kernels.fused import add_rms_norm
 
 Slices = tuple[slice, ...]
 
@@ -67,6 +69,25 @@ class ColumnParallelLinear(ShardedLayer, LinearLayer):
         return self.multiply(hidden, self.bias)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What is to be added to the residual, [tokens, out]; `communicator` has still to sum it, where there is one."""
+
+    value: Tensor
+    communicator: Communicator | None
+
+    def add_norm(self, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds it to `residual` in place; returns the RMS norm of that. Once, and nothing else after it."""
+        if self.communicator is not None:
+            return self.communicator.all_reduce_add_norm(self.value, residual, weight, eps)
+        normed: Tensor = add_rms_norm(self.value, residual, weight, eps)
+        return normed
+
+    def total(self) -> Tensor:
+        """[tokens, out], summed. Once, and nothing else after it."""
+        return self.value if self.communicator is None else self.communicator.all_reduce(self.value)
+
+
 class RowParallelLinear(ShardedLayer, LinearAllreduce):
     """[..., local in] -> [..., out]: weight [out, local in], summed over the ranks, bias added once."""
 
@@ -76,6 +97,12 @@ class RowParallelLinear(ShardedLayer, LinearAllreduce):
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.communicator.all_reduce(self.multiply(hidden))
         return output if self.bias is None else output.add_(self.bias)
+
+    def update(self, hidden: Tensor) -> Update:
+        """What forward gives, summed no sooner than it is used; a bias, which comes after the sum, does not wait."""
+        if self.bias is not None:
+            return Update(self(hidden), None)
+        return Update(self.multiply(hidden), self.communicator)
 
 
 class VocabularyHead(ShardedLayer, VocabParallelLinear):

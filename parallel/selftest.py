@@ -101,7 +101,8 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
         communicator.all_reduce(message)
     communicator.barrier()
     captured = communicator.capturable and num_bytes < EAGER_BYTES
-    measure = graph_timer(communicator, message) if captured else call_timer(communicator, message)
+    call = lambda: communicator.all_reduce(message)  # noqa: E731
+    measure = graph_timer(call) if captured else call_timer(communicator, message)
     times = [measure() for _ in range(repeats)]
     communicator.barrier()
     p50 = statistics.median(times)
@@ -122,13 +123,13 @@ def call_timer(communicator: Communicator, message: Tensor) -> Callable[[], floa
     return measure
 
 
-def graph_timer(communicator: Communicator, message: Tensor) -> Callable[[], float]:
+def graph_timer(call: Callable[[], object]) -> Callable[[], float]:
     """Seconds of one call, as the mean of those in a replayed graph, by the card's own clock."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (the watchdog of NCCL) may talk to the card meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(CALLS_PER_GRAPH):
-            communicator.all_reduce(message)
+            call()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def measure() -> float:

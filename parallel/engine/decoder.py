@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.merged import is_merged, local_sizes, merge_layer
 from parallel.engine.pages import PagedKV
-from parallel.kernels.fused import add_rms_norm, rms_norm, rotary_and_cache, rotary_tables, silu_mul
+from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables, silu_mul
+from parallel.linear import Update
 from parallel.offload.streamer import Streamer
 
 # query [tokens, local heads, head_dim], the layer's cache -> the same shape
@@ -58,14 +58,15 @@ class Decoder:
     def __call__(self, tokens: Tokens, attend: Attend, caches: Sequence[PagedKV]) -> Tensor:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
-        update = torch.zeros(0)
-        for index, (layer, cache) in enumerate(zip(self.layers(), caches, strict=True)):
+        update: Update | None = None
+        for layer, cache in zip(self.layers(), caches, strict=True):
             norm = layer.input_layernorm.weight
-            normed = add_rms_norm(update, residual, norm, self.eps) if index else rms_norm(residual, norm, self.eps)
+            normed = update.add_norm(residual, norm, self.eps) if update else rms_norm(residual, norm, self.eps)
             update = self._attention(layer.self_attn, normed, tokens, attend, cache)
-            normed = add_rms_norm(update, residual, layer.post_attention_layernorm.weight, self.eps)
-            update = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up(normed)))
-        return residual.add_(update)
+            normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
+            update = self._mlp(layer.mlp, normed)
+        assert update is not None
+        return residual.add_(update.total())
 
     def layers(self) -> Iterator[Any]:
         """In turn; each is ready until the next is asked for."""
@@ -77,12 +78,19 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Tensor:
+    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Update:
         if self.num_heads == 0:
             # More ranks than KV heads: nothing to do here but to add zeros to the sum.
-            return attention.o_proj(normed.new_empty(len(normed), 0))
+            return attention.o_proj.update(normed.new_empty(len(normed), 0))
         query = self.rotate(attention, attention.qkv(normed), tokens, cache)
-        return attention.o_proj(attend(query, cache).flatten(1))
+        return attention.o_proj.update(attend(query, cache).flatten(1))
+
+    def _mlp(self, mlp: Any, normed: Tensor) -> Update:
+        activated = silu_mul(mlp.gate_up(normed))
+        if self.streamer is None:
+            return mlp.down_proj.update(activated)
+        # The norm after it is the next layer's: its arrival is not to be waited for before the sum is made.
+        return Update(mlp.down_proj(activated), None)
 
     def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
         """Caches the keys and values in `qkv` [tokens, ...]; returns the queries, [tokens, local heads, head_dim]."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, SeparateNorm
 
 
-class BySize:
+class BySize(SeparateNorm):
     """Hands each all-reduce to the communicator of its range; all of them must be of the ranks of `inner`.
 
     Args:

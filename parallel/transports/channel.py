@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator, TransportError
+from parallel.communicator import Communicator, SeparateNorm, TransportError
 from parallel.kernels.launch import load_kernel
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
@@ -98,7 +98,7 @@ class Channel:
 C = TypeVar("C", bound=Channel)
 
 
-class OverChannel(Generic[C]):
+class OverChannel(SeparateNorm, Generic[C]):
     """What communicators over a channel have in common; `inner` carries what the channel does not."""
 
     def __init__(self, inner: Communicator, channel: C) -> None:

@@ -36,18 +36,7 @@ __device__ __forceinline__ u32 tagged(u32 low_half, u32 tag) { return (low_half 
 __device__ __forceinline__ u32 high_halves(u32 first, u32 second) { return first >> 16 | (second & 0xffff0000u); }
 __device__ __forceinline__ u32 joined(u32 low_half, u32 high_half) { return (low_half & 0xffffu) | high_half << 16; }
 
-__device__ __forceinline__ void write_line(uint4* line, uint4 v) {
-  asm volatile("{\n.reg .b128 line;\nmov.b128 line, {%1, %2};\nst.relaxed.sys.global.b128 [%0], line;\n}" ::"l"(line),
-               "l"((u64)v.y << 32 | v.x), "l"((u64)v.w << 32 | v.z)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 read_line(const uint4* line) {
-  u64 low, high;
-  asm volatile("{\n.reg .b128 line;\nld.relaxed.sys.global.b128 line, [%2];\nmov.b128 {%0, %1}, line;\n}"
-               : "=l"(low), "=l"(high) : "l"(line) : "memory");
-  return make_uint4((u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32));
-}
+#include "host_memory_lines.cuh"
 
 __device__ __forceinline__ bool is_complete(uint4 line, u32 tag) { return line.w >> 16 == tag; }
 

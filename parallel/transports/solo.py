@@ -7,8 +7,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from parallel.communicator import SeparateNorm
 
-class Solo:
+
+class Solo(SeparateNorm):
     name = "solo"
     rank = 0
     world_size = 1

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.communicator import SeparateNorm
 
-class TorchDistributed:
+
+class TorchDistributed(SeparateNorm):
     """Collectives of one torch process group, issued on the current stream."""
 
     def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device) -> None:

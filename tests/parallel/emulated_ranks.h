@@ -1,8 +1,10 @@
 // CUDA, as the kernels through host memory use it, on threads of a CPU: those of all ranks at once. KERNEL_FILE is a
-// source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order.
+// source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order. NORM: it is
+// the kernel with a norm.
 #include <atomic>
 #include <barrier>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -27,6 +29,7 @@ struct Group {
   std::barrier<> meeting;
   std::atomic<int> said{0};
   std::atomic<uint64_t> word{0};
+  float floats[32];
   explicit Group(int threads) : meeting(threads) {}
   void meet() { meeting.arrive_and_wait(); }
   int any(int mine) {
@@ -49,6 +52,17 @@ struct Group {
 };
 static thread_local Group *block, *warp;
 inline int __any_sync(unsigned, int mine) { return warp->any(mine); }
+inline int __syncthreads_or(int mine) { return block->any(mine); }
+inline float __shfl_xor_sync(unsigned, float mine, int step) {
+  const int lane = threadIdx.x % 32;
+  warp->floats[lane] = mine;
+  warp->meet();
+  const float found = warp->floats[lane ^ step];
+  warp->meet();
+  return found;
+}
+template <class T> inline T __ldg(const T* from) { return *from; }
+inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 
 inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint32_t __float_as_uint(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
@@ -99,6 +113,21 @@ void launch(std::vector<std::thread>& threads, Kernel kernel, int blocks, int nu
 }
 
 // One call of the ranks `first` to `last`.
+#ifdef NORM
+extern "C" void run(uint4** in, uint4** residual, uint4* weight, uint4** out, State* states, u64** sums, u8* region,
+                    int rows, int pieces, int slot_lines, int row_blocks, float eps, int first, int last, int timeout_ms,
+                    int num_threads) {
+  std::vector<std::thread> threads;
+  for (int r = first; r <= last; ++r)
+    launch(threads,
+           [=] {
+             reduce_bfloat16_and_norm(in[r], residual[r], weight, out[r], states + r, sums[r], region, pieces, slot_lines,
+                                      row_blocks, r, timeout_ms, eps);
+           },
+           rows * row_blocks, num_threads);
+  for (std::thread& thread : threads) thread.join();
+}
+#else
 extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states, u8* region, int num_bytes,
                     int slot_tiles, int first, int last, int timeout_ms, int blocks, int num_threads) {
   auto kernel = bytes_per_value == 2 ? reduce_bfloat16 : reduce_float32;
@@ -108,3 +137,4 @@ extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states,
            num_threads);
   for (std::thread& thread : threads) thread.join();
 }
+#endif

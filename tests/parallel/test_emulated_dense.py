@@ -5,37 +5,21 @@ What it cannot show is what a card and its link do: that accesses come whole, an
 
 from __future__ import annotations
 
-import ctypes
-import re
 import shutil
-import subprocess
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from parallel.kernels.launch import read_source
 from parallel.transports import dense
 from parallel.transports.channel import PAGE_BYTES
+from tests.parallel.emulated_ranks import compile_source, pointer, pointers
 from tools.ranks_on_one_card import ordered_sum
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 SOURCE = Path(dense.__file__).parent / "host_memory_dense.cu"
-HEADER = Path(__file__).parent / "emulated_ranks.h"
-# A part of each instruction, and what does the same here.
-INSTRUCTIONS = {
-    "globaltimer": "time = nanoseconds()",
-    "cvt.rn.bf16x2": "result = rounded(high) << 16 | rounded(low)",
-    "cvt.rn.f16x2": "__builtin_trap()",
-    "cvt.f32.f16": "__builtin_trap()",
-    "st.relaxed.sys.global.u32": "*(volatile u32*)error = peer + 1",
-    "st.relaxed.sys.global.b128": "store_line(line, v)",
-    "ld.relaxed.sys.global.b128": "load_line(line, low, high)",
-}
 SLOT_TILES = 3
 TILE_UNITS = dense.UNITS * dense.LANES
 
@@ -45,7 +29,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.library = compile_source(f"-DWORLD={world_size}")
+        self.library = compile_source(SOURCE, f"-DWORLD={world_size}")
         self.region = torch.zeros(PAGE_BYTES * (1 + 2 * world_size * SLOT_TILES), dtype=torch.uint8)
         # Epoch and arrivals; the peer that did not answer.
         self.states = torch.zeros(world_size, 2, dtype=torch.int64)
@@ -59,33 +43,6 @@ class Ranks:
             sources[0].element_size(), pointers(sources), pointers(targets), pointer(self.states), pointer(self.region),
             *sizes,
         )  # fmt: skip
-
-
-@cache
-def compile_source(*options: str) -> ctypes.CDLL:
-    text = read_source(SOURCE)
-    for part, instead in INSTRUCTIONS.items():
-        text, count = re.subn(rf'asm( volatile)?\((?:(?!;\n|asm)[\s\S])*?{re.escape(part)}[\s\S]*?\);\n',
-                              f"{instead};\n", text)  # fmt: skip
-        assert count, part
-    # Only the first thread of a block asks for the epoch; a static variable is every thread's own here.
-    text = text.replace("epoch = shared_epoch;", "epoch = (u32)block->first(threadIdx.x, shared_epoch);")
-    text = text.replace("return shared_failed == 0;", "return block->first(threadIdx.x, shared_failed) == 0;")
-    text = text.replace("__syncthreads();", "block->meet();")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.h").write_text(text)
-        target = f"{folder}/kernel.so"
-        command = ["g++", "-std=c++20", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER), "-o", target]
-        subprocess.run([*command, f'-DKERNEL_FILE="{folder}/kernel.h"', *options], check=True)
-        return ctypes.CDLL(target)
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def pointers(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(each.data_ptr() for each in tensors))
 
 
 def fresh(ranks: Ranks, units: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
