@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
+from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
 from parallel.selftest import DECODE_BYTES, check_transport
 from parallel.transport_choice import (
     TIMED_BYTES,
@@ -19,16 +20,20 @@ from parallel.transport_choice import (
     TIMED_MIDDLE_BYTES,
     Proof,
     Range,
+    Trial,
+    compare,
     faster_up_to,
     force_ranges,
     plan_ranges,
     prove,
 )
+from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import Channel
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import DenseHostMemory, wrap_dense
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
+from parallel.transports.host_memory_norm import wrap_norm
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 
 OnTimeout = Callable[[TransportError], None]
@@ -121,7 +126,10 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     torch.cuda.empty_cache()
     for each in opened.values():
         each.channel.timeout_sec = job.run.timeouts.collective_sec
-    return Choice(compose(base, opened, ranges, gather_limit, device), ranges)
+    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, device), tester)
+    return Choice(
+        communicator, (replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found]))), *ranges[1:])
+    )
 
 
 def compose(
@@ -160,7 +168,14 @@ class Tester:
     on_timeout: OnTimeout
     control: Communicator
 
-    def prove(self, name: str, opener: Callable[[], C], sizes: Sequence[int]) -> tuple[C | None, Proof]:
+    @property
+    def wait_sec(self) -> float:
+        """Below the limit of the self-test, so that a peer that does not answer costs one candidate alone."""
+        return self.job.run.timeouts.selftest_sec / 4
+
+    def prove(
+        self, name: str, opener: Callable[[], C], sizes: Sequence[int], trial: Trial | None = None
+    ) -> tuple[C | None, Proof]:
         return prove(
             name,
             opener,
@@ -169,19 +184,38 @@ class Tester:
             device=self.device,
             timeout_sec=self.job.run.timeouts.selftest_sec,
             on_timeout=self.on_timeout,
+            trial=trial,
         )
 
     def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
         """Those of `CANDIDATES` that work, and the proofs of all."""
         opened, proofs = {}, {}
-        # Below the limit of the self-test, so that a peer that does not answer costs one candidate alone.
-        timeout_sec = self.job.run.timeouts.selftest_sec / 4
         for name, (wrap, sizes) in CANDIDATES.items():
-            opener = lambda wrap=wrap: wrap(base, self.device, timeout_sec=timeout_sec)  # noqa: E731
+            opener = lambda wrap=wrap: wrap(base, self.device, timeout_sec=self.wait_sec)  # noqa: E731
             communicator, proofs[name] = self.prove(name, opener, sizes)
             if communicator is not None:
                 opened[name] = communicator
         return opened, proofs
+
+
+def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
+    """`inner`, which has the sums that a norm follows in one kernel with it, up to where that is faster; and why."""
+    if not host_memory_norm.ENABLED:
+        return inner, ""
+    name, trial = host_memory_norm.NAME, Trial(find_wrong_norms, time_norm)
+    opener = lambda: wrap_norm(inner, tester.device, timeout_sec=tester.wait_sec)  # noqa: E731
+    joined, proof = tester.prove(name, opener, NORM_BYTES, trial)
+    if joined is None:
+        return inner, f"{name} was left out: {proof.error}"
+    _, apart = tester.prove("a kernel each", lambda: inner, NORM_BYTES, trial)
+    if apart.error:
+        raise failure(apart)
+    joined.max_bytes = faster_up_to(proof.times_us, apart.times_us)
+    if joined.max_bytes == 0:
+        joined.channel.close()
+        return inner, f"{name} was left out: {compare(proof, apart, NORM_BYTES[0])}"
+    joined.channel.timeout_sec = tester.job.run.timeouts.collective_sec
+    return joined, f"{name} up to {joined.max_bytes} bytes: {compare(proof, apart, NORM_BYTES[0])}"
 
 
 def failure(proof: Proof) -> TransportError:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
 from parallel.timing import p99
@@ -97,27 +96,34 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
     as single calls, as it makes them.
     """
     message = torch.zeros(max(1, num_bytes // 4), device=device)
-    for _ in range(3):
-        communicator.all_reduce(message)
-    communicator.barrier()
-    captured = communicator.capturable and num_bytes < EAGER_BYTES
     call = lambda: communicator.all_reduce(message)  # noqa: E731
-    measure = graph_timer(call) if captured else call_timer(communicator, message)
-    times = [measure() for _ in range(repeats)]
-    communicator.barrier()
+    times = time_calls(communicator, call, device, captured=num_bytes < EAGER_BYTES, repeats=repeats)
     p50 = statistics.median(times)
     exact = sums_exactly(communicator, device, num_bytes)
     return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
 
 
-def call_timer(communicator: Communicator, message: Tensor) -> Callable[[], float]:
+def time_calls(
+    communicator: Communicator, call: Callable[[], object], device: torch.device, *, captured: bool, repeats: int
+) -> list[float]:
+    """Seconds of `call`, which every rank makes, from a common start; `captured`: in a graph, where there are some."""
+    for _ in range(3):
+        call()
+    communicator.barrier()
+    measure = graph_timer(call) if captured and communicator.capturable else call_timer(call, device)
+    times = [measure() for _ in range(repeats)]
+    communicator.barrier()
+    return times
+
+
+def call_timer(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
     """Seconds of one call, until its result is there."""
 
     def measure() -> float:
         start = time.perf_counter()
-        communicator.all_reduce(message)
-        if message.is_cuda:
-            torch.cuda.synchronize(message.device)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     return measure

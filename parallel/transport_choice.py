@@ -45,6 +45,14 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a candidate has to do: which of it came out wrong, if any, and how fast it is at so many bytes."""
+
+    find_problem: Callable[[Communicator, torch.device], str]
+    measure: Callable[[Communicator, torch.device, int], Timing]
+
+
+@dataclass(frozen=True)
 class Range:
     """One transport and the messages it carries: those above the range before it, up to `up_to_bytes` (None: all)."""
 
@@ -63,21 +71,24 @@ def prove(
     device: torch.device,
     timeout_sec: float,
     on_timeout: Callable[[TransportError], None],
+    trial: Trial | None = None,
 ) -> tuple[C | None, Proof]:
     """Opens a candidate, checks its sums and times `sizes` bytes; all ranks get the same proof.
 
     Args:
         control: a transport on the CPU by which ranks agree, whatever becomes of the candidate.
         on_timeout: as for `check_transport`.
+        trial: what is asked of it; None: all-reduces.
     """
+    trial = trial or Trial(find_wrong_sums, time_one)
     communicator: C | None = None
     times: dict[int, float] = {}
     problem = ""
     with deadline(name, timeout_sec, on_timeout):
         try:
             communicator = open_candidate()
-            problem = find_wrong_sums(communicator, device)
-            timings = [time_one(communicator, device, size) for size in sizes]
+            problem = trial.find_problem(communicator, device)
+            timings = [trial.measure(communicator, device, size) for size in sizes]
             communicator.barrier()
             times = {timing.num_bytes: timing.p50_us for timing in timings}
             late = [str(timing.num_bytes) for timing in timings if not timing.exact]
