@@ -16,6 +16,7 @@ from parallel.transports.dense import DenseHostMemory, wrap_dense
 from parallel.transports.host_memory import KIB, HostMemory, wrap_host_memory
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 from tools.card_ranks import CardRank
+from tools.norm_cards import bench_norms, describe
 
 SIZES = tuple(KIB * 2**i for i in range(16))
 TIMEOUT_SEC = 10.0
@@ -36,10 +37,12 @@ def bench(rank: CardRank, repeats: int, tune: bool) -> None:
     opened["nccl"] = rank.nccl
     say(rank, f"{'bytes':>9}" + "".join(f"{name:>22}" for name in opened))
     rows = [measure(rank, opened, num_bytes, repeats) for num_bytes in SIZES]
+    norms = bench_norms(rank, opened, TIMEOUT_SEC)
+    say(rank, "\n".join(describe(row) for row in norms))
     launches = tune_dense(rank, opened[DenseHostMemory.name], repeats) if tune else []
     card = {"name": torch.cuda.get_device_name(rank.device), "torch": torch.__version__}
     result = {"card": card, "ranks": rank.nccl.world_size}
-    say(rank, json.dumps({**result, "all_reduce": rows, "dense_launches": launches}))
+    say(rank, json.dumps({**result, "all_reduce": rows, "norms": norms, "dense_launches": launches}))
 
 
 def say(rank: CardRank, text: str) -> None:

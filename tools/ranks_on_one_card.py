@@ -21,6 +21,7 @@ from parallel.transports import dense
 from parallel.transports.channel import Channel
 from parallel.transports.dense import DenseChannel, DenseLayout
 from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
+from parallel.transports.host_memory_norm import NormChannel, NormLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
 from parallel.transports.two_step import PIECE_BYTES, TwoStepChannel, TwoStepLayout
 
@@ -97,6 +98,19 @@ def dense_on_one_card(
 
     def make(region: SharedRegion, rank: int) -> DenseChannel:
         return DenseChannel(region, layout, rank, device, timeout_sec=timeout_sec)
+
+    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+
+
+@contextmanager
+def norm_on_one_card(
+    world_size: int, device: torch.device, *, timeout_sec: float = 10
+) -> Iterator[RanksOnOneCard[NormChannel]]:
+    """Ranks whose sums and norms are one kernel."""
+    layout = NormLayout(world_size)
+
+    def make(region: SharedRegion, rank: int) -> NormChannel:
+        return NormChannel(region, layout, rank, device, timeout_sec=timeout_sec)
 
     yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
 

@@ -15,8 +15,10 @@ from launcher.rank import RankContext
 from launcher.rank_transport import open_transport
 from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
+from parallel.norm_trial import NORM_BYTES
 from parallel.selftest import DECODE_BYTES
 from parallel.transport_choice import PREFILL_BYTES, Proof, Range
+from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.dense import DenseHostMemory
@@ -50,6 +52,7 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
 
 SMALL, MIDDLE, LARGE = HostMemory.name, DenseHostMemory.name, TwoStepHostMemory.name
 COPIES = CopiedHostMemory.name
+NORM, APART = host_memory_norm.NAME, "a kernel each"
 MIB = 2**20
 
 
@@ -85,11 +88,17 @@ class FakeSlots(Fake, HostMemory):
         Fake.__init__(self, name)
 
 
+def norms(name: str, *times: float) -> Proof:
+    return Proof(name, dict(zip(NORM_BYTES, times, strict=True)))
+
+
 def open_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, *proofs: Proof
 ) -> tuple[Any, dict[str, Fake]]:
     """The choice among fakes with these proofs, and all that were tried."""
-    by_name, tried = {proof.name: proof for proof in proofs}, {}
+    by_name = {name: norms(name, *[9.0] * len(NORM_BYTES)) for name in (NORM, APART)}
+    by_name |= {proof.name: proof for proof in proofs}
+    tried = {}
 
     def fake_prove(name: str, opener: object, sizes: object, **_: object) -> tuple[Fake | None, Proof]:
         # Of those that a test says nothing of, no size was timed.
@@ -105,6 +114,7 @@ def open_with(
 
 
 NCCL = Proof("nccl", {DECODE_BYTES: 24.7, 128 * KIB: 30.0, MIB: 63.0})
+FAST_REASON = "4.3 us for 16384 bytes, where nccl takes 24.7 us"
 FAST, SLOW = Proof(SMALL, {DECODE_BYTES: 4.3}), Proof(SMALL, {DECODE_BYTES: 99.0})
 FAST_MIDDLE, SLOW_MIDDLE = Proof(MIDDLE, {128 * KIB: 9.0}), Proof(MIDDLE, {128 * KIB: 99.0})
 FAST_LARGE, SLOW_LARGE = Proof(LARGE, {MIB: 40.0}), Proof(LARGE, {MIB: 99.0})
@@ -134,7 +144,9 @@ def test_each_message_goes_the_way_of_its_size(
     carriers: list[str],
 ) -> None:
     choice, tried = open_with(monkeypatch, tmp_path, kind, NCCL, small, middle, large)
-    assert list(tried) == (["nccl"] if kind == TransportKind.nccl else ["nccl", COPIES, LARGE, MIDDLE, SMALL])
+    assert list(tried) == (
+        ["nccl"] if kind == TransportKind.nccl else ["nccl", COPIES, LARGE, MIDDLE, SMALL, NORM, APART]
+    )
     sizes = {4: 0, DECODE_BYTES: 0, DECODE_BYTES + 4: 1, 128 * KIB: 1, 128 * KIB + 4: 2, MIB: 2, 64 * MIB: 2}
     for size, place in sizes.items():
         choice.communicator.all_reduce(torch.empty(size // 4))
@@ -183,6 +195,40 @@ def test_slots_carry_all_reduces_of_their_range_also_where_they_were_slow_before
         ("nccl", None),
     ]
     assert not tried[SMALL].channel.closed
+
+
+@pytest.mark.parametrize(
+    ("times", "limit", "found"),
+    [
+        ((5.0, 6, 7, 8, 9, 10), 32, "host_memory_norm up to 524288 bytes: 5.0 us for 16384 bytes"),
+        ((5.0, 6, 7, 99, 9, 10), 4, "host_memory_norm up to 65536 bytes: 5.0 us for 16384 bytes"),
+        ((7.5, 6, 7, 8, 9, 10), 0, "host_memory_norm was left out: 7.5 us for 16384 bytes"),
+    ],
+)
+def test_norms_join_sums_up_to_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: tuple[float, ...], limit: int, found: str
+) -> None:
+    apart = norms(APART, 7.3, 8.0, 11.0, 12.0, 15.0, 20.0)
+    proofs = (NCCL, FAST, SLOW_MIDDLE, SLOW_LARGE, norms(NORM, *times), apart)
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, *proofs)
+    assert choice.ranges[0].reason == f"{FAST_REASON}; {found}, where a kernel each takes 7.3 us"
+    assert (choice.communicator is tried[NORM]) == (limit > 0) != tried[NORM].channel.closed
+    if limit:
+        assert tried[NORM].max_bytes == limit * DECODE_BYTES
+        assert tried[NORM].channel.timeout_sec == make_run().timeouts.collective_sec
+
+
+@pytest.mark.parametrize("enabled", (True, False))
+def test_norms_that_fail_or_are_switched_off_stay_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, enabled: bool
+) -> None:
+    monkeypatch.setattr(host_memory_norm, "ENABLED", enabled)
+    broken = Proof(NORM, error="rank 1: gave wrong sums or norms of 1 x 64 numbers")
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, broken)
+    left_out = f"; {NORM} was left out: {broken.error}" if enabled else ""
+    assert choice.ranges[0].reason == FAST_REASON + left_out
+    assert isinstance(choice.communicator, BySize)
+    assert (NORM in tried) == enabled
 
 
 def test_a_probe_times_the_whole_and_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
