@@ -122,14 +122,13 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     else:
         ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
         gather_limit = max(small.times_us)
+    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, device), tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
         each.channel.timeout_sec = job.run.timeouts.collective_sec
-    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, device), tester)
-    return Choice(
-        communicator, (replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found]))), *ranges[1:])
-    )
+    first = replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found])))
+    return Choice(communicator, (first, *ranges[1:]))
 
 
 def compose(
