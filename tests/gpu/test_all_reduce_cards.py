@@ -30,6 +30,8 @@ def test_every_transport_sums_every_size() -> None:
     at_256_kib = report["all_reduce"][8]["p50_us"]
     assert set(at_256_kib) == {"host_memory", "host_memory_dense", "host_memory_two_step", "nccl"}
     assert all(time > 0 for row in report["all_reduce"] for time in row["p50_us"].values())
+    assert [row["rows"] for row in report["norms"]] == [1, 2, 4, 8, 16, 32]
+    assert all(set(row["us"]) == {"1", "2", "4", "8"} for row in report["norms"])
 
 
 def test_no_element_of_many_calls_is_wrong() -> None:

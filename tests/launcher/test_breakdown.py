@@ -21,6 +21,7 @@ from parallel.kernels.operators import NAMESPACE
     [
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all_reduce"),
         ("reduce_bfloat16", "all_reduce"),
+        ("reduce_bfloat16_and_norm", "all_reduce"),
         ("gloo:all_reduce", "all_reduce"),
         ("w4a16", "linears"),
         ("dequantize_w8", "linears"),
