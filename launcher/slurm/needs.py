@@ -1,0 +1,152 @@
+"""What a run asks of SLURM: cards, cores, host memory and minutes, each with where its figure comes from. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from importlib.resources import files
+
+from omegaconf import OmegaConf
+
+from launcher.config import HardwareConfig, HardwareKind, RunConfig, TaskConfig, TaskKind
+from launcher.draft import find_draft
+from launcher.hardware import Inventory, read_inventory
+from launcher.plan import Plan, plan_run
+from launcher.run import WITHOUT_MODEL, Model, find_model
+from launcher.slurm.duration import (
+    Duration,
+    longest_prompt_tokens,
+    minutes_of,
+    minutes_without_model,
+    minutes_without_times,
+)
+from launcher.timing.find import predict_run
+from launcher.timing.predict import Times
+from launcher.topology import place_ranks, resolve_world_size
+from launcher.units import GIB
+
+# A rank beside its card: torch, the CUDA libraries, pinned buffers of the load and of all-reduces (256 MiB each at
+# most). An estimate: what the kernel counts of files that were read is given back before memory runs out.
+RANK_GIB = 5
+# The process that starts the ranks.
+PARENT_GIB = 2
+# Ranks on the CPU have their model in host memory; measured peaks were up to 5 % above the predicted ones.
+CPU_MARGIN = 1.25
+# One that launches kernels, and readers of the checkpoint or threads of the product on a CPU.
+CORES_PER_RANK = 4
+# Cards that a login node without any plans for.
+DEFAULT_CARDS = "rtx4090"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one job takes; `why` has a sentence for each of cards, cores, memory and time."""
+
+    num_cards: int
+    num_cores: int
+    memory_gib: int
+    minutes: int
+    why: dict[str, str]
+
+
+def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
+    """The needs of a run, from its plan; the model's config.json is all that this may download.
+
+    Args:
+        cards: of conf/hardware, to plan with where this machine has not as many cards as the run.
+
+    Raises:
+        ValueError: the run cannot work on such cards, or does not fit.
+    """
+    num_ranks = resolve_world_size(run, None)
+    if run.task.kind == TaskKind.plan:
+        raise ValueError("task=plan needs no card and takes a second: run it here.")
+    hardware = choose_hardware(run, num_ranks, cards)
+    planned, inventory = as_planned(run, hardware), read_inventory(hardware, num_ranks)
+    if run.task.kind in WITHOUT_MODEL:
+        return build_needs(run, num_ranks, inventory, None, minutes_without_model(run))
+    model = find_model(planned, lambda shape: None)
+    plan = plan_model(planned, num_ranks, model, inventory)
+    tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
+    times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
+    if isinstance(times, Times):
+        duration = minutes_of(run, times, sum(weight_bytes(plan)))
+    else:
+        duration = minutes_without_times(times)
+    return build_needs(run, num_ranks, inventory, plan, duration)
+
+
+def choose_hardware(run: RunConfig, num_ranks: int, cards: str) -> HardwareConfig:
+    """This machine's cards where it has enough, else such ones; the CPU where the run says so."""
+    if run.hardware.kind != HardwareKind.local:
+        return run.hardware
+    here = read_inventory(run.hardware, num_ranks)
+    return run.hardware if len(here.cards) >= num_ranks else hardware_of(cards)
+
+
+def hardware_of(name: str) -> HardwareConfig:
+    """Facts of conf/hardware.
+
+    Raises:
+        ValueError: there is no such file, or it describes no cards.
+    """
+    folder = files("conf") / "hardware"
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if "facts" in file.read_text())
+    if name not in known:
+        raise ValueError(f"--cards {name}: no such cards are described. Known: {', '.join(known)}.")
+    values = OmegaConf.create((folder / f"{name}.yaml").read_text())
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HardwareConfig), values))
+    assert isinstance(found, HardwareConfig), found
+    return found
+
+
+def as_planned(run: RunConfig, hardware: HardwareConfig) -> RunConfig:
+    """`run` as task=plan sees it: the memory that others have taken here now does not count."""
+    planned = replace(run, task=TaskConfig(TaskKind.plan), hardware=hardware)
+    return planned if run.num_prompt_tokens is None else with_prompts_of(planned, run.num_prompt_tokens)
+
+
+def with_prompts_of(run: RunConfig, tokens: int) -> RunConfig:
+    return replace(run, workload=replace(run.workload, prompt_tokens=tokens))
+
+
+def plan_model(run: RunConfig, num_ranks: int, model: Model, inventory: Inventory) -> Plan:
+    placement = place_ranks(run, num_ranks, inventory)
+    draft = find_draft(run, model.shape, model.folder)
+    return plan_run(run, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
+
+
+def weight_bytes(plan: Plan) -> list[int]:
+    """Of each rank."""
+    return [sum(size for name, size in card.lines.items() if "weights" in name) for card in plan.cards]
+
+
+def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan | None, duration: Duration) -> Needs:
+    on_cpu = inventory.source == "none"
+    memory_gib, memory_why = memory_on_cpu(plan) if on_cpu and plan else memory_beside_cards(num_ranks)
+    name = inventory.cards[0].name if inventory.cards else "CPU"
+    cards = f"ranks on the CPU, by hardware={run.hardware.name}." if on_cpu else f"one a rank; planned for {name}."
+    return Needs(
+        num_cards=0 if on_cpu else num_ranks,
+        num_cores=CORES_PER_RANK * num_ranks,
+        memory_gib=memory_gib,
+        minutes=duration.minutes,
+        why={
+            "cards": cards,
+            "cores": f"{CORES_PER_RANK} a rank.",
+            "memory": memory_why,
+            "time": duration.why,
+        },
+    )
+
+
+def memory_beside_cards(num_ranks: int) -> tuple[int, str]:
+    """GiB, and why."""
+    why = f"estimated, {RANK_GIB} GiB a rank and {PARENT_GIB} for their parent; the model is on the cards."
+    return RANK_GIB * num_ranks + PARENT_GIB, why
+
+
+def memory_on_cpu(plan: Plan) -> tuple[int, str]:
+    predicted = sum(card.predicted_bytes for card in plan.cards) / GIB
+    why = f"{predicted:.2f} GiB predicted for the ranks, a quarter more, and {PARENT_GIB} GiB for their parent."
+    return math.ceil(predicted * CPU_MARGIN) + PARENT_GIB, why

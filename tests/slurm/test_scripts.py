@@ -1,0 +1,115 @@
+"""Scripts of tools.slurm on a real SLURM: a run, an array, scancel, requeue, and the end of the time limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
+from tests.slurm.cluster import NUM_CARDS, Cluster
+
+MANY, SOME = 2000, 60
+PROMPT = "import os\n"
+ANSWERS = "outputs.jsonl"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of its own folder, in which it was submitted."""
+
+    job: str
+    folder: Path
+    cluster: Cluster
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "slurm" / f"launch70b-{self.job}"
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("slurm-*.out")))
+
+    def report(self, task: str = "") -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.run_dir / task / "report.json").read_text())
+        return report
+
+    def answers(self, task: str = "") -> list[dict[str, Any]]:
+        return texts(self.run_dir / task / ANSWERS)
+
+    def wait_for_answers(self) -> None:
+        wait_until((self.run_dir / ANSWERS).exists, f"answers of job {self.job}: {self.log}")
+        wait_until(lambda: b"\n" in (self.run_dir / ANSWERS).read_bytes(), f"an answer of job {self.job}")
+
+
+def submit(cluster: Cluster, folder: Path, *arguments: str, num_prompts: int = 0) -> Submitted:
+    folder.mkdir()
+    words = [*SHORT, *arguments]
+    if num_prompts:
+        (folder / "prompts.txt").write_text(PROMPT * num_prompts)
+        words.append("prompts_file=prompts.txt")
+    script = folder / "job.sbatch"
+    made = subprocess.run(
+        [sys.executable, "-m", "tools.slurm", *words], cwd=folder, capture_output=True, text=True, timeout=LIMIT_SEC
+    )
+    assert made.returncode == 0, made.stderr
+    script.write_text(made.stdout)
+    return Submitted(cluster.submit(script), folder, cluster)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
+    """Submitted together, for they mostly wait. Each has come to an end that its test then looks at."""
+    folder = tmp_path_factory.mktemp("scripts")
+    # SLURM looks at time limits twice a minute, so that this one comes first and ends last.
+    limited = submit(cluster, folder / "limit", "gpus=1", "--time=1", "--signal-sec=50", num_prompts=MANY)
+    cancelled = submit(cluster, folder / "cancel", "gpus=2", num_prompts=MANY)
+    requeued = submit(cluster, folder / "requeue", "gpus=1", num_prompts=SOME)
+    array = submit(cluster, folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2)
+    cancelled.wait_for_answers()
+    cluster.run("scancel", cancelled.job)
+    requeued.wait_for_answers()
+    cluster.run("scontrol", "requeue", requeued.job)
+    cluster.start_requeued(requeued.job)
+    cluster.wait(cancelled.job, "CANCELLED")
+    cluster.wait(array.job, "COMPLETED")
+    return {"cancelled": cancelled, "requeued": requeued, "array": array, "limited": limited}
+
+
+def test_array_runs_a_task_for_each_value(jobs: dict[str, Submitted]) -> None:
+    array = jobs["array"]
+    reports = [array.report(task) for task in ("0", "1")]
+    assert [(report["world_size"], report["device"]) for report in reports] == [(1, "cpu"), (2, "cpu")]
+    assert [len(array.answers(task)) for task in ("0", "1")] == [2, 2]
+    assert array.log.count('{"task": "generate"') == 2
+    # Cards were neither asked for nor given.
+    assert "CUDA_VISIBLE_DEVICES" not in array.log and NUM_CARDS
+
+
+def test_cancelled_run_ends_in_order_keeps_its_answers_and_leaves_no_process(jobs: dict[str, Submitted]) -> None:
+    cancelled = jobs["cancelled"]
+    assert cancelled.cluster.job_processes(cancelled.job) == []
+    assert 1 <= len(cancelled.answers()) < MANY
+    assert cancelled.report()["error"]["message"] == "the run was ended by SIGTERM; every rank was stopped."
+    assert not [line for line in cancelled.log.splitlines() if "Traceback" in line]
+
+
+def test_requeued_run_answers_the_rest(jobs: dict[str, Submitted]) -> None:
+    requeued = jobs["requeued"]
+    requeued.cluster.wait(requeued.job, "COMPLETED")
+    assert [answer["index"] for answer in requeued.answers()] == list(range(SOME))
+    assert 1 <= len(requeued.report()["outputs"]) < SOME
+
+
+def test_run_that_comes_to_its_time_limit_puts_itself_back_into_the_queue(jobs: dict[str, Submitted]) -> None:
+    limited = jobs["limited"]
+    wait_until(lambda: '"Interrupted"' in limited.log, "the end of the time limit")
+    wait_until(lambda: limited.cluster.states(limited.job) == ["PENDING"], "a requeued job")
+    assert 1 <= len(limited.answers()) < MANY
+    assert "ended by SIGTERM" in limited.log
+    limited.cluster.run("scancel", limited.job)
