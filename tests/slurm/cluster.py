@@ -93,7 +93,8 @@ class Cluster:
     def start_requeued(self, job: str) -> None:
         """Waits for a job to be in the queue again, and starts it without the two minutes that SLURM waits then."""
         wait_until(lambda: self.states(job) == ["PENDING"], f"job {job} to be in the queue again")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # The node refuses a start in the second in which it ended the job.
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def processes(self) -> list[psutil.Process]:
         """What runs in this cluster's jobs, and its daemons."""

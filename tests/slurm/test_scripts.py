@@ -66,11 +66,13 @@ def submit(cluster: Cluster, folder: Path, *arguments: str, num_prompts: int = 0
 def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
     """Submitted together, for they mostly wait. Each has come to an end that its test then looks at."""
     folder = tmp_path_factory.mktemp("scripts")
-    # SLURM looks at time limits twice a minute, so that this one comes first and ends last.
-    limited = submit(cluster, folder / "limit", "gpus=1", "--time=1", "--signal-sec=50", num_prompts=MANY)
+    limited = submit(cluster, folder / "limit", "gpus=1", "--time=5", "--signal-sec=55", num_prompts=MANY)
     cancelled = submit(cluster, folder / "cancel", "gpus=2", num_prompts=MANY)
     requeued = submit(cluster, folder / "requeue", "gpus=1", num_prompts=SOME)
     array = submit(cluster, folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2)
+    limited.wait_for_answers()
+    # A minute from its start, of which the warning takes most. SLURM looks at limits twice a minute.
+    cluster.run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=1")
     cancelled.wait_for_answers()
     cluster.run("scancel", cancelled.job)
     requeued.wait_for_answers()
