@@ -14,7 +14,7 @@ import pytest
 from tests.launcher.cli import environment
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("launcher", "parallel", "conf", "tools", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("launcher", "parallel", "conf", "hydra_plugins", "tools", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_module_config_and_kernel_is_installed(installed: Path) -> None:
     patterns = ("*.py", "*.yaml", "*.cu", "*.cuh")
-    for package in ("launcher", "parallel", "conf", "tools"):
+    for package in ("launcher", "parallel", "conf", "hydra_plugins", "tools"):
         files = {path.relative_to(ROOT) for pattern in patterns for path in (ROOT / package).rglob(pattern)}
         assert files
         assert {file for file in files if not (installed / file).is_file()} == set()
@@ -75,3 +75,15 @@ def test_it_is_the_installed_one_that_answers(installed: Path, tmp_path: Path) -
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert [Path(place).is_relative_to(installed) for place in result.stdout.split()] == [True] * 3, result
+
+
+def test_hydra_finds_the_plugin_of_the_installed_one(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "from hydra.core.plugins import Plugins; import sys; "
+        "name = 'hydra_plugins.launch70b.slurm_launcher.SlurmLauncher'; "
+        "print(sys.modules[Plugins.instance().class_name_to_class[name].__module__].__file__)"
+    )
+    env = environment({"PYTHONPATH": str(installed)})
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert Path(result.stdout.strip()).is_relative_to(installed), result

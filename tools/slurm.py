@@ -130,7 +130,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpus", type=above_zero, help="cores, instead of those of the plan")
     parser.add_argument("--mem", type=above_zero, metavar="GIB", help="host memory, instead of the plan's")
     parser.add_argument("--time", type=above_zero, metavar="MINUTES", help="time limit, instead of the plan's")
-    parser.add_argument("--signal-sec", type=above_zero, default=WARNING_SEC, help="before the limit, to end (%(default)s)")
+    parser.add_argument(
+        "--signal-sec", type=above_zero, default=WARNING_SEC, help="before the limit, to end (%(default)s)"
+    )
     parser.add_argument("--restarts", type=int, default=3, help="at the time limit, with prompts_file (%(default)s)")
     parser.add_argument("--parallel", type=above_zero, help="tasks of an array that run at a time")
     parser.add_argument("--sbatch", action="append", default=[], metavar="=OPTION", help="as --sbatch=--partition=big")

@@ -28,10 +28,10 @@ except ImportError:
         """In its place where it is not installed."""
 
         def __init__(self, **params: Any) -> None:
-            raise ConfigError("hydra/launcher=slurm needs hydra-submitit-launcher: pip install 'launch70b[slurm]'.")
+            """Hydra would wrap what is raised here."""
 
         def setup(self, **parts: Any) -> None:
-            """Abstract in Hydra's class."""
+            raise ConfigError("hydra/launcher=slurm needs hydra-submitit-launcher: pip install 'launch70b[slurm]'.")
 
 
 # Of hydra.launcher, what goes to sbatch as it is.

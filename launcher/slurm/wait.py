@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,5 +100,3 @@ def wait_for_file(path: Path, timeout_sec: float) -> None:
     end = time.monotonic() + timeout_sec
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.2)
-
-

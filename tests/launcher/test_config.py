@@ -18,7 +18,7 @@ from launcher.config import ConfigError, HardwareKind, ModelConfig, RunConfig, T
 from launcher.override_errors import explain_composition
 
 FOLDER = Path(conf.__file__).parent
-FILES = sorted(path.relative_to(FOLDER) for path in FOLDER.glob("*/**/*.yaml"))
+FILES = sorted(path.relative_to(FOLDER) for path in FOLDER.glob("*/**/*.yaml") if path.parts[-3] != "hydra")
 # Not a section of the config by itself: models take it as their shape.
 PLACES = {"model_shape": "model.shape"}
 

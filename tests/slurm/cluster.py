@@ -67,7 +67,13 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None) -> str:
         """A SLURM command's stdout; fails with what it said."""
         done = subprocess.run(
-            command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=COMMAND_SEC, stdin=subprocess.DEVNULL
+            command,
+            env=self.env,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SEC,
+            stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
@@ -118,7 +124,7 @@ def started_cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/run"))
     folder.chmod(0o755)
     env = environment({"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
-    cluster = Cluster(folder, {name: value for name, value in env.items() if name not in ("SLURM_JOB_ID",)})
+    cluster = Cluster(folder, env)
     try:
         write_config(folder)
         start_daemons(cluster)
@@ -135,7 +141,7 @@ def write_config(folder: Path) -> None:
     (folder / "munge" / "key").write_bytes(os.urandom(1024))
     for card in range(NUM_CARDS):
         # SLURM takes devices only: these are /dev/null by other names.
-        os.mknod(folder / f"card{card}", stat.S_IFCHR | 0o600, os.stat(os.devnull).st_rdev)
+        os.mknod(folder / f"card{card}", stat.S_IFCHR | 0o600, Path(os.devnull).stat().st_rdev)
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/card[0-{NUM_CARDS - 1}]\n")
     controller_port, node_port = free_ports()
     values = {"controller_port": controller_port, "node_port": node_port, "folder": folder, "cards": NUM_CARDS}

@@ -73,7 +73,8 @@ def whole(cluster: Cluster, running: tuple[Running, Running], ended: Sweep) -> S
 
 def names(running: Running, num: int) -> list[str]:
     def found() -> list[str]:
-        return [name for _, name in sorted(re.findall(r"^job (\d+) .*SLURM job ([\d_]+), ", running.output("stderr"), re.M))]
+        lines = re.findall(r"^job (\d+) .*SLURM job ([\d_]+), ", running.output("stderr"), re.M)
+        return [name for _, name in sorted(lines)]
 
     wait_until(lambda: len(found()) == num, f"{num} jobs")
     return found()
