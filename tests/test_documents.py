@@ -14,13 +14,16 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
 from launcher.sweeps.resume import is_resume_folder
-from tools import claims
+from tools import claims, slurm
 from tools.results_table import choose_render
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README, flags=re.MULTILINE)
+PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "results") for page in sorted(folder.glob("*.md"))]
+HOST = (ROOT / "docs" / "host.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README + HOST, flags=re.MULTILINE)
+SLURM_COMMANDS = re.findall(r"^python -m tools.slurm (.*) > .*$", README, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -52,7 +55,23 @@ def test_command_of_the_readme_composes(command: str) -> None:
         to_run_config(compose("config", overrides=sweeps))
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "results").glob("*.md")), ids=str)
+@pytest.mark.parametrize("command", SLURM_COMMANDS)
+def test_script_of_the_readme_is_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert slurm.main(shlex.split(command)) == 0, capsys.readouterr().err
+    assert "#SBATCH --gres=gpu:2\n" in capsys.readouterr().out
+
+
+def test_readme_shows_scripts() -> None:
+    assert len(SLURM_COMMANDS) == 2
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *RESULT_PAGES], ids=str
+)
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
