@@ -69,9 +69,7 @@ def test_readme_shows_scripts() -> None:
     assert len(SLURM_COMMANDS) == 2
 
 
-@pytest.mark.parametrize(
-    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *RESULT_PAGES], ids=str
-)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
