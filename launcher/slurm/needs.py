@@ -123,7 +123,7 @@ def weight_bytes(plan: Plan) -> list[int]:
 
 def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan | None, duration: Duration) -> Needs:
     on_cpu = inventory.source == "none"
-    memory_gib, memory_why = memory_on_cpu(plan) if on_cpu and plan else memory_beside_cards(num_ranks)
+    memory_gib, memory_why = memory_on_cpu(plan) if on_cpu and plan else memory_beside_cards(num_ranks, plan)
     name = inventory.cards[0].name if inventory.cards else "CPU"
     cards = f"ranks on the CPU, by hardware={run.hardware.name}." if on_cpu else f"one a rank; planned for {name}."
     return Needs(
@@ -140,10 +140,12 @@ def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan
     )
 
 
-def memory_beside_cards(num_ranks: int) -> tuple[int, str]:
+def memory_beside_cards(num_ranks: int, plan: Plan | None) -> tuple[int, str]:
     """GiB, and why."""
-    why = f"estimated, {RANK_GIB} GiB a rank and {PARENT_GIB} for their parent; the model is on the cards."
-    return RANK_GIB * num_ranks + PARENT_GIB, why
+    streamed = sum(plan.offload.host_bytes) / GIB if plan is not None and plan.offload is not None else 0.0
+    why = f"estimated, {RANK_GIB} GiB a rank and {PARENT_GIB} for their parent"
+    why += f"; predicted, {streamed:.2f} GiB of streamed layers." if streamed else "; the model is on the cards."
+    return RANK_GIB * num_ranks + PARENT_GIB + math.ceil(streamed), why
 
 
 def memory_on_cpu(plan: Plan) -> tuple[int, str]:

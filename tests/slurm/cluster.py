@@ -26,6 +26,8 @@ ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 COMMAND_SEC = 30
 # SLURM gives this long between SIGTERM and SIGKILL; two ranks need about three seconds on two busy cores.
 KILL_WAIT_SEC = 30
+POLL_SEC = 0.3
+RETRY_SEC = 5.0
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -97,10 +99,23 @@ class Cluster:
         wait_until(is_there, f"{states} of job {job}", timeout_sec)
 
     def start_requeued(self, job: str) -> None:
-        """Waits for a job to be in the queue again, and starts it without the two minutes that SLURM waits then."""
-        wait_until(lambda: self.states(job) == ["PENDING"], f"job {job} to be in the queue again")
-        # The node refuses a start in the second in which it ended the job.
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        """Waits for a job to have been requeued, and starts it without the two minutes that SLURM waits then."""
+        next_try = 0.0
+
+        def has_started() -> bool:
+            nonlocal next_try
+            time.sleep(POLL_SEC)
+            found = self.run("scontrol", "show", "job", job)
+            if "Restarts=0" in found or "JobState=PENDING" not in found:
+                return "Restarts=0" not in found and "JobState=COMPLETING" not in found
+            # While nodes are still cleaned up, a time that was set is set again by SLURM. In the second in which a node
+            # ended a job it refuses to start it.
+            if time.monotonic() > next_try:
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+                next_try = time.monotonic() + RETRY_SEC
+            return False
+
+        wait_until(has_started, f"job {job} to start again")
 
     def processes(self) -> list[psutil.Process]:
         """What runs in this cluster's jobs, and its daemons."""
