@@ -70,7 +70,7 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
     times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
     if isinstance(times, Times):
-        duration = minutes_of(run, times, sum(weight_bytes(plan)))
+        duration = minutes_of(run, times, weight_bytes(plan))
     else:
         duration = minutes_without_times(times)
     return build_needs(run, num_ranks, inventory, plan, duration)
@@ -116,9 +116,10 @@ def plan_model(run: RunConfig, num_ranks: int, model: Model, inventory: Inventor
     return plan_run(run, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
 
 
-def weight_bytes(plan: Plan) -> list[int]:
-    """Of each rank."""
-    return [sum(size for name, size in card.lines.items() if "weights" in name) for card in plan.cards]
+def weight_bytes(plan: Plan) -> int:
+    """All that is loaded, on cards and in host memory."""
+    on_cards = sum(size for card in plan.cards for name, size in card.lines.items() if "weights" in name)
+    return on_cards + (sum(plan.offload.host_bytes) if plan.offload is not None else 0)
 
 
 def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan | None, duration: Duration) -> Needs:

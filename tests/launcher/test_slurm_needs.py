@@ -76,6 +76,14 @@ def test_ranks_on_the_cpu_take_host_memory_and_no_card() -> None:
     assert found.minutes == 60 and "there are no rates of CPUs" in found.why["time"]
 
 
+def test_layers_that_are_streamed_take_host_memory() -> None:
+    found = find_needs(composed("gpus=1", "model=llama3_3_70b", "model.quantize=int4", *SMALL[1:], "task=bench"))
+    plain = find_needs(composed("gpus=1", *SMALL, "task=bench"))
+    # 70B at about 4.25 bits and 2 GiB of embedding, less what one card of 24 GB holds.
+    assert 12 < found.memory_gib - plain.memory_gib < 24
+    assert "GiB of streamed layers" in found.why["memory"]
+
+
 def test_probe_needs_no_model() -> None:
     assert find_needs(composed("task=probe", "gpus=4")).num_cards == 4
 
@@ -83,7 +91,7 @@ def test_probe_needs_no_model() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("gpus=1", "model=llama3_3_70b"), "do not fit"),
+        (("gpus=2", "model=llama3_3_70b"), "do not fit"),
         (("gpus=2", "topology=triple"), "gpus=2"),
         (("task=plan",), "run it here"),
         (("prompts_file=/nowhere.txt",), "/nowhere.txt"),
@@ -110,7 +118,8 @@ def test_request_is_what_the_plan_needs_unless_the_launcher_says_otherwise() -> 
 
 
 def test_job_that_is_refused_is_submitted_all_the_same_to_say_why() -> None:
-    assert request_of(composed("gpus=1", "model=llama3_3_70b", "model.weights=dummy"), PARAMS).num_cards == 1
+    refused = composed("gpus=2", "model=llama3_3_70b", "model.weights=dummy")
+    assert request_of(refused, PARAMS) == Request(2, 1, 4, 10)
     assert request_of(None, PARAMS).num_cards == 0
 
 

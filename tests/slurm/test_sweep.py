@@ -14,7 +14,7 @@ import pytest
 from tests.launcher.cli import SHORT, Result, Running, started, texts, wait_until
 from tests.slurm.cluster import Cluster
 
-MANY, SOME = 2000, 60
+MANY, SOME = 2000, 24
 SLURM = ("-m", "hydra/launcher=slurm", *SHORT)
 
 
