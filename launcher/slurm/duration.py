@@ -39,12 +39,10 @@ def minutes_without_model(run: RunConfig) -> Duration:
     return Duration(WITHOUT_MODEL_MIN, f"task={run.task.kind.value} takes about a minute after its start.")
 
 
-def minutes_without_times(reason: str) -> Duration:
-    return Duration(WITHOUT_TIMES_MIN, f"not predicted ({reason}). Set it by --time.")
-
-
-def minutes_of(run: RunConfig, times: Times, weights_bytes: int) -> Duration:
-    """Minutes of a run whose answers all have their full length."""
+def minutes_of(run: RunConfig, times: Times | str, weights_bytes: int) -> Duration:
+    """Minutes of a run whose answers all have their full length; `times` says why where none are predicted."""
+    if isinstance(times, str):
+        return Duration(WITHOUT_TIMES_MIN, f"not predicted ({times}). Set it by --time.")
     requests, runs = num_requests(run), num_runs(run)
     work_sec = runs * requests_sec(run, times, requests)
     load_sec = weights_bytes / GB / LOAD_GB_PER_SEC

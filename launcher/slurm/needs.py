@@ -18,10 +18,8 @@ from launcher.slurm.duration import (
     longest_prompt_tokens,
     minutes_of,
     minutes_without_model,
-    minutes_without_times,
 )
 from launcher.timing.find import predict_run
-from launcher.timing.predict import Times
 from launcher.topology import place_ranks, resolve_world_size
 from launcher.units import GIB
 
@@ -69,11 +67,7 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     plan = plan_model(planned, num_ranks, model, inventory)
     tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
     times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
-    if isinstance(times, Times):
-        duration = minutes_of(run, times, weight_bytes(plan))
-    else:
-        duration = minutes_without_times(times)
-    return build_needs(run, num_ranks, inventory, plan, duration)
+    return build_needs(run, num_ranks, inventory, plan, minutes_of(run, times, weight_bytes(plan)))
 
 
 def choose_hardware(run: RunConfig, num_ranks: int, cards: str) -> HardwareConfig:
