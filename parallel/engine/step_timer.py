@@ -11,7 +11,6 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.graphs import capture
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.linear import swapped_communicator
 
@@ -36,7 +35,7 @@ def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communi
     sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
     try:
         for sequence in sequences:
-            sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+            sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
             sequence.num_sampled = 1
             engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
         with torch.inference_mode(), swapped_communicator(engine.models, communicator):
