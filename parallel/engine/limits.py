@@ -9,6 +9,8 @@ from dataclasses import dataclass
 PAGE_SIZE = 64
 # Tokens of a sequence that attention tells apart in one pass.
 MAX_NODES = 64
+# Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
+SAMPLED_ROWS = 64
 # A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). A smaller one is
 # over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200 took 315 ms for 2048 rows in
 # halves and 396 whole, but 165 for 512 rows in halves and 123 whole.

@@ -9,6 +9,7 @@ token. All of it can be captured in a CUDA graph.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.communicator import Communicator
+from parallel.engine.limits import SAMPLED_ROWS
 from parallel.engine.noise import exponential_noise, signed
 
 
@@ -131,6 +133,9 @@ class Sampler:
         """
         if self.params.temperature == 0:
             return greedy_tokens(logits, self.shards, self.communicator)
+        return torch.cat([self._draw(*part) for part in some_rows(logits, keys, positions)])
+
+    def _draw(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         whole = gather_logits(logits, self.shards, self.communicator)
         return sampled_tokens(whole, self.params, exponential_noise(keys, positions, whole.shape[-1]))
 
@@ -139,8 +144,18 @@ class Sampler:
         of their chances, [batch, num] each, the best first; -inf for none. Args as of a draw."""
         if self.params.temperature == 0:
             return greedy_guesses(logits, num, self.shards, self.communicator)
+        found = [self._guess(num, *part) for part in some_rows(logits, keys, positions)]
+        tokens, chances = zip(*found, strict=True)
+        return torch.cat(tokens), torch.cat(chances)
+
+    def _guess(self, num: int, logits: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         whole = gather_logits(logits, self.shards, self.communicator)
         return sampled_guesses(whole, num, self.params, exponential_noise(keys, positions, whole.shape[-1]))
+
+
+def some_rows(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """SAMPLED_ROWS at a time of each, so that many take no more memory than these."""
+    return zip(*(column.split(SAMPLED_ROWS) for column in columns), strict=True)
 
 
 def open_sampler(model: PreTrainedModel, params: SamplingParams, communicator: Communicator) -> Sampler:
