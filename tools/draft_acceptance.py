@@ -34,9 +34,9 @@ from tools.local_ranks import run_on_ranks
 from tools.make_demo_model import write_model
 from tools.perplexity import CPU, DEMO, TIMEOUT_SEC, held_out_tokens, load
 
-NUM_LAYERS = 2
-PLAN = TrainingPlan(steps=200, minutes=None, batch=8, sequence=128, lr=1e-3, weight_decay=0.1, seed=0)
-NUM_SCORED = 2048
+NUM_LAYERS = 3
+PLAN = TrainingPlan(steps=120, minutes=None, batch=8, sequence=128, lr=5e-4, weight_decay=0.1, seed=0)
+NUM_SCORED = 1024
 NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS, BATCH = 16, 128, 64, 8
 TEMPERATURES = (0.0, 0.8)
 SETTINGS = (

@@ -108,7 +108,8 @@ def test_the_branch_that_was_drawn_is_followed_to_its_end(size: int) -> None:
     path, counts = follow(tree, drawn, active, plan.depth)
     walked = [walk(tree, drawn, active, row) for row in range(60)]
     assert [nodes[:count] for nodes, count in zip(path.tolist(), counts.tolist(), strict=True)] == walked
-    assert {0, 1, 2} <= {len(each) for each in walked}
+    lengths = {len(each) for each in walked}
+    assert {0, 1} < lengths
 
 
 def test_continuations_are_merged_where_they_begin_alike() -> None:
