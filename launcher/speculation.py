@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from launcher.quantize_kind import QuantizeKind
 from parallel.engine.limits import MAX_NODES
 from parallel.engine.speculation.tree_plan import TreePlan
 
@@ -34,6 +35,8 @@ class SpeculationConfig:
     tree_top_k: int = 6
     # kind=draft: the small model, of the same tokenizer; as model.path.
     draft_path: str | None = None
+    # What model.quantize is for the model.
+    draft_quantize: QuantizeKind = QuantizeKind.none
     # kind=ngram: look up the last ngram_max tokens, else fewer, down to ngram_min.
     ngram_max: int = 3
     ngram_min: int = 2
@@ -50,9 +53,14 @@ class SpeculationConfig:
             yield from self._tree_problems(self.tree_size)
         if self.kind == SpeculationKind.draft and not (self.draft_path or "").strip():
             yield "speculation.kind=draft needs speculation.draft_path: the folder or hub name of a small model."
-        if self.kind != SpeculationKind.draft and self.draft_path is not None:
+        if self.kind != SpeculationKind.draft:
+            yield from self._unread()
+
+    def _unread(self) -> Iterator[str]:
+        given = {"draft_path": self.draft_path is not None, "draft_quantize": self.draft_quantize != QuantizeKind.none}
+        for name in (name for name, is_given in given.items() if is_given):
             yield (
-                f"speculation.draft_path is read by speculation.kind=draft only, not by kind={self.kind.value}. "
+                f"speculation.{name} is read by speculation.kind=draft only, not by kind={self.kind.value}. "
                 "Leave it out or set the kind."
             )
 

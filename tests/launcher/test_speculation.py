@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import RunConfig, SpeculationConfig, SpeculationKind
+from launcher.config import QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
 from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
 from launcher.plan import Plan, plan_run
 from launcher.shape import DTYPE_BYTES
@@ -36,7 +36,16 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
         ("gpus=2", *SHORT),
         ("gpus=2", *SHORT, "speculation.kind=ngram", "speculation.num_drafts=2"),
         ("gpus=2", *SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}"),
-        ("gpus=2", *SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}", "speculation.tree_size=12"),
+        (
+            *(
+                "gpus=2",
+                *SHORT,
+                "speculation.kind=draft",
+                f"speculation.draft_path={draft}",
+                "speculation.tree_size=12",
+            ),
+            "speculation.draft_quantize=int8",
+        ),
     )
     assert plain.report["speculation"] is None
     for result, kind, num_drafts, most in (
@@ -72,6 +81,15 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
                 assert card["memory"][ours] == planned["lines"][theirs]
 
 
+def test_draft_model_that_is_quantised_already_is_not_quantised_again(tmp_path: Path) -> None:
+    draft = write_truncated(DEMO, tmp_path / "draft", 1)
+    change_json(draft / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    args = ("task=plan", "hardware=rtx4090", "speculation.kind=draft", f"speculation.draft_path={draft}")
+    message = run(*args, "speculation.draft_quantize=int4", folder=tmp_path / "run").error["message"]
+    assert f"speculation.draft_path={draft}: speculation.draft_quantize=int4 rounds" in message
+    assert "Set speculation.draft_quantize=none." in message
+
+
 def test_other_tokenizer_is_refused(tmp_path: Path) -> None:
     draft = copy_demo(tmp_path / "draft")
     vocabulary = {f"token{i}": i for i in range(1024)}
@@ -98,6 +116,10 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
         (SpeculationConfig(SpeculationKind.draft), "needs speculation.draft_path"),
         (SpeculationConfig(SpeculationKind.draft, draft_path=" "), "needs speculation.draft_path"),
         (SpeculationConfig(SpeculationKind.ngram, draft_path="org/small"), "not by kind=ngram"),
+        (
+            SpeculationConfig(SpeculationKind.ngram, draft_quantize=QuantizeKind.int4),
+            "draft_quantize is read by",
+        ),
         (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 64"),
         (SpeculationConfig(SpeculationKind.ngram, tree_size=65), "speculation.tree_size=65 must be"),
         (
