@@ -27,6 +27,7 @@ from launcher.offload_config import OffloadConfig as OffloadConfig
 from launcher.offload_config import OffloadKind as OffloadKind
 from launcher.plan_config import Aim as Aim
 from launcher.plan_config import PlanConfig as PlanConfig
+from launcher.quantize_kind import QuantizeKind as QuantizeKind
 from launcher.speculation import SpeculationConfig as SpeculationConfig
 from launcher.speculation import SpeculationKind as SpeculationKind
 from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
@@ -57,15 +58,6 @@ class WeightsKind(str, Enum):
 
     checkpoint = "checkpoint"
     dummy = "dummy"
-
-
-class QuantizeKind(str, Enum):
-    """To what the linears of a bf16, fp16 or fp32 checkpoint are rounded while it loads."""
-
-    none = "none"
-    int4 = "int4"
-    int8 = "int8"
-    fp8 = "fp8"
 
 
 class TopologyKind(str, Enum):

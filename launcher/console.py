@@ -115,8 +115,13 @@ def accepted_row(speculation: dict[str, Any] | None) -> list[tuple[str, str]]:
     """None without speculation."""
     if speculation is None:
         return []
-    mean, drafts = speculation["accepted_per_step"], speculation["num_drafts"]
-    return [("drafts accepted a step", f"{number(mean)} of {drafts} ({speculation['kind']})")]
+    mean, drafts, tree = speculation["accepted_per_step"], speculation["num_drafts"], speculation["tree"]
+    of = f"{drafts}" if tree is None else f"a tree of {tree['size']}"
+    rows = [("drafts accepted a step", f"{number(mean)} of {of} ({speculation['kind']})")]
+    if speculation["verify_ms"] is not None:
+        parts = f"{number(speculation['draft_ms'])} ms to draft, {number(speculation['verify_ms'])} ms to check"
+        rows.append(("of a step", parts))
+    return rows
 
 
 def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config import ConfigError, DraftModelConfig, RunConfig, SpeculationKind, TaskKind, WeightsKind
+from launcher.config import (
+    ConfigError,
+    DraftModelConfig,
+    QuantizeKind,
+    RunConfig,
+    SpeculationKind,
+    TaskKind,
+    WeightsKind,
+)
 from launcher.model_files import download_model, find_local_model
-from launcher.shape import ModelShape, ShapeError, shape_from_checkpoint, shape_from_config
+from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_checkpoint, shape_from_config
 from parallel.checkpoint.headers import read_checkpoint
 
 TOKENIZER = "tokenizer.json"
@@ -45,6 +53,8 @@ def find_draft(run: RunConfig, shape: ModelShape, folder: Path | None) -> Draft 
     try:
         is_dummy = model.weights == WeightsKind.dummy
         draft = shape_from_config(found) if is_dummy else shape_from_checkpoint(found, read_checkpoint(found))
+        if run.speculation.draft_quantize != QuantizeKind.none:
+            draft = quantized_shape(draft, run.speculation.draft_quantize.value, "speculation.draft_quantize")
     except ShapeError as error:
         raise ShapeError(f"{model.key}={path}: {error}") from error
     check_tokens(run, found, draft, folder, shape)

@@ -8,7 +8,7 @@ from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
-from parallel.engine.limits import PAGE_SIZE, EngineLimits, choose_cut
+from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
@@ -37,6 +37,8 @@ PLAIN_TORCH_COPIES = 2
 # Of the keys or values that a prompt attends to: keys in order; values as they lie in pages, and in order.
 GATHERED_COPIES = 3
 FLOAT32_BYTES = 4
+# Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
+TREE_MASK_BYTES = 4
 FP8_BYTES = 1
 # Of a token in the table from which drafts are made.
 TOKEN_BYTES = 4
@@ -57,8 +59,13 @@ class Demand:
     transport: str
     batch_size: int
     prefill_chunk: int
-    # In a decode step: the newest token and the drafts.
+    # In a decode step: the newest token and the drafts. Then those of a pass of the draft model, and slots in the cache
+    # beyond a sequence's tokens.
     rows_per_sequence: int = 1
+    draft_rows: int = 1
+    num_ahead: int = 0
+    # Whether tokens are drawn; the likeliest take less memory to find.
+    is_sampled: bool = True
     # Of the model that guesses, where one does.
     draft_shape: ModelShape | None = None
     # Layers that lie in host memory and are copied to the card in every pass.
@@ -71,7 +78,10 @@ class Demand:
             return None
         sizes = (self.draft_shape.intermediate_size, self.draft_shape.vocab_size)
         grain = choose_grain(sizes, self.world_size)
-        return replace(self, shape=self.draft_shape, draft_shape=None, grain=grain, num_streamed=0)
+        rows = self.draft_rows
+        return replace(
+            self, shape=self.draft_shape, draft_shape=None, grain=grain, num_streamed=0, rows_per_sequence=rows
+        )
 
     def fixed_lines(self) -> tuple[dict[str, int], ...]:
         """Lines that the context does not change: context, communicator, weights.* and what is streamed; one dict per
@@ -178,7 +188,8 @@ class Demand:
         return max(plain, load_bytes(shape.scheme, self.device, self.dtype, stored_bytes, shape.hidden_size, linear))
 
     def _kv_bytes(self, max_context: int, bytes_per_token: int) -> int:
-        return EngineLimits(max_context, self.batch_size, self.prefill_chunk).num_pages * PAGE_SIZE * bytes_per_token
+        limits = EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)
+        return limits.num_pages * PAGE_SIZE * bytes_per_token
 
     def _held_bits(self) -> float | None:
         """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
@@ -204,27 +215,29 @@ class Demand:
         for the activation's.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
-        tokens = min(self.prefill_chunk, self.batch_size * max_context)
+        prompt = min(self.prefill_chunk, self.batch_size * max_context)
+        rows = self.batch_size * self.rows_per_sequence
+        # A step that checks drafts may have more rows than a pass of prompts.
+        tokens = max(prompt, rows)
         hidden = shape.hidden_size
         queries = self._local(shape.num_heads)[rank] * shape.head_dim
         keys = self._local(shape.num_kv_heads)[rank] * shape.head_dim
         qkv = queries + 2 * keys
         intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
         on_cpu = self.device == "cpu"
-        half = choose_cut(tokens, self.world_size)
+        half = choose_cut(prompt, self.world_size)
         plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * (half or tokens) if on_cpu else 0
         steps = {
             "norm": plain * hidden,
             "qkv": tokens * qkv * e + self._product(tokens, qkv * hidden),
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(tokens, max_context, keys * e),
+            "attention": 3 * tokens * queries * e + self._prompt_keys(prompt, max_context, keys * e),
             "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
             "activation": tokens * (4 if on_cpu else 3) * intermediate * e,
             "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
-            # Logits of last tokens alone, or of what a step checks: gathered from all ranks, joined, sampled.
-            "logits": self.batch_size * self.rows_per_sequence * shape.vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT),
+            "logits": self._logits(rank, rows),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
         if half is not None:
@@ -235,6 +248,15 @@ class Demand:
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
+    def _logits(self, rank: int, rows: int) -> int:
+        """Of last tokens alone, or of what a step checks: this rank's part, and that in float32 where the likeliest is
+        looked for, or some rows at a time gathered from all ranks, joined, sampled."""
+        e, vocab_size = DTYPE_BYTES[self.dtype], self.shape.vocab_size
+        local = rows * split_by_grain(vocab_size, self.world_size, self.grain)[rank]
+        if not self.is_sampled:
+            return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
+        return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
+
     def _prompt_keys(self, num_rows: int, max_context: int, token_bytes: int) -> int:
         """Keys and values that so many tokens attend to; plain torch has the mask too, of booleans and of numbers."""
         tokens, element_bytes = min(num_rows, max_context), DTYPE_BYTES[self.dtype]
@@ -242,10 +264,11 @@ class Demand:
         return max_context * token_bytes * 2 + max(max_context * token_bytes * (GATHERED_COPIES - 2), mask)
 
     def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
-        """Attention of a step in plain torch: keys or values of all rows as they lie in pages, in float32, and without
-        what is absent; scores, and their softmax."""
-        per_token = keys * (DTYPE_BYTES[self.dtype] + 2 * FLOAT32_BYTES) + 2 * heads * FLOAT32_BYTES
-        return self.batch_size * self.rows_per_sequence * max_context * per_token
+        """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and
+        without what is absent; of every row scores, and their softmax, and what it sees of a tree."""
+        per_row = 2 * heads * FLOAT32_BYTES + (TREE_MASK_BYTES if self.rows_per_sequence > 1 else 0)
+        per_token = keys * (DTYPE_BYTES[self.dtype] + 2 * FLOAT32_BYTES) + self.rows_per_sequence * per_row
+        return self.batch_size * (max_context + self.num_ahead) * per_token
 
     def _product(self, num_rows: int, numel: int) -> int:
         """Bytes beside its operands that a product of so many rows takes."""

@@ -125,6 +125,9 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         batch_size=run.workload.batch_size,
         prefill_chunk=run.engine.prefill_chunk,
         rows_per_sequence=run.speculation.rows_per_sequence,
+        draft_rows=run.speculation.draft_rows,
+        num_ahead=run.speculation.num_ahead,
+        is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
     )
 

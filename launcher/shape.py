@@ -122,16 +122,16 @@ def shape_from_config(folder: Path) -> ModelShape:
     return replace(shape, not_loadable=shape.not_loadable or _awkward_inputs(shape))
 
 
-def quantized_shape(shape: ModelShape, kind: str) -> ModelShape:
-    """`shape` with its linears rounded while they load; `kind` is a key of QUANTIZE_SCHEMES.
+def quantized_shape(shape: ModelShape, kind: str, knob: str = "model.quantize") -> ModelShape:
+    """`shape` with its linears rounded while they load; `kind` is a key of QUANTIZE_SCHEMES, as `knob` has it.
 
     Raises:
         ShapeError: the checkpoint is quantised already.
     """
     if shape.quantization != "none":
         raise ShapeError(
-            f"model.quantize={kind} rounds bf16, fp16 and fp32 checkpoints, and this one is quantised as "
-            f"{shape.quantization} already. Set model.quantize=none."
+            f"{knob}={kind} rounds bf16, fp16 and fp32 checkpoints, and this one is quantised as "
+            f"{shape.quantization} already. Set {knob}=none."
         )
     scheme = QUANTIZE_SCHEMES[kind]
     return replace(shape, quantization=kind, scheme=scheme, linear_bits=stored_bits(scheme, shape.hidden_size))

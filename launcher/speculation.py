@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from launcher.quantize_kind import QuantizeKind
+from parallel.engine.limits import MAX_NODES
+from parallel.engine.speculation.tree_plan import TreePlan
+
 # A step of more rows than this takes longer than what drafts that far ahead save.
 MAX_DRAFTS = 16
 
@@ -21,10 +25,18 @@ class SpeculationKind(str, Enum):
 @dataclass
 class SpeculationConfig:
     kind: SpeculationKind = SpeculationKind.none
-    # Tokens guessed for each sequence and step.
+    # Tokens guessed for each sequence and step, one after the other.
     num_drafts: int = 4
+    # A tree of guesses in place of num_drafts: tokens of a sequence that a step checks, its newest among them; null for
+    # none. Then guesses that follow one another, at most, and, for kind=draft, how many nodes the small model goes on
+    # from at each depth, with so many children each.
+    tree_size: int | None = None
+    tree_depth: int = 6
+    tree_top_k: int = 6
     # kind=draft: the small model, of the same tokenizer; as model.path.
     draft_path: str | None = None
+    # What model.quantize is for the model.
+    draft_quantize: QuantizeKind = QuantizeKind.none
     # kind=ngram: look up the last ngram_max tokens, else fewer, down to ngram_min.
     ngram_max: int = 3
     ngram_min: int = 2
@@ -37,15 +49,70 @@ class SpeculationConfig:
                 f"speculation.ngram_min={self.ngram_min} must be at least 1 and at most speculation.ngram_max="
                 f"{self.ngram_max}."
             )
+        if self.tree_size is not None:
+            yield from self._tree_problems(self.tree_size)
         if self.kind == SpeculationKind.draft and not (self.draft_path or "").strip():
             yield "speculation.kind=draft needs speculation.draft_path: the folder or hub name of a small model."
-        if self.kind != SpeculationKind.draft and self.draft_path is not None:
+        if self.kind != SpeculationKind.draft:
+            yield from self._unread()
+
+    def _unread(self) -> Iterator[str]:
+        given = {"draft_path": self.draft_path is not None, "draft_quantize": self.draft_quantize != QuantizeKind.none}
+        for name in (name for name, is_given in given.items() if is_given):
             yield (
-                f"speculation.draft_path is read by speculation.kind=draft only, not by kind={self.kind.value}. "
+                f"speculation.{name} is read by speculation.kind=draft only, not by kind={self.kind.value}. "
                 "Leave it out or set the kind."
             )
+
+    def _tree_problems(self, size: int) -> Iterator[str]:
+        plan = TreePlan(size, self.tree_depth, self.tree_top_k)
+        if not 2 <= size <= MAX_NODES:
+            yield f"speculation.tree_size={size} must be from 2 to {MAX_NODES}, or null for no tree."
+        if not 1 <= plan.depth <= MAX_DRAFTS:
+            yield f"speculation.tree_depth={plan.depth} must be from 1 to {MAX_DRAFTS}."
+        if plan.top_k < 1:
+            yield f"speculation.tree_top_k={plan.top_k} must be at least 1."
+        elif self.kind == SpeculationKind.draft:
+            yield from self._growth_problems(plan)
+
+    def _growth_problems(self, plan: TreePlan) -> Iterator[str]:
+        sizes = f"speculation.tree_depth={plan.depth} and speculation.tree_top_k={plan.top_k}"
+        if plan.num_grown > MAX_NODES:
+            yield (
+                f"{sizes}: the draft model keeps (tree_depth - 1) * tree_top_k = {plan.num_grown} nodes of a tree, and "
+                f"attention takes {MAX_NODES}. Lower one of them."
+            )
+        if plan.num_candidates < plan.size - 1:
+            yield (
+                f"speculation.tree_size={plan.size}: with {sizes} there are {plan.num_candidates} guesses. Raise one "
+                "of those, or lower the size."
+            )
+
+    @property
+    def tree(self) -> TreePlan | None:
+        """None without trees."""
+        if self.kind == SpeculationKind.none or self.tree_size is None:
+            return None
+        return TreePlan(self.tree_size, self.tree_depth, self.tree_top_k)
+
+    @property
+    def longest(self) -> int:
+        """Guesses of a step that can come true, at most."""
+        return self.num_drafts if self.tree is None else self.tree.depth
 
     @property
     def rows_per_sequence(self) -> int:
         """Rows that a sequence takes in a decode step."""
+        if self.tree is not None:
+            return self.tree.size
         return 1 if self.kind == SpeculationKind.none else 1 + self.num_drafts
+
+    @property
+    def draft_rows(self) -> int:
+        """Rows that it takes in a pass of a draft model: at first its newest token, and the one before."""
+        return 2 if self.tree is None else max(2, self.tree.top_k)
+
+    @property
+    def num_ahead(self) -> int:
+        """Slots in the cache that it takes beyond its tokens'."""
+        return 0 if self.tree is None else self.tree.num_ahead

@@ -1,7 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
 The input is one JSON object: {name of a run: its report.json, ...}, or what one of tools/bench_linears, bench_load,
-bench_read and perplexity printed. Tables under results/ are made by this alone.
+bench_read, perplexity and draft_acceptance made. Tables under results/ are made by this alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def choose_render(result: dict[str, Any]) -> Callable[[str, dict[str, Any]], str
         "runs": render_loads,
         "reads": render_reads,
         "perplexity": render_perplexity,
+        "acceptance": render_acceptance,
     }
     return next((draw for key, draw in renders.items() if key in result), render)
 
@@ -119,6 +120,40 @@ def render_perplexity(title: str, result: dict[str, Any]) -> str:
         "library. Bits are of the layers' linears in the file."
     )
     return page(title, where, table(columns, rows), result["commands"])
+
+
+def render_acceptance(title: str, result: dict[str, Any]) -> str:
+    """The page of tools/draft_acceptance: how many drafts of each kind came true."""
+    columns = ("drafts", "temperature", "tokens a pass checks", "drafts a pass", "tokens a pass gives")
+    rows = [
+        [
+            f"{row['kind']}: {draft_shape(row)}",
+            f"{row['temperature']:g}",
+            str(row["rows"]),
+            f"{row['drafted_per_pass']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
+        ]
+        for row in result["acceptance"]
+    ]
+    draft, work = result["draft"], result["workload"]
+    where = (
+        f"Measured on a CPU with torch {result['torch']}: the demo model over {work['prompts']} held-out prompts of "
+        f"{work['prompt_tokens']} tokens of Python {result['corpus']['python']}'s standard library, answers of "
+        f"{work['answer_tokens']}. Its draft model is its first {draft['num_layers']} layers, trained on for "
+        f"{draft['training']['steps']} steps ({draft['nats_per_token']:.2f} nats a held-out token). All answers "
+        "are those without drafts, token for token. Greedy ones of so small a model soon repeat themselves, which is "
+        "what looking up lives on.\n\nHow often drafts come true is a fact about two models and a text. These figures "
+        "say that trees work and how they compare; they do not carry over to a 70B and its draft model."
+    )
+    return page(title, where, table(columns, rows), result["commands"])
+
+
+def draft_shape(row: dict[str, Any]) -> str:
+    tree = row["tree"]
+    if tree is None:
+        return f"chain of {row['rows'] - 1}"
+    widths = f", {tree['top_k']} children of {tree['top_k']} nodes a level" if row["kind"] == "draft" else ""
+    return f"tree of {tree['size']}, depth {tree['depth']}{widths}"
 
 
 def render(title: str, reports: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from launcher.rank import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
-from launcher.tasks.measure import accepted_drafts, communication, kernels, memory
+from launcher.tasks.measure import communication, kernels, memory, speculated, speculation_costs
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
@@ -53,6 +53,7 @@ class Bench:
             sec,
             len(first) * self.num_prompt_tokens / prefill_sec,
             result.acceptance,
+            result.step_ms,
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
@@ -103,7 +104,13 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,
         **summarise(runs),
-        "speculation": accepted_drafts(job.run.speculation, loaded.draft_load, join(run.acceptance for run in runs)),
+        "speculation": speculated(
+            job.run.speculation,
+            loaded.draft_load,
+            join(run.acceptance for run in runs),
+            [ms for run in runs for ms in run.step_ms],
+            speculation_costs(context, bench.engine, contexts),
+        ),
         "generated_tokens": sum(run.output_tokens for run in runs),
         "generation": span,
         **step,

@@ -19,7 +19,7 @@ from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
-from launcher.tasks.measure import accepted_drafts, communication, kernels, latencies, memory, reuse
+from launcher.tasks.measure import communication, kernels, latencies, memory, reuse, speculated, speculation_costs
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_draft_model, load_sharded_model
 from parallel.checkpoint.load import LoadResult
@@ -66,6 +66,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     result = answer_prompts(context, loaded, token_ids)
     ended = time.time()
     check_same_tokens(context, result.answers)
+    contexts = longest_contexts(token_ids, result)
+    costs = speculation_costs(context, loaded.engine, contexts)
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
@@ -75,9 +77,9 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
-        "speculation": accepted_drafts(job.run.speculation, loaded.draft_load, result.acceptance),
+        "speculation": speculated(job.run.speculation, loaded.draft_load, result.acceptance, result.step_ms, costs),
         "offload": streaming(loaded.engine, statistics.median(result.step_ms or [0.0]), pinned_copy),
-        **communication(context, loaded.engine, longest_contexts(token_ids, result)),
+        **communication(context, loaded.engine, contexts),
         "memory": memory(context.device, loaded.engine),
         "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
     }
@@ -166,7 +168,7 @@ def sampling_params(sampling: SamplingConfig) -> SamplingParams:
 def speculation_params(config: SpeculationConfig, draft: PreTrainedModel | None) -> Speculation | None:
     if config.kind == SpeculationKind.none:
         return None
-    return Speculation(config.kind.value, config.num_drafts, config.ngram_max, config.ngram_min, draft)
+    return Speculation(config.kind.value, config.num_drafts, config.ngram_max, config.ngram_min, draft, config.tree)
 
 
 def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:

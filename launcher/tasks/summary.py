@@ -26,6 +26,7 @@ class MeasuredRun:
     sec: float
     prefill_tokens_per_sec: float
     acceptance: Acceptance = field(default_factory=Acceptance)
+    step_ms: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_sec(self) -> float:

@@ -42,7 +42,8 @@ def load_draft_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult]
     if draft is None:
         return None
     assert plan is not None and plan.draft_grain is not None, "a plan with a draft model deals it over the ranks"
-    return load_source(context, Source(draft.folder, draft.shape, None), plan.draft_grain)
+    scheme = QUANTIZE_SCHEMES.get(context.job.run.speculation.draft_quantize.value)
+    return load_source(context, Source(draft.folder, draft.shape, scheme), plan.draft_grain)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, open_sampler
 from parallel.engine.sequence import Sequence
-from parallel.engine.speculation.speculator import Speculation, Speculator, open_speculator
+from parallel.engine.speculation.choice import open_speculator
+from parallel.engine.speculation.speculator import Speculation, Speculator
+from parallel.engine.speculation.tree_speculator import TreeSpeculator
+from parallel.engine.tree_rows import TreeRows
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.streamer import Streamer
 
@@ -46,16 +50,18 @@ class Engine:
         speculation: Speculation | None = None,
         host_layers: HostLayers | None = None,
     ) -> None:
-        self.model, self.device, self.limits = model, device, limits
+        num_ahead = 0 if speculation is None else speculation.num_ahead
+        self.limits = limits = replace(limits, num_ahead=num_ahead)
+        self.model, self.device = model, device
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
-        self.speculator: Speculator | None = None
+        self.speculator: Speculator | TreeSpeculator | None = None
         if speculation is not None:
-            self.speculator = open_speculator(speculation, limits, self.sampler, kv_dtype, device)
+            self.speculator = open_speculator(speculation, limits, self.sampler, self.target, kv_dtype, device)
         self.order: list[Sequence] = []
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
@@ -142,7 +148,7 @@ class Engine:
         else:
             rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
 
-    def row_logits(self, rows: Rows) -> Tensor:
+    def row_logits(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, local vocabulary]"""
         return self.decoder.logits(self.target.row_states(rows))
 

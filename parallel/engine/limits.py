@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 # Tokens of a page of the KV cache.
 PAGE_SIZE = 64
+# Tokens of a sequence that attention tells apart in one pass.
+MAX_NODES = 64
+# Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
+SAMPLED_ROWS = 64
 # A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). A smaller one is
 # over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200 took 315 ms for 2048 rows in
 # halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
@@ -26,16 +30,21 @@ def choose_cut(num_rows: int, world_size: int) -> int | None:
 @dataclass(frozen=True)
 class EngineLimits:
     """Tokens of a sequence, sequences at a time, and tokens of prompts in one pass: at all, and where answers wait for
-    it (None: as many)."""
+    it (None: as many). `num_ahead`: slots in the cache that a sequence needs beyond its tokens', for trees."""
 
     max_context: int
     batch_size: int
     prefill_chunk: int
     prefill_chunk_while_decoding: int | None = None
+    num_ahead: int = 0
 
     @property
     def pages_per_sequence(self) -> int:
-        return math.ceil(self.max_context / PAGE_SIZE)
+        return self.pages_of(self.max_context)
+
+    def pages_of(self, num_tokens: int) -> int:
+        """Pages of a sequence that puts so many tokens into the cache."""
+        return math.ceil((num_tokens + self.num_ahead) / PAGE_SIZE)
 
     def chunk(self, *, is_decoding: bool) -> int:
         """Tokens of prompts in the next pass, at most."""

@@ -15,6 +15,7 @@ from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
+from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.streamer import Streamer
@@ -45,8 +46,9 @@ class PagedModel:
         halves = zip(split_tokens(tokens, cut), map(self._attend_parts, split_parts(parts, cut)), strict=True)
         return run_in_halves(self.decoder, list(halves), self.caches)
 
-    def row_states(self, rows: Rows) -> Tensor:
-        """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position."""
+    def row_states(self, rows: Rows | TreeRows) -> Tensor:
+        """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
+        their tree says."""
         tables, lengths, tree = rows.sequence_tables(), rows.sequence_lengths(), rows.tree()
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:

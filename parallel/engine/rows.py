@@ -47,8 +47,7 @@ class Rows:
 
     def inputs(self) -> Tokens:
         """The newest tokens as the model takes them."""
-        pages = self.block_table.gather(1, (self.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
-        slots = (pages * PAGE_SIZE + self.positions % PAGE_SIZE) * self.active
+        slots = slots_at(self.block_table, self.positions.unsqueeze(1)).squeeze(1) * self.active
         return Tokens(self.tokens, self.positions, slots)
 
     def lengths(self) -> Tensor:
@@ -107,6 +106,11 @@ class Rows:
         values = (tokens[sources_there], positions[sources_there] * active, active, keys, ends, table[:, 4:])
         for column, new in zip(self.columns(), values, strict=True):
             column.copy_(new)
+
+
+def slots_at(block_table: Tensor, places: Tensor) -> Tensor:
+    """[rows, n]: the slots of the tokens at `places` [rows, n] int64 of sequences with the pages [rows, pages]."""
+    return block_table.gather(1, places // PAGE_SIZE) * PAGE_SIZE + places % PAGE_SIZE
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pages import OutOfPagesError, pages_for
+from parallel.engine.pages import OutOfPagesError
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 
@@ -58,7 +58,9 @@ class Scheduler:
             OutOfPagesError: there is nobody to wait for.
         """
         try:
-            pages, num_reused = self.engine.pages.reserve(sequence.prompt, pages_for(sequence.num_tokens))
+            pages, num_reused = self.engine.pages.reserve(
+                sequence.prompt, self.engine.limits.pages_of(sequence.num_tokens)
+            )
         except OutOfPagesError:
             if self.num_open == 0:
                 raise

@@ -11,7 +11,6 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.graphs import capture
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.linear import swapped_communicator
 
@@ -26,22 +25,40 @@ def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communic
         return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
 
 
+def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
+    """As `time_steps`, of the part of a step in which drafts are made; the engine must speculate."""
+    assert engine.speculator is not None
+    speculator = engine.speculator
+
+    def draft(num_rows: int) -> None:
+        speculator.propose(engine.rows.first(num_rows))
+
+    with prepared_step(engine, contexts, communicator, draft) as run:
+        return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+
+
 @contextmanager
-def prepared_step(engine: Engine, contexts: Sequence[int], communicator: Communicator) -> Iterator[Callable[[], None]]:
+def prepared_step(
+    engine: Engine,
+    contexts: Sequence[int],
+    communicator: Communicator,
+    run_rows: Callable[[int], object] | None = None,
+) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
     Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no
-    sequences open; what lies in their pages is attended to as it is.
+    sequences open; what lies in their pages is attended to as it is. `run_rows` is run for so many rows in place of the
+    step.
     """
     sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
     try:
         for sequence in sequences:
-            sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+            sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
             sequence.num_sampled = 1
             engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
         with torch.inference_mode(), swapped_communicator(engine.models, communicator):
             engine.arrange(sequences)
-            yield _same_step(engine, len(sequences))
+            yield _same_step(engine, len(sequences), run_rows or engine.step_rows)
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
@@ -54,13 +71,13 @@ def open_sequence(engine: Engine, index: int, length: int) -> EngineSequence:
     return EngineSequence(index, [0] * (length - 1), max_tokens=2 + room)
 
 
-def _same_step(engine: Engine, num_rows: int) -> Callable[[], None]:
+def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object]) -> Callable[[], None]:
     """Every step starts from the same positions."""
     positions = engine.rows.positions.clone()
 
     def step() -> None:
         engine.rows.positions.copy_(positions)
-        engine.step_rows(num_rows)
+        run_rows(num_rows)
 
     return capture(step).replay if engine.captures else step
 

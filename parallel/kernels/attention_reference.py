@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.engine.limits import MAX_NODES as MAX_NODES
 from parallel.engine.pages import PAGE_SIZE, as_bits
-
-MAX_NODES = 64
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence
+from parallel.engine.speculation.speculator import Speculation
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.partition import choose_grain
 from parallel.shard import build_sharded_model
 from tests.parallel.memory import peak_bytes
@@ -44,6 +45,15 @@ CASES = {
     "decode": (FACTS, EngineLimits(max_context=1024, batch_size=6, prefill_chunk=32), SamplingParams()),
     "sampling": (replace(FACTS, vocab_size=16384), replace(LIMITS, batch_size=8, max_context=64), SAMPLED),
 }
+# Of a sequence that checks 32 tokens in a step, without a model that drafts them.
+TREE = Speculation("ngram", tree=TreePlan(32, 8, 1))
+SHORT = replace(LIMITS, batch_size=6, max_context=64)
+TREE_CASES = {
+    "tree": (FACTS, EngineLimits(max_context=2048, batch_size=4, prefill_chunk=32), SamplingParams()),
+    "tree_greedy": (replace(FACTS, vocab_size=8192), SHORT, SamplingParams()),
+    "tree_sampled": (replace(FACTS, vocab_size=8192), SHORT, SAMPLED),
+    "tree_rows": (replace(FACTS, intermediate_size=4096), replace(SHORT, prefill_chunk=16), SamplingParams()),
+}
 
 
 DTYPES = ("float32", "bfloat16")
@@ -51,17 +61,29 @@ Measured = dict[tuple[str, str], int]
 
 
 def measure_all(communicator: Communicator) -> Measured:
-    return {(case, dtype): measured_bytes(communicator, *CASES[case], dtype) for case in CASES for dtype in DTYPES}
+    plain = {
+        (case, dtype): measured_bytes(communicator, *CASES[case], dtype, None) for case in CASES for dtype in DTYPES
+    }
+    return plain | {
+        (case, dtype): measured_bytes(communicator, *TREE_CASES[case], dtype, TREE)
+        for case in TREE_CASES
+        for dtype in DTYPES
+    }
 
 
 def measured_bytes(
-    communicator: Communicator, facts: ModelFacts, limits: EngineLimits, sampling: SamplingParams, dtype: str
+    communicator: Communicator,
+    facts: ModelFacts,
+    limits: EngineLimits,
+    sampling: SamplingParams,
+    dtype: str,
+    speculation: Speculation | None,
 ) -> int:
     """The most of a pass at the end of prompts that fill the context, the draws of their answers, and a step."""
-    engine = make_engine(communicator, facts, limits, sampling, dtype)
+    engine = make_engine(communicator, facts, limits, sampling, dtype, speculation)
     sequences = [Sequence(row, [3] * (limits.max_context - 1), 2) for row in range(limits.batch_size)]
     for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+        sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
     logits: list[Tensor] = []
     peaks = [peak_bytes(lambda: logits.append(engine.prefill(last_parts(sequences, limits.prefill_chunk))))]
     rows = logits[0][-1:].expand(len(sequences), -1).contiguous()
@@ -82,13 +104,18 @@ def last_parts(sequences: list[Sequence], room: int) -> list[Part]:
 
 
 def make_engine(
-    communicator: Communicator, facts: ModelFacts, limits: EngineLimits, sampling: SamplingParams, dtype: str
+    communicator: Communicator,
+    facts: ModelFacts,
+    limits: EngineLimits,
+    sampling: SamplingParams,
+    dtype: str,
+    speculation: Speculation | None,
 ) -> Engine:
     config = config_of_shape(shape_from_facts(facts))
     grain = choose_grain((facts.intermediate_size, facts.vocab_size), communicator.world_size)
     model = build_sharded_model(config, communicator, dtype=getattr(torch, dtype), grain=grain)
     fill_dummy(model, None, CPU)
-    return Engine(model.module, communicator, CPU, limits, sampling=sampling)
+    return Engine(model.module, communicator, CPU, limits, sampling=sampling, speculation=speculation)
 
 
 @pytest.fixture(scope="module", params=(1, 2))
@@ -101,11 +128,24 @@ LEAST, MOST = 0.95, 1.6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*CASES, *TREE_CASES))
 def test_passes_take_what_is_predicted(ranks: list[Measured], case: str, dtype: str) -> None:
-    facts, limits, _ = CASES[case]
+    facts, limits, sampling = (CASES | TREE_CASES)[case]
     grain = choose_grain((facts.intermediate_size, facts.vocab_size), len(ranks))
     sizes = limits.batch_size, limits.prefill_chunk
-    demand = Demand(shape_from_facts(facts), len(ranks), grain, dtype, "auto", "cpu", "gloo", *sizes)
+    demand = Demand(
+        shape_from_facts(facts),
+        len(ranks),
+        grain,
+        dtype,
+        "auto",
+        "cpu",
+        "gloo",
+        *sizes,
+        is_sampled=sampling.temperature > 0,
+    )
+    if case in TREE_CASES:
+        assert TREE.tree is not None
+        demand = replace(demand, rows_per_sequence=TREE.tree.size, num_ahead=TREE.num_ahead)
     for measured, lines in zip(ranks, demand.lines(limits.max_context), strict=True):
         assert LEAST * measured[case, dtype] <= lines["activations"] <= MOST * measured[case, dtype]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import RunConfig, SpeculationConfig, SpeculationKind
+from launcher.config import QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
 from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
 from launcher.plan import Plan, plan_run
 from launcher.shape import DTYPE_BYTES
@@ -23,16 +23,36 @@ NGRAM = SpeculationConfig(SpeculationKind.ngram, num_drafts=7)
 DRAFT = SpeculationConfig(SpeculationKind.draft, draft_path="org/small")
 
 
+def tree_of(size: int, depth: int, top_k: int) -> SpeculationConfig:
+    return SpeculationConfig(
+        SpeculationKind.draft, draft_path="org/small", tree_size=size, tree_depth=depth, tree_top_k=top_k
+    )
+
+
 def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
     draft = write_truncated(DEMO, tmp_path / "draft", 2)
-    plain, looked_up, drawn = run_together(
+    plain, looked_up, drawn, tree = run_together(
         tmp_path,
         ("gpus=2", *SHORT),
         ("gpus=2", *SHORT, "speculation.kind=ngram", "speculation.num_drafts=2"),
         ("gpus=2", *SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}"),
+        (
+            *(
+                "gpus=2",
+                *SHORT,
+                "speculation.kind=draft",
+                f"speculation.draft_path={draft}",
+                "speculation.tree_size=12",
+            ),
+            "speculation.draft_quantize=int8",
+        ),
     )
     assert plain.report["speculation"] is None
-    for result, kind, num_drafts in ((looked_up, "ngram", 2), (drawn, "draft", 4)):
+    for result, kind, num_drafts, most in (
+        (looked_up, "ngram", 2, 2),
+        (drawn, "draft", 4, 4),
+        (tree, "draft", 6, 11),
+    ):
         report = result.report
         assert report["outputs"] == plain.report["outputs"]
         assert 0 < report["tpot_ms"]["p50"] <= report["tpot_ms"]["p99"]
@@ -40,15 +60,34 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
         assert (found["kind"], found["num_drafts"], len(found["histogram"])) == (kind, num_drafts, num_drafts + 1)
         steps = sum(found["histogram"])
         assert found["accepted"] == sum(i * count for i, count in enumerate(found["histogram"])) == 11 - steps
-        assert found["accepted"] <= found["drafted"] <= steps * num_drafts
+        assert found["accepted"] <= found["drafted"] <= steps * most
+        assert found["tokens_per_pass"] == found["accepted_per_step"] + 1
+        assert min(found["passes_per_sec"], found["draft_ms"]) > 0 <= found["verify_ms"]
+        assert "ms to check" in result.stderr
         assert found["accepted_per_step"] == pytest.approx(found["accepted"] / steps)
         assert "drafts accepted a step" in result.stderr
     assert looked_up.report["speculation"]["load"] is None
-    for card in drawn.report["cards"]:
-        assert card["memory"]["draft_weights_bytes"] > 0
-    for card, planned in zip(drawn.report["cards"], drawn.report["predicted"]["cards"], strict=True):
-        for ours, theirs in (("draft_weights_bytes", "draft.weights"), ("draft_kv_cache_bytes", "draft.kv_cache")):
-            assert card["memory"][ours] == planned["lines"][theirs]
+    assert drawn.report["speculation"]["tree"] is None
+    assert tree.report["speculation"]["tree"] == {"size": 12, "depth": 6, "top_k": 6}
+    names = {
+        "draft_weights_bytes": "draft.weights",
+        "draft_kv_cache_bytes": "draft.kv_cache",
+        "kv_cache_bytes": "kv_cache",
+    }
+    for report in (drawn.report, tree.report):
+        for card, planned in zip(report["cards"], report["predicted"]["cards"], strict=True):
+            assert card["memory"]["draft_weights_bytes"] > 0
+            for ours, theirs in names.items():
+                assert card["memory"][ours] == planned["lines"][theirs]
+
+
+def test_draft_model_that_is_quantised_already_is_not_quantised_again(tmp_path: Path) -> None:
+    draft = write_truncated(DEMO, tmp_path / "draft", 1)
+    change_json(draft / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    args = ("task=plan", "hardware=rtx4090", "speculation.kind=draft", f"speculation.draft_path={draft}")
+    message = run(*args, "speculation.draft_quantize=int4", folder=tmp_path / "run").error["message"]
+    assert f"speculation.draft_path={draft}: speculation.draft_quantize=int4 rounds" in message
+    assert "Set speculation.draft_quantize=none." in message
 
 
 def test_other_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -77,11 +116,39 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
         (SpeculationConfig(SpeculationKind.draft), "needs speculation.draft_path"),
         (SpeculationConfig(SpeculationKind.draft, draft_path=" "), "needs speculation.draft_path"),
         (SpeculationConfig(SpeculationKind.ngram, draft_path="org/small"), "not by kind=ngram"),
+        (
+            SpeculationConfig(SpeculationKind.ngram, draft_quantize=QuantizeKind.int4),
+            "draft_quantize is read by",
+        ),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 64"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=65), "speculation.tree_size=65 must be"),
+        (
+            SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=0),
+            "speculation.tree_depth=0 must be from 1",
+        ),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=17), "speculation.tree_depth=17"),
+        (tree_of(8, 4, 0), "speculation.tree_top_k=0 must be at least 1"),
+        (tree_of(8, 4, 22), "(tree_depth - 1) * tree_top_k = 66 nodes"),
+        (tree_of(16, 2, 3), "speculation.tree_size=16: with speculation.tree_depth=2 and"),
     ],
 )
 def test_values_that_cannot_run_are_refused(section: SpeculationConfig, words: str) -> None:
     run = run_of(speculation=section)
     assert [words in problem for problem in run.problems()] == [True]
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_trees_of_all_sizes_run_with_the_other_settings_as_they_are(size: int) -> None:
+    section = SpeculationConfig(SpeculationKind.draft, draft_path="org/small", tree_size=size)
+    assert list(section.problems()) == []
+    assert section.tree is not None
+    assert (section.rows_per_sequence, section.longest) == (size, section.tree.depth)
+
+
+def test_settings_of_trees_are_not_read_without_one() -> None:
+    section = SpeculationConfig(SpeculationKind.ngram, tree_depth=99, tree_top_k=99)
+    assert list(section.problems()) == []
+    assert (section.tree, section.rows_per_sequence, section.num_ahead) == (None, 5, 0)
 
 
 def test_off_by_default() -> None:
@@ -99,13 +166,17 @@ def plan(speculation: SpeculationConfig, world_size: int = 2, **changes: object)
 
 def test_plan_counts_the_table_of_tokens_and_the_logits_of_all_drafts() -> None:
     changes = {"workload__batch_size": 16, "engine__max_context": 1000, "engine__prefill_chunk": 1}
+    changes["sampling__temperature"] = 1.0
     plain, looked_up = plan(SpeculationConfig(), **changes), plan(NGRAM, **changes)
     for before, after in zip(plain.cards, looked_up.cards, strict=True):
         assert after.lines["draft.tokens"] == 16 * 1001 * TOKEN_BYTES
         assert not {"draft.weights", "draft.kv_cache"} & set(after.lines)
-        # One token of prompt a pass: logits are the largest step of both.
-        logits = LLAMA_70B.vocab_size * 16 * (2 * 2 + SAMPLING_BYTES_PER_LOGIT)
-        assert after.lines["activations"] - before.lines["activations"] == 7 * logits
+        # One token of prompt a pass: logits are the largest step of both. Of 64 rows at a time they are drawn from.
+        drawn = LLAMA_70B.vocab_size * (2 * 2 + SAMPLING_BYTES_PER_LOGIT)
+        local = LLAMA_70B.vocab_size // 2 * 2
+        stream = 3 * LLAMA_70B.hidden_size * 2
+        more = 7 * 16 * (local + stream) + (64 - 16) * drawn
+        assert after.lines["activations"] - before.lines["activations"] == more
         assert "draft.tokens" not in before.lines
 
 
@@ -124,3 +195,17 @@ def test_plan_counts_a_draft_model_shard_by_shard() -> None:
     assert plain.draft_grain is None
     assert drawn.draft_grain == alone.grain
     assert drawn.kv_tokens_that_fit < plain.kv_tokens_that_fit
+
+
+def test_plan_counts_the_rows_and_the_slots_of_trees() -> None:
+    """Of a draft model as many rows as it goes on from; of both caches a page more, where the tree needs it."""
+    tree = tree_of(64, 8, 8)
+    changes = {"workload__batch_size": 4, "engine__max_context": 1024, "engine__prefill_chunk": 1}
+    chain, grown = plan(DRAFT, **changes), plan(tree, **changes)
+    for before, after in zip(chain.cards, grown.cards, strict=True):
+        for name in ("kv_cache", "draft.kv_cache"):
+            assert after.lines[name] * (1 + 4 * 16) == before.lines[name] * (1 + 4 * 17)
+        # Greedy: this rank's logits, and they in float32.
+        rows = 4 * (64 - 5)
+        per_row = LLAMA_70B.vocab_size // 2 * (2 + 4) + 3 * LLAMA_70B.hidden_size * 2
+        assert after.lines["activations"] - before.lines["activations"] == rows * per_row

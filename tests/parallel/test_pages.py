@@ -13,6 +13,7 @@ from parallel.engine.pages import (
     PagedKV,
     allocate_pages,
     gather_kv,
+    move_tokens,
     pages_for,
     slots_of,
 )
@@ -84,6 +85,31 @@ def test_a_slot_is_a_page_and_a_place_in_it() -> None:
     write_kv(kv, key, value, slots_of([3, 2], 64 + 5, 64 + 6))
     assert torch.equal(kv.keys[2, :, 5], key[0])
     assert torch.equal(kv.values[2, :, 5], value[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moved_tokens_are_read_before_any_is_written(dtype: torch.dtype) -> None:
+    """Slots of several pages, targets among the sources, in every layer; the rest stays."""
+    layers = allocate_pages(3, 5, 2, 8, dtype, "cpu")
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            tensor.copy_(torch.randn(tensor.shape))
+    sources, targets = torch.randperm(5 * PAGE_SIZE).split(40)[:2]
+    targets[:10] = sources[10:20]
+    before = [(layer.keys.float(), layer.values.float()) for layer in layers]
+    move_tokens(layers, sources, targets)
+    for layer, old in zip(layers, before, strict=True):
+        for tensor, wanted in zip((layer.keys, layer.values), old, strict=True):
+            kept = wanted.clone()
+            for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+                wanted[target // PAGE_SIZE, :, target % PAGE_SIZE] = kept[source // PAGE_SIZE, :, source % PAGE_SIZE]
+            assert torch.equal(tensor.float(), wanted)
+
+
+def test_tokens_of_layers_from_elsewhere_are_not_moved() -> None:
+    layers = [allocate_pages(1, 2, 2, 8, torch.float32, "cpu")[0] for _ in range(2)]
+    with pytest.raises((AssertionError, RuntimeError)):
+        move_tokens(layers, torch.tensor([1]), torch.tensor([2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,10 +12,12 @@ from transformers import AutoConfig
 from parallel.communicator import Communicator
 from parallel.engine.generate import Answer, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.paged_model import PagedModel
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards, sequence_key
 from parallel.engine.speculation.acceptance import Acceptance, join
-from parallel.engine.speculation.speculator import Speculation, Speculator, count_right, open_speculator
+from parallel.engine.speculation.choice import open_speculator
+from parallel.engine.speculation.speculator import Speculation, Speculator, count_right
 from parallel.engine.step_timer import time_steps
 from parallel.transports.solo import Solo
 from tests.parallel.draft_models import write_truncated
@@ -309,7 +311,7 @@ def test_spread_rows_are_active_where_tokens_are_to_be_cached() -> None:
 def test_unknown_kind_lists_the_known_ones() -> None:
     sampler = Sampler(SamplingParams(), VocabularyShards((4,)), Solo(CPU))
     with pytest.raises(ValueError, match=r"speculation\.kind=guess is none of ngram, draft"):
-        open_speculator(Speculation("guess"), EngineLimits(9, 1, 9), sampler, None, CPU)
+        open_speculator(Speculation("guess"), EngineLimits(9, 1, 9), sampler, PagedModel(None, []), None, CPU)  # type: ignore[arg-type]
 
 
 def test_acceptance_adds_up() -> None:

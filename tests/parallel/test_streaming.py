@@ -18,6 +18,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
@@ -28,6 +29,7 @@ from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)
+TREE = Speculation("ngram", tree=TreePlan(10, 3, 1))
 # Of the five layers of the demo model: one, an even and an odd number, the ends, all.
 SETS = ((2,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4))
 
@@ -58,7 +60,7 @@ def demo_runs(communicator: Communicator, speculation: Speculation | None) -> li
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("speculation", [None, NGRAM], ids=["plain", "ngram"])
+@pytest.mark.parametrize("speculation", [None, NGRAM, TREE], ids=["plain", "ngram", "tree"])
 def test_streamed_layers_answer_as_resident_ones(world_size: int, speculation: Speculation | None) -> None:
     for resident, *streamed in run_on_ranks(demo_runs, world_size, speculation):
         assert len(set(map(tuple, resident))) == len(resident)

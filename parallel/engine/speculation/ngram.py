@@ -39,7 +39,14 @@ class NgramDrafter:
 
 
 def look_up(history: Tensor, newest: Tensor, num_drafts: int, longest: int, shortest: int) -> Tensor:
-    """Drafts of each row, all or none (-1): [rows, num_drafts] int64.
+    """Drafts of each row, all or none (-1): [rows, num_drafts] int64; the best of `continuations`."""
+    return continuations(history, newest, num_drafts, longest, shortest, 1).squeeze(1)
+
+
+def continuations(
+    history: Tensor, newest: Tensor, num_drafts: int, longest: int, shortest: int, num_matches: int
+) -> Tensor:
+    """What followed the best matches, the best first, each all or none (-1): [rows, num_matches, num_drafts] int64.
 
     The longest match wins, then the latest. Where it reaches into the last tokens themselves, the text has a period,
     which goes on. Shapes are static.
@@ -58,8 +65,9 @@ def look_up(history: Tensor, newest: Tensor, num_drafts: int, longest: int, shor
         equal[:, back:] = history[:, : width - back] == last
         same = same & equal
         lengths += same
-    score, place = (lengths * (lengths >= shortest) * width + ends).max(1)
-    period = (newest - place).clamp(min=1).unsqueeze(1)
+    score, place = (lengths * (lengths >= shortest) * width + ends).topk(num_matches)
+    newest = newest.view(-1, 1, 1)
+    period = (newest - place.unsqueeze(2)).clamp(min=1)
     offsets = 1 - period + torch.arange(num_drafts, device=history.device) % period
-    drafts = history.gather(1, (newest.unsqueeze(1) + offsets).clamp(min=0)).long()
-    return drafts.masked_fill((score < width).unsqueeze(1), -1)
+    drafts = history.gather(1, (newest + offsets).clamp(min=0).flatten(1)).view(offsets.shape).long()
+    return drafts.masked_fill((score < width).unsqueeze(2), -1)

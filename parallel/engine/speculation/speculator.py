@@ -28,13 +28,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part, open_paged
+from parallel.engine.paged_model import Part
 from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
-from parallel.engine.sampling import Sampler, open_sampler
-from parallel.engine.speculation.draft_model import DraftModel
+from parallel.engine.sampling import Sampler
 from parallel.engine.speculation.history import History
-from parallel.engine.speculation.ngram import NgramDrafter
+from parallel.engine.speculation.tree_plan import TreePlan
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,13 @@ class Speculation:
     ngram_max: int = 3
     ngram_min: int = 2
     draft: PreTrainedModel | None = None
+    # A tree of drafts in place of a chain of num_drafts.
+    tree: TreePlan | None = None
+
+    @property
+    def num_ahead(self) -> int:
+        """See EngineLimits."""
+        return 0 if self.tree is None else self.tree.num_ahead
 
 
 class Drafter(Protocol):
@@ -78,15 +84,19 @@ class Speculator:
 
     def __init__(self, drafter: Drafter, num_drafts: int, limits: EngineLimits, sampler: Sampler, device: torch.device):
         self.drafter, self.num_drafts, self.sampler = drafter, num_drafts, sampler
+        self.rows_per_sequence = 1 + num_drafts
         self.history = History.empty(limits.batch_size, limits.max_context, device)
         self.given = torch.zeros(limits.batch_size, 2 + num_drafts, dtype=torch.int64, device=device)
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.drafter.prefill(parts)
 
+    def propose(self, rows: Rows) -> Tensor:
+        return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
+
     def step(self, rows: Rows, row_logits: Callable[[Rows], Tensor]) -> None:
         """Drafts, checks, and advances `rows`, the engine's first, as far as drafts were right and one further."""
-        drafts = self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
+        drafts = self.propose(rows)
         # A draft that is no token of the model is never drawn.
         known = drafts.clamp(0, sum(self.sampler.shards.sizes) - 1)
         tokens = torch.cat([rows.tokens.unsqueeze(1), known], dim=1)
@@ -112,37 +122,3 @@ def count_right(drafts: Tensor, drawn: Tensor, active: Tensor) -> Tensor:
     """
     right = (drafts == drawn[:, :-1]) * active[:, 1:]
     return (1 + right.cumprod(1).sum(1)) * active[:, 0]
-
-
-def open_speculator(
-    speculation: Speculation,
-    limits: EngineLimits,
-    sampler: Sampler,
-    kv_dtype: torch.dtype | None,
-    device: torch.device,
-) -> Speculator:
-    """For an engine that picks its tokens with `sampler`.
-
-    Raises:
-        ValueError: an unknown kind; the message lists the known ones.
-    """
-    drafters: dict[str, Callable[[], Drafter]] = {
-        "ngram": lambda: NgramDrafter(speculation.num_drafts, speculation.ngram_max, speculation.ngram_min),
-        "draft": lambda: open_draft(speculation, limits, sampler, kv_dtype, device),
-    }
-    if speculation.kind not in drafters:
-        raise ValueError(f"speculation.kind={speculation.kind} is none of {', '.join(drafters)}.")
-    return Speculator(drafters[speculation.kind](), speculation.num_drafts, limits, sampler, device)
-
-
-def open_draft(
-    speculation: Speculation,
-    limits: EngineLimits,
-    sampler: Sampler,
-    kv_dtype: torch.dtype | None,
-    device: torch.device,
-) -> DraftModel:
-    model = speculation.draft
-    assert model is not None, "speculation.kind=draft comes with a model"
-    paged = open_paged(model, limits, kv_dtype, device)
-    return DraftModel(paged, open_sampler(model, sampler.params, sampler.communicator), speculation.num_drafts)

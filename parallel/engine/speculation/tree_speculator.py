@@ -1,0 +1,114 @@
+"""Speculation by trees: a pass checks several drafts for each place, of which at most one can come true.
+
+What holds for a chain of drafts (see Speculator) holds along every branch: the model draws after each node what it
+would draw there in a step of its own, with the noise of that place, and a node is kept if it is what was drawn after
+its parent. So answers stay what they are without drafts, token for token, and a draft model ranks its children by the
+race with that noise. In a pass a sequence's nodes lie behind its tokens in the cache, in any order; the keys and values
+of the branch that came true are then copied to the places where tokens stay, and nothing remains of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from parallel.engine.limits import EngineLimits
+from parallel.engine.paged_model import Part
+from parallel.engine.pages import PagedKV, move_tokens
+from parallel.engine.rows import Rows, slots_at
+from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.history import History
+from parallel.engine.speculation.token_tree import NO_TOKEN, TokenTree, follow
+from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.engine.tree_rows import TreeRows, newest_places, tree_rows
+
+
+class TreeDrafter(Protocol):
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """Those that it runs."""
+        ...
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        """Pages of its models, layer by layer."""
+        ...
+
+    def prefill(self, parts: Ordered[Part]) -> None:
+        """Takes in parts of prompts that the model has taken in."""
+        ...
+
+    def propose(self, rows: Rows, history: Tensor) -> TokenTree:
+        """What may follow each row's newest token; `history` as of Drafter.propose."""
+        ...
+
+
+class TreeSpeculator:
+    """As Speculator, with trees. `given` [rows, 2 + depth] int64: how many nodes the row's tree had, then tokens, then
+    -1. `caches` are the model's."""
+
+    def __init__(
+        self,
+        drafter: TreeDrafter,
+        plan: TreePlan,
+        limits: EngineLimits,
+        sampler: Sampler,
+        caches: Ordered[PagedKV],
+        device: torch.device,
+    ) -> None:
+        self.drafter, self.plan, self.sampler, self.caches = drafter, plan, sampler, caches
+        self.num_drafts, self.rows_per_sequence = plan.depth, plan.size
+        self.history = History.empty(limits.batch_size, limits.max_context, device)
+        self.given = torch.zeros(limits.batch_size, 2 + plan.depth, dtype=torch.int64, device=device)
+
+    def prefill(self, parts: Ordered[Part]) -> None:
+        self.drafter.prefill(parts)
+
+    def propose(self, rows: Rows) -> TokenTree:
+        return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
+
+    def step(self, rows: Rows, row_logits: Callable[[Rows | TreeRows], Tensor]) -> None:
+        """Drafts, checks, and advances `rows`, the engine's first, along the branch that came true and one further."""
+        tree = self.propose(rows)
+        checked = self.rows_of(rows, tree)
+        drawn = self.sampler(row_logits(checked), checked.keys, checked.positions + 1).view(tree.tokens.shape)
+        active = checked.active.view(tree.tokens.shape)
+        path, counts = follow(tree, drawn, active, self.plan.depth)
+        tokens = drawn.gather(1, path)
+        self._give(tokens, active[:, 1:].sum(1), counts)
+        self._keep(rows, tree, path, counts)
+        self.history.append(rows.positions, tokens, counts)
+        rows.advance(tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1), counts)
+
+    def rows_of(self, rows: Rows, tree: TokenTree) -> TreeRows:
+        # A draft that is no token of the model is never drawn.
+        known = tree.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1)
+        return tree_rows(rows, known, tree.depths, tree.masks, first=0, start=0)
+
+    def _give(self, tokens: Tensor, num_nodes: Tensor, counts: Tensor) -> None:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        given = self.given[: len(tokens)]
+        given[:, 0] = num_nodes
+        given[:, 1:] = tokens.masked_fill(places >= counts.unsqueeze(1), NO_TOKEN)
+
+    def _keep(self, rows: Rows, tree: TokenTree, path: Tensor, counts: Tensor) -> None:
+        """Copies the branch that came true to where the next tokens follow, in the caches of all models."""
+        nodes = path[:, 1:]
+        depths = torch.arange(1, 1 + self.plan.depth, device=path.device).expand_as(nodes)
+        is_kept = depths < counts.unsqueeze(1)
+        self._move(self.caches, rows, nodes, depths, is_kept)
+        if self.drafter.caches:
+            places = tree.places.gather(1, nodes)
+            # What the draft model does not have is the branch's last, which it takes in next.
+            self._move(self.drafter.caches, rows, places, depths, is_kept & (places > 0))
+
+    def _move(self, caches: Ordered[PagedKV], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor) -> None:
+        """Both in slots after the newest token's."""
+        newest = newest_places(rows)[0].unsqueeze(1)
+        sources, targets = (slots_at(rows.block_table, newest + each) * is_kept for each in (places, depths))
+        move_tokens(caches, sources.flatten(), targets.flatten())
