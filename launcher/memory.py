@@ -278,29 +278,3 @@ class Demand:
 
     def _local(self, num_heads: int) -> tuple[int, ...]:
         return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)
-
-
-def group_lines(lines: dict[str, int]) -> dict[str, int]:
-    """The lines with those of one group (weights.*) added up."""
-    groups: dict[str, int] = {}
-    for name, size in lines.items():
-        group = name.partition(".")[0]
-        groups[group] = groups.get(group, 0) + size
-    return groups
-
-
-def fits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> bool:
-    """Whether every rank stays inside its budget, in bytes."""
-    return all(sum(lines.values()) <= budget for lines, budget in zip(demand.lines(max_context), budgets, strict=True))
-
-
-def largest_context(demand: Demand, budgets: tuple[int, ...], limit: int) -> int:
-    """The most tokens, up to `limit`, that fit on every rank; 0 where none do. No sum shrinks as the context grows."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(demand, budgets, middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

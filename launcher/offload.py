@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from launcher.config import RunConfig, TaskKind
 from launcher.hardware import Card, Inventory
-from launcher.memory import Demand, fits
+from launcher.memory import Demand
+from launcher.memory_fit import fits
 from launcher.offload_config import OffloadKind
 from launcher.plan_refusal import refuse_host_memory
 from launcher.topology import PlanError

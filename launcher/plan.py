@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
-from launcher.memory import Demand, fits, largest_context
+from launcher.memory import Demand
+from launcher.memory_fit import fits, largest_context
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
 from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape

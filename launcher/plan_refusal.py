@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from launcher.config import MAX_CARDS, KVDType
 from launcher.hardware import Inventory
-from launcher.memory import Demand, fits, group_lines, largest_context
+from launcher.memory import Demand
+from launcher.memory_fit import fits, group_lines, largest_context
 from launcher.shape import quantized_shape
 from launcher.topology import PlanError
 from launcher.units import GIB

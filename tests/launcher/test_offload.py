@@ -10,7 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from launcher.config import OffloadConfig, OffloadKind, TaskConfig, TaskKind
-from launcher.memory import Demand, fits
+from launcher.memory import Demand
+from launcher.memory_fit import fits
 from launcher.offload import HOST_BYTES_PER_RANK, OffloadPlan
 from launcher.plan import GIB, KEPT_FREE, Plan
 from launcher.plan_text import describe
