@@ -6,37 +6,20 @@ Sharded, since the cards have neither the memory nor the time for all of it: of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import PagedModel, Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
-from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.drafter import ModelDrafter
 
 
 @dataclass(frozen=True)
-class DraftModel:
+class DraftModel(ModelDrafter):
     """Draws a draft after the other, with the same noise as the large model's draw at that place (see Speculator)."""
 
-    model: PagedModel
-    sampler: Sampler
     num_drafts: int
-
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        return [self.model.decoder.model]
-
-    @property
-    def caches(self) -> list[PagedKV]:
-        return self.model.caches
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        self.model.part_states(parts)
 
     def propose(self, rows: Rows, history: Tensor) -> Tensor:
         """[rows, num_drafts] int64.

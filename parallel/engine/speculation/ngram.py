@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
+from parallel.engine.speculation.drafter import HistoryDrafter
 
 
 @dataclass(frozen=True)
-class NgramDrafter:
+class NgramDrafter(HistoryDrafter):
     """Looks up the last `longest` tokens, and fewer, down to `shortest`, where those are nowhere."""
 
     num_drafts: int
     longest: int
     shortest: int
-
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        return []
-
-    @property
-    def caches(self) -> list[PagedKV]:
-        return []
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        """Prompts are in the history."""
 
     def propose(self, rows: Rows, history: Tensor) -> Tensor:
         """[rows, num_drafts] int64 from the sequences' tokens [rows, width]; -1 where there is nothing to go by."""

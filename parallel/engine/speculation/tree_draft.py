@@ -7,17 +7,13 @@ the product of those along the way; of all it has seen, the best are checked (th
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import PagedModel, Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
-from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.token_tree import ROOT, Candidates, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.tree_rows import tree_rows
@@ -35,23 +31,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class TreeDraftModel:
+class TreeDraftModel(ModelDrafter):
     """Its cache has the nodes from which it went on, depth by depth, in the slots after the newest token's."""
 
-    model: PagedModel
-    sampler: Sampler
     plan: TreePlan
-
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        return [self.model.decoder.model]
-
-    @property
-    def caches(self) -> list[PagedKV]:
-        return self.model.caches
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        self.model.part_states(parts)
 
     def propose(self, rows: Rows, history: Tensor) -> TokenTree:
         """The first pass takes the newest token and the one before, as DraftModel's: the last draft that came true may

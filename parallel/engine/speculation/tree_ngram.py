@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
+from parallel.engine.speculation.drafter import HistoryDrafter
 from parallel.engine.speculation.ngram import continuations
 from parallel.engine.speculation.token_tree import NO_TOKEN, ROOT, Candidates, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -21,7 +18,7 @@ NUM_MATCHES = 16
 
 
 @dataclass(frozen=True)
-class NgramTrees:
+class NgramTrees(HistoryDrafter):
     """Merges what followed the best matches into one tree; the best of them has all its tokens before the next has any.
 
     Matches are as NgramDrafter's.
@@ -30,17 +27,6 @@ class NgramTrees:
     plan: TreePlan
     longest: int
     shortest: int
-
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        return []
-
-    @property
-    def caches(self) -> list[PagedKV]:
-        return []
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        """Prompts are in the history."""
 
     def propose(self, rows: Rows, history: Tensor) -> TokenTree:
         num = min(NUM_MATCHES, history.shape[1])
