@@ -217,6 +217,8 @@ class RunConfig:
     def _task_problems(self) -> Iterator[str]:
         """Values that the task would leave unread; a plan may be of a run that is to read them."""
         kind = self.task.kind
+        if kind == TaskKind.probe and self.engine.all_reduce_bits == 8:
+            yield "engine.all_reduce_bits=8 is not for task=probe, which checks that sums are exact. Leave it out."
         if kind == TaskKind.plan:
             unread = {TaskKind.bench: self._baselines()}
         else:

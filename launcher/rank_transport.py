@@ -12,6 +12,7 @@ from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
 from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
+from parallel.rounded import Rounded, find_wrong_rounded_sums, time_rounded
 from parallel.selftest import DECODE_BYTES, check_transport
 from parallel.transport_choice import (
     TIMED_BYTES,
@@ -31,7 +32,7 @@ from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import Channel
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
-from parallel.transports.dense import DenseHostMemory, wrap_dense
+from parallel.transports.dense import EXACT, INT8, wrap_dense, wrap_int8
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.host_memory_norm import wrap_norm
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
@@ -54,14 +55,24 @@ class Wrap(Protocol):
     def __call__(self, inner: Communicator, device: torch.device, *, timeout_sec: float) -> HostTransport: ...
 
 
-# Those that compete with NCCL, and at which sizes.
-CANDIDATES: dict[str, tuple[Wrap, tuple[int, ...]]] = {
-    CopiedHostMemory.name: (wrap_copies, TIMED_COPIES_BYTES),
-    TwoStepHostMemory.name: (wrap_two_step, TIMED_LARGE_BYTES),
-    DenseHostMemory.name: (wrap_dense, TIMED_MIDDLE_BYTES),
-    HostMemory.name: (wrap_host_memory, TIMED_BYTES),
+@dataclass(frozen=True)
+class Candidate:
+    """One that competes with NCCL, at which sizes, and how it is tried; trial None: exact sums."""
+
+    wrap: Wrap
+    sizes: tuple[int, ...]
+    trial: Trial | None = None
+
+
+CANDIDATES = {
+    CopiedHostMemory.name: Candidate(wrap_copies, TIMED_COPIES_BYTES),
+    TwoStepHostMemory.name: Candidate(wrap_two_step, TIMED_LARGE_BYTES),
+    EXACT.name: Candidate(wrap_dense, TIMED_MIDDLE_BYTES),
+    HostMemory.name: Candidate(wrap_host_memory, TIMED_BYTES),
 }
-ALL_TIMED_BYTES = tuple(sorted({size for _, sizes in CANDIDATES.values() for size in sizes}))
+# With engine.all_reduce_bits=8.
+ROUNDING = {INT8.name: Candidate(wrap_int8, TIMED_MIDDLE_BYTES, Trial(find_wrong_rounded_sums, time_rounded))}
+ALL_TIMED_BYTES = tuple(sorted({size for each in CANDIDATES.values() for size in each.sizes}))
 
 
 @dataclass(frozen=True)
@@ -94,10 +105,11 @@ def open_solo(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
 
 
 def open_gloo(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
-    communicator = open_kind(job, "gloo", device)
-    test = check_transport(communicator, device, timeout_sec=job.run.timeouts.selftest_sec, on_timeout=on_timeout)
+    gloo = open_kind(job, "gloo", device)
+    test = check_transport(gloo, device, timeout_sec=job.run.timeouts.selftest_sec, on_timeout=on_timeout)
+    communicator = Rounded(gloo) if job.run.engine.all_reduce_bits == 8 else gloo
     reason = f"the one for {communicator.world_size} ranks on this device"
-    return Choice(communicator, (Range("gloo", None, reason, {DECODE_BYTES: test.decode.p50_us}),))
+    return Choice(communicator, (Range(communicator.name, None, reason, {DECODE_BYTES: test.decode.p50_us}),))
 
 
 def open_kind(job: Job, kind: str, device: torch.device) -> Communicator:
@@ -189,9 +201,10 @@ class Tester:
     def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
         """Those of `CANDIDATES` that work, and the proofs of all."""
         opened, proofs = {}, {}
-        for name, (wrap, sizes) in CANDIDATES.items():
-            opener = lambda wrap=wrap: wrap(base, self.device, timeout_sec=self.wait_sec)  # noqa: E731
-            communicator, proofs[name] = self.prove(name, opener, sizes)
+        wanted = CANDIDATES | (ROUNDING if self.job.run.engine.all_reduce_bits == 8 else {})
+        for name, candidate in wanted.items():
+            opener = lambda wrap=candidate.wrap: wrap(base, self.device, timeout_sec=self.wait_sec)  # noqa: E731
+            communicator, proofs[name] = self.prove(name, opener, candidate.sizes, candidate.trial)
             if communicator is not None:
                 opened[name] = communicator
         return opened, proofs

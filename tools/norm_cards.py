@@ -11,7 +11,7 @@ from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
 from parallel.selftest import DECODE_BYTES
 from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
-from parallel.transports.dense import DenseHostMemory
+from parallel.transports.dense import EXACT
 from parallel.transports.host_memory import KIB, HostMemory
 from parallel.transports.host_memory_norm import wrap_norm
 from tools.card_ranks import CardRank
@@ -26,7 +26,7 @@ def bench_norms(rank: CardRank, opened: dict[str, Communicator], timeout_sec: fl
 
     Raises AssertionError on every rank where a sum or a norm was wrong on any, before or after the timing.
     """
-    routes = [(SMALL_BYTES, opened[HostMemory.name]), (NORM_BYTES[-1], opened[DenseHostMemory.name])]
+    routes = [(SMALL_BYTES, opened[HostMemory.name]), (NORM_BYTES[-1], opened[EXACT.name])]
     apart = BySize(rank.nccl, routes, rank.nccl, rank.device)
     joined = wrap_norm(apart, rank.device, timeout_sec=timeout_sec)
     rows = [{"rows": size // DECODE_BYTES, "apart_us": slowest_us(rank, apart, size), "us": {}} for size in NORM_BYTES]

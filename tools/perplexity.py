@@ -3,7 +3,8 @@
     python -m tools.perplexity results/perplexity_demo_202611.json
 
 Weights are rounded to the nearest (tools/quantize_checkpoint); the products are in float32, so that what differs from
-bf16 is the format alone. One row more is of bf16 weights with keys and values in e4m3 (engine.kv_dtype=fp8).
+bf16 is the format alone. Rows more are of bf16 weights with keys and values in e4m3 (engine.kv_dtype=fp8), and of ranks
+whose partial sums go in 8 bits (engine.all_reduce_bits=8).
 """
 
 import argparse
@@ -31,6 +32,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence
 from parallel.partition import QUANT_GROUP
+from parallel.rounded import Rounded
 from parallel.shard import build_sharded_model
 from tools.corpus import collect
 from tools.demo_tokenizer import encode_stream
@@ -42,6 +44,7 @@ from tools.quantize_checkpoint import GIB, quantize
 DEMO = Path("launcher/models/demo")
 PLAIN = "bf16"
 KV_FP8 = "bf16, KV in fp8"
+INT8_SUMS = "bf16, {} ranks, sums in 8 bits"
 TIMEOUT_SEC = 1800.0
 CPU = torch.device("cpu")
 
@@ -86,6 +89,9 @@ def measure(folders: dict[str, Path], stream: NDArray[np.int64]) -> Iterator[dic
         name: run_on_ranks(mean_loss, 1, folder, stream, timeout_sec=TIMEOUT_SEC)[0] for name, folder in folders.items()
     }
     losses[KV_FP8] = run_on_ranks(mean_loss_with_fp8_kv, 1, folders[PLAIN], stream, timeout_sec=TIMEOUT_SEC)[0]
+    for ranks in (2, 4):
+        found = run_on_ranks(mean_loss_with_int8_sums, ranks, folders[PLAIN], stream, timeout_sec=TIMEOUT_SEC)
+        losses[INT8_SUMS.format(ranks)] = found[0]
     for name in losses:
         yield {
             "format": name,
@@ -104,6 +110,10 @@ def mean_loss_with_fp8_kv(communicator: Communicator, folder: Path, stream: NDAr
     limits = EngineLimits(max_context=CONTEXT, batch_size=1, prefill_chunk=CONTEXT)
     engine = Engine(load(communicator, folder), communicator, CPU, limits, kv_dtype=torch.float8_e4m3fn)
     return evaluate(EngineModel(engine), stream, CONTEXT, batch=1)
+
+
+def mean_loss_with_int8_sums(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
+    return evaluate(load(Rounded(communicator), folder), stream, CONTEXT, batch=4)
 
 
 def load(communicator: Communicator, folder: Path) -> PreTrainedModel:

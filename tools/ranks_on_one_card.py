@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parallel.transports import dense
 from parallel.transports.channel import Channel
-from parallel.transports.dense import DenseChannel, DenseLayout
+from parallel.transports.dense import DenseChannel, DenseLayout, LineFormat
 from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
 from parallel.transports.host_memory_norm import NormChannel, NormLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
@@ -91,10 +91,15 @@ def ranks_on_one_card(
 
 @contextmanager
 def dense_on_one_card(
-    world_size: int, device: torch.device, *, max_bytes: int = dense.MAX_BYTES, timeout_sec: float = 10
+    world_size: int,
+    device: torch.device,
+    *,
+    max_bytes: int = dense.MAX_BYTES,
+    lines: LineFormat = dense.EXACT,
+    timeout_sec: float = 10,
 ) -> Iterator[RanksOnOneCard[DenseChannel]]:
     """Ranks that exchange a batch's messages in one hop."""
-    layout = DenseLayout(world_size, max_bytes)
+    layout = DenseLayout(world_size, max_bytes, lines)
 
     def make(region: SharedRegion, rank: int) -> DenseChannel:
         return DenseChannel(region, layout, rank, device, timeout_sec=timeout_sec)

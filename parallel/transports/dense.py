@@ -1,6 +1,7 @@
-"""All-reduce of a batch's messages in one hop through pinned host memory, an eighth of it flags (host_memory_dense.cu).
+"""All-reduce of a batch's messages in one hop through pinned host memory, an eighth of it flags (dense_call.cuh).
 
-Between what slots of half flags carry best (host_memory.py) and what pays for two steps (two_step.py).
+Between what slots of half flags carry best (host_memory.py) and what pays for two steps (two_step.py). Exact, or with
+numbers rounded to 8 bits on their way, which moves four sevenths of the bytes.
 """
 
 from __future__ import annotations
@@ -25,15 +26,50 @@ from parallel.transports.shared_region import SharedRegion
 MAX_BYTES = 2048 * KIB
 UNIT_BYTES = 16
 LANES = 32
-# As in host_memory_dense.cu: of each lane in a tile.
-UNITS = 7
+# Of each lane in a tile.
 LINES = 8
-TILE_BYTES = UNITS * LANES * UNIT_BYTES
 NUM_TAGS = 65535
-# (up to so many bytes, blocks, warps a block): the best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in
-# 9.7, 256 in 15.0; 512 in 27, 1024 in 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps
-# with a page each on its way in each direction fill the link; with 256, all is written before anything is read: 85 us.
-LAUNCHES: tuple[tuple[int, int, int], ...] = ((64 * KIB, 16, 2), (256 * KIB, 64, 2), (MAX_BYTES, 16, 4))
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """What the lines of a message carry, and the kernels for it.
+
+    Args:
+        units: of 16 bytes of the message, in the lines of one lane.
+        launches: (up to so many bytes of message, blocks, warps a block), ascending.
+    """
+
+    name: str
+    source: str
+    units: int
+    dtypes: tuple[torch.dtype, ...]
+    launches: tuple[tuple[int, int, int], ...]
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of the message, in what a warp carries at a time."""
+        return self.units * LANES * UNIT_BYTES
+
+
+EXACT = LineFormat(
+    "host_memory_dense",
+    "host_memory_dense.cu",
+    units=7,
+    dtypes=tuple(REDUCTIONS),
+    # The best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in 9.7, 256 in 15.0; 512 in 27, 1024 in
+    # 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps with a page each on its way in each
+    # direction fill the link; with 256, all is written before anything is read: 85 us.
+    launches=((64 * KIB, 16, 2), (256 * KIB, 64, 2), (MAX_BYTES, 16, 4)),
+)
+# A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch parallel/rounded.py.
+INT8 = LineFormat(
+    "host_memory_int8",
+    "host_memory_int8.cu",
+    units=12,
+    dtypes=(torch.bfloat16, torch.float16),
+    launches=((64 * KIB, 16, 2), (512 * KIB, 64, 2), (MAX_BYTES, 16, 4)),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +78,7 @@ class DenseLayout:
 
     world_size: int
     max_bytes: int = MAX_BYTES
+    lines: LineFormat = EXACT
 
     def __post_init__(self) -> None:
         assert 2 <= self.world_size <= MAX_RANKS, self.world_size
@@ -51,7 +88,7 @@ class DenseLayout:
 
     @property
     def slot_tiles(self) -> int:
-        return -(-self.max_bytes // TILE_BYTES)
+        return -(-self.max_bytes // self.lines.tile_bytes)
 
     @property
     def slot_rows(self) -> int:
@@ -70,10 +107,10 @@ class DenseLayout:
         return PAGE_BYTES + 2 * rank * self.slot_bytes, PAGE_BYTES + 2 * (rank + 1) * self.slot_bytes
 
 
-def choose_launch(num_bytes: int) -> tuple[int, int]:
-    """Blocks and threads for a message, from `LAUNCHES`; no more warps than have a tile to carry."""
-    tiles = -(-num_bytes // TILE_BYTES)
-    most, warps = next((blocks, warps) for up_to, blocks, warps in LAUNCHES if num_bytes <= up_to)
+def choose_launch(num_bytes: int, lines: LineFormat) -> tuple[int, int]:
+    """Blocks and threads for a message; no more warps than have a tile to carry."""
+    tiles = -(-num_bytes // lines.tile_bytes)
+    most, warps = next((blocks, warps) for up_to, blocks, warps in lines.launches if num_bytes <= up_to)
     blocks = min(most, tiles)
     return blocks, LANES * min(warps, -(-tiles // blocks))
 
@@ -89,8 +126,8 @@ class DenseChannel(Channel):
             layout.world_size,
             rank,
             device,
-            source="host_memory_dense.cu",
-            names=tuple(REDUCTIONS.values()),
+            source=layout.lines.source,
+            names=tuple(REDUCTIONS[dtype] for dtype in layout.lines.dtypes),
             timeout_sec=timeout_sec,
         )
         self.layout = layout
@@ -98,22 +135,21 @@ class DenseChannel(Channel):
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
         size, tiles = source.nbytes, self.layout.slot_tiles
-        self.launch(REDUCTIONS[source.dtype], source, target, size, tiles, *choose_launch(size))
+        self.launch(REDUCTIONS[source.dtype], source, target, size, tiles, *choose_launch(size, self.layout.lines))
 
 
 class DenseHostMemory(OverChannel[DenseChannel]):
     """All-reduces of whole units of up to `max_bytes` in one hop through host memory, the rest through `inner`."""
 
-    name = "host_memory_dense"
-
     def __init__(self, inner: Communicator, channel: DenseChannel) -> None:
         super().__init__(inner, channel)
+        self.name, self.dtypes = channel.layout.lines.name, channel.layout.lines.dtypes
         self.max_bytes = channel.layout.max_bytes
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know: the length and the type, not where the tensor lies.
         whole = tensor.nbytes % UNIT_BYTES == 0 and 0 < tensor.nbytes <= self.max_bytes
-        if tensor.dtype not in REDUCTIONS or not whole:
+        if tensor.dtype not in self.dtypes or not whole:
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
@@ -122,13 +158,23 @@ class DenseHostMemory(OverChannel[DenseChannel]):
 
 
 def wrap_dense(
-    inner: Communicator, device: torch.device, *, timeout_sec: float, max_bytes: int = MAX_BYTES
+    inner: Communicator,
+    device: torch.device,
+    *,
+    timeout_sec: float,
+    max_bytes: int = MAX_BYTES,
+    lines: LineFormat = EXACT,
 ) -> DenseHostMemory:
     """Opens slots for all ranks of `inner`, which carries what they do not.
 
     Raises:
         TransportError: as `open_channel`.
     """
-    layout = DenseLayout(inner.world_size, max_bytes)
+    layout = DenseLayout(inner.world_size, max_bytes, lines)
     make = lambda region: DenseChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
     return DenseHostMemory(inner, open_channel(inner, device, layout, make))
+
+
+def wrap_int8(inner: Communicator, device: torch.device, *, timeout_sec: float) -> DenseHostMemory:
+    """As `wrap_dense`, with numbers rounded to 8 bits on their way."""
+    return wrap_dense(inner, device, timeout_sec=timeout_sec, lines=INT8)

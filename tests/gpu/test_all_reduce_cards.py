@@ -28,7 +28,7 @@ def test_every_transport_sums_every_size() -> None:
     report = json.loads(run_tool("bench_all_reduce", "--repeats", "3").splitlines()[-1])
     assert [row["bytes"] for row in report["all_reduce"]] == [1024 * 2**i for i in range(16)]
     at_256_kib = report["all_reduce"][8]["p50_us"]
-    assert set(at_256_kib) == {"host_memory", "host_memory_dense", "host_memory_two_step", "nccl"}
+    assert set(at_256_kib) == {"host_memory", "host_memory_dense", "host_memory_int8", "host_memory_two_step", "nccl"}
     assert all(time > 0 for row in report["all_reduce"] for time in row["p50_us"].values())
     assert [row["rows"] for row in report["norms"]] == [1, 2, 4, 8, 16, 32]
     assert all(set(row["us"]) == {"1", "2", "4", "8"} for row in report["norms"])

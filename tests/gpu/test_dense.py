@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from parallel.communicator import TransportError
-from parallel.transports.dense import MAX_BYTES, NUM_TAGS, TILE_BYTES, DenseChannel
+from parallel.rounded import round_to_int8
+from parallel.transports.dense import EXACT, INT8, MAX_BYTES, NUM_TAGS, DenseChannel
 from parallel.transports.host_memory import KIB
 from tests.gpu.one_card import DEVICE
 from tests.gpu.test_host_memory import DTYPES, assert_sums, fresh, poisoned
@@ -17,7 +18,7 @@ from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ordered_s
 
 pytestmark = pytest.mark.gpu
 
-TILE_UNITS = TILE_BYTES // 16
+TILE_UNITS = EXACT.tile_bytes // 16
 
 
 def reduce(ranks: RanksOnOneCard[DenseChannel], count: int, dtype: torch.dtype) -> None:
@@ -143,3 +144,24 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
         for _ in range(2000):
             ranks.run(call, ranks=(0, 2))
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_rounded_numbers_are_summed_as_plain_torch_does(world_size: int) -> None:
+    """Bit for bit on every rank: eagerly into poisoned memory, and replayed in place."""
+    with dense_on_one_card(world_size, DEVICE, lines=INT8) as ranks:
+        for dtype in INT8.dtypes:
+            for units in (1, 33, 383, 384, 385, 5000, 32768, MAX_BYTES // 16):
+                sources = fresh(ranks, units * 8, dtype)
+                for source in sources:
+                    source[: units * 2] *= 1e-3
+                total = torch.zeros(units * 8, device=DEVICE)
+                for source in sources:
+                    total += round_to_int8(source)
+                targets, buffers = poisoned(sources), [source.clone() for source in sources]
+                ranks.run(lambda channel, s=sources, t=targets: channel.all_reduce(s[channel.rank], t[channel.rank]))  # type: ignore[misc]
+                graphs = ranks.capture(lambda channel, b=buffers: channel.all_reduce(b[channel.rank], b[channel.rank]))  # type: ignore[misc]
+                ranks.run(lambda channel, g=graphs: g[channel.rank].replay())  # type: ignore[misc]
+                ranks.check()
+                for found in (*targets, *buffers):
+                    assert torch.equal(found, total.to(dtype)), (dtype, units)

@@ -21,7 +21,7 @@ from parallel.transport_choice import PREFILL_BYTES, Proof, Range
 from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import CopiedHostMemory
-from parallel.transports.dense import DenseHostMemory
+from parallel.transports.dense import EXACT, INT8
 from parallel.transports.host_memory import KIB, HostMemory
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import TwoStepHostMemory
@@ -50,7 +50,7 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
     assert found["larger"]["prefill_gb_per_sec"] == pytest.approx(2**25 / 1183e-6 / 1e9)
 
 
-SMALL, MIDDLE, LARGE = HostMemory.name, DenseHostMemory.name, TwoStepHostMemory.name
+SMALL, MIDDLE, LARGE = HostMemory.name, EXACT.name, TwoStepHostMemory.name
 COPIES = CopiedHostMemory.name
 NORM, APART = host_memory_norm.NAME, "a kernel each"
 MIB = 2**20
@@ -93,7 +93,7 @@ def norms(name: str, *times: float) -> Proof:
 
 
 def open_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, *proofs: Proof
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, *proofs: Proof, bits: int = 16
 ) -> tuple[Any, dict[str, Fake]]:
     """The choice among fakes with these proofs, and all that were tried."""
     by_name = {name: norms(name, *[9.0] * len(NORM_BYTES)) for name in (NORM, APART)}
@@ -110,6 +110,7 @@ def open_with(
     monkeypatch.setattr(rank_transport, "open_kind", lambda job, kind, device: Fake(kind))
     run = make_run()
     run.engine.transport = kind
+    run.engine.all_reduce_bits = bits
     return open_transport(make_job(tmp_path, cards=True, run=run), CPU, lambda error: None), tried
 
 
@@ -172,6 +173,16 @@ def test_copies_carry_prefill_where_they_are_faster(
     choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, nccl, large, copies)
     assert [each.name for each in choice.ranges] == carriers
     assert tried[COPIES].channel.closed == (COPIES not in carriers)
+
+
+@pytest.mark.parametrize(("bits", "carrier"), [(8, INT8.name), (16, MIDDLE)])
+def test_sums_are_rounded_only_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, carrier: str
+) -> None:
+    proofs = (NCCL, FAST, FAST_MIDDLE, Proof(INT8.name, {128 * KIB: 7.0}))
+    choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, *proofs, bits=bits)
+    assert [each.name for each in choice.ranges] == [SMALL, carrier, "nccl"]
+    assert (INT8.name in tried) == (bits == 8)
 
 
 @pytest.mark.parametrize(("small", "rest"), [(FAST, SMALL), (SLOW, "nccl"), (BROKEN, "nccl")])

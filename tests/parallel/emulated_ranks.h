@@ -1,6 +1,6 @@
 // CUDA, as the kernels through host memory use it, on threads of a CPU: those of all ranks at once. KERNEL_FILE is a
 // source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order. NORM: it is
-// the kernel with a norm.
+// the kernel with a norm. ONLY_16_BITS: it is one that takes no float32.
 #include <atomic>
 #include <barrier>
 #include <chrono>
@@ -22,6 +22,7 @@ struct uint4 { uint32_t x, y, z, w; };
 struct Index { int x; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+using std::max;
 using std::min;
 
 // Where threads meet, and what any of them says.
@@ -66,6 +67,8 @@ inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 
 inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint32_t __float_as_uint(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+// Of what is no number, 0, as on a card.
+inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : (int)nearbyintf(value); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 typedef unsigned long long Wide;
 inline Wide atomicAdd(Wide* at, Wide more) { return __atomic_fetch_add(at, more, __ATOMIC_SEQ_CST); }
@@ -130,7 +133,11 @@ extern "C" void run(uint4** in, uint4** residual, uint4* weight, uint4** out, St
 #else
 extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states, u8* region, int num_bytes,
                     int slot_tiles, int first, int last, int timeout_ms, int blocks, int num_threads) {
+#ifdef ONLY_16_BITS
+  auto kernel = reduce_bfloat16;
+#else
   auto kernel = bytes_per_value == 2 ? reduce_bfloat16 : reduce_float32;
+#endif
   std::vector<std::thread> threads;
   for (int r = first; r <= last; ++r)
     launch(threads, [=] { kernel(in[r], out[r], states + r, region, num_bytes, slot_tiles, r, timeout_ms); }, blocks,

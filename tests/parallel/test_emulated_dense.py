@@ -12,24 +12,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.rounded import round_to_int8
 from parallel.transports import dense
 from parallel.transports.channel import PAGE_BYTES
+from parallel.transports.dense import EXACT, INT8, LineFormat
 from tests.parallel.emulated_ranks import compile_source, pointer, pointers
 from tools.ranks_on_one_card import ordered_sum
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
-SOURCE = Path(dense.__file__).parent / "host_memory_dense.cu"
+FOLDER = Path(dense.__file__).parent
 SLOT_TILES = 3
-TILE_UNITS = dense.UNITS * dense.LANES
+TILE_UNITS = EXACT.units * dense.LANES
 
 
 class Ranks:
     """Calls of all ranks over one region."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, lines: LineFormat = EXACT) -> None:
         self.world_size = world_size
-        self.library = compile_source(SOURCE, f"-DWORLD={world_size}")
+        types = () if torch.float32 in lines.dtypes else ("-DONLY_16_BITS",)
+        self.library = compile_source(FOLDER / lines.source, f"-DWORLD={world_size}", *types)
         self.region = torch.zeros(PAGE_BYTES * (1 + 2 * world_size * SLOT_TILES), dtype=torch.uint8)
         # Epoch and arrivals; the peer that did not answer.
         self.states = torch.zeros(world_size, 2, dtype=torch.int64)
@@ -80,3 +83,41 @@ def test_only_renewal_keeps_old_lines_from_being_taken_for_new_ones(renewed: boo
     # It gave up for want of rank 0, or else it found what it must not take.
     assert ranks.states[1, 1].item() == (1 if renewed else 0)
     assert bool(targets[1].isnan().all()) is renewed
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_rounded_numbers_are_summed_as_plain_torch_does(world_size: int) -> None:
+    ranks, tile = Ranks(world_size, INT8), INT8.units * dense.LANES
+    for call, units in enumerate((1, 5, 33, tile - 1, tile + 1, 2 * tile + 40, 3 * tile)):
+        sources, targets = fresh(ranks, units, torch.bfloat16)
+        # Groups of all sizes, also of zeros alone.
+        for source in sources:
+            source *= torch.logspace(-30, 30, len(source)).bfloat16()
+            source[: len(source) // 7] = 0
+        expected = sum_rounded(sources)
+        if call % 3 == 2:
+            targets = sources
+        ranks.run(sources, targets, blocks=1 + call % 2, threads=32 * (1 + call // 2 % 2))
+        for target in targets:
+            assert torch.equal(target[: len(expected)], expected), units
+            assert target[len(expected) :].isnan().all(), units
+
+
+def sum_rounded(sources: list[Tensor]) -> Tensor:
+    """In float32, in rank order, rounded once."""
+    total = torch.zeros(len(sources[0]))
+    for source in sources:
+        total += round_to_int8(source)
+    return total.bfloat16()
+
+
+@pytest.mark.parametrize("special", (float("inf"), float("-inf"), float("nan")))
+def test_what_is_not_finite_makes_nan_of_its_group_alone(special: float) -> None:
+    ranks = Ranks(2, INT8)
+    sources, targets = fresh(ranks, 2 * dense.LANES * 3, torch.bfloat16)
+    sources[1][5] = special
+    expected = sum_rounded(sources)
+    ranks.run(sources, targets, blocks=1, threads=32)
+    assert expected.isnan().sum() == 12
+    for target in targets:
+        torch.testing.assert_close(target[: len(expected)], expected, rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,7 @@ from parallel.kernels.launch import read_source
 from parallel.transports import dense, two_step
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
-from parallel.transports.dense import DenseHostMemory, DenseLayout
+from parallel.transports.dense import EXACT, INT8, DenseHostMemory, DenseLayout, LineFormat
 from parallel.transports.host_memory import (
     DATA_BYTES,
     KIB,
@@ -112,31 +112,35 @@ def defined(text: str) -> dict[str, str]:
     return dict(re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE))
 
 
-def test_numbers_of_the_dense_kernel_are_those_of_the_host() -> None:
-    text = read_source(Path(dense.__file__).parent / "host_memory_dense.cu")
-    names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "UNITS", "LANES", "LINES", "NUM_TAGS")
+@pytest.mark.parametrize(("lines", "data_bits"), ((EXACT, 16), (INT8, 8)))
+def test_numbers_of_the_dense_kernels_are_those_of_the_host(lines: LineFormat, data_bits: int) -> None:
+    found = defined(read_source(Path(dense.__file__).parent / lines.source))
+    names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "LANES", "LINES", "NUM_TAGS")
     constants = {**vars(dense), "ERROR_STRIDE": ERROR_STRIDE}
-    assert {name: int(defined(text)[name]) for name in names} == {name: constants[name] for name in names}
-    # A tile fills a page, and data and tags fill its lines.
+    assert {name: int(found[name]) for name in names} == {name: constants[name] for name in names}
+    assert int(found["UNITS"]) == lines.units
+    # A tile fills a page: data, tags, and where they are rounded a scale beside each tag.
     assert dense.LINES * dense.LANES * 16 == PAGE_BYTES
-    assert dense.TILE_BYTES + PAGE_BYTES // 16 * 2 == PAGE_BYTES
+    beside = 2 if data_bits == 16 else 4
+    assert lines.tile_bytes * data_bits // 16 + PAGE_BYTES // 16 * beside == PAGE_BYTES
 
 
 @pytest.mark.parametrize("world_size", (2, 3, 4))
-@pytest.mark.parametrize("max_bytes", (16, dense.TILE_BYTES, dense.TILE_BYTES + 1, dense.MAX_BYTES))
+@pytest.mark.parametrize("max_bytes", (16, EXACT.tile_bytes, EXACT.tile_bytes + 1, dense.MAX_BYTES))
 def test_dense_slots_hold_their_tiles_and_do_not_overlap(world_size: int, max_bytes: int) -> None:
     layout = DenseLayout(world_size, max_bytes)
     areas = [layout.own(rank) for rank in range(world_size)]
     assert areas[0][0] == PAGE_BYTES and areas[-1][1] == layout.num_bytes
     assert [start for start, _ in areas[1:]] == [end for _, end in areas[:-1]]
     assert all(end - start == 2 * layout.slot_tiles * PAGE_BYTES for start, end in areas)
-    assert (layout.slot_tiles - 1) * dense.TILE_BYTES < max_bytes <= layout.slot_tiles * dense.TILE_BYTES
+    assert (layout.slot_tiles - 1) * EXACT.tile_bytes < max_bytes <= layout.slot_tiles * EXACT.tile_bytes
 
 
-@pytest.mark.parametrize("num_bytes", (16, dense.TILE_BYTES, dense.TILE_BYTES + 16, 64 * KIB, 128 * KIB, 512 * KIB))
-def test_every_block_of_a_dense_launch_has_a_tile(num_bytes: int) -> None:
-    blocks, threads = dense.choose_launch(num_bytes)
-    tiles = -(-num_bytes // dense.TILE_BYTES)
+@pytest.mark.parametrize("lines", (EXACT, INT8))
+@pytest.mark.parametrize("num_bytes", (16, EXACT.tile_bytes, EXACT.tile_bytes + 16, 64 * KIB, 128 * KIB, 512 * KIB))
+def test_every_block_of_a_dense_launch_has_a_tile(num_bytes: int, lines: LineFormat) -> None:
+    blocks, threads = dense.choose_launch(num_bytes, lines)
+    tiles = -(-num_bytes // lines.tile_bytes)
     assert 1 <= blocks <= min(64, tiles) and threads % 32 == 0 and 32 <= threads <= 256
     # All that there is to carry while that is less than the most warps.
     assert blocks * threads // 32 >= min(tiles, 64)
