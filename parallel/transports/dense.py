@@ -58,8 +58,8 @@ EXACT = LineFormat(
     units=7,
     dtypes=tuple(REDUCTIONS),
     # The best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in 9.7, 256 in 15.0; 512 in 27, 1024 in
-    # 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps with a page each on its way in each
-    # direction fill the link; with 256, all is written before anything is read: 85 us.
+    # 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps with a page each on its way in
+    # each direction fill the link; with 256, all is written before anything is read: 85 us.
     launches=((64 * KIB, 16, 2), (256 * KIB, 64, 2), (MAX_BYTES, 16, 4)),
 )
 # A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch parallel/rounded.py.
