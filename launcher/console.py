@@ -92,6 +92,7 @@ def speed_table(report: dict[str, Any]) -> Table:
     table = Table("measured", "", title=f"{report['model']} on {report['world_size']} x {report['device']}")
     load, tpot = report["load"] or {}, report["tpot_ms"] or {}
     rows = [
+        ("ready to answer", startup_text(report.get("startup"))),
         ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
         ("time to first token", f"{number(report['ttft_ms'])} ms"),
         ("prompt tokens reused", reuse(report["prefix_cache"])),
@@ -105,6 +106,15 @@ def speed_table(report: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def startup_text(startup: dict[str, float] | None) -> str:
+    """When the engine was warm, and what came before it."""
+    if startup is None:
+        return UNKNOWN
+    ready, joined, tested, loaded = (startup[f"{step}_sec"] for step in ("ready", "joined", "links_tested", "loaded"))
+    parts = {"ranks": joined, "links": tested - joined, "model": loaded - tested, "warm-up": ready - loaded}
+    return f"{number(ready)} s: " + ", ".join(f"{name} {number(sec)}" for name, sec in parts.items())
 
 
 def reuse(tokens: dict[str, int] | None) -> str:

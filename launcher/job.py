@@ -36,6 +36,8 @@ class Job:
     times: Times | str | None = None
     # Set where ranks are to run this instead of our engine.
     baseline: BaselineKind | None = None
+    # When the parent took it up, in seconds since 1970.
+    started: float = 0.0
 
     @property
     def output_path(self) -> Path:

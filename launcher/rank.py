@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,15 @@ class RankContext:
     # What carries which sizes of message, smallest first.
     ranges: tuple[Range, ...]
     events: EventWriter
+    # Seconds from where the parent took up the job to each step on the way to the first answer.
+    startup: dict[str, float] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
         return Path(self.job.run_dir)
+
+    def reached(self, step: str) -> None:
+        self.startup[f"{step}_sec"] = time.time() - self.job.started
 
     def abort(self, error: Exception) -> None:
         """Ends this rank from any thread, for when the main one hangs in a collective."""
@@ -79,7 +85,9 @@ def joined_rank(job: Job, rank: int, events: EventWriter) -> Iterator[RankContex
     join_process_group(job, device)
     try:
         context = RankContext(job, rank, device, Solo(device), (), events)
+        context.reached("joined")
         choice = open_transport(job, device, context.abort)
+        context.reached("links_tested")
         yield replace(context, communicator=choice.communicator, ranges=choice.ranges)
     finally:
         dist.destroy_process_group()

@@ -26,6 +26,7 @@ PACKAGES = ("launch70b", "torch", "transformers", "deepspeed", "hydra-core", "sa
 MEASURED_BY_RANKS = (
     "transport",
     "warm_up_sec",
+    "startup",
     "ttft_ms",
     "tpot_ms",
     "prefix_cache",

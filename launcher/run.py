@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         ValueError: something the user typed cannot be run; nothing was started.
         RunFailed: ranks were started and one failed.
     """
+    started = time.time()
     world_size = resolve_world_size(run, env_world_size)
     if run.topology.kind == TopologyKind.all:
         return compare_options(run, run_dir, world_size)
@@ -55,7 +57,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     check_calibration(run, placement)
-    job = Job(run, placement, str(run_dir), inventory.host_cores)
+    job = Job(run, placement, str(run_dir), inventory.host_cores, started=started)
     if run.task.kind == TaskKind.generate:
         # Before the model, which may have to be downloaded.
         job = replace(job, prompts=choose_prompts(job))

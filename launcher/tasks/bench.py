@@ -91,7 +91,9 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     pinned_copy = pinned_copy_bandwidth(context.device) if job.plan.offload else None
     loaded = load_model(context, job.plan, None)
     bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size, open_agreement(context))
-    warm_up_sec, (runs, span) = warm_up(bench), measure_runs(bench)
+    warm_up_sec = warm_up(bench)
+    context.reached("ready")
+    runs, span = measure_runs(bench)
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
     step_ms = step["decode_step_ms"]["measured"]
@@ -103,6 +105,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "kernels": kernels(bench.engine),
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,
+        "startup": context.startup,
         **summarise(runs),
         "speculation": speculated(
             job.run.speculation,

@@ -62,6 +62,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     pinned_copy = pinned_copy_bandwidth(context.device) if job.plan.offload else None
     loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded)
+    context.reached("ready")
     started = time.time()
     result = answer_prompts(context, loaded, token_ids)
     ended = time.time()
@@ -73,6 +74,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "load": asdict(loaded.load),
         "kernels": kernels(loaded.engine),
         "warm_up_sec": warm_up_sec,
+        "startup": context.startup,
         **latencies(result),
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
@@ -106,6 +108,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         speculation=speculation_params(run.speculation, None if draft is None else draft[0]),
         host_layers=host_layers,
     )
+    context.reached("loaded")
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
         eos_ids=eos_token_ids(context.job, tokenizer),

@@ -103,6 +103,13 @@ def test_what_was_measured_is_there_and_the_rest_is_null(report: dict[str, Any])
     assert len(report["cards"]) == len(report["predicted"]["cards"]) == 2
 
 
+def test_steps_to_the_first_answer_follow_one_another(report: dict[str, Any]) -> None:
+    startup = report["startup"]
+    assert list(startup) == ["joined_sec", "links_tested_sec", "loaded_sec", "ready_sec"]
+    assert 0 < startup["joined_sec"] < startup["links_tested_sec"] < startup["loaded_sec"] < startup["ready_sec"] < 600
+    assert startup["ready_sec"] - startup["loaded_sec"] >= report["warm_up_sec"]
+
+
 def test_each_rank_reads_its_half_of_the_checkpoint(report: dict[str, Any]) -> None:
     folder = find_local_model(ModelConfig("pkg://launcher/models/demo"))
     assert folder is not None
