@@ -114,18 +114,25 @@ class OwnFormat:
         return Packed(layer.packed, layer.scales, getattr(layer, "codebook", None))
 
     def run(
-        self, launch: AnyLaunch, rows: Tensor, weight: Packed, output: Tensor, workspace: Tensor | None = None
+        self,
+        launch: AnyLaunch,
+        rows: Tensor,
+        weight: Packed,
+        output: Tensor,
+        workspace: Tensor | None = None,
+        *,
+        swiglu: bool = False,
     ) -> None:
         """`workspace`: as of wide.run_kernel."""
+        layout = self.wide_layout(swiglu=swiglu)
         if isinstance(launch, wide.Launch):
-            layout = self.wide_layout()
             wide.run_kernel(
                 launch, rows, weight.packed, weight.scales, weight.codebook, output, layout, workspace=workspace
             )
         elif self.bits == 4:
-            w4a16.run_kernel(launch, rows, weight.packed, weight.scales, weight.codebook, output)
+            w4a16.run_kernel(launch, rows, weight.packed, weight.scales, weight.codebook, output, swiglu=swiglu)
         else:
-            w8a16.run_kernel(launch, rows, weight.packed, weight.scales, output, is_float=self.kind == "e4m3")
+            w8a16.run_kernel(launch, rows, weight.packed, weight.scales, output, layout)
 
     def dequantize(self, weight: Packed) -> Tensor:
         if self.bits == 4:
@@ -138,28 +145,33 @@ class OwnFormat:
             return w4a16.unpack_weight(weight.packed, weight.scales, weight.codebook)
         return w8a16.unpack_weight(weight.packed, weight.scales, is_float=self.kind == "e4m3")
 
-    def choose(self, num_rows: int, num_tiles: int) -> AnyLaunch:
-        launches = w8a16.LAUNCHES if self.bits == 8 else w4a16.launches_for(has_codebook=self.kind == "codebook")
+    def choose(self, num_rows: int, num_tiles: int, *, swiglu: bool = False) -> AnyLaunch:
+        if self.bits == 4:
+            launches = w4a16.launches_for(has_codebook=self.kind == "codebook", swiglu=swiglu)
+        else:
+            launches = w8a16.launches_for(swiglu=swiglu)
         if num_rows > max(launches):
             return wide.choose_launch(num_rows)
         return choose_launch(launches, num_rows, num_tiles)
 
-    def wide_layout(self) -> wide.Layout:
-        if self.bits == 4:
-            has_codebook = self.kind == "codebook"
-            return w4a16.find_layout(self.group_size or 128, self.width, self.held_dtype, has_codebook=has_codebook)
-        return w8a16.wide_layout(is_grouped=self.group_size is not None, is_float=self.kind == "e4m3")
+    def wide_layout(self, *, swiglu: bool = False) -> wide.Layout:
+        if self.bits == 8:
+            is_float = self.kind == "e4m3"
+            return w8a16.wide_layout(is_grouped=self.group_size is not None, is_float=is_float, swiglu=swiglu)
+        has_codebook = self.kind == "codebook"
+        return w4a16.find_layout(
+            self.group_size or 128, self.width, self.held_dtype, has_codebook=has_codebook, swiglu=swiglu
+        )
 
-    def compile(self, launch: AnyLaunch) -> None:
+    def compile(self, launch: AnyLaunch, *, swiglu: bool = False) -> None:
         """Ahead of its use, in whatever thread."""
-        device_index = torch.cuda.current_device()
+        device_index, layout = torch.cuda.current_device(), self.wide_layout(swiglu=swiglu)
         if isinstance(launch, wide.Launch):
-            wide.compile_kernel(launch, self.wide_layout(), device_index)
+            wide.compile_kernel(launch, layout, device_index)
         elif self.bits == 4:
-            w4a16.multiply_kernel(launch, self.wide_layout(), device_index)
+            w4a16.multiply_kernel(launch, layout, device_index)
         else:
-            is_grouped = self.group_size is not None
-            w8a16.multiply_kernel(launch, is_grouped, self.kind == "e4m3", device_index)
+            w8a16.multiply_kernel(launch, layout, device_index)
 
 
 FORMATS = {

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.merged import is_merged, local_sizes, merge_layer
+from parallel.engine.merged import is_merged, local_sizes, merge_layer, swiglu
 from parallel.engine.pages import PagedKV
-from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables, silu_mul
+from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
 from parallel.linear import Update
 from parallel.offload.streamer import Streamer
 
@@ -86,7 +86,7 @@ class Decoder:
         return attention.o_proj.update(attend(query, cache).flatten(1))
 
     def _mlp(self, mlp: Any, normed: Tensor) -> Update:
-        activated = silu_mul(mlp.gate_up(normed))
+        activated = swiglu(mlp.gate_up, normed)
         if self.streamer is None:
             return mlp.down_proj.update(activated)
         # The norm after it is the next layer's: its arrival is not to be waited for before the sum is made.

@@ -12,7 +12,11 @@ from transformers import PreTrainedModel
 
 from parallel.engine.layout import gather_layer
 from parallel.kernels.blocks import Block, side_by_side, whole, with_bias
+from parallel.kernels.fused import silu_mul
+from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.merge import merge
+from parallel.kernels.w4a16 import W4A16Linear
+from parallel.kernels.w8a16 import W8A16Linear
 from parallel.linear import ColumnParallelLinear
 
 
@@ -66,6 +70,19 @@ class SideBySide(nn.Module):
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """For products of many inputs of `dtype`."""
         return side_by_side(with_bias(layer.blocks(dtype), layer.bias) for layer in self.layers)
+
+
+def swiglu(gate_up: nn.Module, hidden: Tensor) -> Tensor:
+    """[tokens, in] -> [tokens, half of outs]: silu of the first half of the outputs, rounded, times the second.
+
+    In one launch where a kernel of packed weights takes so few tokens.
+    """
+    if isinstance(gate_up, MergedLinear) and gate_up.bias is None and len(hidden) <= MAX_OWN_ROWS:
+        packed = gate_up.multiply
+        if isinstance(packed, W4A16Linear | W8A16Linear):
+            return packed.swiglu(hidden)
+    activated: Tensor = silu_mul(gate_up(hidden))
+    return activated
 
 
 def merge_linears(layers: Sequence[ColumnParallelLinear]) -> nn.Module:

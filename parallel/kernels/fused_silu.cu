@@ -1,10 +1,8 @@
 // out = bf16(silu(gate)) * up, where a row holds the gates, then the ups. A thread takes 16 bytes of each.
 
-#include "device.cuh"
+#include "silu.cuh"
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-// silu is rounded before the product, as transformers does.
+// As silu_mul_one.
 __device__ __forceinline__ u32 silu_mul_pair(u32 gate, u32 up) {
   const u32 active = to_pair(silu(low(gate)), silu(high(gate)));
   return to_pair(low(active) * low(up), high(active) * high(up));

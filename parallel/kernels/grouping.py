@@ -57,12 +57,15 @@ class GroupedLinear(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.order is not None:
-            hidden = hidden[..., self.order]
+        hidden = self.ordered(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
         if len(rows) > self.max_rows:
             return self.multiply_dequantized(rows).view(*hidden.shape[:-1], self.num_out)
         return self.multiply(rows).view(*hidden.shape[:-1], self.num_out)
+
+    def ordered(self, hidden: Tensor) -> Tensor:
+        """Columns as they are packed."""
+        return hidden if self.order is None else hidden[..., self.order]
 
     def multiply_dequantized(self, rows: Tensor) -> Tensor:
         """[m, in] -> [m, out]"""

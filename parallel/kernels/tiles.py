@@ -53,6 +53,12 @@ def choose_launch(launches: Launches, num_rows: int, num_tiles: int) -> Launch:
     return Launch(max(1, most_rows // ROWS_PER_TILE), row_tiles, warps, depth)
 
 
+def in_pairs(launches: Launches) -> Launches:
+    """Those for gates and ups, of which a block takes two tiles or more: for few tiles, the last that does."""
+    pairs = {rows: [each for each in listed if each[1] > 1] for rows, listed in launches.items()}
+    return {rows: (*listed[:-1], (0, *listed[-1][1:])) for rows, listed in pairs.items()}
+
+
 def tile_refusal(weight: QuantizedWeight, dtype: torch.dtype, bits: int) -> str | None:
     """Why no own kernel of `bits` takes this weight, in a few words, whatever its groups; None: one may."""
     num_out, num_in = weight.shape
@@ -98,6 +104,11 @@ def tile_scales(per_output: Tensor) -> Tensor:
 def untile_scales(tiled: Tensor) -> Tensor:
     """The inverse of `tile_scales`."""
     return tiled.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def empty_output(rows: Tensor, packed: Tensor, *, swiglu: bool) -> Tensor:
+    """Room for the product of rows [m, in]: [m, out], or [m, out / 2]."""
+    return rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE // (1 + swiglu))
 
 
 def empty_weight(packed: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
 // asynchronous copies: a warp has six scoreboards, so that loads to registers wait for one another (twice the time,
 // measured).
 //
-// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), and what
-// four_bits.cuh asks for, which has the layouts too.
+// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), SWIGLU (0
+// or 1), and what four_bits.cuh asks for, which has the layouts too.
 
 #include "four_bits.cuh"
 
@@ -20,9 +20,10 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
       unsigned short* __restrict__ y, int num_out, int num_in, int num_rows CODEBOOK_PARAMETER) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int units = num_in >> 7;
-  const int tile0 = blockIdx.x * RT;
-  const uint4* w = weights + (size_t)tile0 * units * 64 + lane;
-  const unsigned char* sz = scales + (size_t)tile0 * units * PARTS * GROUP_BYTES + lane * SCALE_PIECE;
+  const int tile0 = blockIdx.x * RT, num_tiles = num_out >> 4;
+  const size_t first = (size_t)tile_at<SWIGLU>(tile0, num_tiles) * units;
+  const uint4* w = weights + first * 64 + lane;
+  const unsigned char* sz = scales + first * PARTS * GROUP_BYTES + lane * SCALE_PIECE;
   DECODER(decode);
 
   // The ring while units stream, then the partial sums.
@@ -35,12 +36,13 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 #pragma unroll
       for (int r = 0; r < RT; r++) {
         const u32 stage = ring_address + slot * STAGE_BYTES + r * UNIT_BYTES;
-        const uint4* from = w + ((size_t)r * units + unit) * 64;
+        const size_t at = (size_t)tile_at<SWIGLU>(r, num_tiles) * units + unit;
+        const uint4* from = w + at * 64;
         copy_async(stage + lane * 16, from);
         copy_async(stage + 512 + lane * 16, from + 32);
         if (lane < PARTS * GROUP_BYTES / SCALE_PIECE)
           copy_async<SCALE_PIECE>(stage + WEIGHT_BYTES + lane * SCALE_PIECE,
-                                  sz + ((size_t)r * units + unit) * PARTS * GROUP_BYTES);
+                                  sz + at * PARTS * GROUP_BYTES);
       }
     }
     commit_copies();
@@ -126,5 +128,5 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 
   await_copies<0>();
   __syncthreads();
-  store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
+  store_sums<RT, NT, WARPS, SWIGLU>(acc, memory, y, tile0, num_out, num_rows, UNIT);
 }

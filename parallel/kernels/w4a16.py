@@ -24,8 +24,10 @@ from parallel.kernels.tiles import (
     Launches,
     choose_launch,
     compile_kernel,
+    empty_output,
     empty_weight,
     fits_groups,
+    in_pairs,
     pack_by_blocks,
     tile_refusal,
     tile_scales,
@@ -75,6 +77,10 @@ class W4A16Linear(GroupedLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         return w4a16(rows, self.packed, self.scales, self.codebook)
+
+    def swiglu(self, hidden: Tensor) -> Tensor:
+        """[m, in] -> [m, out / 2], m up to `max_rows`: gates are the first half of the outputs, ups the second."""
+        return w4a16(self.ordered(hidden), self.packed, self.scales, self.codebook, swiglu=True)
 
     def dequantize(self, outputs: slice) -> Tensor:
         tiles = tiles_of(outputs)
@@ -180,23 +186,31 @@ def unpack_codebook(packed: Tensor) -> Tensor:
     return packed.view(torch.uint8).view(2, 16).t().contiguous().view(torch.bfloat16).flatten().float()
 
 
-@operator(lambda rows, packed, scales, codebook=None: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
-def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
-    rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    launches = launches_for(has_codebook=codebook is not None)
+@operator(lambda rows, packed, scales, codebook=None, swiglu=False: empty_output(rows, packed, swiglu=swiglu))
+def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None, swiglu: bool = False) -> Tensor:
+    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight; with `swiglu` [m, out / 2]."""
+    rows, output = rows.contiguous(), empty_output(rows, packed, swiglu=swiglu)
+    launches = launches_for(has_codebook=codebook is not None, swiglu=swiglu)
     if len(rows) > max(launches):
-        wide.multiply(rows, packed, scales, codebook, output, layout_of(packed, scales, codebook))
+        wide.multiply(rows, packed, scales, codebook, output, layout_of(packed, scales, codebook, swiglu=swiglu))
     else:
-        run_kernel(choose_launch(launches, len(rows), len(packed)), rows, packed, scales, codebook, output)
+        launch = choose_launch(launches, len(rows), len(packed))
+        run_kernel(launch, rows, packed, scales, codebook, output, swiglu=swiglu)
     return output
 
 
 def run_kernel(
-    launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor
+    launch: Launch,
+    rows: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    codebook: Tensor | None,
+    output: Tensor,
+    *,
+    swiglu: bool = False,
 ) -> None:
     tiles, units = packed.shape[:2]
-    kernel = multiply_kernel(launch, layout_of(packed, scales, codebook), packed.device.index)
+    kernel = multiply_kernel(launch, layout_of(packed, scales, codebook, swiglu=swiglu), packed.device.index)
     sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
     grid = (tiles // launch.row_tiles, 1, 1)
     kernel(grid, launch.warps * WARP, packed, scales, rows, output, *sizes, *([] if codebook is None else [codebook]))
@@ -209,8 +223,9 @@ def dequantize_w4(packed: Tensor, scales: Tensor, codebook: Tensor | None = None
 
 
 @cache
-def launches_for(*, has_codebook: bool) -> Launches:
-    return CODEBOOK_LAUNCHES if has_codebook else LAUNCHES
+def launches_for(*, has_codebook: bool, swiglu: bool = False) -> Launches:
+    launches = CODEBOOK_LAUNCHES if has_codebook else LAUNCHES
+    return in_pairs(launches) if swiglu else launches
 
 
 @cache
@@ -219,13 +234,15 @@ def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> K
     return compile_kernel("w4a16.cu", "w4a16", options, device_index, "PPPPiii" + "P" * layout.has_codebook)
 
 
-def layout_of(packed: Tensor, scales: Tensor, codebook: Tensor | None) -> wide.Layout:
+def layout_of(packed: Tensor, scales: Tensor, codebook: Tensor | None, *, swiglu: bool = False) -> wide.Layout:
     group_size = packed.shape[1] * UNIT_INPUTS // scales.shape[1]
-    return find_layout(group_size, scales.shape[2], scales.dtype, has_codebook=codebook is not None)
+    return find_layout(group_size, scales.shape[2], scales.dtype, has_codebook=codebook is not None, swiglu=swiglu)
 
 
 @cache
-def find_layout(group_size: int, width: int, dtype: torch.dtype, *, has_codebook: bool) -> wide.Layout:
+def find_layout(
+    group_size: int, width: int, dtype: torch.dtype, *, has_codebook: bool, swiglu: bool = False
+) -> wide.Layout:
     """Of 16 outputs, the scales of a group are `width` numbers of `dtype`, zeros included."""
     group_bytes = width * dtype.itemsize
     defined = {
@@ -234,6 +251,7 @@ def find_layout(group_size: int, width: int, dtype: torch.dtype, *, has_codebook
         "CODEBOOK": int(has_codebook),
         "SCALE_BITS": group_bytes * 8 // OUTPUTS_PER_TILE,
         "HALF": int(dtype == torch.float16),
+        "SWIGLU": int(swiglu),
     }
     unit_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * group_bytes
     # Copies to shared memory are of 16 bytes.

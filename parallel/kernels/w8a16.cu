@@ -5,7 +5,8 @@
 // Built as w4a16.cu: a block takes 16 * RT outputs, its warps deal the units of 128 inputs among themselves, and each
 // streams its own through a ring of DEPTH stages in shared memory.
 //
-// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), GROUPED, E4M3 (0 or 1).
+// Defined by the host: NT (token tiles of 8), RT (row tiles of 16), WARPS, DEPTH (a power of two), SWIGLU, GROUPED,
+// E4M3 (0 or 1).
 
 #include "eight_bits.cuh"
 
@@ -18,9 +19,10 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
       unsigned short* __restrict__ y, int num_out, int num_in, int num_rows) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
   const int units = num_in >> 7;
-  const int tile0 = blockIdx.x * RT;
-  const uint4* w = weights + (size_t)tile0 * units * 128 + lane;
-  const unsigned char* s = scales + (size_t)tile0 * (GROUPED ? units : 1) * GROUP_BYTES;
+  const int tile0 = blockIdx.x * RT, num_tiles = num_out >> 4;
+  const size_t first = tile_at<SWIGLU>(tile0, num_tiles);
+  const uint4* w = weights + first * units * 128 + lane;
+  const unsigned char* s = scales + first * (GROUPED ? units : 1) * GROUP_BYTES;
 
   // The ring while units stream, then the partial sums.
   __shared__ __align__(16) unsigned char memory[WARPS * (RING_BYTES > SUM_BYTES ? RING_BYTES : SUM_BYTES)];
@@ -32,11 +34,12 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 #pragma unroll
       for (int r = 0; r < RT; r++) {
         const u32 stage = ring_address + slot * STAGE_BYTES + r * UNIT_BYTES;
-        const uint4* from = w + ((size_t)r * units + unit) * 128;
+        const size_t at = (size_t)tile_at<SWIGLU>(r, num_tiles) * units + unit;
+        const uint4* from = w + at * 128;
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) copy_async(stage + quarter * 512 + lane * 16, from + quarter * 32);
         if (GROUPED && lane < 4)
-          copy_async(stage + WEIGHT_BYTES + lane * 16, s + ((size_t)r * units + unit) * GROUP_BYTES + lane * 16);
+          copy_async(stage + WEIGHT_BYTES + lane * 16, s + at * GROUP_BYTES + lane * 16);
       }
     }
     commit_copies();
@@ -51,7 +54,7 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 #pragma unroll
     for (int r = 0; r < RT; r++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) scale[r][i] = load_scale(s + r * GROUP_BYTES, g, i);
+      for (int i = 0; i < 2; i++) scale[r][i] = load_scale(s + tile_at<SWIGLU>(r, num_tiles) * GROUP_BYTES, g, i);
   }
 
   // Where they fit into registers, the activations of a whole unit are on their way while its weights are waited for.
@@ -127,5 +130,5 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 
   await_copies<0>();
   __syncthreads();
-  store_sums<RT, NT, WARPS>(acc, memory, y, tile0, num_out, num_rows, UNIT);
+  store_sums<RT, NT, WARPS, SWIGLU>(acc, memory, y, tile0, num_out, num_rows, UNIT);
 }

@@ -26,6 +26,7 @@ from parallel.kernels.tiles import (
     Launches,
     choose_launch,
     compile_kernel,
+    empty_output,
     empty_weight,
     fits_groups,
     pack_by_blocks,
@@ -43,6 +44,8 @@ MIDDLE = 128
 
 # The fastest of those tried at the shapes of Llama-70B at TP2 on an H200 (results/LOG.md).
 LAUNCHES: Launches = {8: ((1024, 2, 2, 2), (400, 1, 4, 4), (0, 1, 8, 2))}
+# For gates and ups, of which a block takes two tiles: where it took one above, in as much shared memory.
+SWIGLU_LAUNCHES: Launches = {8: ((1024, 2, 2, 2), (0, 2, 4, 2))}
 
 
 class W8A16Linear(GroupedLinear):
@@ -64,6 +67,10 @@ class W8A16Linear(GroupedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return w8a16(rows, self.packed, self.scales, self.is_float)
 
+    def swiglu(self, hidden: Tensor) -> Tensor:
+        """[m, in] -> [m, out / 2], m up to `max_rows`: gates are the first half of the outputs, ups the second."""
+        return w8a16(self.ordered(hidden), self.packed, self.scales, self.is_float, swiglu=True)
+
     def dequantize(self, outputs: slice) -> Tensor:
         tiles = tiles_of(outputs)
         return dequantize_w8(self.packed[tiles], self.scales[tiles], self.is_float)
@@ -74,9 +81,9 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
     why_not = tile_refusal(weight, dtype, bits=8) or values_refusal(weight)
     if why_not is not None:
         return why_not
-    launch, device_index = launch_for(num_rows=1, num_tiles=512), weight.values.device.index
-    few = load_problem(multiply_kernel, launch, False, weight.is_float, device_index)
-    return few or wide.problem(wide_layout(is_grouped=False, is_float=weight.is_float), device_index)
+    launch, device_index = choose_launch(LAUNCHES, num_rows=1, num_tiles=512), weight.values.device.index
+    layout = wide_layout(is_grouped=False, is_float=weight.is_float)
+    return load_problem(multiply_kernel, launch, layout, device_index) or wide.problem(layout, device_index)
 
 
 def values_refusal(weight: QuantizedWeight) -> str | None:
@@ -150,21 +157,24 @@ def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
     return ((values - zeros.unsqueeze(-1)) * exact.unsqueeze(-1)).flatten(1)
 
 
-@operator(lambda rows, packed, scales, is_float: rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE))
-def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight."""
-    rows, output = rows.contiguous(), rows.new_empty(len(rows), packed.shape[0] * OUTPUTS_PER_TILE)
-    if len(rows) > max(LAUNCHES):
-        layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float)
+@operator(lambda rows, packed, scales, is_float, swiglu=False: empty_output(rows, packed, swiglu=swiglu))
+def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool, swiglu: bool = False) -> Tensor:
+    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight; with `swiglu` [m, out / 2]."""
+    rows, output = rows.contiguous(), empty_output(rows, packed, swiglu=swiglu)
+    layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float, swiglu=swiglu)
+    launches = launches_for(swiglu=swiglu)
+    if len(rows) > max(launches):
         wide.multiply(rows, packed, scales, None, output, layout)
     else:
-        run_kernel(launch_for(len(rows), len(packed)), rows, packed, scales, output, is_float=is_float)
+        run_kernel(choose_launch(launches, len(rows), len(packed)), rows, packed, scales, output, layout)
     return output
 
 
-def run_kernel(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, *, is_float: bool) -> None:
+def run_kernel(
+    launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, layout: wide.Layout
+) -> None:
     tiles, units = packed.shape[:2]
-    kernel = multiply_kernel(launch, is_grouped(scales), is_float, packed.device.index)
+    kernel = multiply_kernel(launch, layout, packed.device.index)
     sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
     kernel((tiles // launch.row_tiles, 1, 1), launch.warps * WARP, packed, scales, rows, output, *sizes)
 
@@ -176,29 +186,20 @@ def dequantize_w8(packed: Tensor, scales: Tensor, is_float: bool) -> Tensor:
     return dequantize_packed.run(packed, scales, None, layout)
 
 
-@cache
-def launch_for(num_rows: int, num_tiles: int) -> Launch:
-    return choose_launch(LAUNCHES, num_rows, num_tiles)
+def launches_for(*, swiglu: bool = False) -> Launches:
+    return SWIGLU_LAUNCHES if swiglu else LAUNCHES
 
 
 @cache
-def multiply_kernel(launch: Launch, is_grouped: bool, is_float: bool, device_index: int) -> Kernel:
-    options = kernel_options(launch, is_grouped=is_grouped, is_float=is_float)
-    return compile_kernel("w8a16.cu", "w8a16", options, device_index, "PPPPiii")
-
-
-def kernel_options(launch: Launch, *, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
-    return (*launch.options(), *format_options(is_grouped=is_grouped, is_float=is_float))
-
-
-def format_options(*, is_grouped: bool, is_float: bool) -> tuple[str, ...]:
-    return (f"-DGROUPED={int(is_grouped)}", f"-DE4M3={int(is_float)}")
+def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> Kernel:
+    return compile_kernel("w8a16.cu", "w8a16", (*launch.options(), *layout.options), device_index, "PPPPiii")
 
 
 @cache
-def wide_layout(*, is_grouped: bool, is_float: bool) -> wide.Layout:
-    options = format_options(is_grouped=is_grouped, is_float=is_float)
-    return wide.Layout(("-DBITS=8", *options), unit_bytes(is_grouped=is_grouped))
+def wide_layout(*, is_grouped: bool, is_float: bool, swiglu: bool = False) -> wide.Layout:
+    defined = {"BITS": 8, "GROUPED": int(is_grouped), "E4M3": int(is_float), "SWIGLU": int(swiglu)}
+    options = tuple(f"-D{name}={value}" for name, value in defined.items())
+    return wide.Layout(options, unit_bytes(is_grouped=is_grouped))
 
 
 def is_grouped(scales: Tensor) -> bool:

@@ -10,7 +10,7 @@
 // that sums never depend on which it is. Launches must follow one another, on one stream.
 //
 // Defined by the host: BITS (4 or 8), NT, RT, OUT_WARPS, TOKEN_WARPS (4 warps or 8), STAGES, BLOCKS (on a multiprocessor),
-// and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
+// SWIGLU (0 or 1, then with an even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
 
 #if BITS == 4
 #include "four_bits.cuh"
@@ -54,6 +54,8 @@ struct Source {
   static constexpr int in_weights = WEIGHT_BYTES / 16, in_scales = PARTS ? PARTS * GROUP_BYTES / SCALE_PIECE : 1;
   static constexpr int tiles_at_once = THREADS / in_weights, scales_at_once = THREADS / in_scales;
   static constexpr int tokens_at_once = THREADS / 16;
+  static_assert(!SWIGLU || tiles_at_once == 1 || tiles_at_once % 2 == 0, "steps of pairs, as tile_at asks");
+  static_assert(!SWIGLU || scales_at_once >= ROW_TILES || scales_at_once % 2 == 0, "steps of pairs, as tile_at asks");
   const uint4 *weights, *x;
   const unsigned char* scales;
   int tiles, scale_tiles, tokens;
@@ -74,24 +76,26 @@ struct Source {
     tiles = num_tiles - place.tile - tile();
     scale_tiles = num_tiles - place.tile - scale_tile();
     tokens = num_rows - place.token - token();
-    weights = all_weights + ((size_t)(place.tile + tile()) * units + unit) * in_weights + threadIdx.x % in_weights;
-    const size_t piece = ((size_t)(place.tile + scale_tile()) * units + unit) * in_scales + threadIdx.x % in_scales;
+    const size_t first = tile_at<SWIGLU>(place.tile + tile(), num_tiles);
+    const size_t first_scales = tile_at<SWIGLU>(place.tile + scale_tile(), num_tiles);
+    weights = all_weights + (first * units + unit) * in_weights + threadIdx.x % in_weights;
+    const size_t piece = (first_scales * units + unit) * in_scales + threadIdx.x % in_scales;
     scales = all_scales + piece * SCALE_PIECE;
     x = all_x + ((size_t)(place.token + token()) * units + unit) * 16 + threadIdx.x % 16;
   }
 
   // Starts the copies, and steps to the unit after.
-  __device__ __forceinline__ void fetch(u32 stage, int units) {
+  __device__ __forceinline__ void fetch(u32 stage, int units, int num_tiles) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n += tiles_at_once)
       if ((ROW_TILES % tiles_at_once == 0 || n + tile() < ROW_TILES) && n < tiles)
-        copy_async(stage + weights_to + n * UNIT_BYTES, weights + (size_t)n * units * in_weights);
+        copy_async(stage + weights_to + n * UNIT_BYTES, weights + (size_t)tile_at<SWIGLU>(n, num_tiles) * units * in_weights);
     constexpr bool exact = ROW_TILES % scales_at_once == 0 && THREADS % in_scales == 0;
 #pragma unroll
     for (int n = 0; n < (PARTS ? ROW_TILES : 0); n += scales_at_once)
       if ((exact || n + scale_tile() < ROW_TILES) && n < scale_tiles)
         copy_async<SCALE_PIECE>(stage + scales_to + n * UNIT_BYTES,
-                                scales + (size_t)n * units * in_scales * SCALE_PIECE);
+                                scales + (size_t)tile_at<SWIGLU>(n, num_tiles) * units * in_scales * SCALE_PIECE);
 #pragma unroll
     for (int n = 0; n < TOKENS; n += tokens_at_once)
       if ((TOKENS % tokens_at_once == 0 || n + token() < TOKENS) && n < tokens)
@@ -220,7 +224,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
                     num_rows);
         next_place = (ahead / units + 1) * units;
       }
-      source.fetch(address + ahead_slot * STAGE_BYTES, units);
+      source.fetch(address + ahead_slot * STAGE_BYTES, units, num_tiles);
       ahead++;
       if (++ahead_slot == STAGES) ahead_slot = 0;
     }
@@ -239,7 +243,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
       for (int r = 0; r < RT; r++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          if (tile0 + r < num_tiles) fixed[r][i] = load_scale(scales + (tile0 + r) * GROUP_BYTES, g, i);
+          if (tile0 + r < num_tiles) fixed[r][i] = load_scale(scales + tile_at<SWIGLU>(tile0 + r, num_tiles) * GROUP_BYTES, g, i);
     }
 
     float acc[RT][NT][4] = {};
@@ -259,16 +263,21 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
     const Place place(index, num_rows);
     const int tile0 = place.tile + out_warp * RT, token0 = place.token + token_warp * NT * 8;
     if (stop - first < units && !join_parts(acc, parts, deal, index, first)) continue;
+    static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
+    const int num_out = num_tiles * 16 >> SWIGLU;
 #pragma unroll
-    for (int r = 0; r < RT; r++)
+    for (int r = 0; r < RT; r += 1 + SWIGLU)
 #pragma unroll
       for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
+          auto output = [&](int tile) {
+            return to_bf16(acc[tile][t][j] * UNIT * (PARTS ? 1.0f : scale_of(fixed[tile][j >> 1])));
+          };
           const int m = token0 + t * 8 + 2 * c + (j & 1);
-          const float total = acc[r][t][j] * UNIT * (PARTS ? 1.0f : scale_of(fixed[r][j >> 1]));
           if (tile0 + r < num_tiles && m < num_rows)
-            y[(size_t)m * num_tiles * 16 + (tile0 + r) * 16 + g + 8 * (j >> 1)] = to_bf16(total);
+            y[(size_t)m * num_out + tile_at<SWIGLU>(tile0 + r, num_tiles) * 16 + g + 8 * (j >> 1)] =
+                SWIGLU ? silu_mul_one(output(r), output(r + SWIGLU)) : output(r);
         }
   }
 }
