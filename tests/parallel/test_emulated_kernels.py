@@ -103,15 +103,19 @@ def test_the_source_dequantises_to_the_nearest_bf16(tmp_path: Path, name: str) -
         assert dequantized[tiles * 16 :].isnan().all()
 
 
-def layer_and_layout(weight: QuantizedWeight) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, wide.Layout]:
+def layer_and_layout(
+    weight: QuantizedWeight, *, swiglu: bool = False
+) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, wide.Layout]:
     if weight.bits == 4:
         four = w4a16.W4A16Linear(weight)
-        return four, w4a16.layout_of(four.packed, four.scales, four.codebook)
+        return four, w4a16.layout_of(four.packed, four.scales, four.codebook, swiglu=swiglu)
     eight = w8a16.W8A16Linear(weight)
-    return eight, w8a16.wide_layout(is_grouped=w8a16.is_grouped(eight.scales), is_float=eight.is_float)
+    is_grouped = w8a16.is_grouped(eight.scales)
+    return eight, w8a16.wide_layout(is_grouped=is_grouped, is_float=eight.is_float, swiglu=swiglu)
 
 
 def compile_source(folder: Path, file: str, options: Sequence[str]) -> ctypes.CDLL:
+    folder.mkdir(exist_ok=True)
     target = folder / "kernel.so"
     command = ["g++", "-std=c++17", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER), "-o", str(target)]
     subprocess.run([*command, f'-DKERNEL_FILE="{KERNELS}/{file}"', *options], check=True)
