@@ -13,7 +13,6 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -26,7 +25,7 @@ from torch import Tensor
 from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
-from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, launches
+from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, compile_in_threads, launches
 
 NUM_LAYERS = 80
 # [out, in] of one rank: q/k/v, o, gate/up, down.
@@ -85,20 +84,12 @@ def check_kernels(names: list[str] | None = None) -> None:
 
 
 def compile_all(names: list[str], row_counts: list[int]) -> None:
-    every = {
-        (name, launch)
+    compile_in_threads(
+        (FORMATS[name], launch, False)
         for name, num_rows in product(names, row_counts)
         if num_rows <= MAX_OWN_ROWS
         for launch in launches(FORMATS[name], num_rows)
-    }
-
-    def compile_in_thread(pair: tuple[str, AnyLaunch]) -> None:
-        # Makes the card's context current in this thread, which the driver asks for.
-        torch.zeros((), device="cuda")
-        FORMATS[pair[0]].compile(pair[1])
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(compile_in_thread, every))
+    )
 
 
 def tune(name: str, degrees: list[int], row_counts: list[int]) -> list[dict[str, Any]]:

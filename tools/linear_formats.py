@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -186,6 +188,18 @@ FORMATS = {
     "fp8": OwnFormat(8, None, "e4m3"),
     "fp8-block": OwnFormat(8, 128, "e4m3"),
 }
+
+
+def compile_in_threads(every: Iterable[tuple[OwnFormat, AnyLaunch, bool]]) -> None:
+    """Each once: a format, a launch, and whether it is the kernel with the activation."""
+
+    def compile_one(own: OwnFormat, launch: AnyLaunch, swiglu: bool) -> None:
+        # Makes the card's context current in this thread, which the driver asks for.
+        torch.zeros((), device="cuda")
+        own.compile(launch, swiglu=swiglu)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda each: compile_one(*each), set(every)))
 
 
 def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
