@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 # Steps that are looked at. One before them, in which ranks wait for each other to start, is dropped.
 NUM_STEPS = 5
 # Names contain one of these, in lower case; the first part that fits has the kernel. So a norm in one kernel with the
-# sum before it counts as all-reduce.
+# sum before it counts as all-reduce, and an activation in one with the product before it as linears.
 PARTS = {
     "all_reduce": ("nccl", "gloo", "reduce_bfloat16", "reduce_float16", "reduce_float32", "gather_bytes"),
     "attention": ("paged_attention", "::attend", "flash", "fmha", "scaled_dot_product"),
