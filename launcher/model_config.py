@@ -26,6 +26,8 @@ SIZES = {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
 }
+# Two names for one function.
+ACTIVATIONS = ("silu", "swish")
 # The defaults of transformers' config classes, for fields that a config.json may leave out.
 DEFAULT_WINDOW = 4096
 DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -49,6 +51,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
             f"{file}: model_type={model_type!r} is not supported; supported: {', '.join(SUPPORTED)}. "
             "Set model.path to a model of these families."
         )
+    _check_activation(file, config)
     sizes = {name: _positive(file, config, field) for name, field in SIZES.items()}
     return {
         "model_type": model_type,
@@ -73,6 +76,16 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ShapeError(f"{file} holds no JSON object. Download it again.")
     return config
+
+
+def _check_activation(file: Path, config: dict[str, Any]) -> None:
+    """Kernels know one; the default of every family is that."""
+    name = config.get("hidden_act", ACTIVATIONS[0])
+    if name not in ACTIVATIONS:
+        raise ShapeError(
+            f"{file}: hidden_act={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}. "
+            "Set model.path to a model with one of these."
+        )
 
 
 def _positive(file: Path, config: dict[str, Any], field: str) -> int:

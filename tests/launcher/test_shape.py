@@ -198,6 +198,16 @@ def test_field_that_is_no_size_is_named_with_its_value(tmp_path: Path, value: ob
     refused(written(tmp_path, intermediate_size=value), "config.json", f"intermediate_size={value!r}")
 
 
+@pytest.mark.parametrize("value", ["gelu", "gelu_pytorch_tanh", None, ["silu"]])
+def test_an_activation_that_no_kernel_computes_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    refused(written(tmp_path, hidden_act=value), tmp_path / "config.json", f"hidden_act={value!r}", "silu, swish")
+
+
+@pytest.mark.parametrize("value", ["silu", "swish", ...])
+def test_both_names_of_the_activation_are_taken_and_it_is_the_default(tmp_path: Path, value: object) -> None:
+    assert shape_from_checkpoint(written(tmp_path, hidden_act=value)).intermediate_size == 208
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
