@@ -30,6 +30,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import pages_for
+from parallel.engine.sampling import gather_logits
 from parallel.engine.sequence import Sequence
 from parallel.partition import QUANT_GROUP
 from parallel.rounded import Rounded
@@ -107,13 +108,19 @@ def mean_loss(communicator: Communicator, folder: Path, stream: NDArray[np.int64
 
 
 def mean_loss_with_fp8_kv(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
-    limits = EngineLimits(max_context=CONTEXT, batch_size=1, prefill_chunk=CONTEXT)
-    engine = Engine(load(communicator, folder), communicator, CPU, limits, kv_dtype=torch.float8_e4m3fn)
-    return evaluate(EngineModel(engine), stream, CONTEXT, batch=1)
+    return mean_loss_of_engine(communicator, folder, stream, torch.float8_e4m3fn)
 
 
 def mean_loss_with_int8_sums(communicator: Communicator, folder: Path, stream: NDArray[np.int64]) -> float:
-    return evaluate(load(Rounded(communicator), folder), stream, CONTEXT, batch=4)
+    return mean_loss_of_engine(Rounded(communicator), folder, stream, None)
+
+
+def mean_loss_of_engine(
+    communicator: Communicator, folder: Path, stream: NDArray[np.int64], kv_dtype: torch.dtype | None
+) -> float:
+    limits = EngineLimits(max_context=CONTEXT, batch_size=1, prefill_chunk=CONTEXT)
+    engine = Engine(load(communicator, folder), communicator, CPU, limits, kv_dtype=kv_dtype)
+    return evaluate(EngineModel(engine), stream, CONTEXT, batch=1)
 
 
 def load(communicator: Communicator, folder: Path) -> PreTrainedModel:
@@ -136,7 +143,8 @@ class EngineModel:
         sequence.pages = self.engine.pages.allocate(pages_for(sequence.num_tokens))
         hidden = self.engine.hidden_states([Part(sequence, 0, len(sequence.prompt))])
         self.engine.pages.release(sequence.pages)
-        return CausalLMOutput(logits=self.engine.decoder.logits(hidden)[None])
+        logits = self.engine.decoder.logits(hidden)
+        return CausalLMOutput(logits=gather_logits(logits, self.engine.sampler.shards, self.engine.communicator)[None])
 
 
 if __name__ == "__main__":
