@@ -21,7 +21,8 @@ from torch.cuda import _utils as cuda_utils
 
 from parallel.kernels.binaries import read_or_compile
 
-# Whether kernels that wait for those before them by themselves (programmatic.cuh) start early where they can.
+# Whether kernels that wait for those before them by themselves (programmatic.cuh) start early where they can; looked at
+# when a graph is captured.
 ENABLED = True
 # What such a source has in it.
 WAIT = "wait_for_predecessors();"
@@ -36,7 +37,7 @@ class Kernel:
 
     `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float. `shared_bytes` is
     the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as programmatic.cuh
-    says, and in a captured graph it starts before they have ended. Only there: elsewhere the kernel right ahead may have
+    says, and in a captured graph starts before they have ended. Only there: elsewhere the kernel right ahead may have
     written the weights, which are not waited for, and the host takes longer to queue a kernel than this would save.
     """
 
@@ -66,7 +67,7 @@ class Kernel:
         with self.lock:
             self.layout.pack_into(self.values, 0, *values)
             block = num_threads, 1, 1, self.shared_bytes, stream
-            if self.waits and torch._C._cuda_isCurrentStreamCapturing():
+            if ENABLED and self.waits and torch._C._cuda_isCurrentStreamCapturing():
                 CONFIG.pack_into(self.config, 0, *grid, *block, self.attribute_at, 1)
                 error = self.launch_early(self.config_at, self.function, self.pointers_at, None)
             else:
@@ -105,7 +106,7 @@ def load_kernel(
         loaded = cast(dict[str, Any], cuda_utils._cuda_load_module(binary, [name]))
         # Above 48 KB a kernel must be told beforehand.
         loaded[name].set_shared_memory_config(shared_bytes)
-    waits = ENABLED and major >= 9 and WAIT in source
+    waits = major >= 9 and WAIT in source
     return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes, waits=waits)
 
 
