@@ -1,8 +1,8 @@
 """Times kernels of decoder layers one after the other, each started when the one before has ended, and early.
 
-`python -m tools.bench_chain`, on a card of sm_90 or later: the layers of Llama-70B on two cards, with random weights, one
-kernel's wait in place of each all-reduce. Microseconds of a layer, and of what it is made of, in replays of a CUDA graph
-(parallel/kernels/programmatic.cuh says what starting early is). The last line on stdout is JSON.
+`python -m tools.bench_chain`, on a card of sm_90 or later: layers of Llama-70B on two cards, with random weights, and a
+kernel that only waits in place of each all-reduce. Microseconds of a layer and of its parts, in replays of a CUDA
+graph; parallel/kernels/programmatic.cuh says what starting early is. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ EPS, GROUP = 1e-5, 128
 HEAD_DIM = 128
 # Of one pass; their weights are several times the L2 cache.
 NUM_LAYERS = 4
+# In a graph.
+PASSES = 5
 Call = Callable[[], Any]
 
 
@@ -83,7 +86,7 @@ def random_weight(bits: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor]
 
 
 class Chain:
-    """The kernels of some layers at one step of `rows` sequences with `context` tokens, on `residual` [rows, hidden]."""
+    """The kernels of layers, at one step of `rows` sequences with `context` tokens; on `residual` [rows, hidden]."""
 
     def __init__(
         self, shape: Shape, rows: int, context: int, *, num_layers: int = NUM_LAYERS, bits: int = 4, stall_us: float = 0
@@ -157,10 +160,10 @@ class Chain:
             "down": self.multiply_down,
         }
 
-    def run(self, names: tuple[str, ...] = ()) -> None:
-        """All layers; of each, these steps only, if there are any."""
+    def run(self, names: tuple[str, ...] = (), passes: int = 1) -> None:
+        """All layers, so many times; of each, these steps only, if there are any."""
         steps = self.steps()
-        for layer in self.layers:
+        for layer in self.layers * passes:
             for name in names or steps:
                 steps[name](layer)
 
@@ -192,7 +195,7 @@ def time_graph(graph: torch.cuda.CUDAGraph, replays: int = 20) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) * 1e3 for a, b in pairwise(events))
 
 
 PARTS = {
@@ -212,7 +215,8 @@ def time_parts(rows: int, context: int, bits: int, stall_us: float) -> list[dict
         row: dict[str, Any] = {"part": name, "rows": rows, "context": context, "bits": bits, "stall_us": stall_us}
         for key, enabled in (("us", False), ("early_us", True)):
             with starting_early(enabled):
-                row[key] = time_graph(capture(partial(chain.run, part))) / len(chain.layers)
+                graph = capture(partial(chain.run, part, PASSES))
+                row[key] = time_graph(graph) / (PASSES * NUM_LAYERS)
         found.append(row)
         print(f"{rows:3} rows, {bits} bits, waits of {stall_us:g} us: {name:21} {row['us']:7.2f} us, "
               f"early {row['early_us']:7.2f} us, {row['us'] - row['early_us']:6.2f} less", flush=True)  # fmt: skip
