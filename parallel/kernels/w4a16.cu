@@ -65,7 +65,8 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
       const int m = t * 8 + g;
       tokens[early ? quarter : 0][t] = make_uint4(0, 0, 0, 0);
       if (m < num_rows)
-        tokens[early ? quarter : 0][t] = load_fresh((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
+        tokens[early ? quarter : 0][t] =
+            load_fresh((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
     }
   };
 

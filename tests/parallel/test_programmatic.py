@@ -18,7 +18,8 @@ TRANSPORTS = Path(transports.__file__).parent
 # Those of a decode step.
 EARLY = {
     *("w4a16.cu", "w8a16.cu", "wide.cu", "fused_norm.cu", "fused_rotary.cu", "fused_silu.cu", "paged_attention.cu"),
-    *("host_memory.cu", "host_memory_dense.cu", "host_memory_norm.cu", "host_memory_two_step.cu"),
+    *("host_memory.cu", "host_memory_dense.cu", "host_memory_int8.cu"),
+    *("host_memory_norm.cu", "host_memory_two_step.cu"),
 }
 FILES = {path.name: path for path in (*KERNELS.glob("*.cu"), *TRANSPORTS.glob("*.cu"))}
 SUCCESSOR = "let_successor_start();"
@@ -30,7 +31,7 @@ READ_ONLY = {"codebook", "norm", "table"}
 
 def kernel_of(name: str) -> tuple[str, str]:
     """The parameters and the body of a file's kernel, or of the macro that makes its kernels; it is the file's end."""
-    text = re.sub(r"//.*|\\$", "", FILES[name].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = re.sub(r"//.*|\\$", "", launch.read_source(FILES[name]), flags=re.MULTILINE)
     _, kernel = text.split('extern "C" __global__ void')
     header, body = kernel.split("{", maxsplit=1)
     return header[header.rindex("(") + 1 : header.rindex(")")], body
@@ -41,7 +42,7 @@ def pointers(parameters: str) -> set[str]:
 
 
 def test_all_of_a_decode_step_start_early() -> None:
-    assert {name for name, path in FILES.items() if launch.WAIT in path.read_text(encoding="utf-8")} == EARLY
+    assert {name for name, path in FILES.items() if launch.WAIT in launch.read_source(path)} == EARLY
 
 
 @pytest.mark.parametrize("name", sorted(EARLY))
