@@ -76,7 +76,7 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
         return {"parts": None, "problem": problem_text(pieces, num_steps)}
     parts: dict[str, float] = dict.fromkeys(NAMES, 0.0)
     others: dict[str, float] = {}
-    for step in steps:
+    for step in map(one_after_another, steps):
         for piece, part in zip(step, parts_of([piece.name for piece in step]), strict=True):
             parts[part] += piece.us / num_steps
             if part == OTHER:
@@ -99,6 +99,15 @@ def split_steps(pieces: Sequence[Piece], num_steps: int) -> list[Sequence[Piece]
     if not pieces or len(pieces) % (num_steps + 1):
         return None
     return [pieces[start : start + size] for start in range(size, len(pieces), size)]
+
+
+def one_after_another(pieces: Sequence[Piece]) -> list[Piece]:
+    """Each from where all before it had ended: kernels that start early have until then only waited for these."""
+    found, end_us = [], 0.0
+    for piece in pieces:
+        start_us, end_us = max(piece.start_us, end_us), max(piece.start_us + piece.us, end_us)
+        found.append(Piece(piece.name, start_us, end_us - start_us))
+    return found
 
 
 def problem_text(pieces: Sequence[Piece], num_steps: int) -> str:

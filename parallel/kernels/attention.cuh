@@ -5,6 +5,8 @@
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
 
+#include "programmatic.cuh"
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

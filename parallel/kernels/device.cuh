@@ -4,6 +4,8 @@
 #ifndef DEVICE_CUH
 #define DEVICE_CUH
 
+#include "programmatic.cuh"
+
 typedef unsigned int u32;
 
 // Shared memory whose size the launch gives.

@@ -20,8 +20,10 @@ __device__ __forceinline__ float sum_block(float value) {
 
 // pieces: of 16 bytes in a row; strides in pieces. residual may be null.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-rms_norm(const uint4* __restrict__ hidden, uint4* __restrict__ residual, const uint4* __restrict__ weight,
+rms_norm(const uint4* __restrict__ hidden, uint4* residual, const uint4* __restrict__ weight,
          uint4* __restrict__ out, int pieces, int hidden_stride, int residual_stride, float eps) {
+  wait_for_predecessors();
+  let_successor_start();
   const size_t row = blockIdx.x;
   hidden += row * hidden_stride;
   out += row * pieces;
@@ -30,7 +32,7 @@ rms_norm(const uint4* __restrict__ hidden, uint4* __restrict__ residual, const u
 #pragma unroll
   for (int i = 0; i < VECTORS; i++) {
     const int at = threadIdx.x + i * blockDim.x;
-    if (at < pieces) x[i] = hidden[at];
+    if (at < pieces) x[i] = load_fresh(hidden + at);
   }
   if (residual) {
     residual += row * residual_stride;
@@ -51,7 +53,7 @@ rms_norm(const uint4* __restrict__ hidden, uint4* __restrict__ residual, const u
 #pragma unroll
   for (int i = 0; i < VECTORS; i++) {
     const int at = threadIdx.x + i * blockDim.x;
-    if (at < pieces) w[i] = __ldg(weight + at);
+    if (at < pieces) w[i] = load_fresh(weight + at);
   }
 
   float sum = 0;

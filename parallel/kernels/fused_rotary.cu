@@ -67,8 +67,8 @@ __device__ __forceinline__ void scale8(float* x, float factor, const uint4& weig
   }
 }
 
-__device__ __forceinline__ void load8(const float4* from, float* x) {
-  const float4 a = __ldg(from), b = __ldg(from + 1);
+__device__ __forceinline__ void load8(const float4* table, float* x) {
+  const float4 a = __ldg(table), b = __ldg(table + 1);
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
 }
 
@@ -79,17 +79,19 @@ rotary_and_cache(const uint4* __restrict__ qkv, const float4* __restrict__ cos, 
                  void* __restrict__ value_pages, uint4* __restrict__ query, const uint4* __restrict__ q_norm,
                  const uint4* __restrict__ k_norm, i64 key_stride, i64 value_stride, int row_stride, int heads,
                  int kv_heads, float eps) {
+  wait_for_predecessors();
+  let_successor_start();
   const size_t token = blockIdx.x;
   const int unit = blockIdx.y * (THREADS / GROUP) + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
   const bool works = unit < heads + 2 * kv_heads && lane < LANES;
   const bool is_query = unit < heads, is_value = unit >= heads + kv_heads;
-  const i64 position = __ldg(positions + token), slot = __ldg(slots + token);
+  const i64 position = load_fresh(positions + token), slot = load_fresh(slots + token);
 
   float first[8] = {}, second[8] = {};
   if (works) {
     const uint4* from = qkv + token * row_stride + unit * (2 * LANES) + lane;
-    unpack8(__ldg(from), first);
-    unpack8(__ldg(from + LANES), second);
+    unpack8(load_fresh(from), first);
+    unpack8(load_fresh(from + LANES), second);
   }
   if (q_norm || k_norm) {
     float sum = 0;

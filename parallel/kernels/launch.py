@@ -21,16 +21,31 @@ from torch.cuda import _utils as cuda_utils
 
 from parallel.kernels.binaries import read_or_compile
 
+# Whether kernels that wait for those before them by themselves (programmatic.cuh) start early where they can; looked at
+# when a graph is captured.
+ENABLED = True
+# What such a source has in it.
+WAIT = "wait_for_predecessors();"
+# cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 1; a CUlaunchAttribute, its value in 64 bytes.
+START_EARLY = struct.pack("@I4xi60x", 6, 1)
+# cuda.h, CUlaunchConfig: grid, block, shared bytes; stream, attributes, their number.
+CONFIG = struct.Struct("@7IPPI4x")
+
 
 class Kernel:
     """A compiled kernel on one card.
 
     `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float. `shared_bytes` is
-    the dynamic shared memory of a block.
+    the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as programmatic.cuh
+    says, and in a captured graph starts before they have ended. Only there: elsewhere the kernel right ahead may have
+    written the weights, which are not waited for, and the host takes longer to queue a kernel than this would save.
     """
 
-    def __init__(self, function: int, parameters: str, device_index: int, shared_bytes: int = 0) -> None:
+    def __init__(
+        self, function: int, parameters: str, device_index: int, shared_bytes: int = 0, *, waits: bool = False
+    ) -> None:
         self.function, self.device_index, self.shared_bytes = function, device_index, shared_bytes
+        self.waits = waits
         self.layout = struct.Struct(f"@{parameters}")
         self.values = ctypes.create_string_buffer(self.layout.size)
         # The driver copies parameters while it is called, so that one place serves every call.
@@ -38,7 +53,12 @@ class Kernel:
         self.pointers = (ctypes.c_void_p * len(parameters))(*(start + at for at in offsets(parameters)))
         self.pointers_at = ctypes.addressof(self.pointers)
         self.lock = Lock()
-        self.launch = open_driver().cuLaunchKernel
+        self.attribute = ctypes.create_string_buffer(START_EARLY)
+        self.attribute_at = ctypes.addressof(self.attribute)
+        self.config = ctypes.create_string_buffer(CONFIG.size)
+        self.config_at = ctypes.addressof(self.config)
+        driver = open_driver()
+        self.launch, self.launch_early = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 
     def __call__(self, grid: Sequence[int], num_threads: int, *arguments: Tensor | int | float | None) -> None:
         """Three numbers of blocks; on the current stream. A pointer is a tensor on the card, or None."""
@@ -46,9 +66,12 @@ class Kernel:
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         with self.lock:
             self.layout.pack_into(self.values, 0, *values)
-            error = self.launch(
-                self.function, *grid, num_threads, 1, 1, self.shared_bytes, stream, self.pointers_at, None
-            )
+            block = num_threads, 1, 1, self.shared_bytes, stream
+            if ENABLED and self.waits and torch._C._cuda_isCurrentStreamCapturing():
+                CONFIG.pack_into(self.config, 0, *grid, *block, self.attribute_at, 1)
+                error = self.launch_early(self.config_at, self.function, self.pointers_at, None)
+            else:
+                error = self.launch(self.function, *grid, *block, self.pointers_at, None)
         if error:
             cuda_utils._check_cuda(error)
 
@@ -64,6 +87,7 @@ def open_driver() -> ctypes.CDLL:
     driver = cuda_utils._get_gpu_runtime_library()
     pointer, count = ctypes.c_void_p, ctypes.c_uint
     driver.cuLaunchKernel.argtypes = [pointer, *[count] * 7, pointer, pointer, pointer]
+    driver.cuLaunchKernelEx.argtypes = [pointer] * 4
     return driver
 
 
@@ -76,12 +100,14 @@ def load_kernel(
     Raises RuntimeError with NVRTC's log, OSError where there is no NVRTC.
     """
     major, minor = torch.cuda.get_device_capability(device_index)
-    binary = read_or_compile(read_source(path), name, options, f"{major}{minor}")
+    source = read_source(path)
+    binary = read_or_compile(source, name, options, f"{major}{minor}")
     with torch.cuda.device(device_index):
         loaded = cast(dict[str, Any], cuda_utils._cuda_load_module(binary, [name]))
         # Above 48 KB a kernel must be told beforehand.
         loaded[name].set_shared_memory_config(shared_bytes)
-    return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes)
+    waits = major >= 9 and WAIT in source
+    return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes, waits=waits)
 
 
 @cache

@@ -41,6 +41,8 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
                 const int* __restrict__ block_table, const int* __restrict__ lengths, const int* __restrict__ starts,
                 const u64* __restrict__ masks, u16* out, float* partial, float* maxima_sums, float scale_log2,
                 int query_stride, int table_stride, int max_pages, int kv_heads, int group, int rows) {
+  wait_for_predecessors();
+  let_successor_start();
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
   // The same in all lanes, as the compiler cannot know by itself.
   const int warp = __shfl_sync(FULL, (int)threadIdx.x >> 5, 0);
@@ -52,11 +54,11 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   // Lane i holds the page of this warp's tile i, for 32 tiles at a time.
   auto look_up = [&](int i) {
     const int index = (first_tile + (i + lane) * tile_step) / (PAGE_SIZE / TILE);
-    return index < max_pages ? __ldg(block_table + (size_t)sequence * table_stride + index) : 0;
+    return index < max_pages ? load_fresh(block_table + (size_t)sequence * table_stride + index) : 0;
   };
   int pages = look_up(0);
-  const int length = min(__ldg(lengths + sequence), max_pages * PAGE_SIZE);
-  const int start = TREE ? __ldg(starts + sequence) : length;
+  const int length = min(load_fresh(lengths + sequence), max_pages * PAGE_SIZE);
+  const int start = TREE ? load_fresh(starts + sequence) : length;
 
   auto row_of = [&](int column) { return TREE ? (first_column + column) / group : 0; };
   // Of a column, in query heads.
@@ -113,7 +115,7 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     const int dim = KV_FP8 ? i / 2 * 64 + c * 16 + i % 2 * 8 : i * 32 + c * 8;
     const u16* own_row = query + (size_t)(sequence * rows + row) * query_stride;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (column < num_columns) v = __ldg((const uint4*)(own_row + head_at(column, row) * HEAD_DIM + dim));
+    if (column < num_columns) v = load_fresh((const uint4*)(own_row + head_at(column, row) * HEAD_DIM + dim));
     return make_uint4(convert_query(v.x), convert_query(v.y), convert_query(v.z), convert_query(v.w));
   };
   uint4 own_query[QUERY_SHARED ? 1 : NT][QUERY_PARTS];
@@ -125,7 +127,7 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     for (int at = 0; at < NT * QUERY_PARTS; at++)
       own_query[QUERY_SHARED ? 0 : at / QUERY_PARTS][at % QUERY_PARTS] = load_query(at / QUERY_PARTS, at % QUERY_PARTS);
   }
-  if (TREE && threadIdx.x < rows) row_masks[threadIdx.x] = __ldg(masks + sequence * rows + threadIdx.x);
+  if (TREE && threadIdx.x < rows) row_masks[threadIdx.x] = load_fresh(masks + sequence * rows + threadIdx.x);
   if (TREE || QUERY_SHARED) __syncthreads();
   auto query_part = [&](int n, int i) {
     return QUERY_SHARED ? shared_query[n * QUERY_PARTS + i][lane] : own_query[QUERY_SHARED ? 0 : n][i];

@@ -51,6 +51,10 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
   float acc[RT][NT][4] = {};
 #pragma unroll
   for (int d = 0; d < DEPTH - 1; d++) fetch(warp + d * WARPS, d);
+  const int ahead = min(units, AHEAD_BYTES / (num_tiles * UNIT_BYTES));
+  prefetch_tiles<SWIGLU>(weights, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, WEIGHT_BYTES);
+  prefetch_tiles<SWIGLU>(scales, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, PARTS * GROUP_BYTES);
+  wait_for_predecessors();
 
   // Where they fit into registers, the activations of a whole unit are on their way while its weights are waited for.
   constexpr bool early = NT <= 2;
@@ -61,7 +65,8 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
       const int m = t * 8 + g;
       tokens[early ? quarter : 0][t] = make_uint4(0, 0, 0, 0);
       if (m < num_rows)
-        tokens[early ? quarter : 0][t] = __ldg((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
+        tokens[early ? quarter : 0][t] =
+            load_fresh((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
     }
   };
 
@@ -126,6 +131,7 @@ w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
     }
   }
 
+  let_successor_start();
   await_copies<0>();
   __syncthreads();
   store_sums<RT, NT, WARPS, SWIGLU>(acc, memory, y, tile0, num_out, num_rows, UNIT);

@@ -48,6 +48,9 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
   float acc[RT][NT][4] = {};
 #pragma unroll
   for (int d = 0; d < DEPTH - 1; d++) fetch(warp + d * WARPS, d);
+  const int ahead = min(units, AHEAD_BYTES / (num_tiles * UNIT_BYTES));
+  prefetch_tiles<SWIGLU>(weights, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, WEIGHT_BYTES);
+  if (GROUPED) prefetch_tiles<SWIGLU>(scales, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, GROUP_BYTES);
 
   u32 scale[RT][2];
   if (!GROUPED) {
@@ -56,6 +59,7 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
 #pragma unroll
       for (int i = 0; i < 2; i++) scale[r][i] = load_scale(s + tile_at<SWIGLU>(r, num_tiles) * GROUP_BYTES, g, i);
   }
+  wait_for_predecessors();
 
   // Where they fit into registers, the activations of a whole unit are on their way while its weights are waited for.
   constexpr bool early = NT <= 2;
@@ -66,7 +70,8 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
       const int m = t * 8 + g;
       tokens[early ? quarter : 0][t] = make_uint4(0, 0, 0, 0);
       if (m < num_rows)
-        tokens[early ? quarter : 0][t] = __ldg((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
+        tokens[early ? quarter : 0][t] =
+            load_fresh((const uint4*)(x + (size_t)m * num_in + unit * 128 + quarter * 32 + c * 8));
     }
   };
 
@@ -128,6 +133,7 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
         for (int j = 0; j < 4; j++) acc[r][t][j] *= scale_of(scale[r][j >> 1]);
   }
 
+  let_successor_start();
   await_copies<0>();
   __syncthreads();
   store_sums<RT, NT, WARPS, SWIGLU>(acc, memory, y, tile0, num_out, num_rows, UNIT);

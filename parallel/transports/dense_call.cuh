@@ -145,6 +145,8 @@ struct Call {
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
   name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_tiles, int rank,                 \
        int timeout_ms) {                                                                                               \
+    wait_for_predecessors();                                                                                           \
+    let_successor_start();                                                                                             \
     const int lane = threadIdx.x % LANES;                                                                              \
     Call call = {in, out, state, region, num_bytes / UNIT_BYTES, slot_tiles, rank, lane, watch_for(timeout_ms)};       \
     call.run<element>();                                                                                               \

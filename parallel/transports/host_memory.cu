@@ -123,6 +123,8 @@ __device__ __forceinline__ void exchange(const u8* in, u8* out, State* state, u8
 #define KERNEL(name, step)                                                                                             \
   extern "C" __global__ void __launch_bounds__(512)                                                                    \
   name(const u8* in, u8* out, State* state, u8* region, int num_bytes, int slot_lines, int rank, int timeout_ms) {     \
+    wait_for_predecessors();                                                                                           \
+    let_successor_start();                                                                                             \
     exchange<step>(in, out, state, region, num_bytes, slot_lines, rank, timeout_ms);                                   \
   }
 

@@ -8,6 +8,8 @@
 //
 // Defined by the host: WORLD, the number of ranks.
 
+#include "../kernels/programmatic.cuh"
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned char u8;

@@ -159,7 +159,7 @@ struct Call {
     load(residual, x);
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
-      w[i] = has_piece(i) ? __ldg(weight + thread() + i * row_threads()) : make_uint4(0, 0, 0, 0);
+      w[i] = has_piece(i) ? load_fresh(weight + thread() + i * row_threads()) : make_uint4(0, 0, 0, 0);
 
     uint4 lines[WORLD * LINES] = {};
     const bool lost = (gridDim.x >= LOOK_ROWS * row_blocks && !wait()) || !read_peers(lines);
@@ -183,6 +183,8 @@ struct Call {
 extern "C" __global__ void __launch_bounds__(512)
 reduce_bfloat16_and_norm(const uint4* in, uint4* residual, const uint4* weight, uint4* out, State* state, u64* sums,
                          u8* region, int pieces, int slot_lines, int row_blocks, int rank, int timeout_ms, float eps) {
+  wait_for_predecessors();
+  let_successor_start();
   Call call = {state, sums, region, pieces, slot_lines, row_blocks, rank, watch_for(timeout_ms)};
   call.run(in, residual, weight, out, eps);
 }

@@ -164,6 +164,8 @@ struct Call {
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
   name(const uint4* in, uint4* out, State* state, u8* region, int num_bytes, int slot_units, int rank,                 \
        int timeout_ms) {                                                                                               \
+    wait_for_predecessors();                                                                                           \
+    let_successor_start();                                                                                             \
     u32 epoch;                                                                                                         \
     if (!begin(state, epoch)) return;                                                                                  \
     const int units = num_bytes / UNIT_BYTES;                                                                          \

@@ -94,6 +94,12 @@ def test_times_are_means_over_the_steps_but_the_first() -> None:
     assert (found["other_us"], found["problem"]) == ({"odd": 5.0}, None)
 
 
+def test_a_kernel_that_starts_early_counts_from_the_end_of_those_before() -> None:
+    step = [("w4a16", 0.0, 30.0), ("rms_norm", 20.0, 15.0), ("odd", 25.0, 5.0), ("w4a16", 36.0, 4.0)]
+    us = {name: part["us"] for name, part in break_down(steps_of(step, step), num_steps=1)["parts"].items()}
+    assert (us["linears"], us["norms"], us["other"], us["head"], us["between"]) == (30.0, 5.0, 0.0, 4.0, 1.0)
+
+
 @pytest.mark.parametrize("num_pieces", (0, 7))
 def test_steps_that_cannot_be_told_apart_give_nothing_but_why(num_pieces: int) -> None:
     found = break_down([Piece("w4a16", float(n), 1.0) for n in range(num_pieces)], num_steps=2)

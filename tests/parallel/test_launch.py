@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,28 +21,100 @@ def test_parameters_lie_as_in_a_struct_of_c() -> None:
     assert launch.offsets("iPfq") == [getattr(Members, name).offset for name in "abcd"]
 
 
-def test_the_driver_gets_every_parameter_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-    types = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, ctypes.c_longlong)
+class Attribute(ctypes.Structure):
+    """cuda.h: CUlaunchAttribute."""
 
-    def launch_kernel(*arguments: Any) -> int:
-        places = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p))
-        values = [ctypes.cast(places[i], ctypes.POINTER(kind))[0] for i, kind in enumerate(types)]
-        calls.append((*arguments[:9], *values))
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class Config(ctypes.Structure):
+    """cuda.h: CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+TYPES = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, ctypes.c_longlong)
+
+
+class Driver:
+    """Keeps what it was called with: kernel, grid, block, shared bytes and stream, attributes, parameters."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        pointer, count = ctypes.c_void_p, ctypes.c_uint
+        plain = ctypes.CFUNCTYPE(ctypes.c_int, pointer, *[count] * 7, pointer, pointer, pointer)
+        extended = ctypes.CFUNCTYPE(ctypes.c_int, *[pointer] * 4)
+        entries = {"cuLaunchKernel": plain(self.launch), "cuLaunchKernelEx": extended(self.launch_extended)}
+        monkeypatch.setattr(launch, "open_driver", lambda: SimpleNamespace(**entries))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+
+    def launch(self, *arguments: Any) -> int:
+        self.calls.append((*arguments[:9], *values_at(arguments[9])))
         return 0
 
-    pointer, count = ctypes.c_void_p, ctypes.c_uint
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int, pointer, *[count] * 7, pointer, pointer, pointer)
-    monkeypatch.setattr(launch, "open_driver", lambda: SimpleNamespace(cuLaunchKernel=prototype(launch_kernel)))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    def launch_extended(self, config: int, function: int, parameters: int, extra: int | None) -> int:
+        found = Config.from_address(config)
+        attributes = [(found.attributes[i].id, found.attributes[i].value) for i in range(found.num_attributes)]
+        sizes = (*found.grid, *found.block, found.shared_bytes)
+        self.calls.append((function, *sizes, found.stream, attributes, *values_at(parameters)))
+        return 0
+
+
+def values_at(parameters: int) -> list[Any]:
+    places = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+    return [ctypes.cast(places[i], ctypes.POINTER(kind))[0] for i, kind in enumerate(TYPES)]
+
+
+def test_the_driver_gets_every_parameter_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
     kernel = launch.Kernel(77, "PiPfq", 3, shared_bytes=640)
     tensor = torch.zeros(2)
     kernel((4, 5, 6), 128, tensor, -3, None, 0.5, 2**40)
     kernel((1, 1, 1), 32, None, 9, tensor, 0.25, -1)
-    assert calls == [
+    assert driver.calls == [
         (77, 4, 5, 6, 128, 1, 1, 640, 1003, tensor.data_ptr(), -3, None, 0.5, 2**40),
         (77, 1, 1, 1, 32, 1, 1, 640, 1003, None, 9, tensor.data_ptr(), 0.25, -1),
     ]
+
+
+def test_kernels_that_wait_by_themselves_start_early_in_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, is_capturing = Driver(monkeypatch), True
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: is_capturing, raising=False)
+    waiting, plain = (launch.Kernel(78, "PiPfq", 3, shared_bytes=640, waits=waits) for waits in (True, False))
+    for kernel in (waiting, plain):
+        kernel((4, 5, 6), 128, None, -3, None, 0.5, 2**40)
+    is_capturing = False
+    waiting((1, 1, 1), 32, None, 9, None, 0.25, -1)
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6.
+    assert driver.calls == [
+        (78, 4, 5, 6, 128, 1, 1, 640, 1003, [(6, 1)], None, -3, None, 0.5, 2**40),
+        (78, 4, 5, 6, 128, 1, 1, 640, 1003, None, -3, None, 0.5, 2**40),
+        (78, 1, 1, 1, 32, 1, 1, 640, 1003, None, 9, None, 0.25, -1),
+    ]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_only_cards_from_sm_90_on_start_kernels_early(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], expected: bool
+) -> None:
+    Driver(monkeypatch)
+    loaded = SimpleNamespace(func=ctypes.c_void_p(5), set_shared_memory_config=lambda num_bytes: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(launch, "read_or_compile", lambda *arguments: b"")
+    monkeypatch.setattr(launch.cuda_utils, "_cuda_load_module", lambda binary, names: {"k": loaded})
+    texts = {"waits.cu": "{ wait_for_predecessors(); }", "defines.cu": "void wait_for_predecessors() {}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        kernel = launch.load_kernel(tmp_path / name, "k", (), "P", 0)
+        assert kernel.waits == (expected and name == "waits.cu")
 
 
 def test_sources_hold_what_they_include() -> None:
