@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import pages_for
+from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.linear import swapped_communicator
@@ -37,7 +39,7 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))
         parts = [Part(sequence, 0, len(sequence.prompt)) for sequence in sequences]
-        with swapped_communicator(engine.models, communicator):
+        with swapped_communicator(engine.models, communicator), swapped_graphs(engine, communicator, sum(lengths)):
 
             def run() -> None:
                 engine.hidden_states(parts)
@@ -46,3 +48,16 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
+
+
+@contextmanager
+def swapped_graphs(engine: Engine, communicator: Communicator, num_tokens: int) -> Iterator[None]:
+    """Passes of so many tokens are captured anew where others than those of `communicator` would be replayed."""
+    before, graphs = engine.target, engine.target.graphs
+    if graphs is not None and num_tokens <= graphs.max_rows and communicator is not engine.communicator:
+        sizes = (graphs.size_for(num_tokens),)
+        engine.target = replace(before, graphs=PassGraphs(engine.decoder, engine.caches, sizes, graphs.pool))
+    try:
+        yield
+    finally:
+        engine.target = before
