@@ -10,7 +10,6 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import pages_for
-from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.linear import swapped_communicator
@@ -55,8 +54,7 @@ def swapped_graphs(engine: Engine, communicator: Communicator, num_tokens: int) 
     """Passes of so many tokens are captured anew where others than those of `communicator` would be replayed."""
     before, graphs = engine.target, engine.target.graphs
     if graphs is not None and num_tokens <= graphs.max_rows and communicator is not engine.communicator:
-        sizes = (graphs.size_for(num_tokens),)
-        engine.target = replace(before, graphs=PassGraphs(engine.decoder, engine.caches, sizes, graphs.pool))
+        engine.target = replace(before, graphs=graphs.anew(num_tokens))
     try:
         yield
     finally:

@@ -63,10 +63,8 @@ class Decoder:
         residual = self.model.model.embed_tokens(tokens.ids)
         update: Update | None = None
         for layer, cache in zip(self.layers(), caches, strict=True):
-            query = self.queries(layer, residual, update, tokens, cache)
-            # More ranks than KV heads: nothing to attend with, but zeros are to be added to the sum.
-            attended = attend(query, cache) if self.num_heads else query
-            update = self.after_attention(layer, residual, attended.flatten(1))
+            update = self._attention(layer, residual, update, tokens, attend, cache)
+            update = self.mlp(layer, residual, update)
         assert update is not None
         return residual.add_(update.total())
 
@@ -81,11 +79,9 @@ class Decoder:
             return normed.new_empty(len(normed), 0, self.head_dim)
         return self.rotate(layer.self_attn, layer.self_attn.qkv(normed), tokens, cache)
 
-    def after_attention(self, layer: Any, residual: Tensor, attended: Tensor) -> Update:
-        """A layer from [tokens, local heads * head_dim] on; what is still to be added to `residual`."""
-        normed = layer.self_attn.o_proj.update(attended).add_norm(
-            residual, layer.post_attention_layernorm.weight, self.eps
-        )
+    def mlp(self, layer: Any, residual: Tensor, update: Update) -> Update:
+        """A layer from its attention's `update` on: adds that to `residual`; what is to be added next."""
+        normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
         return self._mlp(layer.mlp, normed)
 
     def layers(self) -> Iterator[Any]:
@@ -97,6 +93,14 @@ class Decoder:
         """[rows, hidden] -> [rows, local vocabulary]"""
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
+
+    def _attention(
+        self, layer: Any, residual: Tensor, update: Update | None, tokens: Tokens, attend: Attend, cache: PagedKV
+    ) -> Update:
+        query = self.queries(layer, residual, update, tokens, cache)
+        # With more ranks than KV heads: nothing to do here but to add zeros to the sum.
+        attended = attend(query, cache) if self.num_heads else query
+        return layer.self_attn.o_proj.update(attended.flatten(1))
 
     def _mlp(self, mlp: Any, normed: Tensor) -> Update:
         activated = silu_mul(mlp.gate_up(normed))

@@ -28,7 +28,7 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.pages import PagedKV
 from parallel.engine.side_stream import SideStream, Sum, side_stream
-from parallel.kernels.blocks import products, products_ahead
+from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import add_rms_norm, rms_norm, silu_mul
 
 # Blocks of gate and up that the first half is multiplied by before the sum of the second is waited for. Where memory is
@@ -121,7 +121,7 @@ class PassInHalves:
         attention, normed = layer.self_attn, self.normed(layer.input_layernorm)
         if self.decoder.num_heads == 0:
             return (rows.new_empty(len(rows), 0, self.decoder.head_dim) for rows in normed)
-        qkv = products(attention.qkv.blocks(self.dtype), normed)
+        qkv = products_at_once(attention.qkv.blocks(self.dtype), normed)
         return (
             self.decoder.rotate(attention, rows, half.tokens, cache)
             for half, rows in zip(self.halves, qkv, strict=True)

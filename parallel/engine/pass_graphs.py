@@ -46,7 +46,7 @@ class PassGraphs:
         pool: Any = None,
         record: Callable[[Pieces, Any], list[Replay]] = capture_pieces,
     ) -> None:
-        self.decoder, self.caches, self.pool = decoder, caches, pool
+        self.decoder, self.caches, self.pool, self.record = decoder, caches, pool, record
         self.max_rows = max(sizes)
         buffers = PassBuffers.empty(decoder, self.max_rows)
         # The largest first: the others fit into its memory.
@@ -68,4 +68,9 @@ class PassGraphs:
         return buffers.residual[:num_tokens]
 
     def size_for(self, num_tokens: int) -> int:
+        """Rows of the graphs that take so many tokens."""
         return min(size for size in self.replays if size >= num_tokens)
+
+    def anew(self, num_tokens: int) -> PassGraphs:
+        """Of passes of so many tokens alone, with the communicator that layers talk through by now."""
+        return PassGraphs(self.decoder, self.caches, (self.size_for(num_tokens),), self.pool, self.record)

@@ -81,7 +81,8 @@ class Pieces:
         decoder, buffers = self.decoder, self.buffers
         update: Update | None = None
         if place > 0:
-            update = decoder.after_attention(self.layers[place - 1], buffers.residual, buffers.attended)
+            before = self.layers[place - 1]
+            update = decoder.mlp(before, buffers.residual, before.self_attn.o_proj.update(buffers.attended))
         if place < len(self.layers):
             layer, cache = self.layers[place], self.caches[place]
             buffers.queries.copy_(decoder.queries(layer, buffers.residual, update, self.tokens, cache))

@@ -80,6 +80,16 @@ def multiply_each(block: Block, pending: Iterable[tuple[Tensor, Tensor]]) -> Ite
         yield rows, output
 
 
+def products_at_once(blocks: Sequence[Block], inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """As `products`, but each input is asked for after the product of the one before is given: all blocks are held."""
+    weights = [block.weight() for block in blocks]
+    for rows in inputs:
+        output = rows.new_empty(len(rows), blocks[-1].outputs.stop)
+        for block, weight in zip(blocks, weights, strict=True):
+            block.multiply(rows, weight, output)
+        yield output
+
+
 def products_ahead(
     blocks: Sequence[Block], inputs: Iterable[Tensor], row_counts: tuple[int, int], num_ahead: int
 ) -> Tensor:
