@@ -74,7 +74,8 @@ class Engine:
 
     @property
     def captures(self) -> bool:
-        """Whether steps and passes of prompts are captured as graphs; see parallel/offload/streamer.py for why streamed ones are not."""
+        """Whether steps and passes of prompts are captured as graphs; parallel/offload/streamer.py says why streamed
+        ones are not."""
         return self.device.type == "cuda" and self.streamer is None
 
     @property

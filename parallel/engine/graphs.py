@@ -27,9 +27,7 @@ class StepGraphs:
 
 
 @torch.inference_mode()
-def capture(
-    run: Callable[[], None], pool: Any = None, num_warm_ups: int = NUM_WARM_UPS
-) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], None], pool: Any = None, num_warm_ups: int = NUM_WARM_UPS) -> torch.cuda.CUDAGraph:
     """What `run` does on the card, as a graph; it is run before, too."""
     for _ in range(num_warm_ups):
         run()

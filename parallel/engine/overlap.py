@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -149,12 +149,13 @@ class PassInHalves:
             half.bias = self.lasting(linear.bias)
 
     def start_column_sums(self, linear: Any, rows: Tensor) -> None:
-        """Multiplies `rows` of both halves by a row-parallel linear, and starts a sum as soon as its columns are there."""
+        """Multiplies `rows` of both halves by a row-parallel linear; starts each sum once its columns are there."""
+        start = partial(self.side.start_all_reduce, linear.communicator)
         *blocks, last = linear.blocks(self.dtype)
-        sums = [self.side.start_all_reduce(linear.communicator, block.product(rows, block.weight())) for block in blocks]
+        sums = [start(block.product(rows, block.weight())) for block in blocks]
         weight = last.weight()
         for half in self.halves:
-            own = self.side.start_all_reduce(linear.communicator, last.product(rows[half.rows], weight))
+            own = start(last.product(rows[half.rows], weight))
             half.update = [*(Columns(each, half.rows) for each in sums), Columns(own, slice(None))]
             half.bias = self.lasting(linear.bias)
 

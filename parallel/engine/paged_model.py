@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_cut
 from parallel.engine.overlap import run_in_halves
-from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
+from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
 from parallel.engine.tree_rows import TreeRows
@@ -43,8 +43,7 @@ class PagedModel:
     graphs: PassGraphs | None = None
 
     def part_states(self, parts: Ordered[Part]) -> Tensor:
-        """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; their keys and values
-        are cached."""
+        """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
         columns = part_tokens(parts, self.caches[0].keys.device)
         if self.graphs is not None and columns.shape[1] <= self.graphs.max_rows:
             return self.graphs.run(columns, self._attend_parts(parts))

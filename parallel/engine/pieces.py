@@ -49,15 +49,15 @@ class PassBuffers:
         )
 
     def put(self, tokens: Tensor) -> None:
-        """Takes [3, tokens], of which there are no more than rows. Rows beyond them write to page 0, which is nobody's."""
+        """Takes [3, tokens], as many as there are rows or fewer. The rows beyond write to page 0, which is nobody's."""
         num_tokens = tokens.shape[1]
         self.tokens[:, :num_tokens] = tokens
         self.tokens[:, num_tokens:] = 0
 
 
 class Pieces:
-    """A pass over all rows of `buffers`, in pieces: 0 comes before the attention of the first layer, the last after that
-    of the last. Each reads and writes the buffers, and nothing of the host."""
+    """A pass over all rows of `buffers`: piece 0 comes before the attention of the first layer, the last after that of
+    the last. Each reads and writes the buffers, and nothing of the host."""
 
     def __init__(self, decoder: Decoder, caches: Sequence[PagedKV], buffers: PassBuffers) -> None:
         assert decoder.streamer is None, "the weights of a graph stay where they are"

@@ -110,9 +110,7 @@ def answers_in_pieces(
     communicator: Communicator, folder: Path, in_pieces: bool, speculation: Speculation | None
 ) -> tuple[list[list[int]], set[int]]:
     """Of prompts that are read in chunks beside decode steps, twice: the second time their pages are there already."""
-    engine = make_engine(
-        communicator, folder, max_context=192, prefill_chunk=16, batch_size=2, speculation=speculation
-    )
+    engine = make_engine(communicator, folder, max_context=192, prefill_chunk=16, batch_size=2, speculation=speculation)
     if in_pieces:
         put_pieces(engine)
     prompts = [(prompt * 9)[: 70 + 5 * row] for row, prompt in enumerate(prompts_of("llama"))]
