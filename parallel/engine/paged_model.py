@@ -46,7 +46,8 @@ class PagedModel:
         """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
         columns = part_tokens(parts, self.caches[0].keys.device)
         if self.graphs is not None and columns.shape[1] <= self.graphs.max_rows:
-            return self.graphs.run(columns, self._attend_parts(parts))
+            places = [(part.start, part.end) for part in parts]
+            return self.graphs.run(columns, places, self._attend_parts(parts))
         tokens = Tokens(*columns)
         cut = choose_cut(len(tokens.ids), self.decoder.world_size)
         if cut is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,6 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.merged import LayerMerger
 from parallel.engine.pages import pages_for
 from parallel.engine.pass_graphs import PassGraphs
-from parallel.engine.pieces import Pieces
 from parallel.engine.sequence import Sequence
 from parallel.kernels import grouping
 from parallel.shard import share_process_group
@@ -66,9 +65,9 @@ def open_engine(communicator: Communicator, kind: str, *, is_graphed: bool) -> E
     return Engine(model.module, communicator, DEVICE, EngineLimits(2048, 4, 2048))
 
 
-def launched(pieces: Pieces, pool: object) -> list[partial[None]]:
+def launched(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
     """In place of graphs."""
-    return [partial(pieces.run, place) for place in range(len(pieces))]
+    return list(calls)
 
 
 def pass_states(engine: Engine, parts: tuple[tuple[int, int], ...]) -> tuple[Tensor, float]:
@@ -101,7 +100,7 @@ def find(communicator: Communicator, kind: str) -> list[Found]:
     graphed, found = engine.target, []
     assert graphed.graphs is not None
     in_pieces = replace(
-        graphed, graphs=PassGraphs(engine.decoder, engine.caches, tuple(graphed.graphs.replays), None, launched)
+        graphed, graphs=PassGraphs(engine.decoder, engine.caches, tuple(graphed.graphs.passes), None, launched)
     )
     for parts in PASSES:
         engine.target = replace(graphed, graphs=None)
@@ -155,7 +154,7 @@ def sums_in_passes(communicator: Communicator) -> tuple[float, float]:
             run()
             graphs = engine.target.graphs
             assert graphs is not None
-            states.append(graphs.replays[512][0].residual[:500].float().clone())
+            states.append(graphs.passes[512].buffers.residual[:500].float().clone())
     communicator.barrier()
     with_sums, without, again = states
     return float((without - with_sums).std()), float((again - with_sums).std())

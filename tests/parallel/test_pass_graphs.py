@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, overlap, pieces
+from parallel.engine import limits, overlap, pass_graphs, pieces
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.pages import pages_for
 from parallel.engine.pass_graphs import PassGraphs
-from parallel.engine.pieces import Pieces
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from tests.parallel.quantized_models import write_pair
@@ -27,28 +26,30 @@ from tests.parallel.small_models import prompts_of
 from tests.parallel.test_overlap import PASSES, pass_states, split_weights
 
 SIZES = (4, 9, 16, 48, 64)
-replayed: list[int] = []
+replayed: list[tuple[str, int]] = []
 
 
-def as_functions(pass_pieces: Pieces, pool: object) -> list[Callable[[], None]]:
+def as_functions(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
     """In place of graphs, which read and write the same tensors each time, too."""
 
-    def run(place: int) -> None:
-        replayed.append(len(pass_pieces.buffers.residual))
-        pass_pieces.run(place)
+    def run(call: Callable[[], None]) -> None:
+        owner = call.func.__self__ if isinstance(call, partial) else call.__self__
+        replayed.append((type(owner).__name__, len(owner.buffers.residual)))
+        call()
 
-    return [partial(run, place) for place in range(len(pass_pieces))]
+    return [partial(run, call) for call in calls]
 
 
-def put_pieces(engine: Engine, *, halved_from: int = 5) -> None:
-    """Cut where there are as many rows, with weights in several blocks."""
+def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True) -> None:
+    """Cut where there are as many rows, with weights in several blocks; whole prompts all at once, or not."""
+    pass_graphs.FRESH_GRAPHS = is_fresh
     limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
     overlap.num_ahead = lambda device: 2
     graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
-    largest = graphs.replays[max(SIZES)][0]
-    for each in (largest.residual, largest.queries, largest.attended):
+    buffers = graphs.buffers
+    for each in (buffers.residual, buffers.queries, buffers.attended):
         each.fill_(torch.nan)
-    largest.tokens.fill_(3)
+    buffers.tokens.fill_(3)
     engine.target = replace(engine.target, graphs=graphs)
 
 
@@ -58,22 +59,28 @@ def poison(engine: Engine) -> None:
         cache.values.fill_(torch.nan)
 
 
-def whole_and_pieces(communicator: Communicator, folder: Path, halved_from: int) -> list[tuple[Tensor, Tensor]]:
+def whole_and_pieces(
+    communicator: Communicator, folder: Path, halved_from: int, is_fresh: bool
+) -> list[tuple[Tensor, Tensor]]:
     split_weights()
     engine = make_engine(communicator, folder)
     whole = [pass_states(engine, parts) for parts in PASSES]
-    put_pieces(engine, halved_from=halved_from)
+    put_pieces(engine, halved_from=halved_from, is_fresh=is_fresh)
     poison(engine)
-    return list(zip(whole, [pass_states(engine, parts) for parts in PASSES], strict=True))
+    found = [pass_states(engine, parts) for parts in PASSES]
+    assert {kind for kind, _ in replayed} == ({"Pieces", "FreshPass"} if is_fresh else {"Pieces"})
+    return list(zip(whole, found, strict=True))
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
-@pytest.mark.parametrize(("world_size", "halved_from"), [(1, 5), (2, 100), (3, 5)])
+@pytest.mark.parametrize(
+    ("world_size", "halved_from", "is_fresh"), [(1, 5, True), (2, 100, False), (2, 5, True), (3, 5, False)]
+)
 def test_pieces_give_what_the_whole_gives(
-    folders: dict[str, Path], model: str, world_size: int, halved_from: int
+    folders: dict[str, Path], model: str, world_size: int, halved_from: int, is_fresh: bool
 ) -> None:
     """Whole passes and such in halves. With two KV heads the third rank has none."""
-    for found in run_on_ranks(whole_and_pieces, world_size, folders[model], halved_from):
+    for found in run_on_ranks(whole_and_pieces, world_size, folders[model], halved_from, is_fresh):
         for whole, in_pieces in found:
             assert whole.isfinite().all()
             torch.testing.assert_close(in_pieces, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
@@ -108,7 +115,7 @@ def test_rows_that_pad_a_pass_write_nowhere(folders: dict[str, Path]) -> None:
 
 def answers_in_pieces(
     communicator: Communicator, folder: Path, in_pieces: bool, speculation: Speculation | None
-) -> tuple[list[list[int]], set[int]]:
+) -> tuple[list[list[int]], set[tuple[str, int]]]:
     """Of prompts that are read in chunks beside decode steps, twice: the second time their pages are there already."""
     engine = make_engine(communicator, folder, max_context=192, prefill_chunk=16, batch_size=2, speculation=speculation)
     if in_pieces:
@@ -129,7 +136,7 @@ def test_answers_do_not_depend_on_pieces(tmp_path: Path, name: str, speculation:
     whole = run_on_ranks(answers_in_pieces, 2, folder, False, speculation)
     found = run_on_ranks(answers_in_pieces, 2, folder, True, speculation)
     assert [answers for answers, _ in found] == [answers for answers, _ in whole]
-    assert all(len(sizes) >= 2 for _, sizes in found), found
+    assert all({kind for kind, _ in ran} == {"Pieces", "FreshPass"} and len(ran) > 2 for _, ran in found), found
 
 
 def timed_passes(communicator: Communicator, folder: Path) -> tuple[int, int, bool]:
