@@ -8,7 +8,7 @@ from launcher.config import KVDType
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
-from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
+from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut, graphed_rows
 from parallel.kernels.held import held_bits, product_bytes, stored_bits
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
@@ -40,6 +40,9 @@ FLOAT32_BYTES = 4
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
 FP8_BYTES = 1
+# Ids, positions and slots of a pass.
+NUM_TOKEN_COLUMNS = 3
+INT64_BYTES = 8
 # Of a token in the table from which drafts are made.
 TOKEN_BYTES = 4
 
@@ -164,7 +167,7 @@ class Demand:
         activations = max(each._activations(rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
         # Steps with streamed layers are not captured.
-        graphs = {"graphs": GRAPHS_BYTES} if self.device == "cuda" and not self.num_streamed else {}
+        graphs = {"graphs": self._graphs(rank)} if self.device == "cuda" and not self.num_streamed else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
 
     def _load(self, rank: int) -> int:
@@ -220,33 +223,62 @@ class Demand:
         # A step that checks drafts may have more rows than a pass of prompts.
         tokens = max(prompt, rows)
         hidden = shape.hidden_size
-        queries = self._local(shape.num_heads)[rank] * shape.head_dim
-        keys = self._local(shape.num_kv_heads)[rank] * shape.head_dim
+        queries, keys = self._queries_and_keys(rank)
         qkv = queries + 2 * keys
-        intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
         on_cpu = self.device == "cpu"
         half = choose_cut(prompt, self.world_size)
         plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * (half or tokens) if on_cpu else 0
-        steps = {
+        steps = self._linear_steps(rank, tokens) | {
             "norm": plain * hidden,
-            "qkv": tokens * qkv * e + self._product(tokens, qkv * hidden),
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
             "attention": 3 * tokens * queries * e + self._prompt_keys(prompt, max_context, keys * e),
-            "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
-            "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
-            "activation": tokens * (4 if on_cpu else 3) * intermediate * e,
-            "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
             "logits": self._logits(rank, rows),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
         if half is not None:
             # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
-            weights = self._product(tokens, qkv * hidden) + self._product(tokens, queries * hidden)
+            weights = self._whole_weight(qkv * hidden) + self._product(tokens, queries * hidden)
             kept = half * (2 * qkv + 4 * queries) * e
             steps["attention"] = kept + self._prompt_keys(half, max_context, keys * e) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
+
+    def _linear_steps(self, rank: int, tokens: int) -> dict[str, int]:
+        """Of the steps of a layer that lie between two attentions."""
+        e, shape = DTYPE_BYTES[self.dtype], self.shape
+        hidden, (queries, keys) = shape.hidden_size, self._queries_and_keys(rank)
+        qkv = queries + 2 * keys
+        intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
+        return {
+            "qkv": tokens * qkv * e + max(self._product(tokens, qkv * hidden), self._whole_weight(qkv * hidden)),
+            "rotation": tokens * (qkv + queries) * e,
+            "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
+            "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
+            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
+            "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
+        }
+
+    def _graphs(self, rank: int) -> int:
+        """Of decode steps, and of passes of prompts: what their pieces hand to one another, and the largest piece.
+
+        Written for parallel/engine/pieces.py; decode steps fit into the memory of passes.
+        """
+        tokens = max(graphed_rows(self.prefill_chunk), default=0)
+        e, hidden, (queries, _) = DTYPE_BYTES[self.dtype], self.shape.hidden_size, self._queries_and_keys(rank)
+        kept = tokens * ((hidden + 2 * queries) * e + NUM_TOKEN_COLUMNS * INT64_BYTES)
+        piece = 3 * tokens * hidden * e + max(self._linear_steps(rank, tokens).values())
+        return GRAPHS_BYTES + kept + (piece if tokens else 0)
+
+    def _queries_and_keys(self, rank: int) -> tuple[int, int]:
+        """Numbers of a token's queries, and of its keys."""
+        heads = (self.shape.num_heads, self.shape.num_kv_heads)
+        queries, keys = (self._local(each)[rank] * self.shape.head_dim for each in heads)
+        return queries, keys
+
+    def _whole_weight(self, numel: int) -> int:
+        """Of a weight that is dequantised all at once; nothing where it is at hand."""
+        return 0 if self.shape.scheme is None else numel * DTYPE_BYTES[self.dtype]
 
     def _logits(self, rank: int, rows: int) -> int:
         """Of last tokens alone, or of what a step checks: this rank's part, and that in float32 where the likeliest is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
@@ -37,7 +38,7 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))
         parts = [Part(sequence, 0, len(sequence.prompt)) for sequence in sequences]
-        with swapped_communicator(engine.models, communicator):
+        with swapped_communicator(engine.models, communicator), swapped_graphs(engine, communicator, sum(lengths)):
 
             def run() -> None:
                 engine.hidden_states(parts)
@@ -46,3 +47,15 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
+
+
+@contextmanager
+def swapped_graphs(engine: Engine, communicator: Communicator, num_tokens: int) -> Iterator[None]:
+    """Passes of so many tokens are captured anew where others than those of `communicator` would be replayed."""
+    before, graphs = engine.target, engine.target.graphs
+    if graphs is not None and num_tokens <= graphs.max_rows and communicator is not engine.communicator:
+        engine.target = replace(before, graphs=graphs.anew(num_tokens))
+    try:
+        yield
+    finally:
+        engine.target = before

@@ -32,6 +32,9 @@ class Tokens:
     positions: Tensor
     slots: Tensor
 
+    def __getitem__(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.positions[rows], self.slots[rows])
+
 
 class Decoder:
     """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone.
@@ -60,13 +63,26 @@ class Decoder:
         residual = self.model.model.embed_tokens(tokens.ids)
         update: Update | None = None
         for layer, cache in zip(self.layers(), caches, strict=True):
-            norm = layer.input_layernorm.weight
-            normed = update.add_norm(residual, norm, self.eps) if update else rms_norm(residual, norm, self.eps)
-            update = self._attention(layer.self_attn, normed, tokens, attend, cache)
-            normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
-            update = self._mlp(layer.mlp, normed)
+            update = self._attention(layer, residual, update, tokens, attend, cache)
+            update = self.mlp(layer, residual, update)
         assert update is not None
         return residual.add_(update.total())
+
+    def queries(self, layer: Any, residual: Tensor, update: Update | None, tokens: Tokens, cache: PagedKV) -> Tensor:
+        """A layer up to its attention: adds `update` to `residual`, caches keys and values, and returns the queries.
+
+        [tokens, local heads, head_dim]
+        """
+        norm = layer.input_layernorm.weight
+        normed = update.add_norm(residual, norm, self.eps) if update else rms_norm(residual, norm, self.eps)
+        if self.num_heads == 0:
+            return normed.new_empty(len(normed), 0, self.head_dim)
+        return self.rotate(layer.self_attn, layer.self_attn.qkv(normed), tokens, cache)
+
+    def mlp(self, layer: Any, residual: Tensor, update: Update) -> Update:
+        """A layer from its attention's `update` on: adds that to `residual`; what is to be added next."""
+        normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
+        return self._mlp(layer.mlp, normed)
 
     def layers(self) -> Iterator[Any]:
         """In turn; each is ready until the next is asked for."""
@@ -78,12 +94,13 @@ class Decoder:
         logits: Tensor = self.model.lm_head(rms_norm(hidden, self.model.model.norm.weight, self.eps))
         return logits
 
-    def _attention(self, attention: Any, normed: Tensor, tokens: Tokens, attend: Attend, cache: PagedKV) -> Update:
-        if self.num_heads == 0:
-            # More ranks than KV heads: nothing to do here but to add zeros to the sum.
-            return attention.o_proj.update(normed.new_empty(len(normed), 0))
-        query = self.rotate(attention, attention.qkv(normed), tokens, cache)
-        return attention.o_proj.update(attend(query, cache).flatten(1))
+    def _attention(
+        self, layer: Any, residual: Tensor, update: Update | None, tokens: Tokens, attend: Attend, cache: PagedKV
+    ) -> Update:
+        query = self.queries(layer, residual, update, tokens, cache)
+        # With more ranks than KV heads: nothing to do here but to add zeros to the sum.
+        attended = attend(query, cache) if self.num_heads else query
+        return layer.self_attn.o_proj.update(attended.flatten(1))
 
     def _mlp(self, mlp: Any, normed: Tensor) -> Update:
         activated = swiglu(mlp.gate_up, normed)

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
 from parallel.engine.graphs import StepGraphs
-from parallel.engine.limits import EngineLimits
+from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
 from parallel.engine.pages import PageAllocator
+from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, open_sampler
@@ -56,6 +57,10 @@ class Engine:
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
+        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        sizes = graphed_rows(limits.prefill_chunk) if self.captures else ()
+        if sizes:
+            self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool))
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
@@ -65,11 +70,12 @@ class Engine:
         self.order: list[Sequence] = []
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
-        self.run_step = StepGraphs(self.step_rows, limits.batch_size).run if self.captures else self.step_rows
+        self.run_step = StepGraphs(self.step_rows, limits.batch_size, pool).run if self.captures else self.step_rows
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured as graphs; see parallel/offload/streamer.py for why streamed ones are not."""
+        """Whether steps and passes of prompts are captured as graphs; parallel/offload/streamer.py says why streamed
+        ones are not."""
         return self.device.type == "cuda" and self.streamer is None
 
     @property

@@ -17,8 +17,7 @@ NUM_WARM_UPS = 2
 class StepGraphs:
     """`run_step(num_rows)`, captured at once for all sizes. That runs it: the rows must hold no sequence."""
 
-    def __init__(self, run_step: Callable[[int], None], max_rows: int) -> None:
-        pool = torch.cuda.graph_pool_handle()
+    def __init__(self, run_step: Callable[[int], None], max_rows: int, pool: Any = None) -> None:
         # The largest first: the others fit into its memory.
         sizes = sorted(graph_sizes(max_rows), reverse=True)
         self.graphs = {size: capture(partial(run_step, size), pool) for size in sizes}
@@ -28,9 +27,9 @@ class StepGraphs:
 
 
 @torch.inference_mode()
-def capture(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], None], pool: Any = None, num_warm_ups: int = NUM_WARM_UPS) -> torch.cuda.CUDAGraph:
     """What `run` does on the card, as a graph; it is run before, too."""
-    for _ in range(NUM_WARM_UPS):
+    for _ in range(num_warm_ups):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

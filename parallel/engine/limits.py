@@ -15,16 +15,29 @@ SAMPLED_ROWS = 64
 # over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200 took 315 ms for 2048 rows in
 # halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
 MIN_HALVED_ROWS = 1024
+# The same where passes are captured as graphs. Up to 256 rows, products need no dequantised weight, which halves share.
+GRAPHED_HALVED_ROWS = 257
+# Passes of up to the last of these are captured, for each of these numbers of rows; empty: none is. A pass of other
+# numbers runs the next larger graph. Above, a host is fast enough, and copies, which cannot be captured, carry sums.
+GRAPHED_ROWS: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
 # cuBLAS computes so many rows at a time.
 ROWS_PER_TILE = 128
 
 
-def choose_cut(num_rows: int, world_size: int) -> int | None:
-    """Rows of the first half of a pass; None where it is left whole."""
-    if world_size == 1 or num_rows < MIN_HALVED_ROWS:
+def choose_cut(num_rows: int, world_size: int, min_rows: int | None = None) -> int | None:
+    """Rows of the first half of a pass; None where it is left whole: on one rank, and below `min_rows`."""
+    if world_size == 1 or num_rows < (MIN_HALVED_ROWS if min_rows is None else min_rows):
         return None
     num_tiles = math.ceil(num_rows / ROWS_PER_TILE)
     return math.ceil(num_tiles / 2) * ROWS_PER_TILE
+
+
+def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:
+    """Of GRAPHED_ROWS those that passes of prompts need; with the chunk itself where it is among them."""
+    if not GRAPHED_ROWS:
+        return ()
+    largest = min(prefill_chunk, GRAPHED_ROWS[-1])
+    return (*(rows for rows in GRAPHED_ROWS if rows < largest), largest)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,21 @@ goes through the same. Both are multiplied by the same dequantised block of a we
 
 In a layer, with A and B for the halves, > for a sum that is started and < for one that is waited for:
   make o and q, k, v; <A norm, q k v, attention, o >A; <B norm, q k v, attention, o >B
-  for each block of gate and up: make it; <A norm, product A; <B norm, product B
-  activation of both; for each block of down: make it; product A (the last >A); product B (the last >B)
+  gate and up: make a block; <A norm, product A; more blocks and products A, while B's sum is on its way (`num_ahead`);
+    <B norm, product B; each other block: make it, product of both; those that A had alone again: make, product B
+  activation of both
+  down: each block of columns but the last: make it, product of both, >both; the last: make it, product A >A, B >B
 B may attend to tokens in A, which are cached by then; A, whose tokens come first, never to those in B.
+
+Why so: sums of o have nothing beside them but products that need them, hence what A does ahead; those of down, whose
+columns are ready one block after the other, go on beside the blocks after them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,44 +28,79 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.pages import PagedKV
 from parallel.engine.side_stream import SideStream, Sum, side_stream
-from parallel.kernels.blocks import products
+from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import add_rms_norm, rms_norm, silu_mul
+
+# Blocks of gate and up that the first half is multiplied by before the sum of the second is waited for. Where memory is
+# stacked on the chip, products and dequantising are so fast, and the link between cards so slow beside them, that four
+# blocks take as long as the sum (H200: 40 us each of 512 tokens of a 70B at TP2, the sum 140). On an RTX 4090 one does.
+AHEAD = 4
+STACKED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+@cache
+def num_ahead(device: torch.device) -> int:
+    """On this device."""
+    stacked = device.type == "cuda" and torch.cuda.get_device_capability(device) in STACKED_MEMORY
+    return AHEAD if stacked else 1
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Neighbouring columns of a half's update: some rows of what is being summed up."""
+
+    sum: Sum
+    rows: slice
+
+    def wait(self) -> Tensor:
+        return self.sum.wait()[self.rows]
 
 
 @dataclass
 class Half:
-    """Some tokens of a pass: their residual stream, and what is to be added to it."""
+    """Some tokens of a pass: their rows, their residual stream, and what is to be added to it, left to right."""
 
     tokens: Tokens
-    attend: Attend
+    rows: slice
     residual: Tensor
-    update: Sum | None = None
+    update: list[Columns] = field(default_factory=list)
     # Added to the sum once, on each rank.
     bias: Tensor | None = None
 
     def normed(self, weight: Tensor, eps: float) -> Tensor:
         """Adds the update, when it has come; the norm of the sum."""
-        if self.update is None:
+        if not self.update:
             return rms_norm(self.residual, weight, eps)
         return add_rms_norm(self.take_update(), self.residual, weight, eps)
 
     def take_update(self) -> Tensor:
-        assert self.update is not None
-        update, self.update = self.update.wait(), None
+        assert self.update
+        columns = [each.wait() for each in self.update]
+        self.update = []
+        update = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
         return update if self.bias is None else update.add_(self.bias)
 
 
-def run_in_halves(decoder: Decoder, halves: Sequence[tuple[Tokens, Attend]], caches: Sequence[PagedKV]) -> Tensor:
-    """[tokens, hidden]: what `decoder` gives for the tokens of all `halves`, one after the other."""
-    residual: Tensor = decoder.model.model.embed_tokens(torch.cat([tokens.ids for tokens, _ in halves]))
-    rows = residual.split([len(tokens.ids) for tokens, _ in halves])
-    run = PassInHalves(decoder, [Half(*half, part) for half, part in zip(halves, rows, strict=True)])
+def cut_in_halves(tokens: Tokens, residual: Tensor, cut: int) -> list[Half]:
+    """The first `cut` tokens, and the others; `residual` [tokens, hidden]."""
+    parts = slice(0, cut), slice(cut, len(residual))
+    return [Half(tokens[rows], rows, residual[rows]) for rows in parts]
+
+
+def run_in_halves(
+    decoder: Decoder, tokens: Tokens, cut: int, attends: Sequence[Attend], caches: Sequence[PagedKV]
+) -> Tensor:
+    """[tokens, hidden]: what `decoder` gives. `attends`: that of the first `cut` tokens, and of the others."""
+    residual: Tensor = decoder.model.model.embed_tokens(tokens.ids)
+    run = PassInHalves(decoder, cut_in_halves(tokens, residual, cut))
     try:
         for layer, cache in zip(decoder.layers(), caches, strict=True):
-            run.attention(layer, cache)
-            run.mlp(layer)
-        for half in run.halves:
-            half.residual.add_(half.take_update())
+            attended = (
+                attend(query, cache) if decoder.num_heads else query
+                for attend, query in zip(attends, run.queries(layer, cache), strict=True)
+            )
+            run.after_attention(layer, (each.flatten(1) for each in attended))
+        run.finish()
     finally:
         # Whatever was raised, memory that is still summed up must not be used again before that is done.
         run.side.join()
@@ -71,25 +112,32 @@ class PassInHalves:
 
     def __init__(self, decoder: Decoder, halves: Sequence[Half]) -> None:
         self.decoder, self.halves = decoder, halves
-        self.side: SideStream = side_stream(halves[0].residual.device)
-        self.dtype = halves[0].residual.dtype
+        residual = halves[0].residual
+        self.side: SideStream = side_stream(residual.device)
+        self.dtype, self.num_ahead = residual.dtype, num_ahead(residual.device)
 
-    def attention(self, layer: Any, cache: PagedKV) -> None:
+    def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
+        """Of each half, once its keys and values are cached: [tokens, local heads, head_dim]."""
         attention, normed = layer.self_attn, self.normed(layer.input_layernorm)
         if self.decoder.num_heads == 0:
-            attended: Iterator[Tensor] = (rows.new_empty(len(rows), 0) for rows in normed)
-        else:
-            qkv = products(attention.qkv.blocks(self.dtype), normed)
-            attended = (
-                half.attend(self.decoder.rotate(attention, rows, half.tokens, cache), cache).flatten(1)
-                for half, rows in zip(self.halves, qkv, strict=True)
-            )
-        self.start_sums(attention.o_proj, attended)
+            return (rows.new_empty(len(rows), 0, self.decoder.head_dim) for rows in normed)
+        qkv = products_at_once(attention.qkv.blocks(self.dtype), normed)
+        return (
+            self.decoder.rotate(attention, rows, half.tokens, cache)
+            for half, rows in zip(self.halves, qkv, strict=True)
+        )
 
-    def mlp(self, layer: Any) -> None:
-        gate_up = products(layer.mlp.gate_up.blocks(self.dtype), self.normed(layer.post_attention_layernorm))
-        # Not one by one as they are asked for: a block of down_proj would be held beside those of gate_up.
-        self.start_sums(layer.mlp.down_proj, [silu_mul(rows) for rows in gate_up])
+    def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
+        """The rest of a layer, from [tokens, local heads * head_dim] of each half on."""
+        self.start_sums(layer.self_attn.o_proj, attended)
+        normed = self.normed(layer.post_attention_layernorm)
+        first, second = (len(half.residual) for half in self.halves)
+        gate_up = products_ahead(layer.mlp.gate_up.blocks(self.dtype), normed, (first, second), self.num_ahead)
+        self.start_column_sums(layer.mlp.down_proj, silu_mul(gate_up))
+
+    def finish(self) -> None:
+        for half in self.halves:
+            half.residual.add_(half.take_update())
 
     def normed(self, norm: Any) -> Iterator[Tensor]:
         return (half.normed(norm.weight, self.decoder.eps) for half in self.halves)
@@ -97,7 +145,18 @@ class PassInHalves:
     def start_sums(self, linear: Any, inputs: Iterable[Tensor]) -> None:
         """Multiplies each half's input by a row-parallel linear, and starts its sum at once."""
         for half, update in zip(self.halves, products(linear.blocks(self.dtype), inputs), strict=True):
-            half.update = self.side.start_all_reduce(linear.communicator, update)
+            half.update = [Columns(self.side.start_all_reduce(linear.communicator, update), slice(None))]
+            half.bias = self.lasting(linear.bias)
+
+    def start_column_sums(self, linear: Any, rows: Tensor) -> None:
+        """Multiplies `rows` of both halves by a row-parallel linear; starts each sum once its columns are there."""
+        start = partial(self.side.start_all_reduce, linear.communicator)
+        *blocks, last = linear.blocks(self.dtype)
+        sums = [start(block.product(rows, block.weight())) for block in blocks]
+        weight = last.weight()
+        for half in self.halves:
+            own = start(last.product(rows[half.rows], weight))
+            half.update = [*(Columns(each, half.rows) for each in sums), Columns(own, slice(None))]
             half.bias = self.lasting(linear.bias)
 
     def lasting(self, bias: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_cut
 from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
+from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
 from parallel.engine.tree_rows import TreeRows
@@ -32,19 +33,27 @@ class Part:
 
 @dataclass(frozen=True)
 class PagedModel:
-    """A decoder and the pages of each of its layers. Models of one engine give a sequence the same page numbers."""
+    """A decoder and the pages of each of its layers. Models of one engine give a sequence the same page numbers.
+
+    `graphs`: passes of prompts that are captured.
+    """
 
     decoder: Decoder
     caches: list[PagedKV]
+    graphs: PassGraphs | None = None
 
     def part_states(self, parts: Ordered[Part]) -> Tensor:
-        """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
-        tokens = part_tokens(parts, self.caches[0].keys.device)
+        """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
+        columns = part_tokens(parts, self.caches[0].keys.device)
+        if self.graphs is not None and columns.shape[1] <= self.graphs.max_rows:
+            places = [(part.start, part.end) for part in parts]
+            return self.graphs.run(columns, places, self._attend_parts(parts))
+        tokens = Tokens(*columns)
         cut = choose_cut(len(tokens.ids), self.decoder.world_size)
         if cut is None:
             return self.decoder(tokens, self._attend_parts(parts), self.caches)
-        halves = zip(split_tokens(tokens, cut), map(self._attend_parts, split_parts(parts, cut)), strict=True)
-        return run_in_halves(self.decoder, list(halves), self.caches)
+        attends = [self._attend_parts(half) for half in split_parts(parts, cut)]
+        return run_in_halves(self.decoder, tokens, cut, attends, self.caches)
 
     def row_states(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
@@ -72,17 +81,12 @@ class PagedModel:
         return attend
 
 
-def part_tokens(parts: Ordered[Part], device: torch.device) -> Tokens:
+def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
+    """[3, tokens] int64: ids, positions and slots."""
     ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
     positions = torch.cat([torch.arange(part.start, part.end) for part in parts])
     slots = torch.cat([slots_of(part.sequence.pages, part.start, part.end) for part in parts])
-    return Tokens(*to_device(torch.stack([ids, positions, slots]), device).unbind(0))
-
-
-def split_tokens(tokens: Tokens, cut: int) -> tuple[Tokens, Tokens]:
-    """The first `cut` tokens, and the others."""
-    columns = (tokens.ids, tokens.positions, tokens.slots)
-    return Tokens(*(column[:cut] for column in columns)), Tokens(*(column[cut:] for column in columns))
+    return to_device(torch.stack([ids, positions, slots]), device)
 
 
 def split_parts(parts: Ordered[Part], cut: int) -> tuple[list[Part], list[Part]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Block:
         torch.mm(rows if self.order is None else rows[:, self.order], weight.t(), out=part)
         if self.bias is not None:
             part.add_(self.bias)
+
+    def product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[m, outputs] by itself."""
+        num_out = len(weight)
+        output = rows.new_empty(len(rows), num_out)
+        replace(self, outputs=slice(0, num_out)).multiply(rows, weight, output)
+        return output
 
 
 def whole(weight: Tensor) -> list[Block]:
@@ -70,3 +78,44 @@ def multiply_each(block: Block, pending: Iterable[tuple[Tensor, Tensor]]) -> Ite
     for rows, output in pending:
         block.multiply(rows, weight, output)
         yield rows, output
+
+
+def products_at_once(blocks: Sequence[Block], inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """As `products`, but each input is asked for after the product of the one before is given: all blocks are held."""
+    weights = [block.weight() for block in blocks]
+    for rows in inputs:
+        output = rows.new_empty(len(rows), blocks[-1].outputs.stop)
+        for block, weight in zip(blocks, weights, strict=True):
+            block.multiply(rows, weight, output)
+        yield output
+
+
+def products_ahead(
+    blocks: Sequence[Block], inputs: Iterable[Tensor], row_counts: tuple[int, int], num_ahead: int
+) -> Tensor:
+    """The products of two inputs, of `row_counts` rows, with a weight, one after the other: [sum of rows, out].
+
+    The first input is asked for once a block is made, the second once the first is multiplied by `num_ahead` blocks.
+    All of these but the last are then made a second time. Two blocks are never held at a time.
+    """
+    ahead, others = blocks[:num_ahead], blocks[num_ahead:]
+    waiting = iter(inputs)
+    weight = ahead[0].weight()
+    first = next(waiting)
+    output = first.new_empty(sum(row_counts), blocks[-1].outputs.stop)
+    upper, lower = output.split(row_counts)
+    for block, following in pairwise(ahead):
+        block.multiply(first, weight, upper)
+        del weight
+        weight = following.weight()
+    ahead[-1].multiply(first, weight, upper)
+    second = next(waiting)
+    ahead[-1].multiply(second, weight, lower)
+    del weight
+    if others:
+        both = torch.cat([first, second])
+        for block in others:
+            block.multiply(both, block.weight(), output)
+    for block in ahead[:-1]:
+        block.multiply(second, block.weight(), lower)
+    return output

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel import linear
 from parallel.communicator import Communicator
-from parallel.engine import limits, overlap, paged_model
+from parallel.engine import limits, merged, overlap, paged_model
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
@@ -50,7 +51,20 @@ def pass_states(engine: Engine, parts: tuple[tuple[int, int], ...]) -> Tensor:
     return found
 
 
-def whole_and_halved(communicator: Communicator, folder: Path) -> list[tuple[Tensor, Tensor]]:
+def split_weights() -> None:
+    """Plain weights come in three blocks, too."""
+
+    def in_blocks(weight: Tensor) -> list[Block]:
+        size = -(-len(weight) // 3)
+        outputs = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+        return [Block(each, lambda each=each: weight[each].clone()) for each in outputs]
+
+    linear.whole = merged.whole = in_blocks
+
+
+def whole_and_halved(communicator: Communicator, folder: Path, num_ahead: int) -> list[tuple[Tensor, Tensor]]:
+    split_weights()
+    overlap.num_ahead = lambda device: num_ahead
     engine = make_engine(communicator, folder)
     found = []
     for parts in PASSES:
@@ -65,10 +79,12 @@ def whole_and_halved(communicator: Communicator, folder: Path) -> list[tuple[Ten
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_halves_give_what_the_whole_gives(folders: dict[str, Path], model: str, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "num_ahead"), [(2, 1), (3, 2), (2, 4)])
+def test_halves_give_what_the_whole_gives(
+    folders: dict[str, Path], model: str, world_size: int, num_ahead: int
+) -> None:
     """With two KV heads the third rank has none."""
-    for found in run_on_ranks(whole_and_halved, world_size, folders[model]):
+    for found in run_on_ranks(whole_and_halved, world_size, folders[model], num_ahead):
         for whole, halved in found:
             assert whole.isfinite().all()
             torch.testing.assert_close(halved, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
@@ -115,13 +131,15 @@ class TracedSum(Sum):
 
 
 def traced_pass(communicator: Communicator, folder: Path) -> list[str]:
-    """Starts of sums, waits for them, and products, in a pass of two halves."""
+    """Starts of sums, waits for them, and products with their rows, in a pass of two halves of 21 and 20."""
     limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, overlap.side_stream = 2, 1, Traced
+    overlap.num_ahead = lambda device: 2
+    split_weights()
     multiply = Block.multiply
 
-    def traced_multiply(block: Block, *tensors: Tensor) -> None:
-        Traced.events.append("product")
-        multiply(block, *tensors)
+    def traced_multiply(block: Block, rows: Tensor, *tensors: Tensor) -> None:
+        Traced.events.append({21: "A", 20: "B", 41: "AB"}[len(rows)])
+        multiply(block, rows, *tensors)
 
     Block.multiply = traced_multiply
     pass_states(make_engine(communicator, folder), PASSES[0])
@@ -129,10 +147,12 @@ def traced_pass(communicator: Communicator, folder: Path) -> list[str]:
 
 
 def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, Path]) -> None:
-    """Of a layer: q k v and o of A, then of B; gate and up of both; down of A, then of B."""
-    first = ["product", "product", "start"] * 2 + ["wait", "product"] * 2 + ["product", "start"] * 2
-    others = ["wait", *first[:3]] * 2 + first[6:]
-    assert run_on_ranks(traced_pass, 2, folders["llama"])[0] == [*first, *others, *others, "wait", "wait", "join"]
+    """Each weight in three blocks, of which the first half takes two of gate and up ahead of the second."""
+    output = ["A", "B", "A", "start", "B", "start"]
+    mlp = ["wait", "A", "A", "wait", "B", "AB", "B", "AB", "start", "AB", "start", "A", "start", "B", "start"]
+    first = [*"AAA", "A", *"BBB", "B", *output, *mlp]
+    others = [*["wait"] * 3, *"AAA", "A", *["wait"] * 3, *"BBB", "B", *output, *mlp]
+    assert run_on_ranks(traced_pass, 2, folders["llama"])[0] == [*first, *others, *others, *["wait"] * 6, "join"]
 
 
 def test_parts_are_cut_at_any_token() -> None:

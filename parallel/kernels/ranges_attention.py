@@ -1,0 +1,56 @@
+"""Causal attention of neighbouring ranges of rows, whose bounds the device alone knows: a graph can have it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.engine.pages import PAGE_SIZE, PagedKV, as_bits
+from parallel.kernels.launch import has_tensor_cores
+from parallel.kernels.paged_attention import prefill_attention
+
+# Of torch's flash attention.
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def ranges_attention(
+    query: Tensor, keys: Tensor, values: Tensor, query_bounds: Tensor, key_bounds: Tensor, scale: float
+) -> Tensor:
+    """Each range of rows attends to the range of keys of its number, of which it is the last rows: as `query`.
+
+    query [rows, heads, head_dim]; keys and values [length, kv_heads, head_dim] of its dtype. Bounds [ranges + 1] int32:
+    range n is from bound n to bound n + 1, and may be empty. Rows in no range come out undefined.
+    """
+    if query.is_cuda:
+        lengths = len(query), len(keys)
+        found = torch.ops.aten._flash_attention_forward(
+            query, keys, values, query_bounds, key_bounds, *lengths, 0.0, True, False, scale=scale
+        )
+        attended: Tensor = found[0]
+        return attended
+    output = torch.full_like(query, torch.nan)
+    places = zip(*(bounds.unfold(0, 2, 1).tolist() for bounds in (query_bounds, key_bounds)), strict=True)
+    for (start, end), (first, last) in places:
+        if end > start:
+            output[start:end] = prefill_attention(query[start:end], keys[first:last], values[first:last], scale)
+    return output
+
+
+def refusal(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a card cannot do this, in a few words; None: it can."""
+    checks = {
+        "not on a card of sm_80 or later": has_tensor_cores(device),
+        f"activations in {str(dtype).removeprefix('torch.')}": dtype in DTYPES,
+        f"heads of {head_dim}": head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0,
+        "torch without flash attention": torch.backends.cuda.is_flash_attention_available(),
+        "no heads": heads > 0,
+    }
+    return next((reason for reason, passed in checks.items() if not passed), None)
+
+
+def keys_at(kv: PagedKV, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tokens in `slots` [n]: [n, kv_heads, head_dim] each, in `dtype`."""
+    pages, places = slots // PAGE_SIZE, slots % PAGE_SIZE
+    keys, values = (as_bits(stored)[pages, :, places].view(stored.dtype).to(dtype) for stored in (kv.keys, kv.values))
+    return keys, values

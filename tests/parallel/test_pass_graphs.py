@@ -1,0 +1,169 @@
+"""Passes of prompts piece by piece, in buffers that stay where they are: what whole passes give, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.communicator import Communicator, ElidedAllReduce
+from parallel.engine import limits, overlap, pass_graphs, pieces
+from parallel.engine.chunk_timer import prepared_chunk
+from parallel.engine.engine import Engine, Part
+from parallel.engine.generate import StopRules, generate
+from parallel.engine.pages import pages_for
+from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.sequence import Sequence
+from parallel.engine.speculation.speculator import Speculation
+from tests.parallel.quantized_models import write_pair
+from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
+from tests.parallel.small_models import prompts_of
+from tests.parallel.test_overlap import PASSES, pass_states, split_weights
+
+SIZES = (4, 9, 16, 48, 64)
+replayed: list[tuple[str, int]] = []
+
+
+def as_functions(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+    """In place of graphs, which read and write the same tensors each time, too."""
+
+    def run(call: Callable[[], None]) -> None:
+        owner = call.func.__self__ if isinstance(call, partial) else call.__self__
+        replayed.append((type(owner).__name__, len(owner.buffers.residual)))
+        call()
+
+    return [partial(run, call) for call in calls]
+
+
+def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True) -> None:
+    """Cut where there are as many rows, with weights in several blocks; whole prompts all at once, or not."""
+    pass_graphs.FRESH_GRAPHS = is_fresh
+    limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
+    overlap.num_ahead = lambda device: 2
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
+    buffers = graphs.buffers
+    for each in (buffers.residual, buffers.queries, buffers.attended):
+        each.fill_(torch.nan)
+    buffers.tokens.fill_(3)
+    engine.target = replace(engine.target, graphs=graphs)
+
+
+def poison(engine: Engine) -> None:
+    for cache in engine.caches:
+        cache.keys.fill_(torch.nan)
+        cache.values.fill_(torch.nan)
+
+
+def whole_and_pieces(
+    communicator: Communicator, folder: Path, halved_from: int, is_fresh: bool
+) -> list[tuple[Tensor, Tensor]]:
+    split_weights()
+    engine = make_engine(communicator, folder)
+    whole = [pass_states(engine, parts) for parts in PASSES]
+    put_pieces(engine, halved_from=halved_from, is_fresh=is_fresh)
+    poison(engine)
+    found = [pass_states(engine, parts) for parts in PASSES]
+    assert {kind for kind, _ in replayed} == ({"Pieces", "FreshPass"} if is_fresh else {"Pieces"})
+    return list(zip(whole, found, strict=True))
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
+@pytest.mark.parametrize(
+    ("world_size", "halved_from", "is_fresh"), [(1, 5, True), (2, 100, False), (2, 5, True), (3, 5, False)]
+)
+def test_pieces_give_what_the_whole_gives(
+    folders: dict[str, Path], model: str, world_size: int, halved_from: int, is_fresh: bool
+) -> None:
+    """Whole passes and such in halves. With two KV heads the third rank has none."""
+    for found in run_on_ranks(whole_and_pieces, world_size, folders[model], halved_from, is_fresh):
+        for whole, in_pieces in found:
+            assert whole.isfinite().all()
+            torch.testing.assert_close(in_pieces, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+
+
+def written_slots(communicator: Communicator, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Slots that passes of few tokens write, but for those of page 0, and those of their tokens."""
+    engine, found = make_engine(communicator, folder), []
+    put_pieces(engine)
+    for length in (1, 10, 16, 33):
+        poison(engine)
+        sequence = Sequence(0, list(range(length)), 1)
+        sequence.pages = engine.pages.allocate(pages_for(length))
+        engine.hidden_states([Part(sequence, 0, length)])
+        size = engine.caches[0].keys.shape[2]
+        written = {
+            int(page * size + place)
+            for cache in engine.caches
+            for stored in (cache.keys, cache.values)
+            for page, place in (~stored.isnan()).any(3).any(1).nonzero().tolist()
+            if page
+        }
+        found.append((sorted(written), [sequence.pages[0] * size + place for place in range(length)]))
+        engine.pages.release(sequence.pages)
+    return found
+
+
+def test_rows_that_pad_a_pass_write_nowhere(folders: dict[str, Path]) -> None:
+    for written, own in run_on_ranks(written_slots, 2, folders["llama"])[0]:
+        assert written == own
+
+
+def answers_in_pieces(
+    communicator: Communicator, folder: Path, in_pieces: bool, speculation: Speculation | None
+) -> tuple[list[list[int]], set[tuple[str, int]]]:
+    """Of prompts that are read in chunks beside decode steps, twice: the second time their pages are there already."""
+    engine = make_engine(communicator, folder, max_context=192, prefill_chunk=16, batch_size=2, speculation=speculation)
+    if in_pieces:
+        put_pieces(engine)
+    prompts = [(prompt * 9)[: 70 + 5 * row] for row, prompt in enumerate(prompts_of("llama"))]
+    answers = [
+        answer.token_ids
+        for _ in range(2)
+        for answer in generate(engine, numbered(prompts), demo_tokenizer(), StopRules(9)).answers
+    ]
+    return answers, set(replayed)
+
+
+@pytest.mark.parametrize("name", ["w4a16 act order", "awq"])
+@pytest.mark.parametrize("speculation", [None, Speculation("ngram", 3)], ids=["plain", "speculation"])
+def test_answers_do_not_depend_on_pieces(tmp_path: Path, name: str, speculation: Speculation | None) -> None:
+    folder = write_pair(name, tmp_path) / "quantized"
+    whole = run_on_ranks(answers_in_pieces, 2, folder, False, speculation)
+    found = run_on_ranks(answers_in_pieces, 2, folder, True, speculation)
+    assert [answers for answers, _ in found] == [answers for answers, _ in whole]
+    assert all({kind for kind, _ in ran} == {"Pieces", "FreshPass"} and len(ran) > 2 for _, ran in found), found
+
+
+def timed_passes(communicator: Communicator, folder: Path) -> tuple[int, int, bool]:
+    """Sums of a pass, then of one whose layers talk through another communicator; whether the engine is as before."""
+    engine, sums = make_engine(communicator, folder), []
+    inner = communicator.all_reduce
+    communicator.all_reduce = lambda tensor: (sums.append(1), inner(tensor))[1]
+    put_pieces(engine)
+    before, counts = engine.target, []
+    for each in (communicator, ElidedAllReduce(communicator)):
+        with prepared_chunk(engine, [10], each) as run:
+            sums.clear()
+            run()
+            counts.append(len(sums))
+    return (*counts, engine.target is before)
+
+
+def test_a_timed_pass_is_captured_with_its_communicator(folders: dict[str, Path]) -> None:
+    talking, silent, is_restored = run_on_ranks(timed_passes, 2, folders["llama"])[0]
+    assert talking > 4 and silent == 0 and is_restored
+
+
+def test_sizes_are_those_that_a_chunk_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GRAPHED_ROWS", (64, 256, 1024))
+    chunks = (1, 64, 65, 256, 1000, 1024, 2048)
+    assert [limits.graphed_rows(chunk) for chunk in chunks] == [
+        *((1,), (64,), (64, 65), (64, 256), (64, 256, 1000), (64, 256, 1024), (64, 256, 1024))
+    ]
+    monkeypatch.setattr(limits, "GRAPHED_ROWS", ())
+    assert limits.graphed_rows(2048) == ()
