@@ -15,7 +15,8 @@ from launcher.job import Job
 from launcher.plan import Plan, demand_of
 from launcher.shape import ModelShape
 from launcher.timing.fit import Calibration, fit_rates
-from launcher.timing.predict import Times, Workload, predict_times
+from launcher.timing.load import Workload
+from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import Rates
 from launcher.timing.store import calibration_path, load_calibration, save_calibration

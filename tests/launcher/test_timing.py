@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from launcher.timing.fit import Calibration, Point, StepTimes, fit_rates
-from launcher.timing.predict import Times, Work, Workload, predict_times
+from launcher.timing.load import Work, Workload
+from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import MB, Line, fit_line, interpolate
 
