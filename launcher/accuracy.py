@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
+
+from launcher.grid import GridPoint
+from launcher.timing.predict import Times
 
 # What is compared, and how far it may be off.
 DECODE, PREFILL = 0.10, 0.15
 LIMITS = {"step_ms": DECODE, "itl_ms": DECODE, "ttft_ms": PREFILL, "prefill_tokens_per_sec": PREFILL}
 Row = dict[str, Any]
+# In the run folder, a line a point.
+POINTS_FILE = "predictions.jsonl"
+
+
+def point_row(point: GridPoint, output_tokens: int, measured: Row | None) -> Row:
+    """What is written of a point; `measured` is None where it was skipped."""
+    times = point.times
+    predicted = predicted_row(times) if isinstance(times, Times) else None
+    return {
+        "batch_size": point.batch_size,
+        "prompt_tokens": point.prompt_tokens,
+        "output_tokens": output_tokens,
+        "skipped": point.skipped,
+        "measured": measured,
+        "predicted": predicted,
+        "no_times_because": times if isinstance(times, str) else None,
+        "error": compare(measured or {}, predicted),
+    }
+
+
+def predicted_row(times: Times) -> Row:
+    """`step_ms` is a step of all sequences, `itl_ms` the median of what tokens wait, with prompts read between them."""
+    return asdict(times) | {"step_ms": times.tpot_ms}
 
 
 def compare(measured: Row, predicted: Row | None) -> dict[str, float | None]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from launcher.calibrate_config import CalibrateConfig as CalibrateConfig
 from launcher.engine_config import EngineConfig as EngineConfig
 from launcher.engine_config import KVDType as KVDType
 from launcher.engine_config import SamplingConfig as SamplingConfig
@@ -38,7 +39,19 @@ from launcher.workload import WorkloadConfig as WorkloadConfig
 
 MAX_CARDS = 4
 # Sections with rules of their own.
-CHECKED = ("model", "workload", "limits", "sampling", "engine", "offload", "speculation", "probe", "predictions", "timeouts")
+CHECKED = (
+    "model",
+    "workload",
+    "limits",
+    "sampling",
+    "engine",
+    "offload",
+    "speculation",
+    "probe",
+    "predictions",
+    "calibrate",
+    "timeouts",
+)
 
 
 class ConfigError(ValueError):
@@ -165,6 +178,7 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     predictions: PredictionsConfig = field(default_factory=PredictionsConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     prompt: str = MISSING
     # A .txt file (one prompt a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]}); replaces `prompt`.

@@ -65,7 +65,11 @@ def print_report(report: dict[str, Any]) -> None:
     elif report["task"] == TaskKind.bench.value:
         print_bench(console, report)
     elif report["task"] == TaskKind.predictions.value:
-        print_note(accuracy_page(f"{report['model']}, {report['world_size']} x {report['device']}", report["predictions"]["points"]))
+        print_note(
+            accuracy_page(
+                f"{report['model']}, {report['world_size']} x {report['device']}", report["predictions"]["points"]
+            )
+        )
     elif report["task"] == TaskKind.calibrate.value:
         print_note(f"rates: {report['calibration_file']}")
     else:

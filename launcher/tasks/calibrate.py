@@ -37,7 +37,6 @@ from parallel.kernels.held import held_bits
 from parallel.partition import choose_grain
 from parallel.shard import build_sharded_model
 
-FORMATS = ("bf16", *QUANTIZE_SCHEMES)
 # Layers of Llama-70B and of half its width, which are those of Llama-8B.
 WIDTHS = {"wide": 8192, "narrow": 4096}
 NUM_LAYERS = 6
@@ -49,7 +48,7 @@ class Settings:
     """What is timed; a test takes less of it."""
 
     widths: Mapping[str, int]
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...]
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     chunks: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     short_context: int = 512
@@ -62,7 +61,8 @@ class Settings:
 
 def run_calibrate(context: RankContext, settings: Settings | None = None) -> dict[str, Any]:
     """Results: {"calibration": ...}, of rank 0's clock; every rank runs the same engines."""
-    settings, points = settings or Settings(WIDTHS), []
+    settings = settings or Settings(WIDTHS, tuple(context.job.run.calibrate.formats))
+    points: list[Point] = []
     cases = [(f, name) for f in settings.formats for name in settings.widths]
     copy_bytes_per_sec = copy_bandwidth(context.device)
     for done, (format_name, size) in enumerate(cases, start=1):
@@ -194,5 +194,6 @@ def time_chunk(
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
-    return ChunkTimes(*(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card")))
-
+    return ChunkTimes(
+        *(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card"))
+    )

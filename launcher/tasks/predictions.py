@@ -11,7 +11,7 @@ import statistics
 from dataclasses import asdict, replace
 from typing import Any
 
-from launcher.accuracy import Row, compare, summarise_errors
+from launcher.accuracy import POINTS_FILE, Row, point_row, summarise_errors
 from launcher.accuracy_text import accuracy_page
 from launcher.grid import GridPoint, point_run
 from launcher.rank import RankContext
@@ -20,13 +20,12 @@ from launcher.tasks.generate import append_lines, open_engine
 from launcher.tasks.measure import kernels, memory
 from launcher.tasks.summary import summarise
 from launcher.tasks.weights import give_back, load_sharded_model
-from launcher.timing.predict import Times
 from parallel.engine.arrivals import Agree
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.step_timer import time_steps
 
-POINTS_FILE, PAGE_FILE = "predictions.jsonl", "predictions.md"
+PAGE_FILE = "predictions.md"
 
 
 def run_predictions(context: RankContext) -> dict[str, Any]:
@@ -72,27 +71,6 @@ def warm_up_prompts(limits: EngineLimits, prompt_tokens: int) -> int:
     """Prompts that make a pass of every size that a batch has: first calls of a size choose and load kernels."""
     tokens = limits.chunk(is_decoding=False) + limits.chunk(is_decoding=True)
     return min(limits.batch_size, math.ceil(tokens / prompt_tokens))
-
-
-def point_row(point: GridPoint, output_tokens: int, measured: Row | None) -> Row:
-    """What is written of a point; `measured` is None where it was skipped."""
-    times = point.times
-    predicted = predicted_row(times) if isinstance(times, Times) else None
-    return {
-        "batch_size": point.batch_size,
-        "prompt_tokens": point.prompt_tokens,
-        "output_tokens": output_tokens,
-        "skipped": point.skipped,
-        "measured": measured,
-        "predicted": predicted,
-        "no_times_because": times if isinstance(times, str) else None,
-        "error": compare(measured or {}, predicted),
-    }
-
-
-def predicted_row(times: Times) -> Row:
-    """`step_ms` is a step of all sequences, `itl_ms` the median of what tokens wait, with prompts read between them."""
-    return asdict(times) | {"step_ms": times.tpot_ms}
 
 
 def keep_rows(context: RankContext, rows: list[Row]) -> None:

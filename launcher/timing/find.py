@@ -14,7 +14,7 @@ from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.plan import Plan, demand_of
 from launcher.shape import ModelShape
-from launcher.timing.fit import Calibration, fit_rates
+from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
@@ -33,6 +33,11 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
     rates = find_rates(run, plan.placement, inventory)
     if rates is None:
         return "this machine's rates are not known: task=calibrate measures them in a minute"
+    return predict_by(rates, run, plan, shape)
+
+
+def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> Times | str:
+    """As `predict_run`, on a machine of these rates."""
     prompt_tokens = run.num_prompt_tokens
     if prompt_tokens is None:
         return "workload.prompt_tokens is not set"
@@ -76,7 +81,8 @@ def keep_calibration(job: Job, inventory: Inventory, report: dict[str, Any]) -> 
     drawn = [card["power_w"] for card in report["cards"] if card["power_w"] is not None]
     peers = has_peer_access(job.run, job.placement, inventory)
     path = calibration_path(calibration.card, calibration.world_size, peer_access=peers)
-    save_calibration(path, replace(calibration, power_w=statistics.mean(drawn) if drawn else None))
+    calibration = replace(calibration, power_w=statistics.mean(drawn) if drawn else None)
+    save_calibration(path, with_older(calibration, load_calibration(path)))
     return path
 
 

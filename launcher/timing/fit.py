@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.timing.chunks import square_pairs
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
@@ -101,6 +101,20 @@ def fit_rates(calibration: Calibration) -> Rates:
         part_us=statistics.mean(fit_parts(size, calibration.part_tokens, pair_us) for size in small),
         host_part_us=statistics.mean(fit_host_parts(size, calibration.part_tokens) for size in small),
     )
+
+
+def with_older(calibration: Calibration, older: Calibration | None) -> Calibration:
+    """`calibration` with the formats that only an older one has, if that was made in the same way."""
+    if older is None or settings_of(calibration) != settings_of(older):
+        return calibration
+    timed = formats_of(calibration.points)
+    kept = (point for point in older.points if point.work.format not in timed)
+    return replace(calibration, points=(*calibration.points, *kept))
+
+
+def settings_of(calibration: Calibration) -> Calibration:
+    """All but what was measured, and the format."""
+    return replace(calibration, copy_gb_per_sec=0.0, power_w=None, points=())
 
 
 def formats_of(points: Iterable[Point]) -> list[str]:

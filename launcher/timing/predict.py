@@ -11,6 +11,7 @@ from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
 from launcher.timing.rates import MB, Rates, StepRates, interpolate
 
+
 @dataclass(frozen=True)
 class Times:
     """All predicted. `tpot_ms` is a step of all sequences, to which `parts_ms` adds up; `floor_ms` reads each byte once
@@ -131,5 +132,3 @@ def read_tokens(load: Workload) -> int:
 def step_bytes(work: Work, load: Workload) -> float:
     layers = work.num_layers * (work.layer_bytes + work.kv_bytes_per_token * read_tokens(load))
     return layers + work.head_bytes
-
-

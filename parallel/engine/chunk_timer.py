@@ -17,7 +17,6 @@ from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.linear import swapped_communicator
 
-
 # Of a card's clock in a millisecond, at most.
 CYCLES_PER_MS = 3_000_000
 

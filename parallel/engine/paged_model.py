@@ -103,8 +103,10 @@ def open_paged(
     device: torch.device,
     host_layers: HostLayers | None = None,
 ) -> PagedModel:
-    """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default. A layer that
-    stands in it more than once has them once."""
+    """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default.
+
+    A layer that stands in the model more than once has its pages once.
+    """
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from launcher.rank import RankContext
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
-from launcher.timing.fit import Calibration, fit_rates
+from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import predict_times
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
@@ -81,3 +81,17 @@ def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPa
     two = calibration_path("NVIDIA GeForce RTX 4090", 2, peer_access=False)
     assert two == tmp_path / "launch70b" / "rates" / "nvidia-geforce-rtx-4090-x2-no-peer-access.json"
     assert calibration_path("NVIDIA H200", 1, peer_access=False).name == "nvidia-h200-x1.json"
+
+
+def test_formats_that_were_not_timed_again_stay(calibration: Calibration) -> None:
+    def of(name: str) -> Calibration:
+        points = tuple(point for point in calibration.points if point.work.format == name)
+        return replace(calibration, points=points, power_w=100.0)
+
+    joined = with_older(of("int4"), of("bf16"))
+    assert {point.work.format for point in joined.points} == {"int4", "bf16"}
+    assert with_older(of("int4"), replace(of("int4"), points=())) == of("int4")
+    # Of other prompts, or another torch, rates do not mix.
+    assert with_older(of("int4"), replace(of("bf16"), short_context=1)) == of("int4")
+    assert with_older(of("int4"), replace(of("bf16"), versions={"torch": "0"})) == of("int4")
+    assert with_older(of("int4"), None) == of("int4")
