@@ -20,6 +20,7 @@ from launcher.memory import Demand
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
 from launcher.tasks.bandwidth import copy_bandwidth
+from launcher.tasks.requests import random_prompts
 from launcher.tasks.weights import config_of_shape, give_back
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes
 from launcher.timing.work import work_of
@@ -181,7 +182,11 @@ def time_chunk(
 
     The median of each time.
     """
-    sequences = [Sequence(index, [0] * (start + tokens), max_tokens=1) for index, tokens in enumerate(lengths)]
+    # Equal tokens would make equal rows, whose products draw less power and so run faster.
+    prompts = (
+        random_prompts(1, start + tokens, settings.vocab_size, f"{index}") for index, tokens in enumerate(lengths)
+    )
+    sequences = [Sequence(index, *prompt, max_tokens=1) for index, prompt in enumerate(prompts)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
     parts = [Part(sequence, start, len(sequence.prompt)) for sequence in sequences]

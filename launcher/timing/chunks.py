@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
 from launcher.timing.rates import MB, ChunkRates, Rates, interpolate
 
@@ -25,18 +28,38 @@ def square_pairs(tokens: int) -> float:
     return tokens * tokens / 2
 
 
-def chunk_ms(work: Work, parts: list[Part], rates: Rates) -> float:
-    """A pass over `parts`: what the card takes, or the host to queue it, whichever is more, and what neither hides."""
+@dataclass(frozen=True)
+class PassCost:
+    """Milliseconds of a pass: to queue it, on the card, and of what neither hides where the card has nothing else."""
+
+    queue: float
+    card: float
+    lead: float
+
+
+def chunk_cost(work: Work, parts: list[Part], rates: Rates) -> PassCost:
+    """Of a pass over `parts`, in proportion between the numbers of tokens that were timed."""
+    tokens, table = sum(num for _, num in parts), rates.prefill[work.format]
+
+    def at_tokens(us: Callable[[ChunkRates], float]) -> float:
+        return interpolate(table, tokens, us) / 1e3
+
+    return PassCost(
+        queue=at_tokens(lambda entry: _queue_us(work, parts, rates, entry)),
+        card=at_tokens(lambda entry: _card_us(work, parts, rates, entry)),
+        lead=at_tokens(lambda entry: entry.lead_us),
+    )
+
+
+def _card_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> float:
     tokens = sum(num for _, num in parts)
-    return interpolate(rates.prefill[work.format], tokens, lambda entry: _pass_us(work, parts, rates, entry)) / 1e3
-
-
-def _pass_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> float:
-    tokens, more_parts = sum(num for _, num in parts), len(parts) - 1
     pairs = sum(past * num + square_pairs(num) for past, num in parts) - entry.pairs
     message_us = ALL_REDUCES_PER_LAYER * rates.message_us_per_mb * work.message_bytes * tokens / MB
     attention_us = rates.pair_us * work.num_heads * pairs / 1e6
-    layer_us = max(entry.layer.at(work.layer_plain_bytes), message_us) + attention_us + rates.part_us * more_parts
-    queue_us = entry.host_layer.at(work.layer_plain_bytes) + rates.host_part_us * more_parts
-    card_us = work.num_layers * layer_us + entry.rest.at(work.head_bytes)
-    return max(card_us, work.num_layers * queue_us + entry.host_rest_us) + entry.lead_us
+    layer_us = max(entry.layer.at(work.layer_plain_bytes), message_us) + attention_us
+    return work.num_layers * (layer_us + rates.part_us * (len(parts) - 1)) + entry.rest.at(work.head_bytes)
+
+
+def _queue_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> float:
+    layer_us = entry.host_layer.at(work.layer_plain_bytes) + rates.host_part_us * (len(parts) - 1)
+    return work.num_layers * layer_us + entry.host_rest_us

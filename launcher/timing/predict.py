@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
-from launcher.timing.chunks import chunk_ms
+from launcher.timing.chunks import Part, PassCost, chunk_cost
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
 from launcher.timing.rates import MB, Rates, StepRates, interpolate
@@ -90,7 +90,11 @@ def answer(work: Work, load: Workload, rates: Rates, pass_ms: float) -> Answers:
         parts = decode_parts(work, min(num_rows, load.batch_size), num_running * tokens, rates)
         return max(sum(parts.values()), pass_ms)
 
-    return run_through(load, lambda parts: max(chunk_ms(work, parts, rates), pass_ms), step_ms)
+    def cost(parts: list[Part]) -> PassCost:
+        found = chunk_cost(work, parts, rates)
+        return replace(found, card=max(found.card, pass_ms))
+
+    return run_through(load, cost, step_ms)
 
 
 def decode_parts(work: Work, num_rows: int, num_tokens: int, rates: Rates) -> dict[str, float]:

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.timing.chunks import PassCost
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
 from launcher.timing.load import Work, Workload
+from launcher.timing.passes import Answers, median_of, run_through
 from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import MB, Line, fit_line, interpolate
@@ -118,15 +120,17 @@ def half_step_ms(machine: Machine, num_running: int) -> float:
 
 def test_prompts_of_a_chunk_end_together(machine: Machine) -> None:
     # Eight prompts of 512 fill two chunks of 2048, between which the first four take a step, of eight rows as captured.
-    chunk, step = machine.chunk_ms(WIDE, 2048, num_parts=4), half_step_ms(machine, 4)
+    # What hides nothing at the start is hidden later: the card is busy while the host queues the second.
+    first, step = machine.chunk_ms(WIDE, 2048, num_parts=4), half_step_ms(machine, 4)
+    chunk = machine.card_ms(WIDE, [(0, 512)] * 4)
     times = predict(machine)
-    assert times.ttft_ms == pytest.approx((chunk + (2 * chunk + step)) / 2, rel=1e-6)
-    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / (2 * chunk) * 1e3, rel=1e-6)
+    assert times.ttft_ms == pytest.approx((first + (first + step + chunk)) / 2, rel=1e-6)
+    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / (first + chunk) * 1e3, rel=1e-6)
 
 
 def test_chunks_are_shorter_once_answers_are_under_way(machine: Machine) -> None:
     """The first chunk ends four prompts; each of the others one of the last four, after a step."""
-    first, chunk = machine.chunk_ms(WIDE, 2048, num_parts=4), machine.chunk_ms(WIDE, 512)
+    first, chunk = machine.chunk_ms(WIDE, 2048, num_parts=4), machine.card_ms(WIDE, [(0, 512)])
     load = replace(LOAD, prefill_chunk_while_decoding=512)
     times = predict(machine, load)
     assert times.ttft_ms == pytest.approx((first + (first + half_step_ms(machine, 4) + chunk)) / 2, rel=1e-6)
@@ -137,12 +141,13 @@ def test_chunks_are_shorter_once_answers_are_under_way(machine: Machine) -> None
     last += sum(steps[num] for num in (4, 3, 2, 1))
     assert times.tokens_per_sec == pytest.approx(8 * 256 / last * 1e3, rel=1e-6)
     assert times.itl_ms == pytest.approx(steps[8], rel=1e-6) == times.tpot_ms
-    assert predict(machine, replace(load, output_tokens=1)).ttft_ms == pytest.approx(1.5 * first, rel=1e-6)
+    both = machine.card_ms(WIDE, [(0, 512)] * 4)
+    assert predict(machine, replace(load, output_tokens=1)).ttft_ms == pytest.approx(first + both / 2, rel=1e-6)
 
 
 def test_a_long_prompt_pays_for_attending_to_its_past(machine: Machine) -> None:
     load = replace(LOAD, batch_size=1, prompt_tokens=4096, output_tokens=2)
-    whole = machine.chunk_ms(WIDE, 2048) + machine.chunk_ms(WIDE, 2048, 2048)
+    whole = machine.chunk_ms(WIDE, 2048) + machine.card_ms(WIDE, [(2048, 2048)])
     assert predict(machine, load).ttft_ms == pytest.approx(whole, rel=1e-6)
 
 
@@ -174,7 +179,7 @@ def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
     # A chunk of prompts streams the layers once.
     chunk_ms = machine.chunk_ms(WIDE, 2048, num_parts=4)
     prefill = predict_times(WIDE, replace(LOAD, batch_size=4), rates, 2 * chunk_ms)
-    assert prefill.ttft_ms == pytest.approx(2 * chunk_ms, rel=1e-6)
+    assert prefill.ttft_ms == pytest.approx(2 * chunk_ms + machine.lead / 1e3, rel=1e-6)
 
 
 def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
@@ -219,3 +224,23 @@ def test_interpolation_goes_on_beyond_the_largest_and_stops_below_the_smallest()
     assert [interpolate(table, at, float) for at in (1, 2, 3, 6, 12)] == [10.0, 10.0, 15.0, 40.0, 100.0]
     with pytest.raises(ValueError, match="nothing"):
         interpolate({}, 1, float)
+
+
+def test_a_step_goes_on_while_the_host_queues_the_next_pass() -> None:
+    """Of two prompts, each a pass: the host queues the second from when it sees the first one's token."""
+    load = Workload(2, 100, 9, prefill_chunk=100, prefill_chunk_while_decoding=100)
+    steps = {1: 5.0, 2: 6.0}
+
+    def times(queue: float, card: float) -> Answers:
+        return run_through(load, lambda parts: PassCost(queue, card, 1.0), steps.__getitem__)
+
+    slow_host, slow_card = times(20.0, 8.0), times(3.0, 8.0)
+    # 20 + 1; then 20 + 1 more, in which the step of 5 is over.
+    assert slow_host.first_ms == [21.0, 42.0]
+    # The step was over before, but is seen once the second pass is queued.
+    assert slow_host.gaps[:2] == [(20.0, 1), (6.0, 2)]
+    assert slow_card.first_ms == [9.0, 9.0 + 5.0 + 8.0]
+    # Seven steps together, each answer one by itself.
+    assert slow_card.gaps == [(5.0, 1), (6.0, 2), (6.0, 12), (5.0, 1)]
+    assert slow_card.end_ms == 22.0 + 7 * 6.0 + 5.0
+    assert median_of(slow_card.gaps) == 6.0 and median_of([]) is None
