@@ -183,10 +183,11 @@ def time_chunk(
     The median of each time.
     """
     # Equal tokens would make equal rows, whose products draw less power and so run faster.
-    prompts = (
-        random_prompts(1, start + tokens, settings.vocab_size, f"{index}") for index, tokens in enumerate(lengths)
-    )
-    sequences = [Sequence(index, *prompt, max_tokens=1) for index, prompt in enumerate(prompts)]
+    prompts = random_prompts(len(lengths), start + max(lengths), settings.vocab_size, "calibrate")
+    sequences = [
+        Sequence(index, prompt[: start + tokens], max_tokens=1)
+        for index, (prompt, tokens) in enumerate(zip(prompts, lengths, strict=True))
+    ]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
     parts = [Part(sequence, start, len(sequence.prompt)) for sequence in sequences]
