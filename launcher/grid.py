@@ -20,9 +20,10 @@ class GridPoint:
     skipped: str | None = None
 
 
-def point_run(run: RunConfig, batch_size: int, prompt_tokens: int) -> RunConfig:
+def point_run(run: RunConfig, point: GridPoint) -> RunConfig:
     """`run` with that workload."""
-    return replace(run, workload=replace(run.workload, batch_size=batch_size, prompt_tokens=prompt_tokens))
+    workload = replace(run.workload, batch_size=point.batch_size, prompt_tokens=point.prompt_tokens)
+    return replace(run, workload=workload)
 
 
 def largest_plan(points: tuple[GridPoint, ...]) -> Plan:

@@ -17,23 +17,26 @@ def plan_grid(run: RunConfig, placement: Placement, shape: ModelShape, inventory
     """Raises:
     PlanError: no point can be run; the reason of the first.
     """
+    grid = run.predictions
     points = tuple(
-        plan_point(point_run(run, batch_size, prompt_tokens), placement, shape, inventory)
-        for batch_size in run.predictions.batch_sizes
-        for prompt_tokens in run.predictions.prompt_tokens
+        plan_point(run, GridPoint(batch_size, prompt_tokens), placement, shape, inventory)
+        for batch_size in grid.batch_sizes
+        for prompt_tokens in grid.prompt_tokens
     )
     if all(point.plan is None for point in points):
         raise PlanError(f"no workload of the grid can be run. {points[0].skipped}")
     return points
 
 
-def plan_point(run: RunConfig, placement: Placement, shape: ModelShape, inventory: Inventory) -> GridPoint:
-    assert run.workload.prompt_tokens is not None
-    point = GridPoint(run.workload.batch_size, run.workload.prompt_tokens)
+def plan_point(
+    run: RunConfig, point: GridPoint, placement: Placement, shape: ModelShape, inventory: Inventory
+) -> GridPoint:
+    """`point` with its plan and times, or with the reason to skip it."""
+    own = point_run(run, point)
     try:
-        plan = plan_run(run, placement, shape, inventory)
+        plan = plan_run(own, placement, shape, inventory)
     except PlanError as error:
         return replace(point, skipped=str(error).splitlines()[0])
     if plan.offload is not None:
         return replace(point, skipped="layers would be streamed from host memory. Use task=bench for this workload.")
-    return replace(point, plan=plan, times=predict_run(run, plan, shape, inventory))
+    return replace(point, plan=plan, times=predict_run(own, plan, shape, inventory))

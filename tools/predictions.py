@@ -41,8 +41,7 @@ def predict_again(job: Job, point: GridPoint, row: Row, rates: Rates) -> Row:
     if point.plan is None:
         return row
     assert job.shape is not None
-    run = point_run(job.run, point.batch_size, point.prompt_tokens)
-    times = predict_by(rates, run, point.plan, job.shape)
+    times = predict_by(rates, point_run(job.run, point), point.plan, job.shape)
     return point_row(replace(point, times=times), row["output_tokens"], row["measured"])
 
 

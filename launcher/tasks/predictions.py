@@ -1,15 +1,19 @@
 """task=predictions: one model, many workloads, each measured as task=bench does and set beside what was predicted.
 
-Each workload has the engine that a run of it would have; the model is loaded once. What was measured is written after
-every one, as JSON lines and as Markdown, so that a run that is ended keeps it.
+Each workload has the engine that a run of it would have, but the model is loaded once. What was measured is written
+after every one, as JSON lines and as Markdown, so that a run that is ended keeps it.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import groupby
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from launcher.accuracy import POINTS_FILE, Row, point_row, summarise_errors
 from launcher.accuracy_text import accuracy_page
@@ -37,21 +41,39 @@ def run_predictions(context: RankContext) -> dict[str, Any]:
     job = context.job
     assert job.plan is not None, "the parent plans a model for this task"
     module, load = load_sharded_model(context)
-    agree, rows, found = open_agreement(context), list[Row](), {}
-    for done, point in enumerate(job.grid, start=1):
-        measured = None
-        if point.plan is not None:
-            own = replace(context, job=replace(job, run=point_run(job.run, point.batch_size, point.prompt_tokens)))
-            engine = open_engine(own, point.plan, module)
-            measured = measure_point(own, engine, point, agree)
-            found = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
-            del engine
-            give_back(context.device)
-        rows.append(point_row(point, job.run.workload.output_tokens, measured))
-        keep_rows(context, rows)
-        context.events.progress("measuring", done, len(job.grid), "workloads")
+    agree, rows, about = open_agreement(context), list[Row](), dict[str, Any]()
+    for _, points in groupby(job.grid, engine_key):
+        for row, of_engine in measure_group(context, module, list(points), agree):
+            rows.append(row)
+            about |= of_engine
+            keep_rows(context, rows)
+            context.events.progress("measuring", len(rows), len(job.grid), "workloads")
     summary = {"points": rows, "summary": summarise_errors(rows)}
-    return {"transport": context.transport_summary(), "load": asdict(load), **found, "predictions": summary}
+    return {"transport": context.transport_summary(), "load": asdict(load), **about, "predictions": summary}
+
+
+def engine_key(point: GridPoint) -> tuple[int, int, int | None] | None:
+    """What the engine of a workload depends on; None where it has none."""
+    plan = point.plan
+    return None if plan is None else (plan.batch_size, plan.max_context, plan.prefill_chunk_while_decoding)
+
+
+def measure_group(
+    context: RankContext, module: PreTrainedModel, points: list[GridPoint], agree: Agree
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The row of each of `points`, for which one engine does, or none, and what is known of that engine."""
+    job, plan = context.job, points[0].plan
+    if plan is None:
+        yield from ((point_row(point, job.run.workload.output_tokens, None), {}) for point in points)
+        return
+    contexts = [replace(context, job=replace(job, run=point_run(job.run, each))) for each in points]
+    engine = open_engine(contexts[0], plan, module)
+    about = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
+    for point, own in zip(points, contexts, strict=True):
+        measured = measure_point(own, engine, point, agree)
+        yield point_row(point, job.run.workload.output_tokens, measured), about
+    del engine
+    give_back(context.device)
 
 
 def measure_point(context: RankContext, engine: Engine, point: GridPoint, agree: Agree) -> Row:
