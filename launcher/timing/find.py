@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind
+from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind, TransportKind
 from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.plan import Plan, demand_of
@@ -58,13 +58,20 @@ def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> T
 
 
 def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:
-    peers = has_peer_access(run, placement, inventory)
-    measured = load_calibration(calibration_path(placement.names[0], placement.world_size, peer_access=peers))
+    measured = load_calibration(rates_path(run, placement, inventory))
     if measured is not None:
         return fit_rates(measured)
     if run.hardware.kind != HardwareKind.facts or not run.hardware.bf16_tflops:
         return None
     return rates_from_facts(facts_of(run.hardware), placement.world_size)
+
+
+def rates_path(run: RunConfig, placement: Placement, inventory: Inventory) -> Path:
+    """Where the calibration of such a run is kept."""
+    engine, peers = run.engine, has_peer_access(run, placement, inventory)
+    sums = [engine.transport.value] if engine.transport != TransportKind.auto else []
+    sums += ["8-bit-sums"] if engine.all_reduce_bits == 8 else []
+    return calibration_path(placement.names[0], placement.world_size, peer_access=peers, sums=sums)
 
 
 def has_peer_access(run: RunConfig, placement: Placement, inventory: Inventory) -> bool:
@@ -79,8 +86,7 @@ def keep_calibration(job: Job, inventory: Inventory, report: dict[str, Any]) -> 
     """Stores what task=calibrate measured where the next plans look for it, with what a card drew meanwhile."""
     calibration = TypeAdapter(Calibration).validate_python(report["calibration"])
     drawn = [card["power_w"] for card in report["cards"] if card["power_w"] is not None]
-    peers = has_peer_access(job.run, job.placement, inventory)
-    path = calibration_path(calibration.card, calibration.world_size, peer_access=peers)
+    path = rates_path(job.run, job.placement, inventory)
     calibration = replace(calibration, power_w=statistics.mean(drawn) if drawn else None)
     save_calibration(path, with_older(calibration, load_calibration(path)))
     return path
