@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
@@ -57,9 +57,14 @@ def _card_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> 
     message_us = ALL_REDUCES_PER_LAYER * rates.message_us_per_mb * work.message_bytes * tokens / MB
     attention_us = rates.pair_us * work.num_heads * pairs / 1e6
     layer_us = max(entry.layer.at(work.layer_plain_bytes), message_us) + attention_us
-    return work.num_layers * (layer_us + rates.part_us * (len(parts) - 1)) + entry.rest.at(work.head_bytes)
+    layer_us += _more_parts_us(work, parts, rates.part_us)
+    return work.num_layers * layer_us + entry.rest.at(work.head_bytes)
 
 
 def _queue_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> float:
-    layer_us = entry.host_layer.at(work.layer_plain_bytes) + rates.host_part_us * (len(parts) - 1)
+    layer_us = entry.host_layer.at(work.layer_plain_bytes) + _more_parts_us(work, parts, rates.host_part_us)
     return work.num_layers * layer_us + entry.host_rest_us
+
+
+def _more_parts_us(work: Work, parts: list[Part], part_us: Mapping[int, float]) -> float:
+    return (len(parts) - 1) * max(0.0, interpolate(part_us, work.layer_plain_bytes, float))

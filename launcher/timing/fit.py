@@ -85,8 +85,6 @@ def fit_rates(calibration: Calibration) -> Rates:
     formats = {name: sizes_of(calibration.points, name) for name in formats_of(calibration.points)}
     sizes = [size for each in formats.values() for size in each]
     pair_us = statistics.mean(fit_pairs(size) for size in sizes)
-    # Small layers are the soonest held up by the host.
-    small = [min(each, key=lambda size: size.work.layer_plain_bytes) for each in formats.values()]
     return Rates(
         source=f"measured on {calibration.world_size} x {calibration.card}",
         assumptions=(),
@@ -98,8 +96,8 @@ def fit_rates(calibration: Calibration) -> Rates:
         pair_us=pair_us,
         message_us_per_mb=0.0,
         power_w=calibration.power_w,
-        part_us=statistics.mean(fit_parts(size, calibration.part_tokens, pair_us) for size in small),
-        host_part_us=statistics.mean(fit_host_parts(size, calibration.part_tokens) for size in small),
+        part_us=by_bytes(sizes, lambda size: fit_parts(size, calibration.part_tokens, pair_us)),
+        host_part_us=by_bytes(sizes, lambda size: fit_host_parts(size, calibration.part_tokens)),
     )
 
 
@@ -181,6 +179,14 @@ def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
             call_us = max(0.0, with_us - without_us) / ALL_REDUCES_PER_LAYER
             found.setdefault(rows * size.work.message_bytes, []).append(call_us)
     return {num_bytes: sum(times) / len(times) for num_bytes, times in sorted(found.items())}
+
+
+def by_bytes(sizes: list[Size], us: Callable[[Size], float]) -> dict[int, float]:
+    """Of layers whose linears are as large at 16 bits, the mean over formats."""
+    found: dict[int, list[float]] = {}
+    for size in sizes:
+        found.setdefault(size.work.layer_plain_bytes, []).append(us(size))
+    return {num_bytes: statistics.mean(times) for num_bytes, times in found.items()}
 
 
 def fit_pairs(size: Size) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 MB = 1e6
@@ -59,8 +59,9 @@ class Rates:
 
     `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
     of a token and one that it attends to, of one query head. `part_us` and `host_part_us`: what each prompt in a chunk
-    but the first adds to a layer, on the card and to queue. `message_us_per_mb`: of the all-reduces of prefill, where
-    `prefill` leaves them out since they run beside the products. Empty and 0 where there is nothing of the kind.
+    but the first adds to a layer, on the card and to queue, by the bytes of its linears at 16 bits.
+    `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
+    products. Empty and 0 where there is nothing of the kind.
     """
 
     source: str
@@ -74,8 +75,8 @@ class Rates:
     message_us_per_mb: float
     # Mean of a card while it decodes; None: unknown.
     power_w: float | None
-    part_us: float = 0.0
-    host_part_us: float = 0.0
+    part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
+    host_part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:
