@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from launcher.calibrate_config import CalibrateConfig as CalibrateConfig
 from launcher.engine_config import EngineConfig as EngineConfig
 from launcher.engine_config import KVDType as KVDType
 from launcher.engine_config import SamplingConfig as SamplingConfig
@@ -27,6 +28,7 @@ from launcher.offload_config import OffloadConfig as OffloadConfig
 from launcher.offload_config import OffloadKind as OffloadKind
 from launcher.plan_config import Aim as Aim
 from launcher.plan_config import PlanConfig as PlanConfig
+from launcher.predictions_config import PredictionsConfig as PredictionsConfig
 from launcher.quantize_kind import QuantizeKind as QuantizeKind
 from launcher.speculation import SpeculationConfig as SpeculationConfig
 from launcher.speculation import SpeculationKind as SpeculationKind
@@ -37,7 +39,19 @@ from launcher.workload import WorkloadConfig as WorkloadConfig
 
 MAX_CARDS = 4
 # Sections with rules of their own.
-CHECKED = ("model", "workload", "limits", "sampling", "engine", "offload", "speculation", "probe", "timeouts")
+CHECKED = (
+    "model",
+    "workload",
+    "limits",
+    "sampling",
+    "engine",
+    "offload",
+    "speculation",
+    "probe",
+    "predictions",
+    "calibrate",
+    "timeouts",
+)
 
 
 class ConfigError(ValueError):
@@ -77,6 +91,7 @@ class TaskKind(str, Enum):
     probe = "probe"
     calibrate = "calibrate"
     bench = "bench"
+    predictions = "predictions"
 
 
 @dataclass
@@ -162,6 +177,8 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    predictions: PredictionsConfig = field(default_factory=PredictionsConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     prompt: str = MISSING
     # A .txt file (one prompt a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]}); replaces `prompt`.
@@ -237,8 +254,9 @@ class RunConfig:
         return [key for key, is_set in set_keys.items() if is_set]
 
     def _bench_keys(self) -> list[str]:
-        """Keys that were set and that only task=bench reads."""
-        return [*self.workload.bench_keys(), *self._baselines()]
+        """Keys that were set and that only task=bench reads; task=predictions repeats its runs too."""
+        read = {"workload.repeats"} if self.task.kind == TaskKind.predictions else set()
+        return [*(key for key in self.workload.bench_keys() if key not in read), *self._baselines()]
 
     def _baselines(self) -> list[str]:
         return ["bench.baselines"] if self.bench.baselines else []

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launcher.accuracy_text import accuracy_page
 from launcher.amounts import UNKNOWN, amount, number, percent
 from launcher.bench_text import bench_table, breakdown_tables
 from launcher.config import Aim, TaskKind
@@ -63,6 +64,12 @@ def print_report(report: dict[str, Any]) -> None:
             console.print(all_reduce_table(transport, timings))
     elif report["task"] == TaskKind.bench.value:
         print_bench(console, report)
+    elif report["task"] == TaskKind.predictions.value:
+        print_note(
+            accuracy_page(
+                f"{report['model']}, {report['world_size']} x {report['device']}", report["predictions"]["points"]
+            )
+        )
     elif report["task"] == TaskKind.calibrate.value:
         print_note(f"rates: {report['calibration_file']}")
     else:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from launcher.config import BaselineKind, PeerAccess, RunConfig
 from launcher.draft import Draft
+from launcher.grid import GridPoint
 from launcher.plan import Plan
 from launcher.prompts import Prompt
 from launcher.shape import ModelShape
@@ -32,6 +33,8 @@ class Job:
     # The small model that guesses, where one does.
     draft: Draft | None = None
     prompts: tuple[Prompt, ...] = ()
+    # Of task=predictions; `plan` is then the one that takes most.
+    grid: tuple[GridPoint, ...] = ()
     # What its steps should take, or why that cannot be told; None where nothing was asked.
     times: Times | str | None = None
     # Set where ranks are to run this instead of our engine.

@@ -44,6 +44,7 @@ MEASURED_BY_RANKS = (
     "bandwidth",
     "breakdown",
     "prefill_breakdown",
+    "predictions",
 )
 PREDICTED_TIMES = ("ttft_ms", "tpot_ms", "tokens_per_sec", "prefill_tokens_per_sec", "comm_share", "tokens_per_joule")
 MEASURED = (

@@ -14,6 +14,8 @@ from launcher.console import print_note, print_options, print_plan, print_report
 from launcher.draft import find_draft
 from launcher.events import EventFollower
 from launcher.failures import Failure, RunFailed
+from launcher.grid import largest_plan
+from launcher.grid_plan import plan_grid
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.model_files import download_model, download_texts, find_local_model
@@ -62,8 +64,10 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         # Before the model, which may have to be downloaded.
         job = replace(job, prompts=choose_prompts(job))
     if run.task.kind not in WITHOUT_MODEL:
-        model = find_model(run, lambda shape: plan_run(run, placement, shape, inventory))
-        job = prepare_job(job, model, inventory)
+        is_grid = run.task.kind == TaskKind.predictions
+        plan, prepare = (plan_grid, prepare_grid) if is_grid else (plan_run, prepare_job)
+        model = find_model(run, lambda shape: plan(run, placement, shape, inventory))
+        job = prepare(job, model, inventory)
     if run.task.kind == TaskKind.plan:
         return base_report(job)
     if is_complete(job):
@@ -171,6 +175,15 @@ def find_stored_model(run: RunConfig, check: CheckShape) -> Model:
     folder = folder or download_model(run.model)
     shape = shape_from_config(folder) if is_dummy else shape_from_checkpoint(folder, read_checkpoint(folder))
     return Model(shape, folder)
+
+
+def prepare_grid(job: Job, model: Model, inventory: Inventory) -> Job:
+    """`job` with the plans of all its workloads; raises where none can be run."""
+    points = plan_grid(job.run, job.placement, model.shape, inventory)
+    if reasons := {point.times for point in points if isinstance(point.times, str)}:
+        print_warning(f"no predictions: {'; '.join(reasons)}")
+    folder = str(model.folder) if model.folder else None
+    return replace(job, plan=largest_plan(points), shape=model.shape, model_folder=folder, grid=points)
 
 
 def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher.accuracy_text import accuracy_page
+
 MIB = 2**20
 UNKNOWN = "-"
 RUN_COLUMNS = (
@@ -168,6 +170,11 @@ def render(title: str, reports: dict[str, Any]) -> str:
     if benches:
         parts.append(table(BENCH_COLUMNS, [bench_row(name, report) for name, report in benches.items()]))
     parts += [probe_section(name, report) for name, report in probes.items()]
+    parts += [
+        accuracy_page(f"## {name}", report["predictions"]["points"]).rstrip()
+        for name, report in reports.items()
+        if report["task"] == "predictions"
+    ]
     commands = [f"- {name}: `launcher {' '.join(report['command'])}`" for name, report in reports.items()]
     parts += ["## Commands", "\n".join(commands)]
     return "\n\n".join(parts) + "\n"

@@ -20,6 +20,7 @@ from launcher.slurm.duration import (
     minutes_without_model,
 )
 from launcher.timing.find import predict_run
+from launcher.timing.predict import Times
 from launcher.topology import place_ranks, resolve_world_size
 from launcher.units import GIB
 
@@ -34,6 +35,8 @@ CPU_MARGIN = 1.25
 CORES_PER_RANK = 4
 # Cards that a login node without any plans for.
 DEFAULT_CARDS = "rtx4090"
+# Why there is no time for task=predictions.
+GRID_REASON = "its workloads are many"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     model = find_model(planned, lambda shape: None)
     plan = plan_model(planned, num_ranks, model, inventory)
     tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
-    times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
+    times: Times | str = GRID_REASON
+    if run.task.kind != TaskKind.predictions:
+        times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
     return build_needs(run, num_ranks, inventory, plan, minutes_of(run, times, weight_bytes(plan)))
 
 

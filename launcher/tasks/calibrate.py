@@ -1,30 +1,33 @@
 """task=calibrate: times of small engines with layers of two sizes, from which any model's steps are predicted.
 
-Steps are timed whole, as they run: captured, with their all-reduces and whatever overlaps. Two depths tell a layer's
-time from the rest, two sizes a byte's from what every layer starts with.
+Steps and passes of prompts are timed whole, as they run, with their all-reduces and whatever overlaps. Two depths tell
+a layer's time from the rest, two sizes a byte's from what every layer starts with. The deep engine runs the same few
+layers again and again, so that it takes no more memory: together they are beyond any card's caches.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from launcher.memory import Demand
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
 from launcher.tasks.bandwidth import copy_bandwidth
-from launcher.tasks.weights import config_of_shape
-from launcher.timing.fit import Calibration, Point, StepTimes
+from launcher.tasks.requests import random_prompts
+from launcher.tasks.weights import config_of_shape, give_back
+from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes
 from launcher.timing.work import work_of
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import ElidedAllReduce
+from parallel.engine.chunk_timer import time_apart
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.merged import LayerMerger
@@ -35,10 +38,10 @@ from parallel.kernels.held import held_bits
 from parallel.partition import choose_grain
 from parallel.shard import build_sharded_model
 
-FORMATS = ("bf16", *QUANTIZE_SCHEMES)
-# Layers of Llama-70B and of half its width.
+# Layers of Llama-70B and of half its width, which are those of Llama-8B.
 WIDTHS = {"wide": 8192, "narrow": 4096}
-DEPTHS = (2, 6)
+NUM_LAYERS = 6
+DEPTHS = (2, 18)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class Settings:
     """What is timed; a test takes less of it."""
 
     widths: Mapping[str, int]
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...]
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     chunks: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     short_context: int = 512
     long_context: int = 4096
+    part_tokens: int = 128
     vocab_size: int = 128256
     num_steps: int = 10
     num_chunks: int = 3
@@ -58,12 +62,17 @@ class Settings:
 
 def run_calibrate(context: RankContext, settings: Settings | None = None) -> dict[str, Any]:
     """Results: {"calibration": ...}, of rank 0's clock; every rank runs the same engines."""
-    settings, points = settings or Settings(WIDTHS), []
-    cases = [(f, name, depth) for f in settings.formats for name in settings.widths for depth in DEPTHS]
+    settings = settings or Settings(WIDTHS, tuple(context.job.run.calibrate.formats))
+    points: list[Point] = []
+    cases = [(f, name) for f in settings.formats for name in settings.widths]
     copy_bytes_per_sec = copy_bandwidth(context.device)
-    for done, (format_name, size, depth) in enumerate(cases, start=1):
-        points.append(time_engine(context, settings, calibration_shape(settings, size, depth, format_name), size))
-        context.events.progress("calibrating", done, len(cases), "engines")
+    for done, (format_name, size) in enumerate(cases, start=1):
+        shape = calibration_shape(settings, size, format_name)
+        model = build_model(context, shape)
+        points += time_depths(context, settings, shape, size, model)
+        del model
+        give_back(context.device)
+        context.events.progress("calibrating", done, len(cases), "models")
     placement = context.job.placement
     calibration = Calibration(
         card=placement.names[0],
@@ -71,20 +80,21 @@ def run_calibrate(context: RankContext, settings: Settings | None = None) -> dic
         versions={"torch": torch.__version__},
         short_context=settings.short_context,
         long_context=settings.long_context,
+        part_tokens=settings.part_tokens,
         copy_gb_per_sec=(copy_bytes_per_sec or 0.0) / 1e9,
         points=tuple(points),
     )
     return {"transport": context.transport_summary(), "calibration": asdict(calibration)}
 
 
-def calibration_shape(settings: Settings, size: str, depth: int, format_name: str) -> ModelShape:
+def calibration_shape(settings: Settings, size: str, format_name: str) -> ModelShape:
     """A Llama of that width in the proportions of 70B, with heads of 128."""
     width, scheme = settings.widths[size], QUANTIZE_SCHEMES.get(format_name)
     return ModelShape(
         model_type="llama",
         hidden_size=width,
         intermediate_size=width * 7 // 2,
-        num_layers=depth,
+        num_layers=NUM_LAYERS,
         num_heads=width // 128,
         num_kv_heads=min(8, width // 128),
         head_dim=128,
@@ -104,29 +114,39 @@ def calibration_shape(settings: Settings, size: str, depth: int, format_name: st
     )
 
 
-def time_engine(context: RankContext, settings: Settings, shape: ModelShape, size: str) -> Point:
-    engine = open_engine(context, settings, shape)
-    point = Point(
-        size=size,
-        work=replace(work_of(demand_of_calibration(context, settings, shape)), num_layers=shape.num_layers),
-        steps={rows: time_rows(context, settings, engine, rows) for rows in settings.rows},
-        chunks_ms={tokens: time_chunk(context, settings, engine, tokens, 0) for tokens in settings.chunks},
-        past_ms=time_chunk(context, settings, engine, max(settings.chunks), max(settings.chunks)),
-    )
-    # Before the next one is built; what refers to itself goes with the collector only.
-    del engine
-    gc.collect()
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return point
-
-
-def open_engine(context: RankContext, settings: Settings, shape: ModelShape) -> Engine:
+def build_model(context: RankContext, shape: ModelShape) -> PreTrainedModel:
     grain = choose_grain((shape.intermediate_size, shape.vocab_size), context.communicator.world_size)
     model = build_sharded_model(config_of_shape(shape), context.communicator, dtype=torch.bfloat16, grain=grain)
     fill_dummy(model, shape.scheme, context.device, on_placed=LayerMerger(model.module))
+    return model.module
+
+
+def time_depths(
+    context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
+) -> list[Point]:
+    own, points = list(model.model.layers), []
+    for depth in DEPTHS:
+        model.model.layers = nn.ModuleList(own[place % len(own)] for place in range(depth))
+        points.append(time_engine(context, settings, shape, size, model))
+        give_back(context.device)
+    return points
+
+
+def time_engine(
+    context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
+) -> Point:
     limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks))
-    return Engine(model.module, context.communicator, context.device, limits, prefix_cache=False)
+    engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
+    work, longest = work_of(demand_of_calibration(context, settings, shape)), max(settings.chunks)
+    lengths = [settings.part_tokens] * (longest // settings.part_tokens)
+    return Point(
+        size=size,
+        work=replace(work, num_layers=len(model.model.layers)),
+        steps={rows: time_rows(context, settings, engine, rows) for rows in settings.rows},
+        chunks={tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks},
+        past=time_chunk(context, settings, engine, [longest], start=longest),
+        parts=time_chunk(context, settings, engine, lengths),
+    )
 
 
 def demand_of_calibration(context: RankContext, settings: Settings, shape: ModelShape) -> Demand:
@@ -155,22 +175,31 @@ def time_rows(context: RankContext, settings: Settings, engine: Engine, rows: in
     return StepTimes(short, median(settings.long_context, talking=True), elided)
 
 
-def time_chunk(context: RankContext, settings: Settings, engine: Engine, tokens: int, start: int) -> float:
-    """Milliseconds of a pass over `tokens` tokens of one prompt, those before `start` being in the cache."""
-    sequence = Sequence(0, [0] * (start + tokens), max_tokens=1)
-    sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
-    part = Part(sequence, start, start + tokens)
+def time_chunk(
+    context: RankContext, settings: Settings, engine: Engine, lengths: list[int], start: int = 0
+) -> ChunkTimes:
+    """A pass over `lengths` tokens of as many prompts, those before `start` being in the cache, and their first draws.
+
+    The median of each time.
+    """
+    # Equal tokens would make equal rows, whose products draw less power and so run faster.
+    prompts = random_prompts(len(lengths), start + max(lengths), settings.vocab_size, "calibrate")
+    sequences = [
+        Sequence(index, prompt[: start + tokens], max_tokens=1)
+        for index, (prompt, tokens) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    for sequence in sequences:
+        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
+    parts = [Part(sequence, start, len(sequence.prompt)) for sequence in sequences]
+
+    def run() -> torch.Tensor:
+        return engine.start_answers(sequences, engine.prefill(parts))
+
     try:
-        times = [one_pass(context, engine, part) for _ in range(1 + settings.num_chunks)]
+        times = [time_apart(run, context.communicator, context.device) for _ in range(1 + settings.num_chunks)][1:]
     finally:
-        engine.pages.release(sequence.pages)
-    return statistics.median(times[1:])
-
-
-def one_pass(context: RankContext, engine: Engine, part: Part) -> float:
-    context.communicator.barrier()
-    begin = time.perf_counter()
-    engine.prefill([part])
-    if context.device.type == "cuda":
-        torch.cuda.synchronize(context.device)
-    return (time.perf_counter() - begin) * 1e3
+        for sequence in sequences:
+            engine.pages.release(sequence.pages)
+    return ChunkTimes(
+        *(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card"))
+    )

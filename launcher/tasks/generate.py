@@ -92,7 +92,27 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
     host_layers = None if plan.offload is None else HostLayers(plan.offload.streamed_layers, context.device)
     module, load = load_sharded_model(context, host_layers)
     draft = load_draft_model(context)
-    engine = Engine(
+    speculation = speculation_params(run.speculation, None if draft is None else draft[0])
+    engine = open_engine(context, plan, module, speculation, host_layers)
+    context.reached("loaded")
+    rules = StopRules(
+        max_tokens=run.workload.output_tokens,
+        eos_ids=eos_token_ids(context.job, tokenizer),
+        texts=tuple(run.sampling.stop),
+    )
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, None if draft is None else draft[1])
+
+
+def open_engine(
+    context: RankContext,
+    plan: Plan,
+    module: PreTrainedModel,
+    speculation: Speculation | None = None,
+    host_layers: HostLayers | None = None,
+) -> Engine:
+    """An engine for the run's workload, as planned, over a model that was loaded."""
+    run = context.job.run
+    return Engine(
         module,
         context.communicator,
         context.device,
@@ -105,16 +125,9 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
         prefix_cache=run.engine.prefix_cache,
-        speculation=speculation_params(run.speculation, None if draft is None else draft[0]),
+        speculation=speculation,
         host_layers=host_layers,
     )
-    context.reached("loaded")
-    rules = StopRules(
-        max_tokens=run.workload.output_tokens,
-        eos_ids=eos_token_ids(context.job, tokenizer),
-        texts=tuple(run.sampling.stop),
-    )
-    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, None if draft is None else draft[1])
 
 
 def warm_up(loaded: LoadedModel) -> float:

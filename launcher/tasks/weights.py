@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ def load_source(
     )
     on_placed = LayerMerger(model.module) if host_layers is None else HostLoader(model.module, host_layers)
     return model.module, FILLS[job.run.model.weights](context, model, source, on_placed)
+
+
+def give_back(device: torch.device) -> None:
+    """Memory of what nobody holds any more, to be used for something else; what refers to itself goes here only."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def config_of_shape(shape: ModelShape) -> PretrainedConfig:

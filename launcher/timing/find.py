@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind
+from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind, TransportKind
 from launcher.hardware import Inventory
 from launcher.job import Job
 from launcher.plan import Plan, demand_of
 from launcher.shape import ModelShape
-from launcher.timing.fit import Calibration, fit_rates
-from launcher.timing.predict import Times, Workload, predict_times
+from launcher.timing.fit import Calibration, fit_rates, with_older
+from launcher.timing.load import Workload
+from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import Rates
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
@@ -32,6 +33,11 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
     rates = find_rates(run, plan.placement, inventory)
     if rates is None:
         return "this machine's rates are not known: task=calibrate measures them in a minute"
+    return predict_by(rates, run, plan, shape)
+
+
+def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> Times | str:
+    """As `predict_run`, on a machine of these rates."""
     prompt_tokens = run.num_prompt_tokens
     if prompt_tokens is None:
         return "workload.prompt_tokens is not set"
@@ -52,13 +58,20 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
 
 
 def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:
-    peers = has_peer_access(run, placement, inventory)
-    measured = load_calibration(calibration_path(placement.names[0], placement.world_size, peer_access=peers))
+    measured = load_calibration(rates_path(run, placement, inventory))
     if measured is not None:
         return fit_rates(measured)
     if run.hardware.kind != HardwareKind.facts or not run.hardware.bf16_tflops:
         return None
     return rates_from_facts(facts_of(run.hardware), placement.world_size)
+
+
+def rates_path(run: RunConfig, placement: Placement, inventory: Inventory) -> Path:
+    """Where the calibration of such a run is kept."""
+    engine, peers = run.engine, has_peer_access(run, placement, inventory)
+    sums = [engine.transport.value] if engine.transport != TransportKind.auto else []
+    sums += ["8-bit-sums"] if engine.all_reduce_bits == 8 else []
+    return calibration_path(placement.names[0], placement.world_size, peer_access=peers, sums=sums)
 
 
 def has_peer_access(run: RunConfig, placement: Placement, inventory: Inventory) -> bool:
@@ -73,9 +86,9 @@ def keep_calibration(job: Job, inventory: Inventory, report: dict[str, Any]) -> 
     """Stores what task=calibrate measured where the next plans look for it, with what a card drew meanwhile."""
     calibration = TypeAdapter(Calibration).validate_python(report["calibration"])
     drawn = [card["power_w"] for card in report["cards"] if card["power_w"] is not None]
-    peers = has_peer_access(job.run, job.placement, inventory)
-    path = calibration_path(calibration.card, calibration.world_size, peer_access=peers)
-    save_calibration(path, replace(calibration, power_w=statistics.mean(drawn) if drawn else None))
+    path = rates_path(job.run, job.placement, inventory)
+    calibration = replace(calibration, power_w=statistics.mean(drawn) if drawn else None)
+    save_calibration(path, with_older(calibration, load_calibration(path)))
     return path
 
 

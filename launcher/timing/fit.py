@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from launcher.timing.predict import ALL_REDUCES_PER_LAYER, Work
+from launcher.timing.chunks import square_pairs
+from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
 from launcher.timing.rates import MB, ChunkRates, Line, Rates, StepRates, fit_line
 
 
@@ -19,17 +21,29 @@ class StepTimes:
 
 
 @dataclass(frozen=True)
+class ChunkTimes:
+    """Milliseconds of a chunk of prompts: in all, until the host has queued it, and on a card that need not wait for
+    the host."""
+
+    whole: float
+    queued: float
+    card: float
+
+
+@dataclass(frozen=True)
 class Point:
     """One engine's times, by rows of a step and tokens of a chunk; `work` is what it did, its layers counted.
 
-    `past_ms` is the chunk of most tokens after as many in the cache.
+    Chunks are of one prompt. Of the most tokens, `past` comes after as many in the cache, and `parts` is of prompts of
+    Calibration.part_tokens.
     """
 
     size: str
     work: Work
     steps: Mapping[int, StepTimes]
-    chunks_ms: Mapping[int, float]
-    past_ms: float
+    chunks: Mapping[int, ChunkTimes]
+    past: ChunkTimes
+    parts: ChunkTimes
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Calibration:
     versions: Mapping[str, str | None]
     short_context: int
     long_context: int
+    part_tokens: int
     copy_gb_per_sec: float
     points: tuple[Point, ...]
     power_w: float | None = None
@@ -69,6 +84,7 @@ def fit_rates(calibration: Calibration) -> Rates:
     """Lines through the two sizes of each format."""
     formats = {name: sizes_of(calibration.points, name) for name in formats_of(calibration.points)}
     sizes = [size for each in formats.values() for size in each]
+    pair_us = statistics.mean(fit_pairs(size) for size in sizes)
     return Rates(
         source=f"measured on {calibration.world_size} x {calibration.card}",
         assumptions=(),
@@ -77,10 +93,26 @@ def fit_rates(calibration: Calibration) -> Rates:
         decode={name: fit_steps(calibration, each) for name, each in formats.items()},
         prefill={name: fit_chunks(each) for name, each in formats.items()},
         all_reduce_us=fit_all_reduce(sizes) if calibration.world_size > 1 else {},
-        pair_us=fit_pairs(sizes),
+        pair_us=pair_us,
         message_us_per_mb=0.0,
         power_w=calibration.power_w,
+        part_us=by_bytes(sizes, lambda size: fit_parts(size, calibration.part_tokens, pair_us)),
+        host_part_us=by_bytes(sizes, lambda size: fit_host_parts(size, calibration.part_tokens)),
     )
+
+
+def with_older(calibration: Calibration, older: Calibration | None) -> Calibration:
+    """`calibration` with the formats that only an older one has, if that was made in the same way."""
+    if older is None or settings_of(calibration) != settings_of(older):
+        return calibration
+    timed = formats_of(calibration.points)
+    kept = (point for point in older.points if point.work.format not in timed)
+    return replace(calibration, points=(*calibration.points, *kept))
+
+
+def settings_of(calibration: Calibration) -> Calibration:
+    """All but what was measured, and the format."""
+    return replace(calibration, copy_gb_per_sec=0.0, power_w=None, points=())
 
 
 def formats_of(points: Iterable[Point]) -> list[str]:
@@ -117,14 +149,24 @@ def fit_step(calibration: Calibration, sizes: list[Size], rows: int) -> StepRate
 
 
 def fit_chunks(sizes: list[Size]) -> dict[int, ChunkRates]:
-    def rates(tokens: int) -> ChunkRates:
-        ms = lambda point: point.chunks_ms[tokens]  # noqa: E731
-        return ChunkRates(
-            through((size.work.layer_plain_bytes, size.layer_us(ms)) for size in sizes),
-            through((size.work.head_bytes, size.rest_us(ms)) for size in sizes),
-        )
+    return {tokens: fit_chunk(sizes, tokens) for tokens in sizes[0].deep.chunks}
 
-    return {tokens: rates(tokens) for tokens in sizes[0].deep.chunks_ms}
+
+def fit_chunk(sizes: list[Size], tokens: int) -> ChunkRates:
+    card, queued = (of_chunk(tokens, name) for name in ("card", "queued"))
+    points = [point.chunks[tokens] for size in sizes for point in (size.shallow, size.deep)]
+    return ChunkRates(
+        layer=through((size.work.layer_plain_bytes, size.layer_us(card)) for size in sizes),
+        rest=through((size.work.head_bytes, size.rest_us(card)) for size in sizes),
+        host_layer=through((size.work.layer_plain_bytes, size.layer_us(queued)) for size in sizes),
+        host_rest_us=statistics.mean(size.rest_us(queued) for size in sizes),
+        lead_us=statistics.mean(max(0.0, each.whole - max(each.card, each.queued)) for each in points) * 1e3,
+        pairs=square_pairs(tokens),
+    )
+
+
+def of_chunk(tokens: int, name: str) -> Callable[[Point], float]:
+    return lambda point: float(getattr(point.chunks[tokens], name))
 
 
 def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
@@ -139,12 +181,36 @@ def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
     return {num_bytes: sum(times) / len(times) for num_bytes, times in sorted(found.items())}
 
 
-def fit_pairs(sizes: list[Size]) -> float:
+def by_bytes(sizes: list[Size], us: Callable[[Size], float]) -> dict[int, float]:
+    """Of layers whose linears are as large at 16 bits, the mean over formats."""
+    found: dict[int, list[float]] = {}
+    for size in sizes:
+        found.setdefault(size.work.layer_plain_bytes, []).append(us(size))
+    return {num_bytes: statistics.mean(times) for num_bytes, times in found.items()}
+
+
+def fit_pairs(size: Size) -> float:
     """Microseconds of a million pairs of tokens, one head: what a chunk after another takes more than the first."""
-    size = max(sizes, key=lambda size: size.work.layer_plain_bytes)
-    tokens = max(size.deep.chunks_ms)
-    more_us = size.layer_us(lambda point: point.past_ms) - size.layer_us(lambda point: point.chunks_ms[tokens])
+    tokens = max(size.deep.chunks)
+    more_us = size.layer_us(lambda point: point.past.card) - size.layer_us(of_chunk(tokens, "card"))
     return max(0.0, more_us) / (tokens * tokens * size.work.num_heads) * 1e6
+
+
+def fit_parts(size: Size, part_tokens: int, pair_us: float) -> float:
+    """Microseconds that a prompt adds to a layer's chunk of as many tokens, whose attention gets less."""
+    tokens = max(size.deep.chunks)
+    num_parts = tokens // part_tokens
+    less_pairs = square_pairs(tokens) - num_parts * square_pairs(part_tokens)
+    less_us = pair_us * less_pairs * size.work.num_heads / 1e6
+    more_us = size.layer_us(lambda point: point.parts.card) - size.layer_us(of_chunk(tokens, "card"))
+    return max(0.0, more_us + less_us) / (num_parts - 1)
+
+
+def fit_host_parts(size: Size, part_tokens: int) -> float:
+    """The same of what the host takes."""
+    tokens = max(size.deep.chunks)
+    more_us = size.layer_us(lambda point: point.parts.queued) - size.layer_us(of_chunk(tokens, "queued"))
+    return max(0.0, more_us) / (tokens // part_tokens - 1)
 
 
 def through(points: Iterable[tuple[float, float]]) -> Line:

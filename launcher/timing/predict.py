@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
-from launcher.timing.rates import MB, ChunkRates, Rates, StepRates, interpolate
-
-ALL_REDUCES_PER_LAYER = 2
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the rank that has most does for a model; bytes of one layer, one token or the head on that rank."""
-
-    format: str
-    num_layers: int
-    layer_bytes: int
-    # At 16 bits, whatever the format.
-    layer_plain_bytes: int
-    head_bytes: int
-    kv_bytes_per_token: int
-    num_heads: int
-    message_bytes: int
-
-
-@dataclass(frozen=True)
-class Workload:
-    batch_size: int
-    prompt_tokens: int
-    output_tokens: int
-    prefill_chunk: int
-    # Where answers are under way.
-    prefill_chunk_while_decoding: int
-
-    @property
-    def prompts_only(self) -> Workload:
-        return replace(self, output_tokens=1)
+from launcher.timing.chunks import Part, PassCost, chunk_cost
+from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work, Workload
+from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.rates import MB, Rates, StepRates, interpolate
 
 
 @dataclass(frozen=True)
 class Times:
-    """All predicted. `parts_ms` adds up to `tpot_ms`; `floor_ms` reads each byte once at the speed of a copy, on
-    the card or, of streamed layers, from the host.
+    """All predicted. `tpot_ms` is a step of all sequences, to which `parts_ms` adds up; `floor_ms` reads each byte once
+    at the speed of a copy, on the card or, of streamed layers, from the host.
 
-    `tokens_per_sec` counts prefill in, as runs do.
+    `tokens_per_sec` counts prefill in, as runs do. `itl_ms` is the median over all tokens but first ones, also those of
+    steps between which prompts are read; None where answers have one token.
     """
 
     source: str
@@ -59,6 +32,7 @@ class Times:
     ttft_ms: float
     prefill_tokens_per_sec: float
     tokens_per_joule: float | None
+    itl_ms: float | None = None
 
 
 # What each part of a step is held by.
@@ -83,14 +57,12 @@ def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0
     """
     if work.format not in rates.decode:
         raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.decode)}")
-    parts = decode_parts(work, load, rates)
+    parts = decode_parts(work, load.batch_size, read_tokens(load), rates)
     if pass_ms:
         parts["copies"] = max(0.0, pass_ms - sum(parts.values()))
     tpot_ms = sum(parts.values())
-    prompts_ms = prefill_ms(work, load, rates, tpot_ms, pass_ms)
-    prefill_only_ms = max(prefill_ms(work, load.prompts_only, rates, tpot_ms, pass_ms))
-    answers_ms = max(prompts_ms) + (load.output_tokens - 1) * tpot_ms
-    tokens_per_sec = load.batch_size * load.output_tokens / answers_ms * 1e3
+    answers, prefill_only = (answer(work, each, rates, pass_ms) for each in (load, load.prompts_only))
+    tokens_per_sec = load.batch_size * load.output_tokens / answers.end_ms * 1e3
     return Times(
         source=rates.source,
         assumptions=rates.assumptions,
@@ -100,25 +72,47 @@ def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0
         comm_share=parts["all_reduce"] / tpot_ms,
         limit=LIMITS[max(parts, key=lambda name: parts[name])],
         tokens_per_sec=tokens_per_sec,
-        ttft_ms=statistics.median(prompts_ms),
-        prefill_tokens_per_sec=load.batch_size * load.prompt_tokens / prefill_only_ms * 1e3,
+        ttft_ms=statistics.median(answers.first_ms),
+        prefill_tokens_per_sec=load.num_tokens / prefill_only.end_ms * 1e3,
         tokens_per_joule=tokens_per_sec / (rates.power_w * rates.world_size) if rates.power_w else None,
+        itl_ms=median_of(answers.gaps),
     )
 
 
-def decode_parts(work: Work, load: Workload, rates: Rates) -> dict[str, float]:
-    """Milliseconds of a step: weights, kv, all_reduce, starts (what no byte explains) and rest."""
+def answer(work: Work, load: Workload, rates: Rates, pass_ms: float) -> Answers:
+    """The passes of `load`; each that is streamed to takes `pass_ms` or more."""
+    table, tokens = rates.decode[work.format], load.prompt_tokens + load.output_tokens // 2
+
+    @cache
+    def step_ms(num_running: int) -> float:
+        # Steps are captured for some numbers of rows, those that are timed.
+        num_rows = min((size for size in table if size >= num_running), default=load.batch_size)
+        parts = decode_parts(work, min(num_rows, load.batch_size), num_running * tokens, rates)
+        return max(sum(parts.values()), pass_ms)
+
+    def cost(parts: list[Part]) -> PassCost:
+        found = chunk_cost(work, parts, rates)
+        return replace(found, card=max(found.card, pass_ms))
+
+    return run_through(load, cost, step_ms)
+
+
+def decode_parts(work: Work, num_rows: int, num_tokens: int, rates: Rates) -> dict[str, float]:
+    """Milliseconds of a step: weights, kv, all_reduce, starts (what no byte explains) and rest.
+
+    Args:
+        num_tokens: that all rows attend to.
+    """
     table = rates.decode[work.format]
 
     def at_rows(name: str) -> float:
-        return interpolate(table, load.batch_size, lambda entry: _values(entry, work)[name])
+        return interpolate(table, num_rows, lambda entry: _values(entry, work)[name])
 
-    kv_mb = work.kv_bytes_per_token * read_tokens(load) / MB
-    message = work.message_bytes * load.batch_size
+    message = work.message_bytes * num_rows
     call_us = interpolate(rates.all_reduce_us, message, float) if rates.all_reduce_us else 0.0
     layer = {
         "weights": at_rows("weights"),
-        "kv": at_rows("kv_us_per_mb") * kv_mb,
+        "kv": at_rows("kv_us_per_mb") * work.kv_bytes_per_token * num_tokens / MB,
         "all_reduce": call_us * ALL_REDUCES_PER_LAYER,
         "starts": at_rows("starts"),
     }
@@ -142,41 +136,3 @@ def read_tokens(load: Workload) -> int:
 def step_bytes(work: Work, load: Workload) -> float:
     layers = work.num_layers * (work.layer_bytes + work.kv_bytes_per_token * read_tokens(load))
     return layers + work.head_bytes
-
-
-def prefill_ms(work: Work, load: Workload, rates: Rates, step_ms: float, pass_ms: float) -> list[float]:
-    """When each prompt of the batch has its first token: chunks are filled in order, and a prompt ends in one.
-
-    Once answers are under way chunks are shorter, with a step between every two, counted as one of all rows.
-    """
-    table = rates.prefill[work.format]
-    total, done_ms, clock, start = load.batch_size * load.prompt_tokens, list[float](), 0.0, 0
-    while start < total:
-        chunk, is_decoding = load.prefill_chunk, bool(done_ms) and load.output_tokens > 1
-        if is_decoding:
-            chunk, clock = min(chunk, load.prefill_chunk_while_decoding), clock + step_ms
-        tokens = min(chunk, total - start)
-        computed_ms = chunk_ms(work, table, tokens, rates) + past_ms(work, load, start, tokens, rates)
-        clock += max(computed_ms, pass_ms)
-        ended = (start + tokens) // load.prompt_tokens - start // load.prompt_tokens
-        done_ms += [clock] * ended
-        start += tokens
-    return done_ms
-
-
-def chunk_ms(work: Work, table: Mapping[int, ChunkRates], tokens: int, rates: Rates) -> float:
-    message_us = ALL_REDUCES_PER_LAYER * rates.message_us_per_mb * work.message_bytes * tokens / MB
-
-    def one(entry: ChunkRates) -> float:
-        layer_us = max(entry.layer.at(work.layer_plain_bytes), message_us)
-        return work.num_layers * layer_us + entry.rest.at(work.head_bytes)
-
-    return interpolate(table, tokens, one) / 1e3
-
-
-def past_ms(work: Work, load: Workload, start: int, tokens: int, rates: Rates) -> float:
-    """What a chunk's tokens take to attend to those of their prompt that are in the cache already."""
-    past = start % load.prompt_tokens
-    inside = min(tokens, load.prompt_tokens - past)
-    pairs = past * inside if past else 0
-    return work.num_layers * work.num_heads * rates.pair_us * pairs / 1e6 / 1e3

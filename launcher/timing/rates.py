@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 MB = 1e6
@@ -37,13 +37,20 @@ class StepRates:
 
 @dataclass(frozen=True)
 class ChunkRates:
-    """A chunk of some prompt tokens on one rank, with what all-reduces add to it.
+    """A chunk of some tokens of one prompt on one rank, with what all-reduces add to it.
 
-    Both lines run over the bytes that the weights (of a layer's linears; of the head) have at 16 bits.
+    `layer` and `rest` are what the card takes, `host_layer` and `host_rest_us` what the host takes to queue it, which
+    goes on beside; `lead_us` is what neither hides: before the first kernel, or after the last. Lines run over the
+    bytes that the weights (of a layer's linears; of the head) have at 16 bits. `layer` holds the attention of `pairs`
+    of tokens in every head.
     """
 
     layer: Line
     rest: Line
+    host_layer: Line = Line(0.0, 0.0)
+    host_rest_us: float = 0.0
+    lead_us: float = 0.0
+    pairs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,10 @@ class Rates:
     """`decode` and `prefill` by format (FORMATS), then by rows of the step and by tokens of the chunk.
 
     `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
-    of a token and one before its chunk, of one query head. `message_us_per_mb`: of the all-reduces of prefill, where
-    `prefill` leaves them out since they run beside the products. Empty and 0 where there is nothing of the kind.
+    of a token and one that it attends to, of one query head. `part_us` and `host_part_us`: what each prompt in a chunk
+    but the first adds to a layer, on the card and to queue, by the bytes of its linears at 16 bits.
+    `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
+    products. Empty and 0 where there is nothing of the kind.
     """
 
     source: str
@@ -66,6 +75,8 @@ class Rates:
     message_us_per_mb: float
     # Mean of a card while it decodes; None: unknown.
     power_w: float | None
+    part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
+    host_part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,12 +12,17 @@ from pydantic import TypeAdapter, ValidationError
 from launcher.timing.fit import Calibration
 
 
-def calibration_path(card: str, world_size: int, *, peer_access: bool) -> Path:
-    """$XDG_CACHE_HOME/launch70b/rates, in ~/.cache where it is not set."""
+def calibration_path(card: str, world_size: int, *, peer_access: bool, sums: Sequence[str] = ()) -> Path:
+    """$XDG_CACHE_HOME/launch70b/rates, in ~/.cache where it is not set.
+
+    Args:
+        sums: how ranks add up, where not as they do by default.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     words = [re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-"), f"x{world_size}"]
     if world_size > 1 and not peer_access:
         words.append("no-peer-access")
+    words += sums if world_size > 1 else ()
     return root / "launch70b" / "rates" / f"{'-'.join(words)}.json"
 
 

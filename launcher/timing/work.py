@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.memory import Demand
 from launcher.shape import DTYPE_BYTES, part_bytes
-from launcher.timing.predict import Work
+from launcher.timing.load import Work
 
 PLAIN_BITS = 16.0
 LINEARS = ("attention", "mlp")

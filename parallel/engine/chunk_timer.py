@@ -1,10 +1,14 @@
-"""A pass of prompts timed by itself, with its all-reduces or without."""
+"""A pass of prompts timed by itself, with its all-reduces or without, or apart from the host."""
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import torch
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
@@ -13,6 +17,46 @@ from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.linear import swapped_communicator
+
+# Of a card's clock in a millisecond, at most.
+CYCLES_PER_MS = 3_000_000
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Milliseconds of a pass: in all, until the host has queued it, and on a card that need not wait for the host."""
+
+    whole: float
+    queued: float
+    card: float
+
+
+def time_apart(run: Callable[[], object], communicator: Communicator, device: torch.device) -> PassTimes:
+    """One pass as it is, then one that the card starts once the host has queued it, or as much as a queue takes. On a
+    CPU, which queues nothing, all is the card's. To be called on all ranks."""
+    communicator.barrier()
+    start = time.perf_counter()
+    run()
+    queued = (time.perf_counter() - start) * 1e3
+    if device.type != "cuda":
+        return PassTimes(queued, 0.0, queued)
+    torch.cuda.synchronize(device)
+    whole = (time.perf_counter() - start) * 1e3
+    return PassTimes(whole, queued, card_milliseconds(run, queued, communicator, device))
+
+
+def card_milliseconds(
+    run: Callable[[], object], ahead_ms: float, communicator: Communicator, device: torch.device
+) -> float:
+    """Of what `run` queues, by the card's clock, while the host is `ahead_ms` ahead; all ranks begin together."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(round(ahead_ms * CYCLES_PER_MS))
+    communicator.all_reduce(torch.zeros(64, device=device))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def chunk_lengths(limits: EngineLimits, num_prompt_tokens: int) -> list[int]:
@@ -27,13 +71,20 @@ def time_chunks(engine: Engine, lengths: Sequence[int], num_passes: int, communi
         return [milliseconds(run, engine.device) for _ in range(1 + num_passes)][1:]
 
 
+def random_tokens(engine: Engine, num: int) -> list[int]:
+    """Equal tokens would make equal rows, whose products draw less power and so run faster."""
+    return random.Random(num).choices(range(engine.model.config.vocab_size), k=num)
+
+
 @contextmanager
 def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communicator) -> Iterator[Callable[[], None]]:
     """A pass through all layers of prompts of so many tokens each: each call queues the same one again.
 
     Layers talk through `communicator`. The engine must have no sequences open.
     """
-    sequences = [EngineSequence(index, [0] * length, max_tokens=1) for index, length in enumerate(lengths)]
+    sequences = [
+        EngineSequence(index, random_tokens(engine, length), max_tokens=1) for index, length in enumerate(lengths)
+    ]
     try:
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))

@@ -50,7 +50,7 @@ class Decoder:
         self.head_dim = model.model.layers[0].self_attn.head_dim
         self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
         self.scale = self.head_dim**-0.5
-        self.num_layers = config.num_hidden_layers
+        self.num_layers = len(model.model.layers)
         self.world_size: int = model.model.layers[0].self_attn.o_proj.communicator.world_size
         for layer in model.model.layers:
             if not is_merged(layer):

@@ -107,11 +107,16 @@ def open_paged(
     device: torch.device,
     host_layers: HostLayers | None = None,
 ) -> PagedModel:
-    """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default."""
+    """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default.
+
+    A layer that stands in the model more than once has its pages once.
+    """
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
     decoder = Decoder(model, limits.max_context, None if host_layers is None else Streamer(host_layers))
     heads = (decoder.num_kv_heads, decoder.head_dim)
     dtype = kv_dtype or model.lm_head.weight.dtype
-    return PagedModel(decoder, allocate_pages(decoder.num_layers, limits.num_pages, *heads, dtype, device))
+    layers = list(dict.fromkeys(model.model.layers))
+    pages = dict(zip(layers, allocate_pages(len(layers), limits.num_pages, *heads, dtype, device), strict=True))
+    return PagedModel(decoder, [pages[layer] for layer in model.model.layers])

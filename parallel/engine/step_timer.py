@@ -82,7 +82,7 @@ def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object])
     return capture(step).replay if engine.captures else step
 
 
-def milliseconds(run: Callable[[], None], device: torch.device) -> float:
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one call, and of what it queued on the device."""
     start = time.perf_counter()
     run()

@@ -12,9 +12,10 @@ import torch
 from pydantic import TypeAdapter
 
 from launcher.rank import RankContext
-from launcher.tasks.calibrate import Settings, run_calibrate
-from launcher.timing.fit import Calibration, fit_rates
-from launcher.timing.predict import Workload, predict_times
+from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
+from launcher.timing.fit import Calibration, fit_rates, with_older
+from launcher.timing.load import Workload
+from launcher.timing.predict import predict_times
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from parallel.transports.solo import Solo
 from tests.launcher.jobs import make_job
@@ -26,6 +27,7 @@ SETTINGS = Settings(
     chunks=(16, 32),
     short_context=64,
     long_context=128,
+    part_tokens=8,
     vocab_size=512,
     num_steps=2,
     num_chunks=1,
@@ -43,17 +45,19 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
 
 def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None:
     found = {(point.work.format, point.size, point.work.num_layers) for point in calibration.points}
-    assert found == {(f, size, depth) for f in ("bf16", "int4") for size in ("wide", "narrow") for depth in (2, 6)}
+    assert found == {(f, size, depth) for f in ("bf16", "int4") for size in ("wide", "narrow") for depth in DEPTHS}
     for point in calibration.points:
-        assert set(point.steps) == {1, 2} and set(point.chunks_ms) == {16, 32}
-        assert min(*point.chunks_ms.values(), point.past_ms, *(step.short for step in point.steps.values())) > 0
+        assert set(point.steps) == {1, 2} and set(point.chunks) == {16, 32}
+        chunks = (*point.chunks.values(), point.past, point.parts)
+        assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
 
 
 def test_deeper_engines_take_longer_and_bytes_are_those_of_the_shape(calibration: Calibration) -> None:
     by_depth = {point.work.num_layers: point for point in calibration.points if point.size == "wide"}
-    assert by_depth[6].steps[1].short > by_depth[2].steps[1].short
+    shallow, deep = (by_depth[depth] for depth in DEPTHS)
+    assert deep.steps[1].short > shallow.steps[1].short and deep.chunks[32].whole > shallow.chunks[32].whole
     # q and o, k and v of four heads of 128, and three projections of 1792; two bytes each.
-    assert by_depth[6].work.layer_plain_bytes == 2 * 512 * (2 * 512 + 2 * 512 + 3 * 1792)
+    assert deep.work.layer_plain_bytes == 2 * 512 * (2 * 512 + 2 * 512 + 3 * 1792)
 
 
 def test_the_file_gives_the_rates_back(calibration: Calibration, tmp_path: Path) -> None:
@@ -76,4 +80,20 @@ def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     two = calibration_path("NVIDIA GeForce RTX 4090", 2, peer_access=False)
     assert two == tmp_path / "launch70b" / "rates" / "nvidia-geforce-rtx-4090-x2-no-peer-access.json"
+    rounded = calibration_path("NVIDIA H200", 2, peer_access=True, sums=["8-bit-sums"])
+    assert rounded.name == "nvidia-h200-x2-8-bit-sums.json"
     assert calibration_path("NVIDIA H200", 1, peer_access=False).name == "nvidia-h200-x1.json"
+
+
+def test_formats_that_were_not_timed_again_stay(calibration: Calibration) -> None:
+    def of(name: str) -> Calibration:
+        points = tuple(point for point in calibration.points if point.work.format == name)
+        return replace(calibration, points=points, power_w=100.0)
+
+    joined = with_older(of("int4"), of("bf16"))
+    assert {point.work.format for point in joined.points} == {"int4", "bf16"}
+    assert with_older(of("int4"), replace(of("int4"), points=())) == of("int4")
+    # Of other prompts, or another torch, rates do not mix.
+    assert with_older(of("int4"), replace(of("bf16"), short_context=1)) == of("int4")
+    assert with_older(of("int4"), replace(of("bf16"), versions={"torch": "0"})) == of("int4")
+    assert with_older(of("int4"), None) == of("int4")

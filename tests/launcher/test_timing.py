@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.timing.fit import Calibration, Point, StepTimes, fit_rates
-from launcher.timing.predict import Times, Work, Workload, predict_times
+from launcher.timing.chunks import PassCost
+from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
+from launcher.timing.load import Work, Workload
+from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.predict import Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import MB, Line, fit_line, interpolate
 
@@ -19,7 +22,7 @@ NARROW = replace(
 )
 LOAD = Workload(8, 512, 256, prefill_chunk=2048, prefill_chunk_while_decoding=2048)
 ROWS, CHUNKS = (1, 8, 32), (128, 512, 2048)
-SHORT, LONG = 512, 4096
+SHORT, LONG, PART = 512, 4096, 128
 FACTS = Facts("RTX 4090", 1008.0, 165.0, 4, 16, 450.0)
 
 
@@ -32,6 +35,9 @@ class Machine:
         self.rest, self.rest_mb = draw(20, 90), draw(0.2, 1.1)
         self.call, self.call_mb = draw(3, 20), draw(20, 100)
         self.token = draw(0.0005, 0.005)
+        # The host queues a layer, a prompt's part of it, and the rest; of a pass, what neither side hides.
+        self.queue, self.queue_part, self.queue_rest = draw(1, 5), draw(0.1, 0.5), draw(10, 50)
+        self.lead, self.part, self.pair = draw(100, 900), draw(0.5, 5), draw(2, 9)
 
     def step_ms(self, work: Work, rows: int, context: int, *, talks: bool = True) -> float:
         kv = self.kv * rows * context * work.kv_bytes_per_token / MB
@@ -39,9 +45,21 @@ class Machine:
         layer = self.start + self.per_mb * (1 + rows / 32) * work.layer_bytes / MB + kv + calls
         return (work.num_layers * layer + self.rest + self.rest_mb * work.head_bytes / MB) / 1e3
 
-    def chunk_ms(self, work: Work, tokens: int, past: int = 0) -> float:
-        layer = self.start + self.token * tokens * work.layer_plain_bytes / MB + 1e-4 * past * tokens * work.num_heads
+    def card_ms(self, work: Work, parts: list[tuple[int, int]]) -> float:
+        pairs = sum(past * num + num * num / 2 for past, num in parts)
+        layer = self.start + self.token * sum(num for _, num in parts) * work.layer_plain_bytes / MB
+        layer += self.part * (len(parts) - 1) + self.pair * pairs * work.num_heads / 1e6
         return (work.num_layers * layer + self.rest + self.rest_mb * work.head_bytes / MB) / 1e3
+
+    def queued_ms(self, work: Work, parts: list[tuple[int, int]]) -> float:
+        return (work.num_layers * (self.queue + self.queue_part * (len(parts) - 1)) + self.queue_rest) / 1e3
+
+    def chunk_times(self, work: Work, parts: list[tuple[int, int]]) -> ChunkTimes:
+        card, queued = self.card_ms(work, parts), self.queued_ms(work, parts)
+        return ChunkTimes(max(card, queued) + self.lead / 1e3, queued, card)
+
+    def chunk_ms(self, work: Work, tokens: int, past: int = 0, num_parts: int = 1) -> float:
+        return self.chunk_times(work, [(past, tokens // num_parts)] * num_parts).whole
 
     def calibration(self, world_size: int = 2) -> Calibration:
         points = [
@@ -49,15 +67,16 @@ class Machine:
             for name, work in (("wide", WIDE), ("narrow", NARROW))
             for depth in (2, 6)
         ]
-        return Calibration("a card", world_size, {}, SHORT, LONG, 4000.0, tuple(points), power_w=300.0)
+        return Calibration("a card", world_size, {}, SHORT, LONG, PART, 4000.0, tuple(points), power_w=300.0)
 
     def point(self, size: str, work: Work) -> Point:
         def step(rows: int) -> StepTimes:
             elided = self.step_ms(work, rows, SHORT, talks=False)
             return StepTimes(self.step_ms(work, rows, SHORT), self.step_ms(work, rows, LONG), elided)
 
-        chunks = {tokens: self.chunk_ms(work, tokens) for tokens in CHUNKS}
-        return Point(size, work, {rows: step(rows) for rows in ROWS}, chunks, self.chunk_ms(work, 2048, 2048))
+        chunks = {tokens: self.chunk_times(work, [(0, tokens)]) for tokens in CHUNKS}
+        past, parts = (self.chunk_times(work, each) for each in ([(2048, 2048)], [(0, PART)] * (2048 // PART)))
+        return Point(size, work, {rows: step(rows) for rows in ROWS}, chunks, past, parts)
 
 
 @pytest.fixture(params=range(3))
@@ -92,31 +111,53 @@ def test_one_rank_talks_to_nobody(machine: Machine) -> None:
     assert times.comm_share == 0.0
 
 
+def half_step_ms(machine: Machine, num_running: int) -> float:
+    """Of so many answers half way through: rows as they are captured, keys and values as there are."""
+    num_rows = min(rows for rows in ROWS if rows >= num_running)
+    spare = machine.step_ms(WIDE, num_rows, 0)
+    return spare + machine.step_ms(WIDE, num_running, 640) - machine.step_ms(WIDE, num_running, 0)
+
+
 def test_prompts_of_a_chunk_end_together(machine: Machine) -> None:
-    # Eight prompts of 512 fill two chunks of 2048, between which the first four take a step.
-    chunk, step = machine.chunk_ms(WIDE, 2048), machine.step_ms(WIDE, 8, 640)
+    # Eight prompts of 512 fill two chunks of 2048, between which the first four take a step, of eight rows as captured.
+    # What hides nothing at the start is hidden later: the card is busy while the host queues the second.
+    first, step = machine.chunk_ms(WIDE, 2048, num_parts=4), half_step_ms(machine, 4)
+    chunk = machine.card_ms(WIDE, [(0, 512)] * 4)
     times = predict(machine)
-    assert times.ttft_ms == pytest.approx((chunk + (2 * chunk + step)) / 2, rel=1e-6)
-    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / (2 * chunk) * 1e3, rel=1e-6)
+    assert times.ttft_ms == pytest.approx((first + (first + step + chunk)) / 2, rel=1e-6)
+    assert times.prefill_tokens_per_sec == pytest.approx(8 * 512 / (first + chunk) * 1e3, rel=1e-6)
 
 
 def test_chunks_are_shorter_once_answers_are_under_way(machine: Machine) -> None:
     """The first chunk ends four prompts; each of the others one of the last four, after a step."""
-    first, step = machine.chunk_ms(WIDE, 2048), machine.step_ms(WIDE, 8, 640)
-    each = step + machine.chunk_ms(WIDE, 512)
+    first, chunk = machine.chunk_ms(WIDE, 2048, num_parts=4), machine.card_ms(WIDE, [(0, 512)])
     load = replace(LOAD, prefill_chunk_while_decoding=512)
     times = predict(machine, load)
-    assert times.ttft_ms == pytest.approx((first + (first + each)) / 2, rel=1e-6)
+    assert times.ttft_ms == pytest.approx((first + (first + half_step_ms(machine, 4) + chunk)) / 2, rel=1e-6)
     assert times.prefill_tokens_per_sec == predict(machine).prefill_tokens_per_sec
-    last = first + 4 * each + 255 * times.tpot_ms
+    # Each chunk brings one more answer into the steps; at the end they leave as they came.
+    steps = {num: half_step_ms(machine, num) for num in range(1, 9)}
+    last = first + 4 * chunk + sum(steps[num] for num in (4, 5, 6, 7)) + 251 * steps[8]
+    last += sum(steps[num] for num in (4, 3, 2, 1))
     assert times.tokens_per_sec == pytest.approx(8 * 256 / last * 1e3, rel=1e-6)
-    assert predict(machine, replace(load, output_tokens=1)).ttft_ms == pytest.approx(1.5 * first, rel=1e-6)
+    assert times.itl_ms == pytest.approx(steps[8], rel=1e-6) == times.tpot_ms
+    both = machine.card_ms(WIDE, [(0, 512)] * 4)
+    assert predict(machine, replace(load, output_tokens=1)).ttft_ms == pytest.approx(first + both / 2, rel=1e-6)
 
 
 def test_a_long_prompt_pays_for_attending_to_its_past(machine: Machine) -> None:
     load = replace(LOAD, batch_size=1, prompt_tokens=4096, output_tokens=2)
-    whole = machine.chunk_ms(WIDE, 2048) + machine.chunk_ms(WIDE, 2048, 2048)
+    whole = machine.chunk_ms(WIDE, 2048) + machine.card_ms(WIDE, [(2048, 2048)])
     assert predict(machine, load).ttft_ms == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_slow_host_holds_up_passes_of_few_tokens_and_of_many_prompts(machine: Machine) -> None:
+    machine.queue, machine.queue_part = 1.1 * machine.card_ms(WIDE, [(0, 128)]) / 80 * 1e3, 40.0
+    for load in (replace(LOAD, batch_size=1, prompt_tokens=128), replace(LOAD, batch_size=16, prompt_tokens=128)):
+        queued = machine.queued_ms(WIDE, [(0, 128)] * load.batch_size) + machine.lead / 1e3
+        card = machine.card_ms(WIDE, [(0, 128)] * load.batch_size) + machine.lead / 1e3
+        assert predict(machine, load).ttft_ms == pytest.approx(max(queued, card), rel=1e-6)
+    assert machine.queued_ms(WIDE, [(0, 128)]) > machine.card_ms(WIDE, [(0, 128)])
 
 
 def test_the_largest_part_is_the_limit() -> None:
@@ -136,9 +177,9 @@ def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
     assert waiting.parts_ms["copies"] == pytest.approx(2 * free.tpot_ms)
     assert waiting.floor_ms == pytest.approx(waiting.tpot_ms) and "host" in waiting.limit
     # A chunk of prompts streams the layers once.
-    chunk_ms = machine.chunk_ms(WIDE, 2048)
+    chunk_ms = machine.chunk_ms(WIDE, 2048, num_parts=4)
     prefill = predict_times(WIDE, replace(LOAD, batch_size=4), rates, 2 * chunk_ms)
-    assert prefill.ttft_ms == pytest.approx(2 * chunk_ms, rel=1e-6)
+    assert prefill.ttft_ms == pytest.approx(2 * chunk_ms + machine.lead / 1e3, rel=1e-6)
 
 
 def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
@@ -183,3 +224,23 @@ def test_interpolation_goes_on_beyond_the_largest_and_stops_below_the_smallest()
     assert [interpolate(table, at, float) for at in (1, 2, 3, 6, 12)] == [10.0, 10.0, 15.0, 40.0, 100.0]
     with pytest.raises(ValueError, match="nothing"):
         interpolate({}, 1, float)
+
+
+def test_a_step_goes_on_while_the_host_queues_the_next_pass() -> None:
+    """Of two prompts, each a pass: the host queues the second from when it sees the first one's token."""
+    load = Workload(2, 100, 9, prefill_chunk=100, prefill_chunk_while_decoding=100)
+    steps = {1: 5.0, 2: 6.0}
+
+    def times(queue: float, card: float) -> Answers:
+        return run_through(load, lambda parts: PassCost(queue, card, 1.0), steps.__getitem__)
+
+    slow_host, slow_card = times(20.0, 8.0), times(3.0, 8.0)
+    # 20 + 1; then 20 + 1 more, in which the step of 5 is over.
+    assert slow_host.first_ms == [21.0, 42.0]
+    # The step was over before, but is seen once the second pass is queued.
+    assert slow_host.gaps[:2] == [(20.0, 1), (6.0, 2)]
+    assert slow_card.first_ms == [9.0, 9.0 + 5.0 + 8.0]
+    # Seven steps together, each answer one by itself.
+    assert slow_card.gaps == [(5.0, 1), (6.0, 2), (6.0, 12), (5.0, 1)]
+    assert slow_card.end_ms == 22.0 + 7 * 6.0 + 5.0
+    assert median_of(slow_card.gaps) == 6.0 and median_of([]) is None

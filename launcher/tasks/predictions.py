@@ -1,0 +1,105 @@
+"""task=predictions: one model, many workloads, each measured as task=bench does and set beside what was predicted.
+
+Each workload has the engine that a run of it would have, but the model is loaded once. What was measured is written
+after every one, as JSON lines and as Markdown, so that a run that is ended keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from launcher.accuracy import POINTS_FILE, Row, point_row, summarise_errors
+from launcher.accuracy_text import accuracy_page
+from launcher.grid import GridPoint, point_run
+from launcher.rank import RankContext
+from launcher.tasks.bench import Bench, open_agreement
+from launcher.tasks.generate import append_lines, open_engine
+from launcher.tasks.measure import kernels, memory
+from launcher.tasks.summary import summarise
+from launcher.tasks.weights import give_back, load_sharded_model
+from parallel.engine.arrivals import Agree
+from parallel.engine.engine import Engine
+from parallel.engine.limits import EngineLimits
+from parallel.engine.step_timer import time_steps
+
+PAGE_FILE = "predictions.md"
+
+
+def run_predictions(context: RankContext) -> dict[str, Any]:
+    """Results: {"predictions": {"points": [...], "summary": ...}, ...}, of rank 0's clock.
+
+    Raises:
+        RuntimeError: ranks picked different tokens.
+    """
+    job = context.job
+    assert job.plan is not None, "the parent plans a model for this task"
+    module, load = load_sharded_model(context)
+    agree, rows, about = open_agreement(context), list[Row](), dict[str, Any]()
+    for _, points in groupby(job.grid, engine_key):
+        for row, of_engine in measure_group(context, module, list(points), agree):
+            rows.append(row)
+            about |= of_engine
+            keep_rows(context, rows)
+            context.events.progress("measuring", len(rows), len(job.grid), "workloads")
+    summary = {"points": rows, "summary": summarise_errors(rows)}
+    return {"transport": context.transport_summary(), "load": asdict(load), **about, "predictions": summary}
+
+
+def engine_key(point: GridPoint) -> tuple[int, int, int | None] | None:
+    """What the engine of a workload depends on; None where it has none."""
+    plan = point.plan
+    return None if plan is None else (plan.batch_size, plan.max_context, plan.prefill_chunk_while_decoding)
+
+
+def measure_group(
+    context: RankContext, module: PreTrainedModel, points: list[GridPoint], agree: Agree
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The row of each of `points`, for which one engine does, or none, and what is known of that engine."""
+    job, plan = context.job, points[0].plan
+    if plan is None:
+        yield from ((point_row(point, job.run.workload.output_tokens, None), {}) for point in points)
+        return
+    contexts = [replace(context, job=replace(job, run=point_run(job.run, each))) for each in points]
+    engine = open_engine(contexts[0], plan, module)
+    about = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
+    for point, own in zip(points, contexts, strict=True):
+        measured = measure_point(own, engine, point, agree)
+        yield point_row(point, job.run.workload.output_tokens, measured), about
+    del engine
+    give_back(context.device)
+
+
+def measure_point(context: RankContext, engine: Engine, point: GridPoint, agree: Agree) -> Row:
+    """What task=bench measures of the workload, under the names that are predicted."""
+    run = context.job.run
+    assert context.job.shape is not None
+    bench = Bench(context, engine, point.prompt_tokens, context.job.shape.vocab_size, agree)
+    bench.answer(bench.prompts(warm_up_prompts(engine.limits, point.prompt_tokens), "warm up"), 2)
+    found = summarise([bench.measure(number) for number in range(run.workload.repeats)])
+    contexts = [point.prompt_tokens + run.workload.output_tokens // 2] * point.batch_size
+    context.communicator.barrier()
+    steps = time_steps(engine, contexts, max(1, run.engine.comm_share_steps), context.communicator)
+    return found | {"itl_ms": found["tpot_ms"]["p50"], "step_ms": statistics.median(steps)}
+
+
+def warm_up_prompts(limits: EngineLimits, prompt_tokens: int) -> int:
+    """Prompts that make a pass of every size that a batch has: first calls of a size choose and load kernels."""
+    tokens = limits.chunk(is_decoding=False) + limits.chunk(is_decoding=True)
+    return min(limits.batch_size, math.ceil(tokens / prompt_tokens))
+
+
+def keep_rows(context: RankContext, rows: list[Row]) -> None:
+    """Rank 0 adds the newest to the file of points and writes the page of all."""
+    if context.rank != 0:
+        return
+    append_lines(context.run_dir / POINTS_FILE, [rows[-1]])
+    run, placement = context.job.run, context.job.placement
+    title = f"{run.model.name}, {placement.world_size} x {placement.names[0]}"
+    (context.run_dir / PAGE_FILE).write_text(accuracy_page(title, rows), encoding="utf-8")

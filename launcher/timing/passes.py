@@ -1,0 +1,92 @@
+"""The passes of a batch of requests one after another, as the engine's scheduler orders them. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from launcher.timing.chunks import Part, PassCost, parts_of
+from launcher.timing.load import Workload
+
+# Parts of prompts, and sequences, of a pass.
+ChunkCost = Callable[[list[Part]], PassCost]
+StepMs = Callable[[int], float]
+
+
+@dataclass
+class Answers:
+    """When each prompt has its first token, and how long the others take: (milliseconds, tokens that took as long)."""
+
+    first_ms: list[float] = field(default_factory=list)
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+    end_ms: float = 0.0
+
+
+@dataclass
+class Clocks:
+    """When the host and the card are next free, and what the host has still to see: (when it is there, first tokens,
+    others)."""
+
+    host: float = 0.0
+    card: float = 0.0
+    seen: float = 0.0
+    pending: deque[tuple[float, int, int]] = field(default_factory=deque)
+
+    def add_chunk(self, cost: PassCost, num_started: int) -> None:
+        """A pass that the host queues while the card works: each may wait for the other."""
+        begun, self.host = max(self.card, self.host + cost.lead), self.host + cost.queue
+        self.card = max(begun + cost.card, self.host + cost.lead)
+        if num_started:
+            self.pending.append((self.card, num_started, 0))
+
+    def add_step(self, step_ms: float, num_running: int) -> None:
+        """A captured one: the host is done with it at once."""
+        self.card = max(self.card, self.host) + step_ms
+        self.pending.append((self.card, 0, num_running))
+
+    def take(self, answers: Answers, num_left: int) -> None:
+        """The host waits for all that is pending but the newest `num_left`, and sees it."""
+        while len(self.pending) > num_left:
+            there, num_first, num_others = self.pending.popleft()
+            self.host = max(self.host, there)
+            answers.first_ms += [self.host] * num_first
+            answers.gaps += [(self.host - self.seen, num_others)] * (num_others > 0)
+            self.seen = answers.end_ms = self.host
+
+
+def run_through(load: Workload, chunk_cost: ChunkCost, step_ms: StepMs) -> Answers:
+    """Chunks are filled in order. Once answers are under way they are shorter, and a step follows each.
+
+    As parallel/engine/generate.py goes on and measures: the host queues a pass, then waits for the one before it, and a
+    token's time starts when any other was seen, a prompt's first one too.
+    """
+    answers, clocks, read, left = Answers(), Clocks(), 0, list[int]()
+    while read < load.num_tokens:
+        size = min(load.prefill_chunk_while_decoding, load.prefill_chunk) if left else load.prefill_chunk
+        tokens = min(size, load.num_tokens - read)
+        started = (read + tokens) // load.prompt_tokens - read // load.prompt_tokens
+        clocks.add_chunk(chunk_cost(parts_of(read, tokens, load.prompt_tokens)), started)
+        read += tokens
+        left = [num for num in (*left, *[load.output_tokens - 1] * started) if num]
+        if left:
+            clocks.add_step(step_ms(len(left)), len(left))
+            left = [num - 1 for num in left if num > 1]
+        clocks.take(answers, num_left=1)
+    clocks.take(answers, num_left=0)
+    while left:
+        num_steps, each_ms = min(left), step_ms(len(left))
+        answers.gaps.append((each_ms, num_steps * len(left)))
+        answers.end_ms += num_steps * each_ms
+        left = [num - num_steps for num in left if num > num_steps]
+    return answers
+
+
+def median_of(gaps: list[tuple[float, int]]) -> float | None:
+    """Of all tokens; None where there are none."""
+    half, seen = sum(num for _, num in gaps) / 2, 0
+    for each_ms, num in sorted(gaps):
+        seen += num
+        if seen >= half:
+            return each_ms
+    return None
