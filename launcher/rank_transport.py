@@ -15,6 +15,7 @@ from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
 from parallel.rounded import Rounded, find_wrong_rounded_sums, time_rounded
 from parallel.selftest import DECODE_BYTES, check_transport
 from parallel.transport_choice import (
+    PREFILL_BYTES,
     TIMED_BYTES,
     TIMED_COPIES_BYTES,
     TIMED_LARGE_BYTES,
@@ -24,6 +25,7 @@ from parallel.transport_choice import (
     Trial,
     compare,
     faster_up_to,
+    fastest,
     force_ranges,
     plan_ranges,
     prove,
@@ -134,7 +136,10 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     else:
         ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
         gather_limit = max(small.times_us)
-    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, device), tester)
+    others = [proof for name, proof in proofs.items() if name != CopiedHostMemory.name]
+    # What carries large messages in a graph, which cannot have copies.
+    captured = fastest([base_proof, *others], PREFILL_BYTES) or base_proof
+    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, captured.name, device), tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
@@ -148,14 +153,17 @@ def compose(
     opened: dict[str, HostTransport],
     ranges: Sequence[Range],
     gather_limit: int,
+    captured: str,
     device: torch.device,
 ) -> Communicator:
     """One communicator that hands each message to the transport of its range; what has no use is closed.
 
     Args:
         gather_limit: up to so many bytes HostMemory also carries all-gathers, and what the others cannot.
+        captured: who carries in a graph what copies carry otherwise.
     """
     used = {each.name for each in ranges} | ({HostMemory.name} if gather_limit else set())
+    used |= {captured} if CopiedHostMemory.name in used else set()
     for name in opened.keys() - used:
         opened[name].channel.close()
     small = opened.get(HostMemory.name) if gather_limit else None
@@ -164,6 +172,8 @@ def compose(
     rest = small or base
     for name in opened.keys() & used - {HostMemory.name}:
         opened[name].inner = rest
+    if CopiedHostMemory.name in used and captured in opened:
+        opened[CopiedHostMemory.name].inner = opened[captured]
     if used == {base.name}:
         return base
     by_name: dict[str, Communicator] = {base.name: base, **opened}

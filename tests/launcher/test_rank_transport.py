@@ -185,6 +185,17 @@ def test_sums_are_rounded_only_where_that_was_asked_for(
     assert (INT8.name in tried) == (bits == 8)
 
 
+@pytest.mark.parametrize(("large_us", "captured"), [(1030.0, LARGE), (1300.0, "nccl")])
+def test_what_copies_carry_goes_the_next_best_way_in_a_graph(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, large_us: float, captured: str
+) -> None:
+    nccl, copies = Proof("nccl", {MIB: 63.0, PREFILL_BYTES: 1183.0}), Proof(COPIES, {PREFILL_BYTES: 700.0})
+    large = Proof(LARGE, {PREFILL_BYTES: large_us})
+    _, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, nccl, large, copies)
+    assert tried[COPIES].inner is tried[captured]
+    assert tried[LARGE].channel.closed == (captured != LARGE)
+
+
 @pytest.mark.parametrize(("small", "rest"), [(FAST, SMALL), (SLOW, "nccl"), (BROKEN, "nccl")])
 def test_what_a_transport_cannot_carry_goes_through_slots_or_nccl(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Proof, rest: str
