@@ -71,9 +71,11 @@ class Layer:
         pages = torch.randn(2, rows * num_pages, shape.kv_heads, PAGE_SIZE, HEAD_DIM, device="cuda").bfloat16()
         self.keys, self.values = pages.unbind()
 
-    def multiply(self, name: str, rows: Tensor) -> Tensor:
+    def multiply(self, name: str, rows: Tensor, *, swiglu: bool = False) -> Tensor:
         packed, scales = self.weights[name]
-        return w4a16(rows, packed, scales) if self.bits == 4 else w8a16(rows, packed, scales, False)
+        if self.bits == 4:
+            return w4a16(rows, packed, scales, None, swiglu)
+        return w8a16(rows, packed, scales, False, swiglu)
 
 
 def random_weight(bits: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor]:
@@ -86,13 +88,24 @@ def random_weight(bits: int, num_out: int, num_in: int) -> tuple[Tensor, Tensor]
 
 
 class Chain:
-    """The kernels of layers, at one step of `rows` sequences with `context` tokens; on `residual` [rows, hidden]."""
+    """The kernels of layers, at one step of `rows` sequences with `context` tokens; on `residual` [rows, hidden].
+
+    `separate`: the activation has a kernel of its own.
+    """
 
     def __init__(
-        self, shape: Shape, rows: int, context: int, *, num_layers: int = NUM_LAYERS, bits: int = 4, stall_us: float = 0
+        self,
+        shape: Shape,
+        rows: int,
+        context: int,
+        *,
+        num_layers: int = NUM_LAYERS,
+        bits: int = 4,
+        stall_us: float = 0,
+        separate: bool = False,
     ) -> None:
         pages = -(-context // PAGE_SIZE)
-        self.shape, self.stall_us = shape, stall_us
+        self.shape, self.stall_us, self.separate = shape, stall_us, separate
         self.layers = [Layer(shape, bits, rows, pages) for _ in range(num_layers)]
         self.block_table = torch.randperm(rows * pages, device="cuda").int().view(rows, pages)
         self.lengths = torch.full((rows,), context, dtype=torch.int32, device="cuda")
@@ -103,7 +116,7 @@ class Chain:
         numbers = partial(torch.randn, rows, device="cuda", dtype=torch.bfloat16)
         self.residual, self.update, self.normed = (numbers(shape.hidden) for _ in range(3))
         self.qkv, self.query = numbers((shape.heads + 2 * shape.kv_heads) * HEAD_DIM), numbers(shape.heads, HEAD_DIM)
-        self.gate_up, self.activated = numbers(2 * shape.inner), numbers(shape.inner)
+        self.activated = numbers(shape.inner)
         self.kernel = launch.load_kernel(SOURCE, "stall", (), "i", torch.cuda.current_device())
 
     def norm(self, layer: Layer, which: int) -> None:
@@ -138,10 +151,8 @@ class Chain:
         self.update = layer.multiply("o", self.query.flatten(1))
 
     def multiply_gate_up(self, layer: Layer) -> None:
-        self.gate_up = layer.multiply("gate_up", self.normed)
-
-    def activate(self, layer: Layer) -> None:
-        self.activated = fused.silu_mul(self.gate_up)
+        product = layer.multiply("gate_up", self.normed, swiglu=not self.separate)
+        self.activated = fused.silu_mul(product) if self.separate else product
 
     def multiply_down(self, layer: Layer) -> None:
         self.update = layer.multiply("down", self.activated)
@@ -156,7 +167,6 @@ class Chain:
             "o": self.multiply_o,
             "second norm": partial(self.norm, which=1),
             "gate/up": self.multiply_gate_up,
-            "SwiGLU": self.activate,
             "down": self.multiply_down,
         }
 
@@ -202,8 +212,7 @@ PARTS = {
     "layer": (),
     "norm, qkv": ("norm", "qkv"),
     "rotary, attention, o": ("rotary", "attention", "o"),
-    "norm, gate/up": ("norm", "gate/up"),
-    "SwiGLU, down": ("SwiGLU", "down"),
+    "norm, gate/up, down": ("norm", "gate/up", "down"),
 }
 
 

@@ -44,8 +44,8 @@ def test_cards_from_sm_90_on_start_kernels_early() -> None:
 class Layers:
     """Layers, fresh inputs for each replay, and what they leave."""
 
-    def __init__(self, shape: Shape, rows: int, bits: int, num_layers: int) -> None:
-        self.chain = Chain(shape, rows, CONTEXT, num_layers=num_layers, bits=bits)
+    def __init__(self, shape: Shape, rows: int, bits: int, num_layers: int, *, separate: bool = False) -> None:
+        self.chain = Chain(shape, rows, CONTEXT, num_layers=num_layers, bits=bits, separate=separate)
         self.pages = [pages for layer in self.chain.layers for pages in (layer.keys, layer.values)]
         self.stored = [pages.clone() for pages in self.pages]
         self.before, self.update = (torch.empty_like(self.chain.residual) for _ in range(2))
@@ -89,11 +89,11 @@ def count_different(found: list[Tensor], expected: list[Tensor]) -> Tensor:
 
 
 # The kernels of few rows and of many.
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize(("rows", "bits"), [(1, 4), (8, 4), (13, 4), (40, 4), (1, 8), (24, 8)])
 @torch.inference_mode()
-def test_layers_leave_the_same_bits(rows: int, bits: int) -> None:
-    layers = Layers(SMALL, rows, bits, num_layers=12)
-    compare(layers, replays=60)
+def test_layers_leave_the_same_bits(rows: int, bits: int, separate: bool) -> None:
+    compare(Layers(SMALL, rows, bits, num_layers=12, separate=separate), replays=60)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
