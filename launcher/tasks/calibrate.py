@@ -42,6 +42,8 @@ from parallel.shard import build_sharded_model
 WIDTHS = {"wide": 8192, "narrow": 4096}
 NUM_LAYERS = 6
 DEPTHS = (2, 18)
+# Chunks of so many prompts or more are timed as such, too.
+MIN_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,21 @@ def time_engine(
 ) -> Point:
     limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks))
     engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
-    work, longest = work_of(demand_of_calibration(context, settings, shape)), max(settings.chunks)
-    lengths = [settings.part_tokens] * (longest // settings.part_tokens)
+    work = work_of(demand_of_calibration(context, settings, shape))
+    large = [tokens for tokens in settings.chunks if tokens >= MIN_PARTS * settings.part_tokens]
     return Point(
         size=size,
         work=replace(work, num_layers=len(model.model.layers)),
         steps={rows: time_rows(context, settings, engine, rows) for rows in settings.rows},
         chunks={tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks},
-        past=time_chunk(context, settings, engine, [longest], start=longest),
-        parts=time_chunk(context, settings, engine, lengths),
+        past={tokens: time_chunk(context, settings, engine, [tokens], start=tokens) for tokens in large},
+        parts={tokens: time_chunk(context, settings, engine, prompts_of(settings, tokens)) for tokens in large},
     )
+
+
+def prompts_of(settings: Settings, tokens: int) -> list[int]:
+    """Lengths of the prompts in a chunk of many."""
+    return [settings.part_tokens] * (tokens // settings.part_tokens)
 
 
 def demand_of_calibration(context: RankContext, settings: Settings, shape: ModelShape) -> Demand:

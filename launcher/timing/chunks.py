@@ -57,14 +57,25 @@ def _card_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> 
     message_us = ALL_REDUCES_PER_LAYER * rates.message_us_per_mb * work.message_bytes * tokens / MB
     attention_us = rates.pair_us * work.num_heads * pairs / 1e6
     layer_us = max(entry.layer.at(work.layer_plain_bytes), message_us) + attention_us
-    layer_us += _more_parts_us(work, parts, rates.part_us)
+    layer_us += _extra_us(work, parts, rates, "card_us")
     return work.num_layers * layer_us + entry.rest.at(work.head_bytes)
 
 
 def _queue_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) -> float:
-    layer_us = entry.host_layer.at(work.layer_plain_bytes) + _more_parts_us(work, parts, rates.host_part_us)
+    layer_us = entry.host_layer.at(work.layer_plain_bytes) + _extra_us(work, parts, rates, "queue_us")
     return work.num_layers * layer_us + entry.host_rest_us
 
 
-def _more_parts_us(work: Work, parts: list[Part], part_us: Mapping[int, float]) -> float:
-    return (len(parts) - 1) * max(0.0, interpolate(part_us, work.layer_plain_bytes, float))
+def _extra_us(work: Work, parts: list[Part], rates: Rates, name: str) -> float:
+    """Of a layer, for what is not one prompt from its start. Where a pass begins within one, prompts cost what they do
+    in the largest chunks: passes of whole prompts are captured up to some size, all others attend to each by itself."""
+    is_fresh = all(past == 0 for past, _ in parts)
+    more_parts = _at(work, parts, getattr(rates.parts if is_fresh else rates.parts.largest, name)) * (len(parts) - 1)
+    return more_parts + (0.0 if is_fresh else _at(work, parts, getattr(rates.past, name)))
+
+
+def _at(work: Work, parts: list[Part], table: Mapping[int, Mapping[int, float]]) -> float:
+    if not table:
+        return 0.0
+    tokens = sum(num for _, num in parts)
+    return interpolate(table, tokens, lambda by_bytes: interpolate(by_bytes, work.layer_plain_bytes, float))

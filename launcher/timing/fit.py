@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from launcher.timing.chunks import square_pairs
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
-from launcher.timing.rates import MB, ChunkRates, Line, Rates, StepRates, fit_line
+from launcher.timing.rates import MB, ChunkRates, Extra, Line, Rates, StepRates, fit_line
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class ChunkTimes:
 class Point:
     """One engine's times, by rows of a step and tokens of a chunk; `work` is what it did, its layers counted.
 
-    Chunks are of one prompt. Of the most tokens, `past` comes after as many in the cache, and `parts` is of prompts of
-    Calibration.part_tokens.
+    Chunks are of one prompt from its start. Of as many tokens, those of `past` come after as many in the cache, and
+    those of `parts` are prompts of Calibration.part_tokens.
     """
 
     size: str
     work: Work
     steps: Mapping[int, StepTimes]
     chunks: Mapping[int, ChunkTimes]
-    past: ChunkTimes
-    parts: ChunkTimes
+    past: Mapping[int, ChunkTimes]
+    parts: Mapping[int, ChunkTimes]
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def fit_rates(calibration: Calibration) -> Rates:
         pair_us=pair_us,
         message_us_per_mb=0.0,
         power_w=calibration.power_w,
-        part_us=by_bytes(sizes, lambda size: fit_parts(size, calibration.part_tokens, pair_us)),
-        host_part_us=by_bytes(sizes, lambda size: fit_host_parts(size, calibration.part_tokens)),
+        parts=fit_parts(sizes, calibration.part_tokens, pair_us),
+        past=fit_past(sizes, pair_us),
     )
 
 
@@ -165,8 +165,8 @@ def fit_chunk(sizes: list[Size], tokens: int) -> ChunkRates:
     )
 
 
-def of_chunk(tokens: int, name: str) -> Callable[[Point], float]:
-    return lambda point: float(getattr(point.chunks[tokens], name))
+def of_chunk(tokens: int, name: str, kind: str = "chunks") -> Callable[[Point], float]:
+    return lambda point: float(getattr(getattr(point, kind)[tokens], name))
 
 
 def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
@@ -181,36 +181,50 @@ def fit_all_reduce(sizes: list[Size]) -> dict[int, float]:
     return {num_bytes: sum(times) / len(times) for num_bytes, times in sorted(found.items())}
 
 
-def by_bytes(sizes: list[Size], us: Callable[[Size], float]) -> dict[int, float]:
+def fit_pairs(size: Size) -> float:
+    """Microseconds of a million pairs of tokens, one head: what a chunk after another takes more than the first."""
+    tokens = max(size.deep.past)
+    more_us = size.layer_us(of_chunk(tokens, "card", "past")) - size.layer_us(of_chunk(tokens, "card"))
+    return max(0.0, more_us) / (tokens * tokens * size.work.num_heads) * 1e6
+
+
+def fit_past(sizes: list[Size], pair_us: float) -> Extra:
+    """What a chunk after as many tokens takes more, beside its attention to them."""
+
+    def more_us(size: Size, tokens: int, name: str) -> float:
+        found = size.layer_us(of_chunk(tokens, name, "past")) - size.layer_us(of_chunk(tokens, name))
+        return found - (pair_us * tokens * tokens * size.work.num_heads / 1e6 if name == "card" else 0.0)
+
+    return fit_extra(sizes, list(sizes[0].deep.past), more_us)
+
+
+def fit_parts(sizes: list[Size], part_tokens: int, pair_us: float) -> Extra:
+    """What each further prompt adds to a chunk of as many tokens, whose attention gets less."""
+
+    def more_us(size: Size, tokens: int, name: str) -> float:
+        num_parts = tokens // part_tokens
+        less_pairs = square_pairs(tokens) - num_parts * square_pairs(part_tokens)
+        less_us = pair_us * less_pairs * size.work.num_heads / 1e6 if name == "card" else 0.0
+        found = size.layer_us(of_chunk(tokens, name, "parts")) - size.layer_us(of_chunk(tokens, name))
+        return max(0.0, found + less_us) / (num_parts - 1)
+
+    return fit_extra(sizes, list(sizes[0].deep.parts), more_us)
+
+
+def fit_extra(sizes: list[Size], chunks: list[int], more_us: Callable[[Size, int, str], float]) -> Extra:
     """Of layers whose linears are as large at 16 bits, the mean over formats."""
+
+    def table(name: str) -> dict[int, dict[int, float]]:
+        return {tokens: by_bytes(sizes, lambda size: more_us(size, tokens, name)) for tokens in chunks}  # noqa: B023
+
+    return Extra(table("card"), table("queued"))
+
+
+def by_bytes(sizes: list[Size], us: Callable[[Size], float]) -> dict[int, float]:
     found: dict[int, list[float]] = {}
     for size in sizes:
         found.setdefault(size.work.layer_plain_bytes, []).append(us(size))
     return {num_bytes: statistics.mean(times) for num_bytes, times in found.items()}
-
-
-def fit_pairs(size: Size) -> float:
-    """Microseconds of a million pairs of tokens, one head: what a chunk after another takes more than the first."""
-    tokens = max(size.deep.chunks)
-    more_us = size.layer_us(lambda point: point.past.card) - size.layer_us(of_chunk(tokens, "card"))
-    return max(0.0, more_us) / (tokens * tokens * size.work.num_heads) * 1e6
-
-
-def fit_parts(size: Size, part_tokens: int, pair_us: float) -> float:
-    """Microseconds that a prompt adds to a layer's chunk of as many tokens, whose attention gets less."""
-    tokens = max(size.deep.chunks)
-    num_parts = tokens // part_tokens
-    less_pairs = square_pairs(tokens) - num_parts * square_pairs(part_tokens)
-    less_us = pair_us * less_pairs * size.work.num_heads / 1e6
-    more_us = size.layer_us(lambda point: point.parts.card) - size.layer_us(of_chunk(tokens, "card"))
-    return max(0.0, more_us + less_us) / (num_parts - 1)
-
-
-def fit_host_parts(size: Size, part_tokens: int) -> float:
-    """The same of what the host takes."""
-    tokens = max(size.deep.chunks)
-    more_us = size.layer_us(lambda point: point.parts.queued) - size.layer_us(of_chunk(tokens, "queued"))
-    return max(0.0, more_us) / (tokens // part_tokens - 1)
 
 
 def through(points: Iterable[tuple[float, float]]) -> Line:

@@ -54,12 +54,26 @@ class ChunkRates:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Microseconds that something adds to a layer of a chunk, on the card and to queue: by the chunk's tokens, then by
+    the bytes of the layer's linears at 16 bits. Nothing, where there are none."""
+
+    card_us: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    queue_us: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> Extra:
+        """That of chunks of most tokens alone."""
+        return Extra(*({max(table): table[max(table)]} if table else {} for table in (self.card_us, self.queue_us)))
+
+
+@dataclass(frozen=True)
 class Rates:
     """`decode` and `prefill` by format (FORMATS), then by rows of the step and by tokens of the chunk.
 
     `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
-    of a token and one that it attends to, of one query head. `part_us` and `host_part_us`: what each prompt in a chunk
-    but the first adds to a layer, on the card and to queue, by the bytes of its linears at 16 bits.
+    of a token and one that it attends to, of one query head. `parts`: what each prompt in a chunk but the first adds
+    to a layer; `past`: what a chunk adds that begins within a prompt, beside its pairs.
     `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
     products. Empty and 0 where there is nothing of the kind.
     """
@@ -75,8 +89,8 @@ class Rates:
     message_us_per_mb: float
     # Mean of a card while it decodes; None: unknown.
     power_w: float | None
-    part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
-    host_part_us: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
+    parts: Extra = Extra()
+    past: Extra = Extra()
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:

@@ -48,7 +48,8 @@ def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None
     assert found == {(f, size, depth) for f in ("bf16", "int4") for size in ("wide", "narrow") for depth in DEPTHS}
     for point in calibration.points:
         assert set(point.steps) == {1, 2} and set(point.chunks) == {16, 32}
-        chunks = (*point.chunks.values(), point.past, point.parts)
+        assert set(point.past) == set(point.parts) == {32}
+        chunks = (*point.chunks.values(), *point.past.values(), *point.parts.values())
         assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.timing.chunks import PassCost
+from launcher.timing.chunks import PassCost, chunk_cost
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
 from launcher.timing.load import Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
@@ -75,7 +75,8 @@ class Machine:
             return StepTimes(self.step_ms(work, rows, SHORT), self.step_ms(work, rows, LONG), elided)
 
         chunks = {tokens: self.chunk_times(work, [(0, tokens)]) for tokens in CHUNKS}
-        past, parts = (self.chunk_times(work, each) for each in ([(2048, 2048)], [(0, PART)] * (2048 // PART)))
+        past = {tokens: self.chunk_times(work, [(tokens, tokens)]) for tokens in (512, 2048)}
+        parts = {tokens: self.chunk_times(work, [(0, PART)] * (tokens // PART)) for tokens in (512, 2048)}
         return Point(size, work, {rows: step(rows) for rows in ROWS}, chunks, past, parts)
 
 
@@ -244,3 +245,23 @@ def test_a_step_goes_on_while_the_host_queues_the_next_pass() -> None:
     assert slow_card.gaps == [(5.0, 1), (6.0, 2), (6.0, 12), (5.0, 1)]
     assert slow_card.end_ms == 22.0 + 7 * 6.0 + 5.0
     assert median_of(slow_card.gaps) == 6.0 and median_of([]) is None
+
+
+def test_what_is_no_single_prompt_from_its_start_costs_what_was_timed_of_it(machine: Machine) -> None:
+    """Passes of up to 512 tokens as if captured where all prompts are whole: there further ones cost nothing."""
+    plain_card, plain_queue = machine.card_ms, machine.queued_ms
+
+    def more_us(parts: list[tuple[int, int]]) -> float:
+        is_captured = sum(num for _, num in parts) <= 512 and all(past == 0 for past, _ in parts)
+        return 0.0 if is_captured else 30.0 * len(parts)
+
+    def more(plain: Callable[..., float]) -> Callable[..., float]:
+        return lambda work, parts: plain(work, parts) + work.num_layers * more_us(parts) / 1e3
+
+    machine.part = machine.queue_part = 0.0
+    machine.card_ms, machine.queued_ms = more(plain_card), more(plain_queue)  # type: ignore[method-assign]
+    rates = fit_rates(machine.calibration())
+    for parts in ([(0, 128)] * 4, [(0, 128)] * 16, [(512, 512)], [(0, 512)], [(900, 256), (0, 256)]):
+        found = chunk_cost(WIDE, parts, rates)
+        assert found.card == pytest.approx(machine.card_ms(WIDE, parts), rel=1e-6)
+        assert found.queue == pytest.approx(machine.queued_ms(WIDE, parts), rel=1e-6)
