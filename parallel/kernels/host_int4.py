@@ -1,9 +1,9 @@
 """torch's int4 multiplication on the host: bf16 activations, weights in the order that its kernel for the CPU reads.
 
 weight = (value - 8) * scale + shift, as tinygemm's, with bf16 scales and shifts. The order is that of
-aten/src/ATen/native/cpu/int4mm_kernel.cpp (weight_to_int4pack_kernel): blocks of 64 outputs where the CPU has AVX-512, of 32
-where it has AVX2; in a block, for each input in turn, half as many bytes, an output of the first half in the low bits and
-one of the second in the high.
+aten/src/ATen/native/cpu/int4mm_kernel.cpp (weight_to_int4pack_kernel): blocks of 64 outputs where the CPU has AVX-512,
+of 32 where it has AVX2; in a block, for each input in turn, half as many bytes, an output of the first half in the low
+bits and one of the second in the high.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class HostInt4Linear(GroupedLinear):
     dequantised on the card.
     """
 
+    # What the operator reads; an order of inputs is the card's.
+    ON_HOST = ("packed", "scales_and_shifts")
     packed: Tensor
     scales_and_shifts: Tensor
 
@@ -51,10 +53,7 @@ class HostInt4Linear(GroupedLinear):
         return multiply_on_host(rows, self.num_out, self.multiply).view(*hidden.shape[:-1], self.num_out)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.packed, self.group_size, self.scales_and_shifts
-        )
-        return product
+        return host_int4(rows, self.packed, self.scales_and_shifts, self.group_size)
 
     def dequantize(self, outputs: slice) -> Tensor:
         """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the operator uses, too."""
@@ -84,6 +83,12 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         f"{num_in} inputs": num_in > 0 and find_group_size(weight) is not None,
     }
     return next((reason for reason, passed in checks.items() if not passed), None) or layout_problem()
+
+
+def host_int4(rows: Tensor, packed: Tensor, scales_and_shifts: Tensor, group_size: int) -> Tensor:
+    """[m, in] bf16 -> [m, out] bf16, all on the host."""
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_shifts)
+    return product
 
 
 def pack_values(values: Tensor, block: int) -> Tensor:

@@ -19,7 +19,7 @@ MAX_BYTES = 8 * 1024**2
 
 
 def multiply_on_host(rows: Tensor, num_out: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-    """[m, in] -> [m, num_out] of the same dtype and device; `multiply` gets the rows on the host, and waits for none."""
+    """[m, in] -> [m, num_out] of the same dtype and device; `multiply` gets the rows on the host."""
     if rows.device.type == "cpu":
         return multiply(rows)
     return exchange_with(rows.device).multiply(rows, num_out, multiply)
@@ -34,8 +34,10 @@ class Exchange:
     """Pinned memory for what goes down and what comes up, one product at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.down, self.up = (HostBuffer(MAX_BYTES, device) for _ in range(2))
-        self.down_seen, self.up_seen = (card_view(buffer, device) for buffer in (self.down, self.up))
+        # Made at its first use; tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(mode=False):
+            self.down, self.up = (HostBuffer(MAX_BYTES, device) for _ in range(2))
+            self.down_seen, self.up_seen = (card_view(buffer, device) for buffer in (self.down, self.up))
         self.device, self.arrived = device, torch.cuda.Event()
 
     def multiply(self, rows: Tensor, num_out: int, multiply: Callable[[Tensor], Tensor]) -> Tensor:
