@@ -11,8 +11,14 @@ MAX_TINYGEMM_ROWS = 16
 # Weights that are dequantised at a time: large enough to keep a card busy, small beside the weight itself.
 BLOCK_ELEMENTS = 8 * 1024**2
 # Bytes that a dequantised block takes beside its place in the result: values unpacked, and numbers before rounding.
-# dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
-BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
+# dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice; host_int4: uint8 and bf16 twice.
+BLOCK_BYTES_PER_ELEMENT = {
+    "dequantize": 1 + 4 + 4,
+    "tinygemm": 2 * 1 + 2 * 2,
+    "host_int4": 1 + 2 * 2,
+    "w4a16": 0,
+    "w8a16": 0,
+}
 # w4a16 and w8a16: their dequantising kernels write nothing but the result.
 # The own kernels: inputs in units of 128, and up to 256 rows.
 UNIT_INPUTS = 128
@@ -97,3 +103,26 @@ def product_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, n
     if kernel != "dequantize":
         numel = min(numel, DEQUANTIZED_AT_A_TIME)
     return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]
+
+
+# Layers that the host computes
+
+
+def host_refusal(scheme: Scheme, dtype: str) -> str | None:
+    """Why the host multiplies by no linears of this kind (parallel/kernels/host_int4.py decides, tensor by tensor)."""
+    checks = {
+        "only linears of 4 bits": scheme.bits == 4 and not scheme.is_float,
+        "no codebooks": not scheme.has_codebook,
+        "only activations in bfloat16": dtype == "bfloat16",
+    }
+    return next((rule for rule, kept in checks.items() if not kept), None)
+
+
+def host_int4_bits(scheme: Scheme, num_in: int) -> float:
+    """Bits for one weight that is packed for the host."""
+    return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(scheme.group_size or num_in, LARGEST_TINYGEMM_GROUP)
+
+
+def host_int4_product_bytes() -> int:
+    """Bytes beside its operands that a product on the card with such a weight takes, at most; bf16."""
+    return 2 * DEQUANTIZED_AT_A_TIME + BLOCK_ELEMENTS * BLOCK_BYTES_PER_ELEMENT["host_int4"]

@@ -68,7 +68,7 @@ class HostInt4Linear(GroupedLinear):
         values = unpack_values(self.packed[rows], self.block)
         # [groups, rows, 2] -> scales and shifts of [rows, groups, 1].
         scales, shifts = self.scales_and_shifts[:, rows].permute(2, 1, 0).unsqueeze(-1)
-        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16) - 8
+        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16).sub_(8)
         return torch.addcmul(shifts, centred, scales).flatten(1)
 
 

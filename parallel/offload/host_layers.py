@@ -14,16 +14,21 @@ from parallel.engine.merged import LayerMerger
 from parallel.linear import ShardedLayer
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
+from parallel.offload.host_trial import HostRates
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class SharedLayers:
-    """The layers with the indices `on_host` are computed by the host in passes of up to `max_rows` rows."""
+    """The layers with the indices `on_host` are computed by the host in passes of up to `max_rows` rows.
+
+    `rates`: what a trial measured, where that decided.
+    """
 
     on_host: tuple[int, ...]
     max_rows: int
+    rates: HostRates | None = None
 
 
 NOTHING_SHARED = SharedLayers((), 0)

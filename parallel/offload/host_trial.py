@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class HostRates:
     def host(self) -> float:
         """Bytes of weights a second."""
         return self.layer_bytes / self.layer_sec
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "num_rows": self.num_rows,
+            "num_threads": self.num_threads,
+            "host_layer_ms": self.layer_sec * 1e3,
+            "host_gb_per_sec": self.host / 1e9,
+            "copy_gb_per_sec": self.link / 1e9,
+            "copy_alone_gb_per_sec": self.link_alone / 1e9,
+        }
 
 
 class HostTrial:

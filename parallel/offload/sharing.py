@@ -69,7 +69,7 @@ def is_for_host(slot: Slot) -> bool:
 
 
 def host_tensors(layer: HostLayer, device: torch.device) -> list[Tensor]:
-    """All tensors of a layer in the order of its layout: of linears where they lie, of all else a copy on the device."""
+    """All tensors of a layer in the order of its layout: of linears where they lie, else a copy on the device."""
     views = layer.layout.views(layer.memory)
     pairs = zip(layer.layout.slots, views, strict=True)
     return [view if is_for_host(slot) else view.to(device) for slot, view in pairs]

@@ -36,6 +36,8 @@ class Streamer:
         self.buffers = torch.empty(NUM_STAGED, largest, dtype=torch.uint8, device=self.device)
         self.views = [[layer.layout.views(buffer) for buffer in self.buffers] for layer in self.layers]
         self.copies: CopyQueue = open_copy_queue(self.device, NUM_STAGED)
+        # By index, the tensors of layers that the host computes; see sharing.py.
+        self.on_host: dict[int, list[Tensor]] = {}
         # (place, buffer) of what has been queued to be copied and not been used, in order.
         self.ahead: deque[tuple[int, int]] = deque()
 
