@@ -149,12 +149,14 @@ PROMPTS = [[5, 17, 999, 3, 250, 8, 90, 12, 77, 4, 31], [71, 4]]
 FORCED = [[12, 600, 9], [44, 3, 2]]
 
 
-def open_engine(communicator: Communicator, folder: Path, layers: HostLayers | None) -> Engine:
+def open_engine(
+    communicator: Communicator, folder: Path, layers: HostLayers | None, device: torch.device = CPU
+) -> Engine:
     """In bf16, its linears rounded to 4 bits; staging buffers hold what no weight is."""
     model = build(communicator, folder, torch.bfloat16)
     on_placed = LayerMerger(model.module) if layers is None else HostLoader(model.module, layers)
-    load_checkpoint(model, read_checkpoint(folder), CPU, quantize=QUANTIZE_SCHEMES["int4"], on_placed=on_placed)
-    engine = Engine(model.module, communicator, CPU, EngineLimits(64, 2, 8), host_layers=layers)
+    load_checkpoint(model, read_checkpoint(folder), device, quantize=QUANTIZE_SCHEMES["int4"], on_placed=on_placed)
+    engine = Engine(model.module, communicator, device, EngineLimits(64, 2, 8), host_layers=layers)
     if engine.streamer is not None:
         engine.streamer.buffers.fill_(0xFF)
     return engine
