@@ -12,9 +12,9 @@ from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut, graphed_rows
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
+    HOST_INT4_PRODUCT_BYTES,
     held_bits,
     host_int4_bits,
-    host_int4_product_bytes,
     host_refusal,
     product_bytes,
     stored_bits,
@@ -142,7 +142,7 @@ class Demand:
         held = held_bits(scheme, self.device, self.dtype, self.shape.hidden_size)
         wider = max(0.0, host_int4_bits(scheme, self.shape.hidden_size) / held - 1)
         own = self._product(max(self.prefill_chunk, self.batch_size * self.rows_per_sequence), DEQUANTIZED_AT_A_TIME)
-        dequantizing = max(0, host_int4_product_bytes() - own)
+        dequantizing = max(0, HOST_INT4_PRODUCT_BYTES - own)
         return {"sharing": math.ceil(NUM_STAGED * layer_bytes * wider) + dequantizing}
 
     def host_bytes(self) -> tuple[int, ...]:

@@ -11,14 +11,8 @@ MAX_TINYGEMM_ROWS = 16
 # Weights that are dequantised at a time: large enough to keep a card busy, small beside the weight itself.
 BLOCK_ELEMENTS = 8 * 1024**2
 # Bytes that a dequantised block takes beside its place in the result: values unpacked, and numbers before rounding.
-# dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice; host_int4: uint8 and bf16 twice.
-BLOCK_BYTES_PER_ELEMENT = {
-    "dequantize": 1 + 4 + 4,
-    "tinygemm": 2 * 1 + 2 * 2,
-    "host_int4": 1 + 2 * 2,
-    "w4a16": 0,
-    "w8a16": 0,
-}
+# dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
+BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
 # w4a16 and w8a16: their dequantising kernels write nothing but the result.
 # The own kernels: inputs in units of 128, and up to 256 rows.
 UNIT_INPUTS = 128
@@ -26,6 +20,8 @@ UNIT_INPUTS = 128
 # on an H200 (4 bits; 512 / 1024 / 2048 rows), 79.3 / 123.3 / 225.6 ms with 16 Mi at a time, 71.7 / 120.8 / 216.3 with
 # 32 Mi, and 70.9 / 122.2 / 224.3 with 64 Mi, for 64 MiB more.
 DEQUANTIZED_AT_A_TIME = 32 * 1024**2
+# Beside its operands, of a product on the card with a weight that is packed for the host: one such block of bf16.
+HOST_INT4_PRODUCT_BYTES = 2 * DEQUANTIZED_AT_A_TIME
 W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
 # w8a16: float32 scales; w4a16: those that come in 16 bits stay that, and zeros take 4 bits beside them.
@@ -121,8 +117,3 @@ def host_refusal(scheme: Scheme, dtype: str) -> str | None:
 def host_int4_bits(scheme: Scheme, num_in: int) -> float:
     """Bits for one weight that is packed for the host."""
     return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(scheme.group_size or num_in, LARGEST_TINYGEMM_GROUP)
-
-
-def host_int4_product_bytes() -> int:
-    """Bytes beside its operands that a product on the card with such a weight takes, at most; bf16."""
-    return 2 * DEQUANTIZED_AT_A_TIME + BLOCK_ELEMENTS * BLOCK_BYTES_PER_ELEMENT["host_int4"]

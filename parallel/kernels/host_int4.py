@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.kernels import dequantize_host
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.tinygemm import find_group_size, scales_and_shifts
 from parallel.offload.exchange import multiply_on_host
@@ -57,6 +58,8 @@ class HostInt4Linear(GroupedLinear):
 
     def dequantize(self, outputs: slice) -> Tensor:
         """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the operator uses, too."""
+        if self.packed.device.type == "cuda":
+            return dequantize_host.run(self.packed, self.scales_and_shifts, outputs, self.group_size, self.block)
         shape = (outputs.stop - outputs.start, self.num_in)
 
         def some(rows: slice) -> Tensor:
@@ -82,7 +85,10 @@ def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         f"{num_out} outputs": num_out % max(OUTPUTS_PER_BLOCK) == 0 and num_out > 0,
         f"{num_in} inputs": num_in > 0 and find_group_size(weight) is not None,
     }
-    return next((reason for reason, passed in checks.items() if not passed), None) or layout_problem()
+    failed = next((reason for reason, passed in checks.items() if not passed), None) or layout_problem()
+    if failed is None and weight.values.device.type == "cuda":
+        return dequantize_host.problem(outputs_per_block(), weight.values.device.index)
+    return failed
 
 
 def host_int4(rows: Tensor, packed: Tensor, scales_and_shifts: Tensor, group_size: int) -> Tensor:
