@@ -30,6 +30,7 @@ from parallel.engine.generate import Answer, Result, StopRules
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
+from parallel.offload.host_layers import HostLayers
 
 WARM_UP_TOKENS = 64
 
