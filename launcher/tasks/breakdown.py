@@ -25,19 +25,8 @@ PARTS = {
     "rotary": ("rotary",),
     "activation": ("silu",),
     "linears": (
-        *(
-            "w4a16",
-            "w8a16",
-            "wide",
-            "dequantize_w",
-            "dequantize_h",
-            "tinygemm",
-            "gemm",
-            "gemv",
-            "nvjet",
-            "cutlass",
-            "splitk",
-        ),
+        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "tinygemm"),
+        *("gemm", "gemv", "nvjet", "cutlass", "splitk"),
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
     ),
 }
