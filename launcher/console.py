@@ -145,8 +145,12 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     """None where all layers are on the cards."""
     if offload is None:
         return []
-    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(offload['gb_per_sec'])} GB/s"
-    return [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
+    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a step at {number(offload['gb_per_sec'])} GB/s"
+    rows = [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
+    if offload["host_layers"]:
+        number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"
+        rows.append(("computed by the host", number_text))
+    return rows
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
@@ -9,7 +10,15 @@ from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut, graphed_rows
-from parallel.kernels.held import held_bits, product_bytes, stored_bits
+from parallel.kernels.held import (
+    DEQUANTIZED_AT_A_TIME,
+    HOST_INT4_PRODUCT_BYTES,
+    held_bits,
+    host_int4_bits,
+    host_refusal,
+    product_bytes,
+    stored_bits,
+)
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from parallel.transports.copy_layout import choose_layout
@@ -73,6 +82,16 @@ class Demand:
     draft_shape: ModelShape | None = None
     # Layers that lie in host memory and are copied to the card in every pass.
     num_streamed: int = 0
+    # Whether the host may compute some of these itself, if it can.
+    may_share: bool = False
+
+    @property
+    def host_computes(self) -> bool:
+        """Whether linears are such that the host may come to compute some layers."""
+        scheme = self.shape.scheme
+        if not self.may_share or not self.num_streamed or scheme is None or self.device != "cuda":
+            return False
+        return host_refusal(scheme, self.dtype) is None
 
     @property
     def draft(self) -> Demand | None:
@@ -110,8 +129,21 @@ class Demand:
             return ({},) * self.world_size
         on_cpu = [{"host_weights": size} if self.device == "cpu" else {} for size in self.host_bytes()]
         return tuple(
-            {"staging": NUM_STAGED * size} | extra for size, extra in zip(self.layer_bytes(), on_cpu, strict=True)
+            {"staging": NUM_STAGED * size} | self._sharing(size) | extra
+            for size, extra in zip(self.layer_bytes(), on_cpu, strict=True)
         )
+
+    def _sharing(self, layer_bytes: int) -> dict[str, int]:
+        """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
+        dequantised."""
+        scheme = self.shape.scheme
+        if not self.host_computes or scheme is None:
+            return {}
+        held = held_bits(scheme, self.device, self.dtype, self.shape.hidden_size)
+        wider = max(0.0, host_int4_bits(scheme, self.shape.hidden_size) / held - 1)
+        own = self._product(max(self.prefill_chunk, self.batch_size * self.rows_per_sequence), DEQUANTIZED_AT_A_TIME)
+        dequantizing = max(0, HOST_INT4_PRODUCT_BYTES - own)
+        return {"sharing": math.ceil(NUM_STAGED * layer_bytes * wider) + dequantizing}
 
     def host_bytes(self) -> tuple[int, ...]:
         """Weights in host memory, of each rank: streamed layers, and the embedding, of which a pass reads few rows."""

@@ -13,6 +13,7 @@ from launcher.offload_config import OffloadKind
 from launcher.plan_refusal import refuse_host_memory
 from launcher.topology import PlanError
 from launcher.units import GIB
+from parallel.kernels.held import host_refusal
 from parallel.offload.spread import spread_layers
 
 # Of host memory for the process of a rank beside its layers: Python, torch and CUDA, and buffers for reading.
@@ -35,6 +36,8 @@ class OffloadPlan:
     pass_bytes: tuple[int, ...]
     # Of each rank's link, predicted; None where its generation is not known.
     copy_gb_per_sec: tuple[float | None, ...]
+    # Whether the host computes some of these layers if a trial shows that to be faster; then steps copy less.
+    host_may_compute: bool = False
 
     @property
     def pass_ms(self) -> float | None:
@@ -99,6 +102,7 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
     """
     if demand.num_streamed == 0:
         return None
+    check_shared(run, demand)
     host_bytes = demand.host_bytes()
     if inventory.source == "nvml":
         free_bytes = inventory.host_memory_bytes if run.task.kind == TaskKind.plan else inventory.host_free_bytes
@@ -112,7 +116,21 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
         host_bytes=host_bytes,
         pass_bytes=tuple(demand.num_streamed * size for size in demand.layer_bytes()),
         copy_gb_per_sec=tuple(map(copy_gb_per_sec, inventory.cards[: demand.world_size])) or (None,) * len(host_bytes),
+        host_may_compute=demand.host_computes,
     )
+
+
+def check_shared(run: RunConfig, demand: Demand) -> None:
+    """Raises PlanError: the host is to compute layers, and cannot."""
+    if not run.offload.host_layers or demand.device != "cuda":
+        return
+    scheme = demand.shape.scheme
+    why_not = "only linears of 4 bits" if scheme is None else host_refusal(scheme, demand.dtype)
+    if why_not is not None:
+        raise PlanError(
+            f"offload.host_layers={run.offload.host_layers}: the host computes {why_not}. Leave it out, or set "
+            "model.quantize=int4 for a checkpoint in 16 or 32 bits, and model.dtype=bfloat16."
+        )
 
 
 def _reason(run: RunConfig, demand: Demand) -> str:

@@ -21,8 +21,13 @@ class OffloadConfig:
     enabled: OffloadKind = OffloadKind.auto
     # Decoder layers that stay on the card; null: as many as fit.
     resident_layers: int | None = None
+    # Of the others, layers of 4 bits that the host computes itself in decode steps: so many at most; null: as many as a
+    # trial at the start shows to be fastest.
+    host_layers: int | None = None
 
     def problems(self) -> Iterator[str]:
+        if self.host_layers is not None and self.host_layers < 0:
+            yield f"offload.host_layers={self.host_layers} must be 0 or above."
         if self.resident_layers is None:
             return
         if self.resident_layers < 0:

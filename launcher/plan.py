@@ -130,6 +130,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         num_ahead=run.speculation.num_ahead,
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
+        may_share=run.offload.host_layers != 0,
     )
 
 

@@ -56,6 +56,8 @@ def streamed_text(offload: OffloadPlan) -> str:
     if offload.pass_ms is not None:
         rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
         text += f", {max(offload.pass_bytes) / 1e9:.3g} GB a pass at {rate:.3g} GB/s"
+    if offload.host_may_compute:
+        text += ", less in steps where the host is fast enough to compute some of them"
     return f"{text}: {offload.reason}"
 
 

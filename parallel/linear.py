@@ -34,10 +34,12 @@ class ShardedLayer(TensorParallel_Layer):
     """What all our sharded layers share: the communicator and the range of the split dimension this rank owns.
 
     `packed`, a module, multiplies by a quantised weight (parallel/kernels); None where `weight` is there instead.
+    `on_host`: such a weight is to be packed for the host to multiply by, where it can be.
     """
 
     communicator: Communicator
     packed: Any
+    on_host: bool = False
 
     def local_range(self) -> slice:
         start = sum(self._partition_sizes[: self.tp_index])

@@ -81,8 +81,8 @@ def token_bytes(engine: Engine, caches: Sequence[PagedKV]) -> int:
 
 
 def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) -> dict[str, Any] | None:
-    """What passes copy from host memory, and how fast a step of `step_ms` (0: none) brings it; None where nothing is
-    streamed.
+    """What decode steps copy from host memory, and how fast a step of `step_ms` (0: none) brings it; None where nothing
+    is streamed.
 
     Args:
         copy_bytes_per_sec: of plain copies from pinned memory; None on a CPU.
@@ -90,12 +90,16 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     streamer = engine.streamer
     if streamer is None:
         return None
-    num_bytes = streamer.host_layers.streamed_bytes
+    num_bytes, shared = streamer.step_bytes, streamer.host_layers.shared
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
         "resident_layers": engine.decoder.num_layers - len(streamer.layers),
         "streamed_layers": sorted(streamer.places),
+        "host_layers": sorted(streamer.on_host),
+        "host_rows": shared.max_rows,
+        "trial": None if shared.rates is None else shared.rates.report(),
         "bytes_per_pass": num_bytes,
+        "bytes_per_prompt_pass": streamer.host_layers.streamed_bytes,
         "host_bytes": streamer.host_layers.num_bytes,
         "staging_bytes": streamer.buffers.nbytes,
         "step_ms": step_ms or None,

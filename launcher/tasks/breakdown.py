@@ -25,7 +25,8 @@ PARTS = {
     "rotary": ("rotary",),
     "activation": ("silu",),
     "linears": (
-        *("w4a16", "w8a16", "wide", "dequantize_w", "tinygemm", "gemm", "gemv", "nvjet", "cutlass", "splitk"),
+        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "tinygemm"),
+        *("gemm", "gemv", "nvjet", "cutlass", "splitk"),
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
     ),
 }
@@ -66,8 +67,8 @@ def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str,
     """Microseconds a step and share of each part, of `num_steps` steps and one before them.
 
     `between` is the time in which nothing ran: gaps, which the profiler widens, on a CPU Python and waiting, and where
-    layers are streamed waiting for copies. `host_copies_us` is what these took, beside all else.
-    `problem` says why there is nothing, where the pieces cannot be told apart by step.
+    layers are streamed waiting for copies, or for what the host computes. `host_copies_us` is what copies took, beside
+    all else. `problem` says why there is nothing, where the pieces cannot be told apart by step.
     """
     copies_us = sum(piece.us for piece in pieces if COPIES in piece.name.lower()) / (num_steps + 1)
     pieces = [piece for piece in pieces if COPIES not in piece.name.lower()]

@@ -19,6 +19,7 @@ from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
+from launcher.tasks.host_layers import open_host_layers
 from launcher.tasks.measure import communication, kernels, latencies, memory, reuse, speculated, speculation_costs
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_draft_model, load_sharded_model
@@ -89,7 +90,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
-    host_layers = None if plan.offload is None else HostLayers(plan.offload.streamed_layers, context.device)
+    host_layers = None if plan.offload is None else open_host_layers(context, plan.offload.streamed_layers)
     module, load = load_sharded_model(context, host_layers)
     draft = load_draft_model(context)
     speculation = speculation_params(run.speculation, None if draft is None else draft[0])

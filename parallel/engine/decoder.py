@@ -62,7 +62,7 @@ class Decoder:
         """[tokens, hidden]: the last layer's output before the final norm, with its residual added."""
         residual = self.model.model.embed_tokens(tokens.ids)
         update: Update | None = None
-        for layer, cache in zip(self.layers(), caches, strict=True):
+        for layer, cache in zip(self.layers(len(tokens.ids)), caches, strict=True):
             update = self._attention(layer, residual, update, tokens, attend, cache)
             update = self.mlp(layer, residual, update)
         assert update is not None
@@ -84,10 +84,10 @@ class Decoder:
         normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
         return self._mlp(layer.mlp, normed)
 
-    def layers(self) -> Iterator[Any]:
-        """In turn; each is ready until the next is asked for."""
+    def layers(self, num_rows: int) -> Iterator[Any]:
+        """In turn, for a pass of so many rows; each is ready until the next is asked for."""
         layers = self.model.model.layers
-        return iter(layers) if self.streamer is None else self.streamer.through(layers)
+        return iter(layers) if self.streamer is None else self.streamer.through(layers, num_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, local vocabulary]"""

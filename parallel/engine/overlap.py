@@ -94,7 +94,7 @@ def run_in_halves(
     residual: Tensor = decoder.model.model.embed_tokens(tokens.ids)
     run = PassInHalves(decoder, cut_in_halves(tokens, residual, cut))
     try:
-        for layer, cache in zip(decoder.layers(), caches, strict=True):
+        for layer, cache in zip(decoder.layers(len(residual)), caches, strict=True):
             attended = (
                 attend(query, cache) if decoder.num_heads else query
                 for attend, query in zip(attends, run.queries(layer, cache), strict=True)

@@ -19,7 +19,7 @@ from parallel.engine.sequence import Sequence
 from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
 from parallel.offload.host_layers import HostLayers
-from parallel.offload.streamer import Streamer
+from parallel.offload.sharing import open_streamer
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def open_paged(
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
-    decoder = Decoder(model, limits.max_context, None if host_layers is None else Streamer(host_layers))
+    decoder = Decoder(model, limits.max_context, None if host_layers is None else open_streamer(host_layers))
     heads = (decoder.num_kv_heads, decoder.head_dim)
     dtype = kv_dtype or model.lm_head.weight.dtype
     layers = list(dict.fromkeys(model.model.layers))

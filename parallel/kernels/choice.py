@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from parallel.kernels import dequantize, tinygemm, w4a16, w8a16
+from parallel.kernels import dequantize, host_int4, tinygemm, w4a16, w8a16
 from parallel.quantized import QuantizedWeight
 
 
@@ -40,7 +40,13 @@ def choose_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[str, str
     raise AssertionError(f"no kernel takes {weight.bits} bits; there are {', '.join(KERNELS)}")
 
 
-def pack_linear(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """The module that multiplies by `weight`, and a line that says which kernel it is and why."""
+def pack_linear(weight: QuantizedWeight, dtype: torch.dtype, *, on_host: bool = False) -> tuple[nn.Module, str]:
+    """The module that multiplies by `weight`, and a line that says which kernel it is and why.
+
+    Args:
+        on_host: the host is to multiply by it, if it can.
+    """
+    if on_host and host_int4.refusal(weight, dtype) is None:
+        return host_int4.HostInt4Linear(weight), "host_int4 (of a layer that the host computes)"
     name, reason = choose_kernel(weight, dtype)
     return KERNELS[name].build(weight), f"{name} ({reason})"

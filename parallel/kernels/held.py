@@ -20,6 +20,8 @@ UNIT_INPUTS = 128
 # on an H200 (4 bits; 512 / 1024 / 2048 rows), 79.3 / 123.3 / 225.6 ms with 16 Mi at a time, 71.7 / 120.8 / 216.3 with
 # 32 Mi, and 70.9 / 122.2 / 224.3 with 64 Mi, for 64 MiB more.
 DEQUANTIZED_AT_A_TIME = 32 * 1024**2
+# Beside its operands, of a product on the card with a weight that is packed for the host: one such block of bf16.
+HOST_INT4_PRODUCT_BYTES = 2 * DEQUANTIZED_AT_A_TIME
 W4A16_GROUP_SIZES = (128, 64, 32)
 W8A16_GROUP_SIZE = 128
 # w8a16: float32 scales; w4a16: those that come in 16 bits stay that, and zeros take 4 bits beside them.
@@ -97,3 +99,21 @@ def product_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, n
     if kernel != "dequantize":
         numel = min(numel, DEQUANTIZED_AT_A_TIME)
     return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]
+
+
+# Layers that the host computes
+
+
+def host_refusal(scheme: Scheme, dtype: str) -> str | None:
+    """Why the host multiplies by no linears of this kind (parallel/kernels/host_int4.py decides, tensor by tensor)."""
+    checks = {
+        "only linears of 4 bits": scheme.bits == 4 and not scheme.is_float,
+        "no codebooks": not scheme.has_codebook,
+        "only activations in bfloat16": dtype == "bfloat16",
+    }
+    return next((rule for rule, kept in checks.items() if not kept), None)
+
+
+def host_int4_bits(scheme: Scheme, num_in: int) -> float:
+    """Bits for one weight that is packed for the host."""
+    return scheme.bits + TINYGEMM_BITS_PER_GROUP / min(scheme.group_size or num_in, LARGEST_TINYGEMM_GROUP)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.kernels.dequantize import DequantizeLinear
+from parallel.kernels.host_int4 import HostInt4Linear
 from parallel.kernels.tinygemm import TinygemmLinear
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
@@ -18,6 +19,7 @@ JOINED: dict[type[nn.Module], dict[str, int]] = {
     W4A16Linear: {"packed": 0, "scales": 0},
     W8A16Linear: {"packed": 0, "scales": 0},
     TinygemmLinear: {"packed": 0, "scales_and_shifts": 1},
+    HostInt4Linear: {"packed": 0, "scales_and_shifts": 1},
     DequantizeLinear: {"values": 0, "scales": 0, "zeros": 0},
 }
 # Plain attributes that a sum replaces.

@@ -11,10 +11,27 @@ from transformers import PreTrainedModel
 
 from parallel.engine.layout import Layout
 from parallel.engine.merged import LayerMerger
+from parallel.linear import ShardedLayer
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
+from parallel.offload.host_trial import HostRates
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class SharedLayers:
+    """The layers with the indices `on_host` are computed by the host in passes of up to `max_rows` rows.
+
+    `rates`: what a trial measured, where that decided.
+    """
+
+    on_host: tuple[int, ...]
+    max_rows: int
+    rates: HostRates | None = None
+
+
+NOTHING_SHARED = SharedLayers((), 0)
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,13 @@ class HostLayers:
     """The layers of one model with the indices `streamed`, once `keep` has had them; all others are on the device.
 
     `embedding`: set once `keep_embedding` had a model whose embedding is not its head too.
+
+    Args:
+        shared: what of them the host computes itself in passes of few rows (see sharing.py).
     """
 
-    def __init__(self, streamed: Sequence[int], device: torch.device) -> None:
-        self.streamed, self.device = tuple(sorted(streamed)), device
+    def __init__(self, streamed: Sequence[int], device: torch.device, shared: SharedLayers = NOTHING_SHARED) -> None:
+        self.streamed, self.device, self.shared = tuple(sorted(streamed)), device, shared
         self.host_memory = HostMemory(len(self.streamed), device)
         self.kept: dict[int, HostLayer] = {}
         self.embedding: HostEmbedding | None = None
@@ -76,6 +96,10 @@ class HostLoader:
     def __init__(self, model: PreTrainedModel, layers: HostLayers) -> None:
         self.model, self.layers = model, layers
         self.merger = LayerMerger(model, layers.keep)
+        for index in layers.shared.on_host:
+            for module in model.model.layers[index].modules():
+                if isinstance(module, ShardedLayer):
+                    module.on_host = True
 
     def __call__(self, name: str) -> None:
         self.merger(name)

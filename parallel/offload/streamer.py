@@ -36,11 +36,22 @@ class Streamer:
         self.buffers = torch.empty(NUM_STAGED, largest, dtype=torch.uint8, device=self.device)
         self.views = [[layer.layout.views(buffer) for buffer in self.buffers] for layer in self.layers]
         self.copies: CopyQueue = open_copy_queue(self.device, NUM_STAGED)
+        # By index, the tensors of layers that the host computes; see sharing.py.
+        self.on_host: dict[int, list[Tensor]] = {}
         # (place, buffer) of what has been queued to be copied and not been used, in order.
         self.ahead: deque[tuple[int, int]] = deque()
 
-    def through(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        """The layers of the model in turn, each with its weights on the device until the next is asked for."""
+    @property
+    def step_bytes(self) -> int:
+        """What a pass of few rows copies."""
+        return self.host_layers.streamed_bytes
+
+    def through(self, layers: Iterable[nn.Module], num_rows: int) -> Iterator[nn.Module]:
+        """The layers of the model in turn, each with its weights on the device until the next is asked for.
+
+        Args:
+            num_rows: of the pass; here all are streamed alike.
+        """
         for index, layer in enumerate(layers):
             place = self.places.get(index)
             if place is None:
@@ -62,14 +73,18 @@ class Streamer:
         """What has been queued was the last to use the layer acquired: its buffer is for the layer after the next."""
         place, buffer = self.ahead.popleft()
         self.copies.mark_used(buffer)
-        self.fetch((place + NUM_STAGED) % len(self.layers), buffer)
+        self.fetch(self.following(place, NUM_STAGED), buffer)
 
     def restart(self, place: int) -> None:
         """Begins at a layer that is not the next: at the first pass, and after one that failed."""
         self.ahead.clear()
         for buffer in range(NUM_STAGED):
             self.copies.mark_used(buffer)
-            self.fetch((place + buffer) % len(self.layers), buffer)
+            self.fetch(self.following(place, buffer), buffer)
+
+    def following(self, place: int, number: int) -> int:
+        """The place that passes come to so many streamed layers after this one."""
+        return (place + number) % len(self.layers)
 
     def fetch(self, place: int, buffer: int) -> None:
         source = self.layers[place].memory

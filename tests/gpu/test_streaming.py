@@ -77,7 +77,7 @@ def test_large_layers_answer_as_resident_ones(quantize: str, tmp_path: Path) -> 
     """Ten layers of a 70B, of which seven are streamed: an odd number, so that buffers change at every pass."""
     kind = f"model.quantize={quantize}"
     resident = report_of(tmp_path / "resident", kind)
-    streamed = report_of(tmp_path / "streamed", kind, "offload.resident_layers=3")
+    streamed = report_of(tmp_path / "streamed", kind, "offload.resident_layers=3", "offload.host_layers=0")
     offload, memory = streamed["offload"], streamed["cards"][0]["memory"]
     print(json.dumps({quantize: offload, "load": streamed["load"]["sec"], "resident": resident["tpot_ms"]}))
     tokens = streamed["outputs"][0]["token_ids"]
@@ -90,7 +90,7 @@ def test_large_layers_answer_as_resident_ones(quantize: str, tmp_path: Path) -> 
 
 def test_bench_of_streamed_layers(tmp_path: Path) -> None:
     args = ("task=bench", "workload.repeats=1", "workload.warm_up=1", "workload.prompt_tokens=512")
-    report = report_of(tmp_path, *args, "model.quantize=int4", "offload.resident_layers=3")
+    report = report_of(tmp_path, *args, "model.quantize=int4", "offload.resident_layers=3", "offload.host_layers=0")
     print(json.dumps({name: report[name] for name in ("offload", "bandwidth", "decode_step_ms", "ttft_ms")}))
     print(json.dumps(report["breakdown"]))
     assert report["breakdown"]["problem"] is None

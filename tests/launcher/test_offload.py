@@ -15,6 +15,7 @@ from launcher.memory_fit import fits
 from launcher.offload import HOST_BYTES_PER_RANK, OffloadPlan
 from launcher.plan import GIB, KEPT_FREE, Plan
 from launcher.plan_text import describe
+from launcher.shape import TYPICAL_SCHEMES
 from parallel.engine.layout import ALIGNMENT
 from tests.launcher.cli import SHORT, run
 from tests.launcher.test_plan import (
@@ -149,6 +150,27 @@ def test_more_streamed_layers_take_less_of_the_card(num_streamed: int) -> None:
     assert not fits(Demand(LLAMA_8B, 1, 128, "bfloat16", "auto", "cuda", "solo", 1, 512), (more,), 512)
 
 
+def test_room_is_kept_for_layers_that_the_host_may_compute() -> None:
+    """Those are wider by scales of 32 bits a group in place of 16 and zeros of 4, in both buffers."""
+    resident = OffloadConfig(resident_layers=40)
+    shape = replace(LLAMA_70B_AWQ, scheme=TYPICAL_SCHEMES["awq"])
+    decided = plan(shape, cards_of(1), offload=resident)
+    without = plan(shape, cards_of(1), offload=replace(resident, host_layers=0))
+    lines, weights = decided.cards[0].lines, 8192 * (2 * (8192 + 1024) + 3 * 28672)
+    assert lines["sharing"] >= 2 * weights * (32 - 16 - 4) / 128 / 8
+    assert {name: size for name, size in lines.items() if name != "sharing"} == without.cards[0].lines
+    assert streamed(decided).host_may_compute
+    assert not streamed(without).host_may_compute
+    plain = plan(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=8))
+    assert "sharing" not in plain.cards[0].lines
+    assert not streamed(plain).host_may_compute
+
+
+def test_layers_that_the_host_cannot_compute_are_refused() -> None:
+    message = refused(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=8, host_layers=4))
+    assert "offload.host_layers=4: the host computes only linears of 4 bits." in message
+
+
 def test_plan_with_streamed_layers_survives_json() -> None:
     decided, adapter = plan(AWQ_4, cards_of(1)), TypeAdapter(Plan)
     assert adapter.validate_json(adapter.dump_json(decided)) == decided
@@ -162,6 +184,7 @@ def test_plan_with_streamed_layers_survives_json() -> None:
             OffloadConfig(OffloadKind.off, 3),
             "offload.resident_layers=3 streams all other layers, but offload.enabled=off.",
         ),
+        (OffloadConfig(host_layers=-2), "offload.host_layers=-2 must be 0 or above."),
     ],
 )
 def test_values_that_contradict_are_named(config: OffloadConfig, problem: str) -> None:

@@ -221,6 +221,15 @@ extern "C" void run_dequantize(const void* weights, const void* scales, const vo
   });
 }
 
+#elif defined(RUN_DEQUANTIZE_HOST)
+
+extern "C" void run_dequantize_host(const void* packed, const void* scales, void* out, int num_in, int num_out, int all,
+                                    int group_size) {
+  run_grid({num_out / BLOCK, num_in / group_size}, THREADS, [=] {
+    dequantize_host((const u32*)packed, (const u32*)scales, (uint4*)out, num_in, num_out, all, group_size);
+  });
+}
+
 #else
 
 extern "C" void run_multiply(const void* weights, const void* scales, const void* codebook, const void* x, void* y,

@@ -104,7 +104,7 @@ def forced_logits(engine: Engine, prompts: Sequence[list[int]], forced: Sequence
     for tokens in zip(*forced, strict=True):
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.num_sampled += 1
-            engine.fresh[sequence] = torch.tensor(token)
+            engine.fresh[sequence] = torch.tensor(token, device=engine.device)
         engine.order = []
         engine.arrange(sequences)
         with torch.inference_mode():

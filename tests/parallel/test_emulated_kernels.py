@@ -17,7 +17,9 @@ from torch import Tensor
 
 from parallel.kernels import w4a16, w8a16, wide
 from parallel.kernels.dequantize_packed import count_blocks
+from parallel.kernels.host_int4 import OUTPUTS_PER_BLOCK, pack_values
 from parallel.kernels.tiles import Launch
+from parallel.kernels.tinygemm import scales_and_shifts
 from parallel.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -101,6 +103,26 @@ def test_the_source_dequantises_to_the_nearest_bf16(tmp_path: Path, name: str) -
         library.run_dequantize(*buffers_of(layer), pointer(dequantized), tiles, units, count_blocks(tiles, units))
         assert torch.equal(dequantized[: tiles * 16], expected[: tiles * 16].bfloat16())
         assert dequantized[tiles * 16 :].isnan().all()
+
+
+@pytest.mark.parametrize("block", OUTPUTS_PER_BLOCK)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_the_source_dequantises_what_is_packed_for_the_host(tmp_path: Path, block: int, group_size: int) -> None:
+    """The outputs from the second block on, of which no more are written."""
+    weight = draw(16, group_size, zeros=True, dtype=torch.bfloat16, num_out=3 * block)
+    packed = pack_values(weight.values, block)
+    scales = scales_and_shifts(weight, torch.arange(NUM_IN // group_size))
+    library = compile_source(tmp_path, "dequantize_host.cu", [f"-DBLOCK={block}", "-DRUN_DEQUANTIZE_HOST", "-DEAGER=0"])
+    found = torch.full((NUM_IN + 1, 2 * block), float("nan"), dtype=torch.bfloat16)
+    # Views lie in memory that the whole keeps.
+    first, first_scales = packed[block:], scales[:, block:]
+    library.run_dequantize_host(
+        pointer(first), pointer(first_scales), pointer(found), NUM_IN, 2 * block, len(packed), group_size
+    )
+    factors, shifts = (part.t().repeat_interleave(group_size, dim=1)[block:] for part in scales.double().unbind(-1))
+    expected = (weight.values[block:].double() - 8) * factors + shifts
+    assert torch.equal(found[:NUM_IN].t(), expected.bfloat16())
+    assert found[NUM_IN].isnan().all()
 
 
 def layer_and_layout(

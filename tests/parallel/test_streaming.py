@@ -114,7 +114,7 @@ def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[
     engine, prompts = make_engine(communicator, DEMO, streamed=(0, 2, 3)), numbered(prompts_of("demo"))
     before = answers(engine, prompts)
     assert engine.streamer is not None
-    passing = engine.streamer.through(engine.model.model.layers)
+    passing = engine.streamer.through(engine.model.model.layers, 1)
     for _ in range(4):
         next(passing)
     passing.close()
@@ -210,7 +210,7 @@ def test_buffers_take_turns_and_copies_follow_their_last_use(num_layers: int) ->
     streamer, recorder = Streamer(kept), Recorder()
     streamer.copies = recorder
     for _ in range(3):
-        for layer in streamer.through(layers):
+        for layer in streamer.through(layers, 1):
             assert not layer.weight.is_meta
     start, steady = recorder.calls[:4], recorder.calls[4:]
     assert start == [("used", 0), ("copy", 0), ("used", 1), ("copy", 1)]
