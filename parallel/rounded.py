@@ -18,7 +18,7 @@ from parallel.timing import p99
 GROUP = 12
 LARGEST = 127
 # Of a lane, in a tile: three units of 16 bytes are two groups.
-LANES, UNIT_NUMBERS, UNITS = 32, 8, 12
+LANES, UNIT_NUMBERS, UNITS = 32, 8, 3
 REPEATS = 20
 
 
@@ -38,7 +38,11 @@ def group(flat: Tensor) -> Tensor:
     """[numbers] -> [tiles, lanes, groups, 12], padded with zeros: a lane's units lie a warp apart."""
     tile = LANES * UNITS * UNIT_NUMBERS
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % tile))
-    return padded.view(-1, UNITS, LANES, UNIT_NUMBERS).transpose(1, 2).reshape(-1, LANES, 8, GROUP)
+    return (
+        padded.view(-1, UNITS, LANES, UNIT_NUMBERS)
+        .transpose(1, 2)
+        .reshape(-1, LANES, UNITS * UNIT_NUMBERS // GROUP, GROUP)
+    )
 
 
 def ungroup(grouped: Tensor, count: int) -> Tensor:

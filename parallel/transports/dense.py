@@ -26,8 +26,7 @@ from parallel.transports.shared_region import SharedRegion
 MAX_BYTES = 2048 * KIB
 UNIT_BYTES = 16
 LANES = 32
-# Of each lane in a tile.
-LINES = 8
+LINE_BYTES = 16
 NUM_TAGS = 65535
 
 
@@ -36,13 +35,15 @@ class LineFormat:
     """What the lines of a message carry, and the kernels for it.
 
     Args:
-        units: of 16 bytes of the message, in the lines of one lane.
+        units: of 16 bytes of the message, in the lines of one lane in a tile.
+        lines: of one lane in a tile.
         launches: (up to so many bytes of message, blocks, warps a block), ascending.
     """
 
     name: str
     source: str
     units: int
+    lines: int
     dtypes: tuple[torch.dtype, ...]
     launches: tuple[tuple[int, int, int], ...]
 
@@ -51,11 +52,16 @@ class LineFormat:
         """Of the message, in what a warp carries at a time."""
         return self.units * LANES * UNIT_BYTES
 
+    @property
+    def tiles_per_page(self) -> int:
+        return PAGE_BYTES // (self.lines * LANES * LINE_BYTES)
+
 
 EXACT = LineFormat(
     "host_memory_dense",
     "host_memory_dense.cu",
     units=7,
+    lines=8,
     dtypes=tuple(REDUCTIONS),
     # The best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in 9.7, 256 in 15.0; 512 in 27, 1024 in
     # 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps with a page each on its way in
@@ -66,9 +72,11 @@ EXACT = LineFormat(
 INT8 = LineFormat(
     "host_memory_int8",
     "host_memory_int8.cu",
-    units=12,
+    units=3,
+    lines=2,
     dtypes=(torch.bfloat16, torch.float16),
-    launches=((64 * KIB, 16, 2), (512 * KIB, 64, 2), (MAX_BYTES, 16, 4)),
+    # Small tiles: a warp takes 5 us to round and to add up four times as much.
+    launches=((64 * KIB, 32, 2), (512 * KIB, 64, 4), (MAX_BYTES, 32, 8)),
 )
 
 
@@ -88,16 +96,17 @@ class DenseLayout:
 
     @property
     def slot_tiles(self) -> int:
-        return -(-self.max_bytes // self.lines.tile_bytes)
+        # Whole pages, so that each lies near the processor of the rank that writes it.
+        per_page = self.lines.tiles_per_page
+        return -(-self.max_bytes // (per_page * self.lines.tile_bytes)) * per_page
 
     @property
     def slot_rows(self) -> int:
-        return self.slot_tiles * LINES
+        return self.slot_tiles * self.lines.lines
 
     @property
     def slot_bytes(self) -> int:
-        # A tile fills a page, so that each lies near the processor of the rank that writes it.
-        return self.slot_tiles * PAGE_BYTES
+        return self.slot_tiles // self.lines.tiles_per_page * PAGE_BYTES
 
     @property
     def num_bytes(self) -> int:

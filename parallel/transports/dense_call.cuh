@@ -4,8 +4,8 @@
 // A message travels in lines of 16 bytes, 14 of data and a tag of 16 bits in the upper end. As in host_memory.cu data and
 // flag come in one access, with no fence and no second hop, but one of 128 bits (host_memory_lines.cuh).
 //
-// A tile is what a warp carries at a time: UNITS units of 16 bytes a lane in LINES lines, which fill a page. How units
-// become lines, and lines sums, says whoever includes this: UNITS, `pack` and `sum_tile`.
+// A tile is what a warp carries at a time: UNITS units of 16 bytes a lane in LINES lines. How units become
+// lines, and lines sums, says whoever includes this: UNITS, LINES, `pack` and `sum_tile`.
 //
 // Reading a message that is not there costs as much of the link as reading it. So a warp looks at one line of a tile,
 // the last one written, until that has come, and only then reads the tile. The look is a hint; each line is checked.

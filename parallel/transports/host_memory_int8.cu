@@ -8,8 +8,8 @@
 
 #define UNIT_BYTES 16
 #define LANES 32
-#define LINES 8
-#define UNITS 12
+#define LINES 2
+#define UNITS 3
 #define GROUP 12
 #define LARGEST 127
 

@@ -75,7 +75,7 @@ def test_only_renewal_keeps_old_lines_from_being_taken_for_new_ones(renewed: boo
     """A long message in both slots, then short ones or none, then one with the first one's tag and without its peer."""
     ranks = Ranks(2)
     full = SLOT_TILES * TILE_UNITS
-    for units in (full, full, *[1] * (2 * SLOT_TILES * dense.LINES * renewed)):
+    for units in (full, full, *[1] * (2 * SLOT_TILES * EXACT.lines * renewed)):
         ranks.run(*fresh(ranks, units, torch.float32), blocks=1, threads=32)
     ranks.states[:, 0] = 2 * dense.NUM_TAGS << 32
     sources, targets = fresh(ranks, full, torch.float32)

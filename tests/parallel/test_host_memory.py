@@ -115,25 +115,29 @@ def defined(text: str) -> dict[str, str]:
 @pytest.mark.parametrize(("lines", "data_bits"), ((EXACT, 16), (INT8, 8)))
 def test_numbers_of_the_dense_kernels_are_those_of_the_host(lines: LineFormat, data_bits: int) -> None:
     found = defined(read_source(Path(dense.__file__).parent / lines.source))
-    names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "LANES", "LINES", "NUM_TAGS")
+    names = ("PAGE_BYTES", "ERROR_STRIDE", "UNIT_BYTES", "LANES", "NUM_TAGS")
     constants = {**vars(dense), "ERROR_STRIDE": ERROR_STRIDE}
     assert {name: int(found[name]) for name in names} == {name: constants[name] for name in names}
-    assert int(found["UNITS"]) == lines.units
-    # A tile fills a page: data, tags, and where they are rounded a scale beside each tag.
-    assert dense.LINES * dense.LANES * 16 == PAGE_BYTES
+    assert (int(found["UNITS"]), int(found["LINES"])) == (lines.units, lines.lines)
+    # Tiles fill pages: data, tags, and where they are rounded a scale beside each tag.
     beside = 2 if data_bits == 16 else 4
-    assert lines.tile_bytes * data_bits // 16 + PAGE_BYTES // 16 * beside == PAGE_BYTES
+    data_bytes = lines.tiles_per_page * lines.tile_bytes * data_bits // 16
+    assert data_bytes + PAGE_BYTES // dense.LINE_BYTES * beside == PAGE_BYTES
 
 
+@pytest.mark.parametrize("lines", (EXACT, INT8))
 @pytest.mark.parametrize("world_size", (2, 3, 4))
 @pytest.mark.parametrize("max_bytes", (16, EXACT.tile_bytes, EXACT.tile_bytes + 1, dense.MAX_BYTES))
-def test_dense_slots_hold_their_tiles_and_do_not_overlap(world_size: int, max_bytes: int) -> None:
-    layout = DenseLayout(world_size, max_bytes)
+def test_dense_slots_hold_their_tiles_and_do_not_overlap(world_size: int, max_bytes: int, lines: LineFormat) -> None:
+    layout = DenseLayout(world_size, max_bytes, lines)
     areas = [layout.own(rank) for rank in range(world_size)]
     assert areas[0][0] == PAGE_BYTES and areas[-1][1] == layout.num_bytes
     assert [start for start, _ in areas[1:]] == [end for _, end in areas[:-1]]
-    assert all(end - start == 2 * layout.slot_tiles * PAGE_BYTES for start, end in areas)
-    assert (layout.slot_tiles - 1) * EXACT.tile_bytes < max_bytes <= layout.slot_tiles * EXACT.tile_bytes
+    # As the kernel counts them; each slot begins with a page.
+    slot_bytes = layout.slot_tiles * lines.lines * dense.LANES * dense.LINE_BYTES
+    assert all(end - start == 2 * slot_bytes for start, end in areas) and slot_bytes % PAGE_BYTES == 0
+    assert (layout.slot_tiles - lines.tiles_per_page) * lines.tile_bytes < max_bytes
+    assert max_bytes <= layout.slot_tiles * lines.tile_bytes
 
 
 @pytest.mark.parametrize("lines", (EXACT, INT8))
