@@ -194,11 +194,8 @@ class Demand:
         activations = max(each._activations(rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
         # Steps with streamed layers are not captured.
-        graphs = (
-            {"graphs": graphs_bytes(self._layer(rank), self.prefill_chunk)}
-            if self.device == "cuda" and not self.num_streamed
-            else {}
-        )
+        is_captured = self.device == "cuda" and not self.num_streamed
+        graphs = {"graphs": graphs_bytes(self._layer(rank), self.prefill_chunk)} if is_captured else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
 
     def _load(self, rank: int) -> int:

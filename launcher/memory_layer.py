@@ -35,13 +35,8 @@ class Layer:
 
     def linear_steps(self, tokens: int) -> dict[str, int]:
         """Bytes of each step of so many tokens, beside the residual stream, its update and the norm of the sum."""
-        e, hidden, queries, qkv, intermediate = (
-            self.element_bytes,
-            self.hidden,
-            self.queries,
-            self.qkv,
-            self.intermediate,
-        )
+        e, hidden, queries, qkv = self.element_bytes, self.hidden, self.queries, self.qkv
+        intermediate = self.intermediate
         return {
             "qkv": tokens * qkv * e + max(self.product(tokens, qkv * hidden), self.whole_weight(qkv * hidden)),
             "rotation": tokens * (qkv + queries) * e,
