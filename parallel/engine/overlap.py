@@ -34,9 +34,9 @@ from parallel.kernels.fused import add_rms_norm, rms_norm, silu_mul
 
 # (rows of the first half, blocks of gate and up that it is multiplied by before the sum of the second is waited for).
 # Where memory is stacked on the chip, products and dequantising are so fast, and the link between cards so slow beside
-# them, that some blocks take no longer than the sum. By the rates of an H200, in a 70B in 4 bits at TP2: a block of 33 Mi
-# weights takes 23 us to dequantise and 19, 36 and 70 us to multiply by 256, 512 and 1024 rows, whose sums take 140, 280
-# and 520. On an RTX 4090, at 160 us to dequantise and 110 us for 256 rows, one block is best.
+# them, that some blocks take no longer than the sum. By the rates of an H200, in a 70B in 4 bits at TP2, a block of 33
+# million weights takes 23 us to dequantise and 19, 36 and 70 us to multiply by 256, 512 and 1024 rows, whose sums take
+# 140, 280 and 520. On an RTX 4090, at 160 us to dequantise and 110 us for 256 rows, one block is best.
 AHEAD = ((256, 3), (512, 4))
 MOST_AHEAD = 5
 # From so many rows of the first half on, its columns are summed up before all of the second's. Below, both halves are
