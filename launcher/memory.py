@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
+from launcher.memory_layer import Layer, graphs_bytes
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
-from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut, graphed_rows
+from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
     HOST_INT4_PRODUCT_BYTES,
     held_bits,
     host_int4_bits,
     host_refusal,
-    product_bytes,
     stored_bits,
 )
 from parallel.offload.spread import NUM_STAGED
@@ -31,9 +31,6 @@ CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 409 * MIB}
 # Buffers of the communicator on the card, measured on two H200 with NCCL 2.28: 382 MiB where it goes through host
 # memory, 838 MiB over NVLink.
 COMMUNICATOR_BYTES = {"nccl": 382 * MIB, "nccl over nvlink": 838 * MIB, "gloo": 0, "solo": 0}
-# The captured decode steps, outside of torch's allocator: 55 MiB measured for one graph as for six (Llama-70B, 1 to 32
-# sequences, on an H200 with torch 2.11).
-GRAPHS_BYTES = 55 * MIB
 # Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
 # sums, and what is left out (tests/launcher/test_activations.py).
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
@@ -49,9 +46,6 @@ FLOAT32_BYTES = 4
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
 FP8_BYTES = 1
-# Ids, positions and slots of a pass.
-NUM_TOKEN_COLUMNS = 3
-INT64_BYTES = 8
 # Of a token in the table from which drafts are made.
 TOKEN_BYTES = 4
 
@@ -141,7 +135,8 @@ class Demand:
             return {}
         held = held_bits(scheme, self.device, self.dtype, self.shape.hidden_size)
         wider = max(0.0, host_int4_bits(scheme, self.shape.hidden_size) / held - 1)
-        own = self._product(max(self.prefill_chunk, self.batch_size * self.rows_per_sequence), DEQUANTIZED_AT_A_TIME)
+        rows = max(self.prefill_chunk, self.batch_size * self.rows_per_sequence)
+        own = self._layer(0).product(rows, DEQUANTIZED_AT_A_TIME)
         dequantizing = max(0, HOST_INT4_PRODUCT_BYTES - own)
         return {"sharing": math.ceil(NUM_STAGED * layer_bytes * wider) + dequantizing}
 
@@ -199,7 +194,8 @@ class Demand:
         activations = max(each._activations(rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
         # Steps with streamed layers are not captured.
-        graphs = {"graphs": self._graphs(rank)} if self.device == "cuda" and not self.num_streamed else {}
+        is_captured = self.device == "cuda" and not self.num_streamed
+        graphs = {"graphs": graphs_bytes(self._layer(rank), self.prefill_chunk)} if is_captured else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
 
     def _load(self, rank: int) -> int:
@@ -254,13 +250,12 @@ class Demand:
         rows = self.batch_size * self.rows_per_sequence
         # A step that checks drafts may have more rows than a pass of prompts.
         tokens = max(prompt, rows)
-        hidden = shape.hidden_size
-        queries, keys = self._queries_and_keys(rank)
-        qkv = queries + 2 * keys
+        layer = self._layer(rank)
+        hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
         on_cpu = self.device == "cpu"
         half = choose_cut(prompt, self.world_size)
         plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * (half or tokens) if on_cpu else 0
-        steps = self._linear_steps(rank, tokens) | {
+        steps = layer.linear_steps(tokens) | {
             "norm": plain * hidden,
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
@@ -270,47 +265,25 @@ class Demand:
         }
         if half is not None:
             # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
-            weights = self._whole_weight(qkv * hidden) + self._product(tokens, queries * hidden)
+            weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
             kept = half * (2 * qkv + 4 * queries) * e
             steps["attention"] = kept + self._prompt_keys(half, max_context, keys * e) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
-    def _linear_steps(self, rank: int, tokens: int) -> dict[str, int]:
-        """Of the steps of a layer that lie between two attentions."""
-        e, shape = DTYPE_BYTES[self.dtype], self.shape
-        hidden, (queries, keys) = shape.hidden_size, self._queries_and_keys(rank)
-        qkv = queries + 2 * keys
-        intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
-        return {
-            "qkv": tokens * qkv * e + max(self._product(tokens, qkv * hidden), self._whole_weight(qkv * hidden)),
-            "rotation": tokens * (qkv + queries) * e,
-            "output": tokens * (queries + hidden) * e + self._product(tokens, queries * hidden),
-            "gate_up": tokens * 2 * intermediate * e + self._product(tokens, 2 * intermediate * hidden),
-            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
-            "down": tokens * (intermediate + hidden) * e + self._product(tokens, intermediate * hidden),
-        }
-
-    def _graphs(self, rank: int) -> int:
-        """Of decode steps, and of passes of prompts: what their pieces hand to one another, and the largest piece.
-
-        Written for parallel/engine/pieces.py; decode steps fit into the memory of passes.
-        """
-        tokens = max(graphed_rows(self.prefill_chunk), default=0)
-        e, hidden, (queries, _) = DTYPE_BYTES[self.dtype], self.shape.hidden_size, self._queries_and_keys(rank)
-        kept = tokens * ((hidden + 2 * queries) * e + NUM_TOKEN_COLUMNS * INT64_BYTES)
-        piece = 3 * tokens * hidden * e + max(self._linear_steps(rank, tokens).values())
-        return GRAPHS_BYTES + kept + (piece if tokens else 0)
-
-    def _queries_and_keys(self, rank: int) -> tuple[int, int]:
-        """Numbers of a token's queries, and of its keys."""
-        heads = (self.shape.num_heads, self.shape.num_kv_heads)
-        queries, keys = (self._local(each)[rank] * self.shape.head_dim for each in heads)
-        return queries, keys
-
-    def _whole_weight(self, numel: int) -> int:
-        """Of a weight that is dequantised all at once; nothing where it is at hand."""
-        return 0 if self.shape.scheme is None else numel * DTYPE_BYTES[self.dtype]
+    def _layer(self, rank: int) -> Layer:
+        shape = self.shape
+        queries, keys = (self._local(num)[rank] * shape.head_dim for num in (shape.num_heads, shape.num_kv_heads))
+        return Layer(
+            hidden=shape.hidden_size,
+            queries=queries,
+            keys=keys,
+            intermediate=split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank],
+            element_bytes=DTYPE_BYTES[self.dtype],
+            dtype=self.dtype,
+            device=self.device,
+            scheme=shape.scheme,
+        )
 
     def _logits(self, rank: int, rows: int) -> int:
         """Of last tokens alone, or of what a step checks: this rank's part, and that in float32 where the likeliest is
@@ -333,12 +306,6 @@ class Demand:
         per_row = 2 * heads * FLOAT32_BYTES + (TREE_MASK_BYTES if self.rows_per_sequence > 1 else 0)
         per_token = keys * (DTYPE_BYTES[self.dtype] + 2 * FLOAT32_BYTES) + self.rows_per_sequence * per_row
         return self.batch_size * (max_context + self.num_ahead) * per_token
-
-    def _product(self, num_rows: int, numel: int) -> int:
-        """Bytes beside its operands that a product of so many rows takes."""
-        if self.shape.scheme is None:
-            return 0
-        return product_bytes(self.shape.scheme, self.device, self.dtype, DTYPE_BYTES[self.dtype], num_rows, numel)
 
     def _local(self, num_heads: int) -> tuple[int, ...]:
         return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)

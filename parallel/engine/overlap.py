@@ -8,7 +8,8 @@ In a layer, with A and B for the halves, > for a sum that is started and < for o
   gate and up: make a block; <A norm, product A; more blocks and products A, while B's sum is on its way (`num_ahead`);
     <B norm, product B; each other block: make it, product of both; those that A had alone again: make, product B
   activation of both
-  down: each block of columns but the last: make it, product of both, >both; the last: make it, product A >A, B >B
+  down, of few rows: each block but the last: make it, product of both, >both; the last: make it, product A >A, B >B
+  down, of many: each block: make it, product A >A, product B; then >B
 B may attend to tokens in A, which are cached by then; A, whose tokens come first, never to those in B.
 
 Why so: sums of o have nothing beside them but products that need them, hence what A does ahead; those of down, whose
@@ -17,7 +18,7 @@ columns are ready one block after the other, go on beside the blocks after them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -31,18 +32,25 @@ from parallel.engine.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import add_rms_norm, rms_norm, silu_mul
 
-# Blocks of gate and up that the first half is multiplied by before the sum of the second is waited for. Where memory is
-# stacked on the chip, products and dequantising are so fast, and the link between cards so slow beside them, that four
-# blocks take as long as the sum (H200: 40 us each of 512 tokens of a 70B at TP2, the sum 140). On an RTX 4090 one does.
-AHEAD = 4
+# (rows of the first half, blocks of gate and up that it is multiplied by before the sum of the second is waited for).
+# Where memory is stacked on the chip, products and dequantising are so fast, and the link between cards so slow beside
+# them, that some blocks take no longer than the sum. By the rates of an H200, in a 70B in 4 bits at TP2, a block of 33
+# million weights takes 23 us to dequantise and 19, 36 and 70 us to multiply by 256, 512 and 1024 rows, whose sums take
+# 140, 280 and 520. On an RTX 4090, at 160 us to dequantise and 110 us for 256 rows, one block is best.
+AHEAD = ((256, 3), (512, 4))
+MOST_AHEAD = 5
+# From so many rows of the first half on, its columns are summed up before all of the second's. Below, both halves are
+# multiplied by a block of down, and summed up, at once, which costs less.
+MIN_ROWS_APART = 512
 STACKED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 @cache
-def num_ahead(device: torch.device) -> int:
-    """On this device."""
-    stacked = device.type == "cuda" and torch.cuda.get_device_capability(device) in STACKED_MEMORY
-    return AHEAD if stacked else 1
+def num_ahead(device: torch.device, num_rows: int) -> int:
+    """Of AHEAD, on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in STACKED_MEMORY:
+        return 1
+    return next((blocks for most, blocks in AHEAD if num_rows <= most), MOST_AHEAD)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class PassInHalves:
         self.decoder, self.halves = decoder, halves
         residual = halves[0].residual
         self.side: SideStream = side_stream(residual.device)
-        self.dtype, self.num_ahead = residual.dtype, num_ahead(residual.device)
+        self.dtype, self.num_ahead = residual.dtype, num_ahead(residual.device, len(residual))
 
     def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
         """Of each half, once its keys and values are cached: [tokens, local heads, head_dim]."""
@@ -151,13 +159,32 @@ class PassInHalves:
     def start_column_sums(self, linear: Any, rows: Tensor) -> None:
         """Multiplies `rows` of both halves by a row-parallel linear; starts each sum once its columns are there."""
         start = partial(self.side.start_all_reduce, linear.communicator)
+        if len(self.halves[0].residual) >= MIN_ROWS_APART:
+            self.start_sums_apart(linear, rows, start)
+        else:
+            self.start_sums_at_once(linear, rows, start)
+        for half in self.halves:
+            half.bias = self.lasting(linear.bias)
+
+    def start_sums_apart(self, linear: Any, rows: Tensor, start: Callable[[Tensor], Sum]) -> None:
+        """Those of the second half after those of the first."""
+        first, second = self.halves
+        output = torch.empty_like(second.residual)
+        for block in linear.blocks(self.dtype):
+            weight = block.weight()
+            first.update.append(Columns(start(block.product(rows[first.rows], weight)), slice(None)))
+            block.multiply(rows[second.rows], weight, output)
+            del weight
+        second.update = [Columns(start(output), slice(None))]
+
+    def start_sums_at_once(self, linear: Any, rows: Tensor, start: Callable[[Tensor], Sum]) -> None:
+        """Those of both halves together, but for the last columns."""
         *blocks, last = linear.blocks(self.dtype)
         sums = [start(block.product(rows, block.weight())) for block in blocks]
         weight = last.weight()
         for half in self.halves:
             own = start(last.product(rows[half.rows], weight))
             half.update = [*(Columns(each, half.rows) for each in sums), Columns(own, slice(None))]
-            half.bias = self.lasting(linear.bias)
 
     def lasting(self, bias: Tensor | None) -> Tensor | None:
         """A bias of a streamed layer, which is added in the next: another layer may lie in its place by then."""

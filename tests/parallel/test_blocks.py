@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.engine.merged import MergedLinear, SideBySide
 from parallel.kernels import grouping
-from parallel.kernels.blocks import Block, products, side_by_side, whole, with_bias
+from parallel.kernels.blocks import Block, products, products_ahead, products_at_once, side_by_side, whole, with_bias
 from parallel.kernels.grouping import GroupedLinear
 
 
@@ -88,4 +88,40 @@ def test_of_several_blocks_each_is_made_once() -> None:
         *("make 0", "wait for A", "A by 0", "wait for B", "B by 0"),
         *("make 1", "A by 1", "B by 1"),
         *("make 2", "A by 2", "taken", "B by 2", "taken"),
+    ]
+
+
+@pytest.mark.parametrize("num_out", [128, 640])
+@pytest.mark.parametrize("num_ahead", [1, 2, 9])
+def test_products_ahead_are_those_of_both_inputs(num_out: int, num_ahead: int) -> None:
+    weight, bias = torch.randn(num_out, 24), torch.randn(num_out)
+    blocks = MergedLinear(Grouped(weight, torch.randperm(24)), bias).blocks(torch.float32)
+    inputs = [torch.randn(rows, 24) for rows in (5, 3)]
+    expected = torch.cat(inputs).double() @ weight.double().t() + bias.double()
+    ahead = products_ahead(blocks, inputs, (5, 3), num_ahead)
+    torch.testing.assert_close(ahead.double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(list(products_at_once(blocks, inputs))), ahead, rtol=0, atol=1e-4)
+
+
+def test_the_first_input_goes_ahead_while_the_second_is_awaited() -> None:
+    events: list[str] = []
+
+    class Traced(Block):
+        def multiply(self, rows: Tensor, weight: Tensor, output: Tensor) -> None:
+            events.append(f"{ {3: 'A', 2: 'B', 5: 'both'}[len(rows)] } by {self.outputs.start}")
+
+    def inputs() -> Iterator[Tensor]:
+        for name, rows in (("A", 3), ("B", 2)):
+            events.append(f"wait for {name}")
+            yield torch.zeros(rows, 4)
+
+    def make(number: int) -> Tensor:
+        events.append(f"make {number}")
+        return torch.ones(1, 4)
+
+    blocks = [Traced(slice(number, number + 1), lambda number=number: make(number)) for number in range(3)]
+    products_ahead(blocks, inputs(), (3, 2), 2)
+    assert events == [
+        *("make 0", "wait for A", "A by 0", "make 1", "A by 1", "wait for B", "B by 1"),
+        *("make 2", "both by 2", "make 0", "B by 0"),
     ]

@@ -62,9 +62,11 @@ def split_weights() -> None:
     linear.whole = merged.whole = in_blocks
 
 
-def whole_and_halved(communicator: Communicator, folder: Path, num_ahead: int) -> list[tuple[Tensor, Tensor]]:
+def whole_and_halved(
+    communicator: Communicator, folder: Path, num_ahead: int, rows_apart: int
+) -> list[tuple[Tensor, Tensor]]:
     split_weights()
-    overlap.num_ahead = lambda device: num_ahead
+    overlap.num_ahead, overlap.MIN_ROWS_APART = lambda device, num_rows: num_ahead, rows_apart
     engine = make_engine(communicator, folder)
     found = []
     for parts in PASSES:
@@ -79,12 +81,12 @@ def whole_and_halved(communicator: Communicator, folder: Path, num_ahead: int) -
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
-@pytest.mark.parametrize(("world_size", "num_ahead"), [(2, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("world_size", "num_ahead", "rows_apart"), [(2, 1, 100), (3, 2, 1), (2, 4, 8)])
 def test_halves_give_what_the_whole_gives(
-    folders: dict[str, Path], model: str, world_size: int, num_ahead: int
+    folders: dict[str, Path], model: str, world_size: int, num_ahead: int, rows_apart: int
 ) -> None:
     """With two KV heads the third rank has none."""
-    for found in run_on_ranks(whole_and_halved, world_size, folders[model], num_ahead):
+    for found in run_on_ranks(whole_and_halved, world_size, folders[model], num_ahead, rows_apart):
         for whole, halved in found:
             assert whole.isfinite().all()
             torch.testing.assert_close(halved, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
@@ -130,10 +132,10 @@ class TracedSum(Sum):
         return super().wait()
 
 
-def traced_pass(communicator: Communicator, folder: Path) -> list[str]:
+def traced_pass(communicator: Communicator, folder: Path, rows_apart: int) -> list[str]:
     """Starts of sums, waits for them, and products with their rows, in a pass of two halves of 21 and 20."""
     limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, overlap.side_stream = 2, 1, Traced
-    overlap.num_ahead = lambda device: 2
+    overlap.num_ahead, overlap.MIN_ROWS_APART = lambda device, num_rows: 2, rows_apart
     split_weights()
     multiply = Block.multiply
 
@@ -149,10 +151,15 @@ def traced_pass(communicator: Communicator, folder: Path) -> list[str]:
 def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, Path]) -> None:
     """Each weight in three blocks, of which the first half takes two of gate and up ahead of the second."""
     output = ["A", "B", "A", "start", "B", "start"]
-    mlp = ["wait", "A", "A", "wait", "B", "AB", "B", "AB", "start", "AB", "start", "A", "start", "B", "start"]
-    first = [*"AAA", "A", *"BBB", "B", *output, *mlp]
-    others = [*["wait"] * 3, *"AAA", "A", *["wait"] * 3, *"BBB", "B", *output, *mlp]
-    assert run_on_ranks(traced_pass, 2, folders["llama"])[0] == [*first, *others, *others, *["wait"] * 6, "join"]
+    gate_up = ["wait", "A", "A", "wait", "B", "AB", "B"]
+    at_once = ["AB", "start", "AB", "start", "A", "start", "B", "start"]
+    apart = [*["A", "start", "B"] * 3, "start"]
+    for rows_apart, down, waits in ((22, at_once, (3, 3)), (21, apart, (3, 1))):
+        first, second = (["wait"] * num for num in waits)
+        layer = [*"AAA", "A", *"BBB", "B", *output, *gate_up, *down]
+        others = [*first, *"AAA", "A", *second, *"BBB", "B", *output, *gate_up, *down]
+        found = run_on_ranks(traced_pass, 2, folders["llama"], rows_apart)[0]
+        assert found == [*layer, *others, *others, *first, *second, "join"]
 
 
 def test_parts_are_cut_at_any_token() -> None:

@@ -44,7 +44,7 @@ def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True) -
     """Cut where there are as many rows, with weights in several blocks; whole prompts all at once, or not."""
     pass_graphs.FRESH_GRAPHS = is_fresh
     limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
-    overlap.num_ahead = lambda device: 2
+    overlap.num_ahead = lambda device, num_rows: 2
     graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
     buffers = graphs.buffers
     for each in (buffers.residual, buffers.queries, buffers.attended):

@@ -1,0 +1,68 @@
+"""Bytes of what lies between two attentions of a pass, and of the graphs that have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.checkpoint.formats.scheme import Scheme
+from parallel.engine.limits import graphed_rows
+from parallel.kernels.held import product_bytes
+
+# Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
+# six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
+GRAPHS_BYTES = 55 * 1024**2
+# Ids, positions and slots of a pass.
+NUM_TOKEN_COLUMNS = 3
+INT64_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Numbers of a token's values in a layer of one rank, and how they are computed."""
+
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    element_bytes: int
+    dtype: str
+    device: str
+    scheme: Scheme | None
+
+    @property
+    def qkv(self) -> int:
+        return self.queries + 2 * self.keys
+
+    def linear_steps(self, tokens: int) -> dict[str, int]:
+        """Bytes of each step of so many tokens, beside the residual stream, its update and the norm of the sum."""
+        e, hidden, queries, qkv = self.element_bytes, self.hidden, self.queries, self.qkv
+        intermediate = self.intermediate
+        return {
+            "qkv": tokens * qkv * e + max(self.product(tokens, qkv * hidden), self.whole_weight(qkv * hidden)),
+            "rotation": tokens * (qkv + queries) * e,
+            "output": tokens * (queries + hidden) * e + self.product(tokens, queries * hidden),
+            "gate_up": tokens * 2 * intermediate * e + self.product(tokens, 2 * intermediate * hidden),
+            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
+            "down": tokens * (intermediate + hidden) * e + self.product(tokens, intermediate * hidden),
+        }
+
+    def product(self, num_rows: int, numel: int) -> int:
+        """Beside its operands, of a product of so many rows with a weight of so many elements."""
+        if self.scheme is None:
+            return 0
+        return product_bytes(self.scheme, self.device, self.dtype, self.element_bytes, num_rows, numel)
+
+    def whole_weight(self, numel: int) -> int:
+        """Of a weight that is dequantised all at once; nothing where it is at hand."""
+        return 0 if self.scheme is None else numel * self.element_bytes
+
+
+def graphs_bytes(layer: Layer, prefill_chunk: int) -> int:
+    """Of decode steps, and of passes of prompts: what their pieces hand to one another, and the largest piece.
+
+    Written for parallel/engine/pieces.py and fresh_pass.py; decode steps fit into the memory of passes.
+    """
+    tokens = max(graphed_rows(prefill_chunk), default=0)
+    kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
+    piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
+    return GRAPHS_BYTES + kept + (piece if tokens else 0)
