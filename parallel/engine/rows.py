@@ -11,7 +11,8 @@ from torch import Tensor
 from parallel.engine.decoder import Tokens
 from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Sequence
-from parallel.kernels.attention_reference import TreeMask, chain_masks
+from parallel.kernels.attention_reference import TreeMask
+from parallel.kernels.node_bits import chain_masks
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Rows:
         num = self.rows_per_sequence
         if num == 1:
             return None
-        masks = chain_masks(num, self.active.device) * self.active.view(-1, num)
-        return TreeMask(num, self.positions[::num].to(torch.int32), masks.flatten())
+        masks = chain_masks(num, self.active.device) * self.active.view(-1, num, 1)
+        return TreeMask(num, self.positions[::num].to(torch.int32), masks.flatten(0, 1))
 
     def advance(self, newest: Tensor, counts: Tensor) -> None:
         """Takes the last of the `counts` [rows] tokens that followed, `newest` [rows], in place; 0 leaves a row."""

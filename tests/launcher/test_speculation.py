@@ -120,15 +120,15 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
             SpeculationConfig(SpeculationKind.ngram, draft_quantize=QuantizeKind.int4),
             "draft_quantize is read by",
         ),
-        (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 64"),
-        (SpeculationConfig(SpeculationKind.ngram, tree_size=65), "speculation.tree_size=65 must be"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 256"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=257), "speculation.tree_size=257 must be"),
         (
             SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=0),
             "speculation.tree_depth=0 must be from 1",
         ),
         (SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=17), "speculation.tree_depth=17"),
         (tree_of(8, 4, 0), "speculation.tree_top_k=0 must be at least 1"),
-        (tree_of(8, 4, 22), "(tree_depth - 1) * tree_top_k = 66 nodes"),
+        (tree_of(8, 4, 86), "(tree_depth - 1) * tree_top_k = 258 nodes"),
         (tree_of(16, 2, 3), "speculation.tree_size=16: with speculation.tree_depth=2 and"),
     ],
 )
