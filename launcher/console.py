@@ -14,6 +14,7 @@ from launcher.config import Aim, TaskKind
 from launcher.failures import Failure
 from launcher.options import Option
 from launcher.options_text import options_table
+from launcher.passes_text import passes_table
 from launcher.plan import Plan
 from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
@@ -80,7 +81,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_bench(console: Console, report: dict[str, Any]) -> None:
     console.print(bench_table(report))
-    for each in breakdown_tables(report):
+    for each in (*passes_table(report), *breakdown_tables(report)):
         if isinstance(each, str):
             console.print(each, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -68,25 +68,31 @@ class SpeculationConfig:
         plan = TreePlan(size, self.tree_depth, self.tree_top_k)
         if not 2 <= size <= MAX_NODES:
             yield f"speculation.tree_size={size} must be from 2 to {MAX_NODES}, or null for no tree."
-        if not 1 <= plan.depth <= MAX_DRAFTS:
-            yield f"speculation.tree_depth={plan.depth} must be from 1 to {MAX_DRAFTS}."
-        if plan.top_k < 1:
-            yield f"speculation.tree_top_k={plan.top_k} must be at least 1."
-        elif self.kind == SpeculationKind.draft:
-            yield from self._growth_problems(plan)
+        yield from self.depth_problems()
+        if self.kind == SpeculationKind.draft and plan.top_k >= 1 and plan.num_candidates < plan.size - 1:
+            yield (
+                f"speculation.tree_size={plan.size}: with speculation.tree_depth={plan.depth} and "
+                f"speculation.tree_top_k={plan.top_k} there are {plan.num_candidates} guesses. Raise one of those, or "
+                "lower the size."
+            )
 
-    def _growth_problems(self, plan: TreePlan) -> Iterator[str]:
-        sizes = f"speculation.tree_depth={plan.depth} and speculation.tree_top_k={plan.top_k}"
-        if plan.num_grown > MAX_NODES:
+    def depth_problems(self) -> Iterator[str]:
+        """Of depth and children, whatever the size."""
+        if not 1 <= self.tree_depth <= MAX_DRAFTS:
+            yield f"speculation.tree_depth={self.tree_depth} must be from 1 to {MAX_DRAFTS}."
+        num_grown = TreePlan(1, self.tree_depth, self.tree_top_k).num_grown
+        if self.tree_top_k < 1:
+            yield f"speculation.tree_top_k={self.tree_top_k} must be at least 1."
+        elif self.kind == SpeculationKind.draft and num_grown > MAX_NODES:
             yield (
-                f"{sizes}: the draft model keeps (tree_depth - 1) * tree_top_k = {plan.num_grown} nodes of a tree, and "
-                f"attention takes {MAX_NODES}. Lower one of them."
+                f"speculation.tree_depth={self.tree_depth} and speculation.tree_top_k={self.tree_top_k}: the draft "
+                f"model keeps (tree_depth - 1) * tree_top_k = {num_grown} nodes of a tree, and attention takes "
+                f"{MAX_NODES}. Lower one of them."
             )
-        if plan.num_candidates < plan.size - 1:
-            yield (
-                f"speculation.tree_size={plan.size}: with {sizes} there are {plan.num_candidates} guesses. Raise one "
-                "of those, or lower the size."
-            )
+
+    def tree_of(self, size: int) -> TreePlan:
+        """Of so many tokens; of one there is nothing to guess."""
+        return TreePlan(size, min(self.tree_depth, size - 1), self.tree_top_k if size > 1 else 0)
 
     @property
     def tree(self) -> TreePlan | None:

@@ -16,6 +16,7 @@ from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_band
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
 from launcher.tasks.measure import communication, kernels, memory, speculated, speculation_costs
+from launcher.tasks.passes import time_passes
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
@@ -119,6 +120,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         **step,
         "offload": offload,
         **bandwidth(bench.engine, contexts, step_ms, copy_bytes_per_sec, streamed_ms),
+        "passes": time_passes(context, bench.engine, contexts, pinned_copy),
         "breakdown": breakdown(context, bench.engine, contexts),
         "prefill_breakdown": prefill_breakdown(
             bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator

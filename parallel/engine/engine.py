@@ -52,7 +52,7 @@ class Engine:
         host_layers: HostLayers | None = None,
     ) -> None:
         num_ahead = 0 if speculation is None else speculation.num_ahead
-        self.limits = limits = replace(limits, num_ahead=num_ahead)
+        self.limits = limits = replace(limits, num_ahead=max(limits.num_ahead, num_ahead))
         self.model, self.device = model, device
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
@@ -148,11 +148,16 @@ class Engine:
     @torch.inference_mode()
     def step_rows(self, num_rows: int) -> None:
         """The step itself, for the first rows: reads and advances `rows`, and nothing of the host."""
-        rows = self.rows.first(num_rows)
-        if self.speculator is not None:
-            self.speculator.step(rows, self.row_logits)
+        if self.speculator is None:
+            self.plain_rows(num_rows)
         else:
-            rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
+            self.speculator.step(self.rows.first(num_rows), self.row_logits)
+
+    @torch.inference_mode()
+    def plain_rows(self, num_rows: int) -> None:
+        """A step without drafts."""
+        rows = self.rows.first(num_rows)
+        rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
 
     def row_logits(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, local vocabulary]"""

@@ -21,8 +21,7 @@ NUM_WARM_UPS = 2
 def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
     """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
     see `prepared_step`."""
-    with prepared_step(engine, contexts, communicator) as run:
-        return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+    return time_rows(engine, contexts, num_steps, communicator, engine.step_rows)
 
 
 def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
@@ -33,7 +32,19 @@ def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communi
     def draft(num_rows: int) -> None:
         speculator.propose(engine.rows.first(num_rows))
 
-    with prepared_step(engine, contexts, communicator, draft) as run:
+    return time_rows(engine, contexts, num_steps, communicator, draft)
+
+
+def time_rows(
+    engine: Engine,
+    contexts: Sequence[int],
+    num_steps: int,
+    communicator: Communicator,
+    run_rows: Callable[[int], object],
+    num_drafts: int | None = None,
+) -> list[float]:
+    """As `time_steps`, of `run_rows`; see `prepared_step`."""
+    with prepared_step(engine, contexts, communicator, run_rows, num_drafts) as run:
         return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
 
 
@@ -43,14 +54,17 @@ def prepared_step(
     contexts: Sequence[int],
     communicator: Communicator,
     run_rows: Callable[[int], object] | None = None,
+    num_drafts: int | None = None,
 ) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
     Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no
     sequences open; what lies in their pages is attended to as it is. `run_rows` is run for so many rows in place of the
-    step.
+    step, with room for `num_drafts` that may come true.
     """
-    sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
+    if num_drafts is None:
+        num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
+    sequences = [open_sequence(engine, index, length, num_drafts) for index, length in enumerate(contexts)]
     try:
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
@@ -64,9 +78,8 @@ def prepared_step(
             engine.pages.release(sequence.pages)
 
 
-def open_sequence(engine: Engine, index: int, length: int) -> EngineSequence:
+def open_sequence(engine: Engine, index: int, length: int, num_drafts: int) -> EngineSequence:
     """One of `length` tokens, the new one counted, with room for drafts where max_context has it."""
-    num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
     room = min(num_drafts, engine.limits.max_context - length)
     return EngineSequence(index, [0] * (length - 1), max_tokens=2 + room)
 

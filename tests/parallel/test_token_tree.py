@@ -58,7 +58,10 @@ def lineage(tree: TokenTree, row: int, node: int) -> list[int]:
     return nodes
 
 
-@pytest.mark.parametrize(("num", "plan"), [(30, TreePlan(13, 5, 1)), (30, TreePlan(31, 6, 1)), (5, TreePlan(9, 3, 1)), (200, TreePlan(150, 9, 1))])
+@pytest.mark.parametrize(
+    ("num", "plan"),
+    [(30, TreePlan(13, 5, 1)), (30, TreePlan(31, 6, 1)), (5, TreePlan(9, 3, 1)), (200, TreePlan(150, 9, 1))],
+)
 def test_the_best_candidates_become_a_tree(num: int, plan: TreePlan) -> None:
     found = random_candidates(random.Random(num), 40, num, plan.depth)
     newest = torch.randint(VOCABULARY, (40,))
