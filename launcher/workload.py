@@ -72,7 +72,7 @@ class BenchConfig:
         if self.acceptance is not None and not 0 <= self.acceptance <= 1:
             yield f"bench.acceptance={self.acceptance} must be from 0 to 1, or null."
         if self.acceptance is not None and not self.tree_sizes:
-            yield f"bench.acceptance={self.acceptance} is read with bench.tree_sizes only. Set that too, or leave it out."
+            yield f"bench.acceptance={self.acceptance} is read with bench.tree_sizes only. Set both, or neither."
 
     def bench_keys(self) -> list[str]:
         """As WorkloadConfig's."""

@@ -177,7 +177,8 @@ class Generation:
             self.prefill(parts)
         running = list(self.scheduler.running)
         if running:
-            self.pending.append(Pending.fetch(running, self.engine.step(running), is_step=True))
+            given = self.engine.step(running)
+            self.pending.append(Pending.fetch(running, given, is_step=True, plan=self.engine.plan))
             self.scheduler.retire_sampled()
         return bool(parts or running)
 
@@ -214,6 +215,8 @@ class Generation:
                     assert opened.since is not None, "admitted before its first token"
                     self.result.ttft_ms.append((now - opened.since) * 1e3)
                 taken = self.take_tokens(sequence, opened, given)
+                if pending.plan is not None:
+                    self.engine.learn(pending.plan, given.nodes)
                 if pending.is_step:
                     self.result.token_ms += [step_ms / taken] * taken
 

@@ -16,8 +16,8 @@ from parallel.kernels.node_bits import WORD_BITS
 class TreeMask:
     """Rows of one sequence that share what they read: each sees the tokens before the tree, and of the tree a choice.
 
-    The tree's nodes are the sequence's tokens from `starts` on, at most MAX_NODES, in the order of the cache. Bit i of a
-    row's mask: it sees node i; mostly its ancestors and itself. Nodes that masks have no bits for are seen by none. A
+    The tree's nodes are the sequence's tokens from `starts` on, at most MAX_NODES, in the order of the cache. Bit i of
+    a row's mask: it sees node i; mostly its ancestors and itself. Nodes that masks have no bits for are seen by none. A
     row of mask 0 is empty: zeros come out. What lies beyond the sequence's length is never seen.
     """
 
