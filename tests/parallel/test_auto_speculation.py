@@ -9,18 +9,22 @@ from itertools import chain, cycle, repeat
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result, StopRules, generate
+from parallel.engine.pages import PAGE_SIZE, slots_of
 from parallel.engine.sampling import SamplingParams
+from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.auto import AutoSpeculator
+from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.policy import Costs
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 from parallel.engine.speculation.tune import tune
 from tests.parallel.draft_models import write_truncated
-from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
+from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, prefill_whole, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
 from tests.parallel.test_speculation import SAMPLED
 from tests.parallel.test_tree_speculation import write_sure
@@ -151,3 +155,33 @@ def test_chains_are_trees_too(folders: dict[str, Path], tmp_path: Path) -> None:
     """Of drafts that all come true the longest is chosen at once, and kept."""
     lengths = run_on_ranks(lengths_by_chains, 1, write_sure(folders["llama"], tmp_path / "sure"))[0]
     assert lengths.count(16) >= 0.8 * len(lengths)
+
+
+def taken_in(communicator: Communicator, folder: Path, num: int) -> None:
+    """Keys and values of two prompts, made anew from their tokens, those before their newest two."""
+    engine = make_engine(communicator, folder, speculation=KINDS["draft"], draft=folder)
+    assert isinstance(engine.speculator, AutoSpeculator)
+    drafter = engine.speculator.drafter
+    assert isinstance(drafter, ModelDrafter)
+    sequences = [EngineSequence(index, prompt, max_tokens=9) for index, prompt in enumerate(prompts_of("llama")[:2])]
+    for sequence in sequences:
+        sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
+        engine.start_answers([sequence], prefill_whole(engine, sequence))
+    engine.arrange(sequences)
+    places = [slots_of(each.pages, 0, len(each.prompt) - 1) for each in sequences]
+    slots = torch.cat([place[-num:] for place in places])
+    caches = [tensor.transpose(1, 2).flatten(0, 1) for kv in drafter.caches for tensor in (kv.keys, kv.values)]
+    before = [cache[slots].clone() for cache in caches]
+    for kv in drafter.caches:
+        for tensor in (kv.keys, kv.values):
+            tensor.transpose(1, 2)[slots // PAGE_SIZE, slots % PAGE_SIZE] = 7.0
+    drafter.take_in(engine.rows.first(2), engine.speculator.history.tokens[:2], num)
+    after = [tensor.transpose(1, 2).flatten(0, 1)[slots] for kv in drafter.caches for tensor in (kv.keys, kv.values)]
+    for mine, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [1, 2, 9, 40, 150])
+def test_what_is_taken_in_is_what_a_prompt_leaves(num: int, folders: dict[str, Path]) -> None:
+    """Of prompts of 3 and 17 tokens: of some that many, of others all there are."""
+    run_on_ranks(taken_in, 1, folders["llama"], num)
