@@ -219,7 +219,7 @@ class RunConfig:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
         for name in CHECKED:
             yield from getattr(self, name).problems()
-        if max(self.bench.tree_sizes, default=1) > 1 and self.speculation.tree_size is None:
+        if max(self.bench.tree_sizes, default=1) > 1 and not isinstance(self.speculation.tree_size, int):
             yield from self.speculation.depth_problems()
         if self.task.kind in (TaskKind.generate, TaskKind.plan):
             yield from self._file_problems()

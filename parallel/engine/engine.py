@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -115,7 +115,9 @@ def tuned(communicator: Communicator, draft: Path, streamed: Sequence[int]) -> t
     """Costs, choices and answers of an engine that measures and then decides by itself; and answers before."""
     settings = {"max_context": 128, "batch_size": 3, "streamed": streamed}
     plain = generate(make_engine(communicator, DEMO, **settings), numbered(prompts_of("demo")), demo_tokenizer(), RULES)
-    engine = make_engine(communicator, DEMO, speculation=Speculation("draft", choices=TREES[:4]), draft=draft, **settings)
+    engine = make_engine(
+        communicator, DEMO, speculation=Speculation("draft", choices=TREES[:4]), draft=draft, **settings
+    )
     speculator = engine.speculator
     assert isinstance(speculator, AutoSpeculator)
     costs = tune(engine)
@@ -124,8 +126,8 @@ def tuned(communicator: Communicator, draft: Path, streamed: Sequence[int]) -> t
     assert [cost.draft_ms > 0 for cost in costs[TREES[0]].values()] == [True, True]
     found = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), RULES)
     assert found.answers == plain.answers
-    assert sum(speculator.steps.values()) >= len(found.step_ms)
-    return costs, dict(speculator.steps), speculator.policy.seen
+    assert sum(found.plans.values()) == len(found.step_ms)
+    return costs, dict(found.plans), speculator.policy.seen
 
 
 RULES = StopRules(30)

@@ -11,7 +11,6 @@ import pytest
 from parallel.engine.speculation.policy import HALF_LIFE, Costs, Policy
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 
-# Of a node, by its rank in the tree: that it is the one that comes true, if one does at its depth.
 STREAMED = {plan: Costs(((1, 320.0 + 3 * plan.depth),)) for plan in (PLAIN, *TREES)}
 RESIDENT = {plan: Costs(((1, 8 + 0.1 * plan.size + 1.5 * plan.depth),)) for plan in (PLAIN, *TREES)}
 
@@ -84,7 +83,7 @@ def test_without_times_steps_are_plain() -> None:
 
 
 def test_small_and_shallow_trees_are_known_by_large_ones() -> None:
-    """Trees of 64 alone are seen; of theirs the fourth comes true at the first depth, one time in two the 20th below."""
+    """Trees of 64 alone are seen; of theirs the fourth comes true at the first depth, half the times the 20th below."""
     policy = Policy(TREES, STREAMED)
     large = TreePlan(64, 10, 8)
     for step in range(3000):
@@ -99,8 +98,7 @@ def test_all_that_was_not_seen_is_hoped_for_once() -> None:
     policy = Policy(CHAINS)
     assert [policy.expected(plan) for plan in CHAINS] == [1 + plan.depth for plan in CHAINS]
     policy.learn(CHAINS[-1], [])
-    # Half as likely as could be, and no more below than above.
-    assert [policy.expected(plan) for plan in CHAINS] == pytest.approx([1 + plan.depth / 2 for plan in CHAINS], rel=0.5)
+    assert all(1 < policy.expected(plan) < 1 + plan.depth for plan in CHAINS)
 
 
 def test_times_between_those_measured_lie_on_a_line() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +52,6 @@ class AutoSpeculator:
         self.plain_given = torch.zeros(limits.batch_size, 2, dtype=torch.int64, device=device)
         # Plain steps since the draft model was last asked.
         self.num_missed = 0
-        # How many steps each plan was chosen for.
-        self.steps: Counter[TreePlan] = Counter()
 
     @property
     def given(self) -> Tensor:
@@ -68,7 +66,6 @@ class AutoSpeculator:
     def choose(self, rows: Rows) -> None:
         """The plan of the next step, of `rows`, the engine's first."""
         self.plan = self.policy.choose(len(rows.tokens))
-        self.steps[self.plan] += 1
         if self.plan == PLAIN:
             self.num_missed += 1
             return
@@ -95,4 +92,3 @@ class AutoSpeculator:
             graphs[plan] = StepGraphs(run_step, max_rows, pool)
         self.plan = PLAIN
         return lambda num_rows: graphs[self.plan].run(num_rows)
-

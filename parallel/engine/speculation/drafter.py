@@ -13,9 +13,7 @@ from parallel.engine.paged_model import PagedModel, Part
 from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
-
-# Tokens of a sequence in a pass that takes in what a model has missed.
-TAKEN_IN = 64
+from parallel.engine.speculation.tree_plan import TAKEN_IN
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Tokens of a sequence in a pass in which a draft model takes in what it has missed.
+TAKEN_IN = 64
+
 
 @dataclass(frozen=True)
 class TreePlan:

@@ -11,7 +11,7 @@ from parallel.engine.speculation.policy import Costs
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
 
 NUM_STEPS = 3
-# Tokens of the sequences that steps are timed with, where max_context has them: a pass reads far more weights than keys.
+# Tokens of the sequences that steps are timed with, where max_context has them: a pass reads more weights than keys.
 CONTEXT = 512
 
 PlanCosts = dict[TreePlan, dict[int, PlanCost]]
