@@ -15,7 +15,16 @@ def passes_table(report: dict[str, Any]) -> list[Table]:
     if not rows:
         return []
     table = Table("tree", title=f"passes over trees of drafts, {report['workload']['batch_size']} sequences at a time")
-    for name in ("depth", "pass ms", "draft ms", "passes/s", "GB over the link", "of its floor", *assumed_names(rows)):
+    for name in (
+        "depth",
+        "pass ms",
+        "draft ms",
+        "both",
+        "passes/s",
+        "GB over the link",
+        "of its floor",
+        *assumed_names(rows),
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*cells(row))
@@ -35,6 +44,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(row["depth"]),
         number(row["pass_ms"]),
         number(row["draft_ms"] or None),
+        number(row["step_ms"]),
         number(row["passes_per_sec"]),
         number(row["link_bytes"] / 1e9 or None),
         percent(row["share_of_floor"]),

@@ -12,6 +12,7 @@ from launcher.rank import RankContext
 from launcher.tasks.loaded import LoadedModel
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.acceptance import Acceptance
+from parallel.engine.speculation.pass_timer import PlanCost
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tune import PlanCosts
 from parallel.engine.step_timer import time_drafts, time_steps
@@ -95,8 +96,13 @@ def mean_costs(tree_costs: PlanCosts, plans: Mapping[TreePlan, int]) -> dict[str
         return {"draft_ms": None, "verify_ms": None}
     return {
         "draft_ms": sum(num * all_rows[plan].draft_ms for plan, num in plans.items()) / num_steps,
-        "verify_ms": sum(num * all_rows[plan].pass_ms for plan, num in plans.items()) / num_steps,
+        "verify_ms": sum(num * rest_ms(all_rows[plan]) for plan, num in plans.items()) / num_steps,
     }
+
+
+def rest_ms(cost: PlanCost) -> float:
+    """Of a step, without what its drafts take by themselves."""
+    return max(0.0, cost.step_ms - cost.draft_ms)
 
 
 def choices(tree_costs: PlanCosts, plans: Mapping[TreePlan, int]) -> list[dict[str, Any]]:

@@ -20,19 +20,18 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_sizes_are_timed_in_one_run(gpus: int, tmp_path: Path) -> None:
-    draft = write_truncated(DEMO, tmp_path / "draft", 2)
-    trees = ("bench.tree_sizes=[1,4,200]", "bench.acceptance=0.5")
-    drawn = ("speculation.kind=draft", f"speculation.draft_path={draft}", "speculation.draft_quantize=int8")
+def test_sizes_are_timed_in_one_run(tmp_path: Path) -> None:
+    draft = write_truncated(DEMO, tmp_path / "draft", 1)
+    trees = ("bench.tree_sizes=[1,4,70]", "bench.acceptance=0.5")
+    drawn = ("speculation.kind=draft", f"speculation.draft_path={draft}")
     streamed = ("offload.enabled=on", "offload.resident_layers=2")
-    result = run(f"gpus={gpus}", *SMALL, *trees, *drawn, *streamed, folder=tmp_path / "run")
+    result = run(*SMALL, *trees, *drawn, *streamed, folder=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     report = result.report
     rows, offload = report["passes"], report["offload"]
-    assert [(row["tree_size"], row["depth"]) for row in rows] == [(1, 0), (4, 3), (200, 6)]
+    assert [(row["tree_size"], row["depth"]) for row in rows] == [(1, 0), (4, 3), (70, 6)]
     for row in rows:
-        step_ms = row["pass_ms"] + row["draft_ms"]
+        step_ms = row["step_ms"]
         assert row["pass_ms"] > 0
         assert (row["draft_ms"] > 0) == (row["tree_size"] > 1)
         assert row["passes_per_sec"] == pytest.approx(1e3 / step_ms)
@@ -43,7 +42,7 @@ def test_sizes_are_timed_in_one_run(gpus: int, tmp_path: Path) -> None:
         assert row["assumed"]["tokens_per_sec"] == pytest.approx(tokens * 2 / step_ms * 1e3)
     assert "assumed, not measured" in result.stderr
     for card, predicted in zip(report["cards"], report["predicted"]["cards"], strict=True):
-        # 24 + 5 tokens of context and 199 nodes.
+        # With 69 nodes.
         assert card["memory"]["kv_cache_bytes"] == predicted["lines"]["kv_cache"]
 
 

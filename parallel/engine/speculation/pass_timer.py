@@ -16,20 +16,18 @@ from parallel.engine.speculation.drafter import HistoryDrafter, ModelDrafter
 from parallel.engine.speculation.token_tree import ROOT, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_draft import TreeDraftModel, make_candidates
 from parallel.engine.speculation.tree_plan import TreePlan
-from parallel.engine.speculation.tree_speculator import TreeSpeculator
+from parallel.engine.speculation.tree_speculator import TreeDrafter, TreeSpeculator
 from parallel.engine.step_timer import time_rows
 
 
 @dataclass(frozen=True)
 class PlanCost:
-    """Milliseconds of a pass that checks trees, and of a draft model's passes before it; 0 where none drafts."""
+    """Milliseconds of a pass that checks trees, of a draft model's passes before it (0 where none drafts), and of both
+    as a step has them: less than their sum where layers are copied while drafts are made."""
 
     pass_ms: float
     draft_ms: float
-
-    @property
-    def step_ms(self) -> float:
-        return self.pass_ms + self.draft_ms
+    step_ms: float
 
 
 @dataclass(frozen=True)
@@ -59,25 +57,29 @@ def time_plan(
     def median_ms(run_rows: Callable[[int], object]) -> float:
         return statistics.median(time_rows(engine, contexts, num_steps, communicator, run_rows, plan.depth))
 
-    draft = None if plan.size == 1 else draft_rows(engine, plan)
-    return PlanCost(median_ms(pass_rows(engine, plan)), 0.0 if draft is None else median_ms(draft))
+    pass_ms, drafter = median_ms(pass_rows(engine, plan, FullTrees(plan))), drafter_of(engine, plan)
+    if drafter is None:
+        return PlanCost(pass_ms, 0.0, pass_ms)
+    return PlanCost(pass_ms, median_ms(draft_rows(engine, drafter)), median_ms(pass_rows(engine, plan, drafter)))
 
 
-def pass_rows(engine: Engine, plan: TreePlan) -> Callable[[int], object]:
-    """A pass of the engine's first rows, so many."""
+def pass_rows(engine: Engine, plan: TreePlan, drafter: TreeDrafter) -> Callable[[int], object]:
+    """A step of the engine's first rows, so many, with trees of `drafter`."""
     if plan.size == 1:
         return engine.plain_rows
-    speculator = TreeSpeculator(
-        FullTrees(plan), plan, engine.limits, engine.sampler, engine.target.caches, engine.device
-    )
+    speculator = TreeSpeculator(drafter, plan, engine.limits, engine.sampler, engine.target.caches, engine.device)
     return lambda num_rows: speculator.step(engine.rows.first(num_rows), engine.row_logits)
 
 
-def draft_rows(engine: Engine, plan: TreePlan) -> Callable[[int], object] | None:
-    """Their trees as the engine's draft model grows them; None where it has none."""
+def drafter_of(engine: Engine, plan: TreePlan) -> TreeDraftModel | None:
+    """Grows such trees by the engine's draft model; None where it has none, or nothing is to be grown."""
     speculator = engine.speculator
-    if speculator is None or not isinstance(speculator.drafter, ModelDrafter):
+    if plan.size == 1 or speculator is None or not isinstance(speculator.drafter, ModelDrafter):
         return None
-    drafter = TreeDraftModel(speculator.drafter.model, speculator.drafter.sampler, plan)
-    history = speculator.history.tokens
+    return TreeDraftModel(speculator.drafter.model, speculator.drafter.sampler, plan)
+
+
+def draft_rows(engine: Engine, drafter: TreeDraftModel) -> Callable[[int], object]:
+    assert engine.speculator is not None
+    history = engine.speculator.history.tokens
     return lambda num_rows: drafter.propose(engine.rows.first(num_rows), history[:num_rows])

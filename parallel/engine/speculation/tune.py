@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 
 from parallel.engine.engine import Engine
@@ -37,6 +39,5 @@ def shared_cost(engine: Engine, plan: TreePlan, num_sequences: int) -> PlanCost:
     """Of the first rank."""
     context = max(1, min(CONTEXT, engine.limits.max_context // 2))
     cost = time_plan(engine, plan, [context] * num_sequences, NUM_STEPS, engine.communicator)
-    own = torch.tensor([cost.pass_ms, cost.draft_ms], dtype=torch.float64, device=engine.device)
-    pass_ms, draft_ms = engine.communicator.all_gather(own)[0].tolist()
-    return PlanCost(pass_ms, draft_ms)
+    own = torch.tensor(astuple(cost), dtype=torch.float64, device=engine.device)
+    return PlanCost(*engine.communicator.all_gather(own)[0].tolist())
