@@ -8,6 +8,9 @@ import pytest
 
 from launcher.config import BenchConfig, SpeculationConfig, TaskConfig, TaskKind
 from launcher.passes_text import passes_table
+from launcher.tasks.passes import assumed, pass_row
+from parallel.engine.speculation.pass_timer import PlanCost
+from parallel.engine.speculation.tree_plan import TreePlan
 from tests.launcher.cli import run
 from tests.launcher.test_plan import LLAMA_70B, cards_of, plan, run_of
 from tests.parallel.draft_models import write_truncated
@@ -46,14 +49,13 @@ def test_sizes_are_timed_in_one_run(tmp_path: Path) -> None:
         assert card["memory"]["kv_cache_bytes"] == predicted["lines"]["kv_cache"]
 
 
-def test_what_nobody_assumed_is_not_told(tmp_path: Path) -> None:
-    result = run(*SMALL, "bench.tree_sizes=[16]", folder=tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    (row,) = result.report["passes"]
+def test_what_nobody_assumed_is_not_told() -> None:
+    plan, cost = TreePlan(16, 6, 6), PlanCost(320.0, 0.0, 320.0)
+    row = pass_row(plan, cost) | {"link_bytes": 0, "share_of_floor": None} | assumed(plan, cost, 2, None)
     assert row["assumed"] == {"acceptance": None, "tokens_per_pass": None, "tokens_per_sec": None}
-    assert (row["draft_ms"], row["link_bytes"], row["link_floor_ms"]) == (0, 0, None)
-    (table,) = passes_table(result.report)
+    (table,) = passes_table({"passes": [row], "workload": {"batch_size": 2}})
     assert table.caption is None
+    assert [column.header for column in table.columns][-1] == "of its floor"
 
 
 @pytest.mark.parametrize(
