@@ -42,9 +42,11 @@ def time_rows(
     communicator: Communicator,
     run_rows: Callable[[int], object],
     num_drafts: int | None = None,
+    *,
+    is_captured: bool = False,
 ) -> list[float]:
     """As `time_steps`, of `run_rows`; see `prepared_step`."""
-    with prepared_step(engine, contexts, communicator, run_rows, num_drafts) as run:
+    with prepared_step(engine, contexts, communicator, run_rows, num_drafts, is_captured=is_captured) as run:
         return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
 
 
@@ -55,12 +57,14 @@ def prepared_step(
     communicator: Communicator,
     run_rows: Callable[[int], object] | None = None,
     num_drafts: int | None = None,
+    *,
+    is_captured: bool = False,
 ) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
     Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no
     sequences open; what lies in their pages is attended to as it is. `run_rows` is run for so many rows in place of the
-    step, with room for `num_drafts` that may come true.
+    step, with room for `num_drafts` that may come true; `is_captured`: it runs a graph of its own.
     """
     if num_drafts is None:
         num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
@@ -72,7 +76,8 @@ def prepared_step(
             engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
         with torch.inference_mode(), swapped_communicator(engine.models, communicator):
             engine.arrange(sequences)
-            yield _same_step(engine, len(sequences), run_rows or engine.step_rows)
+            step = _same_step(engine, len(sequences), run_rows or engine.step_rows)
+            yield capture(step).replay if engine.captures and not is_captured else step
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
@@ -92,7 +97,7 @@ def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object])
         engine.rows.positions.copy_(positions)
         run_rows(num_rows)
 
-    return capture(step).replay if engine.captures else step
+    return step
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:

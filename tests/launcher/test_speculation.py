@@ -83,7 +83,7 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
     assert sum(each["steps"] for each in choices) >= 11 - auto.report["speculation"]["accepted"]
     for each in choices:
         assert set(each["costs"]) == {"1"}
-        assert each["costs"]["1"]["pass_ms"] > 0
+        assert each["costs"]["1"]["step_ms"] > 0
         assert (each["costs"]["1"]["draft_ms"] > 0) == (each["size"] > 1)
     assert "steps by tree" in auto.stderr
     names = {

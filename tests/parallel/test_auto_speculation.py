@@ -122,7 +122,7 @@ def tuned(communicator: Communicator, draft: Path, streamed: Sequence[int]) -> t
     assert isinstance(speculator, AutoSpeculator)
     costs = tune(engine)
     assert costs is not None
-    assert all(cost.pass_ms > 0 for by_num in costs.values() for cost in by_num.values())
+    assert all(cost.step_ms > 0 for by_num in costs.values() for cost in by_num.values())
     assert [cost.draft_ms > 0 for cost in costs[TREES[0]].values()] == [True, True]
     found = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), RULES)
     assert found.answers == plain.answers

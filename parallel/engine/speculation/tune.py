@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+import statistics
 
 import torch
 
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.auto import AutoSpeculator
-from parallel.engine.speculation.pass_timer import PlanCost, time_plan
+from parallel.engine.speculation.pass_timer import PlanCost, draft_rows, drafter_of
 from parallel.engine.speculation.policy import Costs
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
+from parallel.engine.step_timer import time_rows
 
 NUM_STEPS = 3
 # Tokens of the sequences that steps are timed with, where max_context has them: a pass reads more weights than keys.
@@ -28,16 +29,22 @@ def tune(engine: Engine) -> PlanCosts | None:
     if not isinstance(speculator, AutoSpeculator):
         return None
     nums = sorted({1, engine.limits.batch_size})
-    costs = {plan: {num: shared_cost(engine, plan, num) for num in nums} for plan in (PLAIN, *speculator.trees)}
+    plans = (PLAIN, *speculator.trees)
+    costs = {plan: {num: shared_cost(engine, speculator, plan, num) for num in nums} for plan in plans}
     speculator.policy.costs = {
         plan: Costs(tuple((num, cost.step_ms) for num, cost in by_num.items())) for plan, by_num in costs.items()
     }
     return costs
 
 
-def shared_cost(engine: Engine, plan: TreePlan, num_sequences: int) -> PlanCost:
-    """Of the first rank."""
-    context = max(1, min(CONTEXT, engine.limits.max_context // 2))
-    cost = time_plan(engine, plan, [context] * num_sequences, NUM_STEPS, engine.communicator)
-    own = torch.tensor(astuple(cost), dtype=torch.float64, device=engine.device)
-    return PlanCost(*engine.communicator.all_gather(own)[0].tolist())
+def shared_cost(engine: Engine, speculator: AutoSpeculator, plan: TreePlan, num_sequences: int) -> PlanCost:
+    """Of the first rank; drafts by themselves, and the step itself, as the engine runs it."""
+    contexts = [max(1, min(CONTEXT, engine.limits.max_context // 2))] * num_sequences
+    drafter, timed = drafter_of(engine, plan), (engine, contexts, NUM_STEPS, engine.communicator)
+    draft_ms = 0.0 if drafter is None else statistics.median(time_rows(*timed, draft_rows(engine, drafter)))
+    speculator.plan = plan
+    step_ms = statistics.median(time_rows(*timed, engine.run_step, is_captured=True))
+    speculator.plan = PLAIN
+    own = torch.tensor([draft_ms, step_ms], dtype=torch.float64, device=engine.device)
+    draft_ms, step_ms = engine.communicator.all_gather(own)[0].tolist()
+    return PlanCost(max(0.0, step_ms - draft_ms), draft_ms, step_ms)
