@@ -36,6 +36,7 @@ from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
 from launcher.workload import BaselineKind as BaselineKind
 from launcher.workload import BenchConfig as BenchConfig
 from launcher.workload import WorkloadConfig as WorkloadConfig
+from parallel.engine.speculation.tree_plan import TreePlan
 
 MAX_CARDS = 4
 # Sections with rules of their own.
@@ -48,6 +49,7 @@ CHECKED = (
     "offload",
     "speculation",
     "probe",
+    "bench",
     "predictions",
     "calibrate",
     "timeouts",
@@ -196,12 +198,29 @@ class RunConfig:
         default = RANDOM_PROMPT_TOKENS if self.task.kind == TaskKind.bench else None
         return self.workload.prompt_tokens or default
 
+    @property
+    def timed_trees(self) -> list[TreePlan]:
+        """What task=bench times passes of, beside its workload."""
+        return [self.speculation.tree_of(size) for size in self.bench.tree_sizes]
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows that a sequence takes in a decode step, at most."""
+        return max([self.speculation.rows_per_sequence, *self.bench.tree_sizes])
+
+    @property
+    def num_ahead(self) -> int:
+        """Slots in the cache that a sequence takes beyond its tokens'."""
+        return max([self.speculation.num_ahead, *(tree.num_ahead for tree in self.timed_trees)])
+
     def problems(self) -> Iterator[str]:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
         if self.gpus is not None and not 1 <= self.gpus <= MAX_CARDS:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
         for name in CHECKED:
             yield from getattr(self, name).problems()
+        if max(self.bench.tree_sizes, default=1) > 1 and not isinstance(self.speculation.tree_size, int):
+            yield from self.speculation.depth_problems()
         if self.task.kind in (TaskKind.generate, TaskKind.plan):
             yield from self._file_problems()
         if self.task.kind != TaskKind.plan and self.hardware.kind == HardwareKind.facts:
@@ -256,7 +275,7 @@ class RunConfig:
     def _bench_keys(self) -> list[str]:
         """Keys that were set and that only task=bench reads; task=predictions repeats its runs too."""
         read = {"workload.repeats"} if self.task.kind == TaskKind.predictions else set()
-        return [*(key for key in self.workload.bench_keys() if key not in read), *self._baselines()]
+        return [*(key for key in self.workload.bench_keys() if key not in read), *self.bench.bench_keys()]
 
     def _baselines(self) -> list[str]:
         return ["bench.baselines"] if self.bench.baselines else []

@@ -14,6 +14,7 @@ from launcher.config import Aim, TaskKind
 from launcher.failures import Failure
 from launcher.options import Option
 from launcher.options_text import options_table
+from launcher.passes_text import passes_table
 from launcher.plan import Plan
 from launcher.plan_text import memory_unit, plan_tables
 from launcher.shape import ModelShape
@@ -80,7 +81,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_bench(console: Console, report: dict[str, Any]) -> None:
     console.print(bench_table(report))
-    for each in breakdown_tables(report):
+    for each in (*passes_table(report), *breakdown_tables(report)):
         if isinstance(each, str):
             console.print(each, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -135,10 +136,19 @@ def accepted_row(speculation: dict[str, Any] | None) -> list[tuple[str, str]]:
     mean, drafts, tree = speculation["accepted_per_step"], speculation["num_drafts"], speculation["tree"]
     of = f"{drafts}" if tree is None else f"a tree of {tree['size']}"
     rows = [("drafts accepted a step", f"{number(mean)} of {of} ({speculation['kind']})")]
+    rows.append(("passes", f"{number(speculation['passes_per_sec'])} a second"))
     if speculation["verify_ms"] is not None:
         parts = f"{number(speculation['draft_ms'])} ms to draft, {number(speculation['verify_ms'])} ms to check"
-        rows.append(("of a step", parts))
-    return rows
+        copies = "" if speculation["copy_ms"] is None else f", {number(speculation['copy_ms'])} ms of copies meanwhile"
+        rows.append(("of a step", parts + copies))
+    return rows + ([] if speculation["choices"] is None else [("steps by tree", steps_by_tree(speculation["choices"]))])
+
+
+def steps_by_tree(choices: list[dict[str, Any]]) -> str:
+    """Those that were chosen, as tokens and depth."""
+    chosen = [each for each in choices if each["steps"]]
+    names = ["no drafts" if each["size"] == 1 else f"{each['size']} of depth {each['depth']}" for each in chosen]
+    return ", ".join(f"{each['steps']} x {name}" for each, name in zip(chosen, names, strict=True)) or UNKNOWN
 
 
 def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:

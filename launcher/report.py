@@ -42,6 +42,7 @@ MEASURED_BY_RANKS = (
     "spread",
     "bandwidth_share",
     "bandwidth",
+    "passes",
     "breakdown",
     "prefill_breakdown",
     "predictions",

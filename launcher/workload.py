@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from parallel.engine.limits import MAX_NODES
+
 # Tokens of a random prompt where workload.prompt_tokens does not say.
 RANDOM_PROMPT_TOKENS = 512
 
@@ -57,3 +59,22 @@ class WorkloadConfig:
 class BenchConfig:
     # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm.
     baselines: list[BaselineKind] = field(default_factory=list)
+    # Also time a pass that checks trees of drafts, for each of these numbers of tokens; 1 is a step without drafts.
+    # Trees are as deep as speculation.tree_depth.
+    tree_sizes: list[int] = field(default_factory=list)
+    # What such passes would give if at each depth a draft came true with this chance, which only you can know.
+    acceptance: float | None = None
+
+    def problems(self) -> Iterator[str]:
+        for size in self.tree_sizes:
+            if not 1 <= size <= MAX_NODES:
+                yield f"bench.tree_sizes: {size} must be from 1 to {MAX_NODES}."
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            yield f"bench.acceptance={self.acceptance} must be from 0 to 1, or null."
+        if self.acceptance is not None and not self.tree_sizes:
+            yield f"bench.acceptance={self.acceptance} is read with bench.tree_sizes only. Set both, or neither."
+
+    def bench_keys(self) -> list[str]:
+        """As WorkloadConfig's."""
+        default = BenchConfig()
+        return [f"bench.{name}" for name in vars(default) if getattr(self, name) != getattr(default, name)]

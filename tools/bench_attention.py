@@ -32,7 +32,8 @@ from parallel.kernels.attention_launch import (
     choose_splits,
     unit_bytes,
 )
-from parallel.kernels.attention_reference import TreeMask, attend_gathered, chain_masks
+from parallel.kernels.attention_reference import TreeMask, attend_gathered
+from parallel.kernels.node_bits import chain_masks
 from tools.bench_linears import measure_copy
 
 GROUP = 8
@@ -91,7 +92,7 @@ class Step:
         self.scale = HEAD_DIM**-0.5
         self.tree: TreeMask | None = None
         if rows > 1:
-            self.tree = TreeMask(rows, self.lengths - rows, chain_masks(rows, table.device).repeat(batch))
+            self.tree = TreeMask(rows, self.lengths - rows, chain_masks(rows, table.device).repeat(batch, 1))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,8 @@ def step_bytes(engine: Engine, contexts: Sequence[int]) -> dict[str, int]:
         return found
     drafter = speculator.drafter
     once = sum(map(read_bytes, drafter.models)) + token_bytes(engine, drafter.caches) * num_tokens
-    return found | {"drafts": speculator.num_drafts * once}
+    num_drafts = speculator.num_drafts if engine.plan is None else engine.plan.depth
+    return found | {"drafts": num_drafts * once}
 
 
 def read_bytes(model: PreTrainedModel) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from launcher.rank import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model
-from launcher.tasks.measure import communication, kernels, memory, speculated, speculation_costs
+from launcher.tasks.measure import communication, kernels, memory
+from launcher.tasks.passes import time_passes
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
+from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
 from parallel.engine.arrivals import Agree, alone
@@ -54,6 +57,7 @@ class Bench:
             len(first) * self.num_prompt_tokens / prefill_sec,
             result.acceptance,
             result.step_ms,
+            result.plans,
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
@@ -107,18 +111,13 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "warm_up_sec": warm_up_sec,
         "startup": context.startup,
         **summarise(runs),
-        "speculation": speculated(
-            job.run.speculation,
-            loaded.draft_load,
-            join(run.acceptance for run in runs),
-            [ms for run in runs for ms in run.step_ms],
-            speculation_costs(context, bench.engine, contexts),
-        ),
+        "speculation": speculated(context, loaded, join_steps(runs), contexts, offload),
         "generated_tokens": sum(run.output_tokens for run in runs),
         "generation": span,
         **step,
         "offload": offload,
         **bandwidth(bench.engine, contexts, step_ms, copy_bytes_per_sec, streamed_ms),
+        "passes": time_passes(context, bench.engine, contexts, pinned_copy),
         "breakdown": breakdown(context, bench.engine, contexts),
         "prefill_breakdown": prefill_breakdown(
             bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator
@@ -143,6 +142,14 @@ def measure_runs(bench: Bench) -> tuple[list[MeasuredRun], dict[str, float]]:
         runs.append(bench.measure(number))
         bench.context.events.progress("measuring", number + 1, num, "runs")
     return runs, {"start": start, "end": time.time()}
+
+
+def join_steps(runs: Sequence[MeasuredRun]) -> Steps:
+    return Steps(
+        join(run.acceptance for run in runs),
+        [ms for run in runs for ms in run.step_ms],
+        sum((run.plans for run in runs), Counter()),
+    )
 
 
 def open_agreement(context: RankContext) -> Agree:

@@ -6,12 +6,11 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from launcher.config import KVDType, SamplingConfig, SpeculationConfig, SpeculationKind
@@ -20,30 +19,21 @@ from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
 from launcher.tasks.host_layers import open_host_layers
-from launcher.tasks.measure import communication, kernels, latencies, memory, reuse, speculated, speculation_costs
+from launcher.tasks.loaded import LoadedModel
+from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
+from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
 from launcher.tasks.weights import load_draft_model, load_sharded_model
-from parallel.checkpoint.load import LoadResult
 from parallel.engine import generate
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Result, StopRules
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
+from parallel.engine.speculation.tune import tune
 from parallel.offload.host_layers import HostLayers
 
 WARM_UP_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """An engine over a loaded model, with what turns its tokens into text."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    rules: StopRules
-    load: LoadResult
-    draft_load: LoadResult | None
 
 
 def run_generate(context: RankContext) -> dict[str, Any]:
@@ -69,7 +59,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     ended = time.time()
     check_same_tokens(context, result.answers)
     contexts = longest_contexts(token_ids, result)
-    costs = speculation_costs(context, loaded.engine, contexts)
+    offload = streaming(loaded.engine, statistics.median(result.step_ms or [0.0]), pinned_copy)
+    steps = Steps(result.acceptance, result.step_ms, result.plans)
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
@@ -80,8 +71,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
         "generation": {"start": started, "end": ended},
-        "speculation": speculated(job.run.speculation, loaded.draft_load, result.acceptance, result.step_ms, costs),
-        "offload": streaming(loaded.engine, statistics.median(result.step_ms or [0.0]), pinned_copy),
+        "speculation": speculated(context, loaded, steps, contexts, offload),
+        "offload": offload,
         **communication(context, loaded.engine, contexts),
         "memory": memory(context.device, loaded.engine),
         "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
@@ -101,7 +92,8 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         eos_ids=eos_token_ids(context.job, tokenizer),
         texts=tuple(run.sampling.stop),
     )
-    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, None if draft is None else draft[1])
+    draft_load = None if draft is None else draft[1]
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, draft_load, tune(engine))
 
 
 def open_engine(
@@ -122,6 +114,7 @@ def open_engine(
             run.workload.batch_size,
             run.engine.prefill_chunk,
             plan.prefill_chunk_while_decoding,
+            run.num_ahead,
         ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
@@ -185,7 +178,8 @@ def sampling_params(sampling: SamplingConfig) -> SamplingParams:
 def speculation_params(config: SpeculationConfig, draft: PreTrainedModel | None) -> Speculation | None:
     if config.kind == SpeculationKind.none:
         return None
-    return Speculation(config.kind.value, config.num_drafts, config.ngram_max, config.ngram_min, draft, config.tree)
+    ngrams = (config.ngram_max, config.ngram_min)
+    return Speculation(config.kind.value, config.chain, *ngrams, draft, config.tree, config.choices)
 
 
 def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from launcher.config import SpeculationConfig, SpeculationKind
 from launcher.rank import RankContext
-from parallel.checkpoint.load import LoadResult
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result
 from parallel.engine.pages import PagedKV
-from parallel.engine.speculation.acceptance import Acceptance
-from parallel.engine.step_timer import time_drafts, time_steps
+from parallel.engine.step_timer import time_steps
 from parallel.kernels.status import LayerSizes, kernel_status
 from parallel.timing import p99
 
@@ -32,55 +28,6 @@ def latencies(result: Result) -> dict[str, Any]:
         "ttft_ms": statistics.median(result.ttft_ms),
         "tpot_ms": {"p50": statistics.median(tokens) if tokens else None, "p99": p99(tokens) if tokens else None},
     }
-
-
-def speculated(
-    config: SpeculationConfig,
-    draft_load: LoadResult | None,
-    acceptance: Acceptance,
-    step_ms: Sequence[float],
-    costs: dict[str, float] | None,
-) -> dict[str, Any] | None:
-    """How many drafts were accepted: of those of a sequence in a step, at the mean and as counts of 0, 1, ... of them;
-    null without speculation.
-
-    `num_drafts`: the most that can be, of a tree its depth; of a tree all nodes count as `drafted`. `passes_per_sec`
-    are steps, with what was prefilled between them.
-
-    Args:
-        step_ms: of every step.
-        costs: see `speculation_costs`.
-    """
-    if config.kind == SpeculationKind.none:
-        return None
-    mean = acceptance.accepted_per_step
-    return {
-        "kind": config.kind.value,
-        "num_drafts": config.longest,
-        "tree": None if config.tree is None else asdict(config.tree),
-        "drafted": acceptance.drafted,
-        "accepted": acceptance.accepted,
-        "accepted_per_step": mean,
-        "tokens_per_pass": None if mean is None else 1 + mean,
-        "passes_per_sec": 1e3 / statistics.mean(step_ms) if step_ms else None,
-        "histogram": acceptance.histogram(config.longest),
-        **(costs or {"draft_ms": None, "verify_ms": None}),
-        "load": None if draft_load is None else asdict(draft_load),
-    }
-
-
-def speculation_costs(context: RankContext, engine: Engine, contexts: Sequence[int]) -> dict[str, float] | None:
-    """Milliseconds of a step in which drafts are made, and of the rest, which checks them; None where that is not
-    measured. `contexts` as of `communication`."""
-    num_steps = context.job.run.engine.comm_share_steps
-    if engine.speculator is None or num_steps == 0:
-        return None
-    contexts = contexts[: engine.limits.batch_size]
-    context.communicator.barrier()
-    step_ms, draft_ms = (
-        statistics.median(time(engine, contexts, num_steps, context.communicator)) for time in (time_steps, time_drafts)
-    )
-    return {"draft_ms": draft_ms, "verify_ms": max(0.0, step_ms - draft_ms)}
 
 
 def reuse(result: Result) -> dict[str, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from parallel.engine.speculation.acceptance import Acceptance
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.timing import p99
 
 
@@ -27,6 +29,7 @@ class MeasuredRun:
     prefill_tokens_per_sec: float
     acceptance: Acceptance = field(default_factory=Acceptance)
     step_ms: list[float] = field(default_factory=list)
+    plans: Counter[TreePlan] = field(default_factory=Counter)
 
     @property
     def tokens_per_sec(self) -> float:

@@ -5,8 +5,10 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,10 @@ from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, open_sampler
 from parallel.engine.sequence import Sequence
+from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
 from parallel.engine.speculation.speculator import Speculation, Speculator
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
 from parallel.engine.tree_rows import TreeRows
 from parallel.offload.host_layers import HostLayers
@@ -52,7 +56,7 @@ class Engine:
         host_layers: HostLayers | None = None,
     ) -> None:
         num_ahead = 0 if speculation is None else speculation.num_ahead
-        self.limits = limits = replace(limits, num_ahead=num_ahead)
+        self.limits = limits = replace(limits, num_ahead=max(limits.num_ahead, num_ahead))
         self.model, self.device = model, device
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
@@ -64,19 +68,35 @@ class Engine:
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
-        self.speculator: Speculator | TreeSpeculator | None = None
+        self.speculator: Speculator | TreeSpeculator | AutoSpeculator | None = None
         if speculation is not None:
             self.speculator = open_speculator(speculation, limits, self.sampler, self.target, kv_dtype, device)
         self.order: list[Sequence] = []
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
-        self.run_step = StepGraphs(self.step_rows, limits.batch_size, pool).run if self.captures else self.step_rows
+        self.run_step = self.capture_steps(pool) if self.captures else self.step_rows
 
     @property
     def captures(self) -> bool:
         """Whether steps and passes of prompts are captured as graphs; parallel/offload/streamer.py says why streamed
         ones are not."""
         return self.device.type == "cuda" and self.streamer is None
+
+    def capture_steps(self, pool: Any) -> Callable[[int], None]:
+        """Graphs in the memory `pool`; what runs the one for so many rows."""
+        if isinstance(self.speculator, AutoSpeculator):
+            return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
+        return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
+
+    @property
+    def plan(self) -> TreePlan | None:
+        """Of the trees of the last step, where they are chosen step by step."""
+        return self.speculator.plan if isinstance(self.speculator, AutoSpeculator) else None
+
+    def learn(self, plan: TreePlan, nodes: Ordered[int]) -> None:
+        """What came true in a sequence's step; see Policy.learn."""
+        if isinstance(self.speculator, AutoSpeculator):
+            self.speculator.policy.learn(plan, nodes)
 
     @property
     def streamer(self) -> Streamer | None:
@@ -134,10 +154,12 @@ class Engine:
     def step(self, sequences: Ordered[Sequence]) -> Tensor:
         """A token more for each of `sequences`, [n], in their order. Those with no place here lose their rows.
 
-        With speculation as many as were right and one, [n, 2 + num_drafts]: see Speculator.given.
+        With speculation as many as were right and one: see Speculator.given.
         """
         if list(sequences) != self.order:
             self.arrange(sequences)
+        if isinstance(self.speculator, AutoSpeculator):
+            self.speculator.choose(self.rows.first(len(sequences)))
         self.run_step(len(sequences))
         for sequence in sequences:
             # At least: of more the host learns when they arrive.
@@ -148,11 +170,16 @@ class Engine:
     @torch.inference_mode()
     def step_rows(self, num_rows: int) -> None:
         """The step itself, for the first rows: reads and advances `rows`, and nothing of the host."""
-        rows = self.rows.first(num_rows)
-        if self.speculator is not None:
-            self.speculator.step(rows, self.row_logits)
+        if self.speculator is None:
+            self.plain_rows(num_rows)
         else:
-            rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
+            self.speculator.step(self.rows.first(num_rows), self.row_logits)
+
+    @torch.inference_mode()
+    def plain_rows(self, num_rows: int) -> None:
+        """A step without drafts."""
+        rows = self.rows.first(num_rows)
+        rows.advance(self.sampler(self.row_logits(rows), rows.keys, rows.positions + 1), rows.active)
 
     def row_logits(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, local vocabulary]"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from parallel.engine.pending import Given, Pending
 from parallel.engine.scheduler import Scheduler
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.acceptance import Acceptance
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.text import TextStream
 
 
@@ -53,7 +54,8 @@ class Result:
     `step_ms`: of each decode step, from the tokens before to its own on the host, with what was prefilled between them.
     `token_ms`: that time for each token of each answer but its first, divided among the tokens that the answer got in
     the step: without speculation all of it.
-    Of `prompt_tokens` in all, `reused_tokens` were found in the cache. `acceptance` is of drafts.
+    Of `prompt_tokens` in all, `reused_tokens` were found in the cache. `acceptance` is of drafts; `plans`: for how many
+    steps each tree was chosen, where they are chosen step by step.
     """
 
     answers: list[Answer]
@@ -63,6 +65,7 @@ class Result:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     acceptance: Acceptance = field(default_factory=Acceptance)
+    plans: Counter[TreePlan] = field(default_factory=Counter)
 
 
 @dataclass
@@ -177,7 +180,8 @@ class Generation:
             self.prefill(parts)
         running = list(self.scheduler.running)
         if running:
-            self.pending.append(Pending.fetch(running, self.engine.step(running), is_step=True))
+            given = self.engine.step(running)
+            self.pending.append(Pending.fetch(running, given, is_step=True, plan=self.engine.plan))
             self.scheduler.retire_sampled()
         return bool(parts or running)
 
@@ -205,6 +209,7 @@ class Generation:
         step_ms = (now - self.last_arrival) * 1e3
         if pending.is_step:
             self.result.step_ms.append(step_ms)
+            self.result.plans.update([pending.plan] if pending.plan else [])
         self.last_arrival = now
         for sequence, given in zip(pending.sequences, arrived, strict=True):
             opened = self.opened[sequence]
@@ -214,6 +219,8 @@ class Generation:
                     assert opened.since is not None, "admitted before its first token"
                     self.result.ttft_ms.append((now - opened.since) * 1e3)
                 taken = self.take_tokens(sequence, opened, given)
+                if pending.plan is not None:
+                    self.engine.learn(pending.plan, given.nodes)
                 if pending.is_step:
                     self.result.token_ms += [step_ms / taken] * taken
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # Tokens of a page of the KV cache.
 PAGE_SIZE = 64
 # Tokens of a sequence that attention tells apart in one pass.
-MAX_NODES = 64
+MAX_NODES = 256
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
 # A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). A smaller one is

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from parallel.engine.sequence import Sequence
+from parallel.engine.speculation.tree_plan import TreePlan
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,15 @@ class Given:
 
     tokens: list[int]
     num_drafts: int | None = None
+    # Places in the tree of the drafts among them.
+    nodes: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, row: list[int]) -> Given:
         """From a row of Speculator.given."""
-        return cls([token for token in row[1:] if token >= 0], row[0])
+        middle = len(row) // 2 + 1
+        tokens, nodes = ([each for each in part if each >= 0] for part in (row[1:middle], row[middle:]))
+        return cls(tokens, row[0], nodes)
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,20 @@ class Pending:
     tokens: Tensor
     arrived: torch.cuda.Event | float
     is_step: bool
+    # Of the trees that the step checked, where they are chosen step by step.
+    plan: TreePlan | None = None
 
     @classmethod
-    def fetch(cls, sequences: list[Sequence], tokens: Tensor, *, is_step: bool) -> Pending:
+    def fetch(
+        cls, sequences: list[Sequence], tokens: Tensor, *, is_step: bool, plan: TreePlan | None = None
+    ) -> Pending:
         if tokens.device.type == "cpu":
-            return cls(sequences, tokens.clone(), time.perf_counter(), is_step)
+            return cls(sequences, tokens.clone(), time.perf_counter(), is_step, plan)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return cls(sequences, host, arrived, is_step)
+        return cls(sequences, host, arrived, is_step, plan)
 
     def wait(self) -> tuple[list[Given], float]:
         """What each sequence got, and when it was there (time.perf_counter)."""

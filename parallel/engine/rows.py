@@ -11,7 +11,8 @@ from torch import Tensor
 from parallel.engine.decoder import Tokens
 from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Sequence
-from parallel.kernels.attention_reference import TreeMask, chain_masks
+from parallel.kernels.attention_reference import TreeMask
+from parallel.kernels.node_bits import chain_masks
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ class Rows:
         return self.lengths().view(-1, self.rows_per_sequence).amax(1)
 
     def tree(self) -> TreeMask | None:
-        """What rows of one sequence see of each other: those before. None where there is one a sequence."""
+        """What rows of one sequence see of each other: those before. None where there is one a sequence.
+
+        Rows that `spread` put before a sequence's start stand at its first token, as the first that is inside does.
+        """
         num = self.rows_per_sequence
         if num == 1:
             return None
-        masks = chain_masks(num, self.active.device) * self.active.view(-1, num)
-        return TreeMask(num, self.positions[::num].to(torch.int32), masks.flatten())
+        nodes = self.positions - self.positions[::num].repeat_interleave(num)
+        masks = chain_masks(num, self.active.device)[nodes] * self.active.unsqueeze(1)
+        return TreeMask(num, self.positions[::num].to(torch.int32), masks)
 
     def advance(self, newest: Tensor, counts: Tensor) -> None:
         """Takes the last of the `counts` [rows] tokens that followed, `newest` [rows], in place; 0 leaves a row."""

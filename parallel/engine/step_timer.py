@@ -21,8 +21,7 @@ NUM_WARM_UPS = 2
 def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
     """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
     see `prepared_step`."""
-    with prepared_step(engine, contexts, communicator) as run:
-        return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
+    return time_rows(engine, contexts, num_steps, communicator, engine.step_rows)
 
 
 def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
@@ -33,7 +32,21 @@ def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communi
     def draft(num_rows: int) -> None:
         speculator.propose(engine.rows.first(num_rows))
 
-    with prepared_step(engine, contexts, communicator, draft) as run:
+    return time_rows(engine, contexts, num_steps, communicator, draft)
+
+
+def time_rows(
+    engine: Engine,
+    contexts: Sequence[int],
+    num_steps: int,
+    communicator: Communicator,
+    run_rows: Callable[[int], object],
+    num_drafts: int | None = None,
+    *,
+    is_captured: bool = False,
+) -> list[float]:
+    """As `time_steps`, of `run_rows`; see `prepared_step`."""
+    with prepared_step(engine, contexts, communicator, run_rows, num_drafts, is_captured=is_captured) as run:
         return [milliseconds(run, engine.device) for _ in range(NUM_WARM_UPS + num_steps)][NUM_WARM_UPS:]
 
 
@@ -43,14 +56,19 @@ def prepared_step(
     contexts: Sequence[int],
     communicator: Communicator,
     run_rows: Callable[[int], object] | None = None,
+    num_drafts: int | None = None,
+    *,
+    is_captured: bool = False,
 ) -> Iterator[Callable[[], None]]:
     """A decode step of sequences that have `contexts` tokens, the new one counted: each call queues the same one again.
 
     Layers talk through `communicator`; where steps are captured, this one is, with it. The engine must have no
     sequences open; what lies in their pages is attended to as it is. `run_rows` is run for so many rows in place of the
-    step.
+    step, with room for `num_drafts` that may come true; `is_captured`: it runs a graph of its own.
     """
-    sequences = [open_sequence(engine, index, length) for index, length in enumerate(contexts)]
+    if num_drafts is None:
+        num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
+    sequences = [open_sequence(engine, index, length, num_drafts) for index, length in enumerate(contexts)]
     try:
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
@@ -58,15 +76,15 @@ def prepared_step(
             engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
         with torch.inference_mode(), swapped_communicator(engine.models, communicator):
             engine.arrange(sequences)
-            yield _same_step(engine, len(sequences), run_rows or engine.step_rows)
+            step = _same_step(engine, len(sequences), run_rows or engine.step_rows)
+            yield capture(step).replay if engine.captures and not is_captured else step
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
 
 
-def open_sequence(engine: Engine, index: int, length: int) -> EngineSequence:
+def open_sequence(engine: Engine, index: int, length: int, num_drafts: int) -> EngineSequence:
     """One of `length` tokens, the new one counted, with room for drafts where max_context has it."""
-    num_drafts = 0 if engine.speculator is None else engine.speculator.num_drafts
     room = min(num_drafts, engine.limits.max_context - length)
     return EngineSequence(index, [0] * (length - 1), max_tokens=2 + room)
 
@@ -79,7 +97,7 @@ def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object])
         engine.rows.positions.copy_(positions)
         run_rows(num_rows)
 
-    return capture(step).replay if engine.captures else step
+    return step
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:

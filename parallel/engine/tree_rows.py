@@ -54,7 +54,7 @@ def tree_rows(rows: Rows, tokens: Tensor, depths: Tensor, masks: Tensor, *, firs
     """Rows for nodes `tokens` [rows, n] int64, -1 where there is none, `depths` [rows, n] after the newest tokens.
 
     Args:
-        masks: [rows, n] int64, as TreeMask's; of nodes from `start` slots after the newest token's on.
+        masks: [rows, n, words] int64, as TreeMask's; of nodes from `start` slots after the newest token's on.
         first: slots between the newest token's and that of the first node here, which the others follow.
     """
     num = tokens.shape[1]
@@ -62,7 +62,7 @@ def tree_rows(rows: Rows, tokens: Tensor, depths: Tensor, masks: Tensor, *, firs
     positions, last = newest + depths, (rows.ends - 1).clamp(min=0).unsqueeze(1)
     active = is_open * (positions <= last) * (tokens >= 0)
     places = newest + first + torch.arange(num, device=tokens.device)
-    mask = TreeMask(num, (newest.squeeze(1) + start).to(torch.int32), (masks * active).flatten())
+    mask = TreeMask(num, (newest.squeeze(1) + start).to(torch.int32), (masks * active.unsqueeze(2)).flatten(0, 1))
     return TreeRows(
         tokens=tokens.clamp(min=0).flatten(),
         positions=torch.minimum(positions, last).flatten(),

@@ -7,9 +7,11 @@ from functools import cache
 
 import torch
 
+from parallel.engine.limits import MAX_NODES
 from parallel.engine.pages import FP8, PAGE_SIZE
+from parallel.kernels.node_bits import num_words
 
-PARAMETERS = "PPPPPPPPPPfiiiiii"
+PARAMETERS = "PPPPPPPPPPfiiiiiii"
 TILE = 16
 MAX_SPLITS = 64
 # Sequences times KV heads times passes of one launch.
@@ -60,6 +62,7 @@ class Launch:
             "BLOCKS": 2 if self.warps * self.column_tiles <= 8 else 1,
             "MAX_SPLITS": MAX_SPLITS,
             "MAX_COUNTERS": MAX_COUNTERS,
+            "MAX_WORDS": num_words(MAX_NODES),
             "TREE": int(self.tree),
             "QUERY_F16": int(self.query_f16),
             "KV_FP8": int(self.kv_fp8),

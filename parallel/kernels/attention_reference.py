@@ -9,27 +9,23 @@ from torch import Tensor
 
 from parallel.engine.limits import MAX_NODES as MAX_NODES
 from parallel.engine.pages import PAGE_SIZE, as_bits
+from parallel.kernels.node_bits import WORD_BITS
 
 
 @dataclass(frozen=True)
 class TreeMask:
     """Rows of one sequence that share what they read: each sees the tokens before the tree, and of the tree a choice.
 
-    The tree's nodes are the sequence's tokens from `starts` on, at most 64, in the order of the cache. Bit i of a row's
-    mask: it sees node i; mostly its ancestors and itself. A row of mask 0 is empty: zeros come out. What lies beyond
-    the sequence's length is never seen.
+    The tree's nodes are the sequence's tokens from `starts` on, at most MAX_NODES, in the order of the cache. Bit i of
+    a row's mask: it sees node i; mostly its ancestors and itself. Nodes that masks have no bits for are seen by none. A
+    row of mask 0 is empty: zeros come out. What lies beyond the sequence's length is never seen.
     """
 
     rows_per_sequence: int
     # [sequences] int32: tokens before the tree.
     starts: Tensor
-    # [sequences * rows_per_sequence] int64, the rows of a sequence next to one another.
+    # [sequences * rows_per_sequence, words] int64 (see node_bits.py), the rows of a sequence next to one another.
     masks: Tensor
-
-
-def chain_masks(num_nodes: int, device: torch.device) -> Tensor:
-    """[nodes] int64: each sees itself and those before it; up to 64."""
-    return (2 << torch.arange(num_nodes, device=device)) - 1
 
 
 def attend_gathered(
@@ -67,7 +63,10 @@ def visible(present: Tensor, positions: Tensor, starts: Tensor | None, masks: Te
     """[sequences, rows, tokens]: which of the tokens `present` [sequences, tokens] a row sees."""
     if starts is None or masks is None:
         return present.unsqueeze(1)
-    masks = masks.view(len(starts), -1, 1)
-    nodes = (positions - starts.unsqueeze(1)).unsqueeze(1)
-    chosen = (masks >> nodes.clamp(0, MAX_NODES - 1) & 1).bool() & (nodes < MAX_NODES)
-    return present.unsqueeze(1) & ((nodes < 0) | chosen) & (masks != 0)
+    masks = masks.unflatten(0, (len(starts), -1))
+    nodes, num_bits = positions - starts.unsqueeze(1), masks.shape[2] * WORD_BITS
+    known = nodes.clamp(0, num_bits - 1)
+    words = masks.gather(2, (known // WORD_BITS).unsqueeze(1).expand(-1, masks.shape[1], -1))
+    chosen = (words >> (known % WORD_BITS).unsqueeze(1) & 1).bool() & (nodes < num_bits).unsqueeze(1)
+    is_row = (masks != 0).any(2, keepdim=True)
+    return present.unsqueeze(1) & ((nodes < 0).unsqueeze(1) | chosen) & is_row

@@ -10,17 +10,17 @@
 // captured graph stays right as sequences grow. Pages are looked up before the length is known: one wait for memory,
 // not two.
 //
-// With TREE, tokens from `starts` of the sequence on are nodes of a tree, in order, and bit i of a row's mask says
-// whether it sees node i; tokens before are seen by all rows. A row whose mask is 0 is empty, and its output zeros.
+// With TREE, tokens from `starts` of the sequence on are nodes of a tree, in order, and bit i of a row's mask of `words`
+// says whether it sees node i; tokens before are seen by all rows. A row whose mask is 0 is empty, and its output zeros.
 //
 // Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units
-// of a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, TREE, QUERY_F16 (0: bf16),
-// KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
+// of a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, MAX_WORDS (of a mask, with 64
+// bits each), TREE, QUERY_F16 (0: bf16), KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
 //   query, out    [sequences][rows][KV heads * group][HEAD_DIM]; query with a stride between rows
-//   masks         [sequences][rows]; block_table with a stride between sequences
+//   masks         [sequences][rows][words]; block_table with a stride between sequences
 //   partial       [sequences][passes][KV heads][splits][COLUMNS][HEAD_DIM] float32
 //   maxima_sums   [sequences][passes][KV heads][COLUMNS][splits] pairs
 //
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, const u8* __restrict__ values,
                 const int* __restrict__ block_table, const int* __restrict__ lengths, const int* __restrict__ starts,
                 const u64* __restrict__ masks, u16* out, float* partial, float* maxima_sums, float scale_log2,
-                int query_stride, int table_stride, int max_pages, int kv_heads, int group, int rows) {
+                int query_stride, int table_stride, int max_pages, int kv_heads, int group, int rows, int words) {
   wait_for_predecessors();
   let_successor_start();
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
@@ -63,11 +63,14 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   auto row_of = [&](int column) { return TREE ? (first_column + column) / group : 0; };
   // Of a column, in query heads.
   auto head_at = [&](int column, int row) { return head * group + first_column + column - row * group; };
-  __shared__ u64 row_masks[64];
+  // Of the rows that have columns here, which are fewer.
+  __shared__ u64 row_masks[COLUMNS * MAX_WORDS];
+  __shared__ bool is_row[COLUMNS];
+  const int first_row = row_of(0), num_rows = row_of(num_columns - 1) + 1 - first_row;
   auto write_pair = [&](int column, int dim, float low, float high) {
     const int row = row_of(column);
     const size_t at = ((size_t)(sequence * rows + row) * kv_heads * group + head_at(column, row)) * HEAD_DIM + dim;
-    *(u32*)(out + at) = TREE && row_masks[row] == 0 ? 0 : pack_output(low, high);
+    *(u32*)(out + at) = TREE && !is_row[row - first_row] ? 0 : pack_output(low, high);
   };
   if (length <= 0) {
     if (split == 0)
@@ -127,7 +130,12 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     for (int at = 0; at < NT * QUERY_PARTS; at++)
       own_query[QUERY_SHARED ? 0 : at / QUERY_PARTS][at % QUERY_PARTS] = load_query(at / QUERY_PARTS, at % QUERY_PARTS);
   }
-  if (TREE && threadIdx.x < rows) row_masks[threadIdx.x] = load_fresh(masks + sequence * rows + threadIdx.x);
+  if (TREE && threadIdx.x < num_rows) {
+    const u64* own_masks = masks + ((size_t)sequence * rows + first_row + threadIdx.x) * words;
+    u64 any = 0;
+    for (int w = 0; w < words; w++) any |= row_masks[threadIdx.x * words + w] = load_fresh(own_masks + w);
+    is_row[threadIdx.x] = any != 0;
+  }
   if (TREE || QUERY_SHARED) __syncthreads();
   auto query_part = [&](int n, int i) {
     return QUERY_SHARED ? shared_query[n * QUERY_PARTS + i][lane] : own_query[QUERY_SHARED ? 0 : n][i];
@@ -164,8 +172,9 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
       if (has_nodes) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int node = first_token + g + j / 2 * 8 - start, row = row_of(n * 8 + c * 2 + j % 2);
-          if (node >= 0 && (node > 63 || row >= rows || !(row_masks[row] >> node & 1))) s[j] = LOWEST;
+          const int node = first_token + g + j / 2 * 8 - start, row = row_of(n * 8 + c * 2 + j % 2) - first_row;
+          const bool is_known = node < words * 64 && row < num_rows;
+          if (node >= 0 && !(is_known && row_masks[row * words + node / 64] >> node % 64 & 1)) s[j] = LOWEST;
         }
       }
       float before[2];

@@ -131,7 +131,7 @@ def run_kernel(
     partial, maxima_sums = workspace(launch, grid, query)
     tensors = (query, keys, values, block_table, lengths, *tree_tensors(starts, masks), output, partial, maxima_sums)
     strides = (query.stride(0), block_table.stride(0))
-    sizes = (block_table.shape[1], kv_heads, heads // kv_heads, rows)
+    sizes = (block_table.shape[1], kv_heads, heads // kv_heads, rows, 0 if masks is None else masks.shape[1])
     kernel = load(launch, query.device.index)
     kernel(grid, launch.warps * 32, *tensors, scale * math.log2(math.e), *strides, *sizes)
     return output

@@ -92,7 +92,7 @@ def test_every_number_of_splits_gives_the_same(kind: str, warps: int) -> None:
 
 
 # Rows, and query heads of a KV head: one to four tiles of columns, several passes, and groups that no tile divides.
-TREES = ((1, 8), (2, 8), (3, 8), (4, 8), (5, 8), (8, 8), (13, 5), (33, 4), (64, 8), (64, 1), (7, 16))
+TREES = ((1, 8), (2, 8), (3, 8), (4, 8), (5, 8), (8, 8), (13, 5), (33, 4), (64, 8), (64, 1), (7, 16), (65, 4), (256, 8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

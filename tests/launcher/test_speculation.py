@@ -31,7 +31,7 @@ def tree_of(size: int, depth: int, top_k: int) -> SpeculationConfig:
 
 def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
     draft = write_truncated(DEMO, tmp_path / "draft", 2)
-    plain, looked_up, drawn, tree = run_together(
+    plain, looked_up, drawn, tree, auto = run_together(
         tmp_path,
         ("gpus=2", *SHORT),
         ("gpus=2", *SHORT, "speculation.kind=ngram", "speculation.num_drafts=2"),
@@ -46,12 +46,17 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
             ),
             "speculation.draft_quantize=int8",
         ),
+        (
+            *("gpus=2", *SHORT, "speculation.kind=draft", f"speculation.draft_path={draft}"),
+            *("speculation.tree_size=auto", "speculation.tree_max=16"),
+        ),
     )
     assert plain.report["speculation"] is None
     for result, kind, num_drafts, most in (
         (looked_up, "ngram", 2, 2),
         (drawn, "draft", 4, 4),
         (tree, "draft", 6, 11),
+        (auto, "draft", 8, 15),
     ):
         report = result.report
         assert report["outputs"] == plain.report["outputs"]
@@ -62,13 +67,25 @@ def test_answers_stay_and_the_report_counts_drafts(tmp_path: Path) -> None:
         assert found["accepted"] == sum(i * count for i, count in enumerate(found["histogram"])) == 11 - steps
         assert found["accepted"] <= found["drafted"] <= steps * most
         assert found["tokens_per_pass"] == found["accepted_per_step"] + 1
-        assert min(found["passes_per_sec"], found["draft_ms"]) > 0 <= found["verify_ms"]
+        assert found["passes_per_sec"] > 0 <= found["verify_ms"]
+        # Where no tree pays, none is grown.
+        assert found["draft_ms"] > 0 or result is auto
+        assert found["copy_ms"] is None
         assert "ms to check" in result.stderr
         assert found["accepted_per_step"] == pytest.approx(found["accepted"] / steps)
         assert "drafts accepted a step" in result.stderr
     assert looked_up.report["speculation"]["load"] is None
     assert drawn.report["speculation"]["tree"] is None
     assert tree.report["speculation"]["tree"] == {"size": 12, "depth": 6, "top_k": 6}
+    assert [each.report["speculation"]["choices"] for each in (looked_up, drawn, tree)] == [None] * 3
+    choices = auto.report["speculation"]["choices"]
+    assert [(each["size"], each["depth"]) for each in choices] == [(1, 0), (4, 3), (16, 4), (16, 8)]
+    assert sum(each["steps"] for each in choices) >= 11 - auto.report["speculation"]["accepted"]
+    for each in choices:
+        assert set(each["costs"]) == {"1"}
+        assert each["costs"]["1"]["step_ms"] > 0
+        assert (each["costs"]["1"]["draft_ms"] > 0) == (each["size"] > 1)
+    assert "steps by tree" in auto.stderr
     names = {
         "draft_weights_bytes": "draft.weights",
         "draft_kv_cache_bytes": "draft.kv_cache",
@@ -120,15 +137,21 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
             SpeculationConfig(SpeculationKind.ngram, draft_quantize=QuantizeKind.int4),
             "draft_quantize is read by",
         ),
-        (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 64"),
-        (SpeculationConfig(SpeculationKind.ngram, tree_size=65), "speculation.tree_size=65 must be"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=1), "speculation.tree_size=1 must be from 2 to 256"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size=257), "speculation.tree_size=257 must be"),
         (
             SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=0),
             "speculation.tree_depth=0 must be from 1",
         ),
         (SpeculationConfig(SpeculationKind.ngram, tree_size=8, tree_depth=17), "speculation.tree_depth=17"),
+        (
+            SpeculationConfig(SpeculationKind.ngram, tree_size="many"),
+            "must be from 2 to 256, auto, or null",
+        ),
+        (SpeculationConfig(num_drafts="many"), "speculation.num_drafts=many must be from 1 to 16, or auto"),
+        (SpeculationConfig(SpeculationKind.ngram, tree_size="auto", tree_max=3), "tree_max=3 must be from 4 to 256"),
         (tree_of(8, 4, 0), "speculation.tree_top_k=0 must be at least 1"),
-        (tree_of(8, 4, 22), "(tree_depth - 1) * tree_top_k = 66 nodes"),
+        (tree_of(8, 4, 86), "(tree_depth - 1) * tree_top_k = 258 nodes"),
         (tree_of(16, 2, 3), "speculation.tree_size=16: with speculation.tree_depth=2 and"),
     ],
 )
@@ -143,6 +166,18 @@ def test_trees_of_all_sizes_run_with_the_other_settings_as_they_are(size: int) -
     assert list(section.problems()) == []
     assert section.tree is not None
     assert (section.rows_per_sequence, section.longest) == (size, section.tree.depth)
+
+
+def test_what_is_chosen_from_has_room() -> None:
+    """As much as the largest takes; of chains the longest."""
+    section = SpeculationConfig(SpeculationKind.draft, draft_path="org/small", tree_size="auto", tree_max=256)
+    assert list(section.problems()) == []
+    assert (section.tree, section.rows_per_sequence, section.longest, section.num_ahead) == (None, 256, 12, 255)
+    assert {tree.size for tree in section.choices} == {4, 16, 64, 256}
+    chains = SpeculationConfig(SpeculationKind.ngram, num_drafts="auto")
+    assert list(chains.problems()) == []
+    assert (chains.rows_per_sequence, chains.longest, {tree.top_k for tree in chains.choices}) == (17, 16, {1})
+    assert SpeculationConfig(num_drafts="auto").rows_per_sequence == 1
 
 
 def test_settings_of_trees_are_not_read_without_one() -> None:

@@ -191,7 +191,7 @@ inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
 extern "C" void run_attention(const void* query, const void* keys, const void* values, const void* block_table,
                               const void* lengths, const void* starts, const void* masks, void* out, void* partial,
                               void* maxima_sums, float scale_log2, int query_stride, int table_stride, int max_pages,
-                              int kv_heads, int group, int rows, int grid_x, int splits, int sequences) {
+                              int kv_heads, int group, int rows, int words, int grid_x, int splits, int sequences) {
   gridDim = {grid_x, splits, sequences};
   written_query = query, written_lengths = (const int*)lengths;
   there_query.resize((((size_t)sequences * rows - 1) * query_stride + kv_heads * group * HEAD_DIM) * 2);
@@ -208,7 +208,8 @@ extern "C" void run_attention(const void* query, const void* keys, const void* v
         blockIdx = {i % grid_x, i / grid_x % splits, i / grid_x / splits};
         paged_attention((const u16*)there_query.data(), (const u8*)keys, (const u8*)values, (const int*)block_table,
                         there_lengths.data(), (const int*)starts, (const u64*)masks, (u16*)out, (float*)partial,
-                        (float*)maxima_sums, scale_log2, query_stride, table_stride, max_pages, kv_heads, group, rows);
+                        (float*)maxima_sums, scale_log2, query_stride, table_stride, max_pages, kv_heads, group, rows,
+                        words);
       });
     for (std::thread& thread : threads) thread.join();
   }

@@ -48,8 +48,10 @@ def test_one_row_a_sequence(kind: str, tmp_path: Path) -> None:
         assert case.worst_error(run(library, launch, splits, case.query, case)) < 0.08
 
 
-# One tile of columns, passes of three tiles (the query in shared memory), and all 64 rows.
-@pytest.mark.parametrize(("kind", "rows", "group"), [("small", 2, 4), ("bf16", 5, 8), ("e4m3", 3, 5), ("bf16", 64, 1)])
+# One tile of columns, passes of three tiles (the query in shared memory), as many rows as a word has bits, and more.
+@pytest.mark.parametrize(
+    ("kind", "rows", "group"), [("small", 2, 4), ("bf16", 5, 8), ("e4m3", 3, 5), ("bf16", 64, 1), ("small", 130, 3)]
+)
 def test_rows_of_a_tree(rows: int, group: int, kind: str, tmp_path: Path) -> None:
     dtype, kv_dtype, head_dim, depth = KINDS[kind]
     launch = choose_launch(head_dim, rows * group, dtype, kv_dtype, tree=True, warps=2)
@@ -79,7 +81,8 @@ def run(
     tensors = (query, case.kv.keys, case.kv.values, case.block_table, case.lengths, starts, masks, output, *work)
     pointers = [ctypes.c_void_p(0 if each is None else each.data_ptr()) for each in tensors]
     scale = ctypes.c_float(case.scale * math.log2(math.e))
-    sizes = (query.stride(0), case.block_table.stride(0), case.block_table.shape[1], kv_heads, group, rows)
+    words = 0 if masks is None else masks.shape[1]
+    sizes = (query.stride(0), case.block_table.stride(0), case.block_table.shape[1], kv_heads, group, rows, words)
     library.run_attention(*pointers, scale, *sizes, *grid)
     return output
 

@@ -8,7 +8,8 @@ import torch
 from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import MAX_SPLITS, TILE, choose_launch, choose_splits, num_passes
-from parallel.kernels.attention_reference import TreeMask, chain_masks
+from parallel.kernels.attention_reference import TreeMask
+from parallel.kernels.node_bits import chain_masks
 from tests.parallel.paged import make_case
 from tests.parallel.trees import make_tree_case
 
@@ -36,7 +37,7 @@ def test_padding_rows_are_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("rows", [1, 3, 64, 200])
 def test_rows_of_a_tree_agree_with_float64(rows: int, dtype: torch.dtype, fp8: bool) -> None:
     contexts, nodes = [0, 63, 64, 65, 130, -1, 1], [rows, rows, min(rows, 2), 1, rows, 0, 0]
     held = make_tree_case(contexts, nodes, rows, 2, 3, 16, dtype=dtype, kv_dtype=FP8 if fp8 else None)
@@ -56,9 +57,13 @@ def test_a_chain_is_rows_of_growing_lengths() -> None:
     torch.testing.assert_close(output, apart, rtol=1e-5, atol=1e-6)
 
 
-def test_masks_of_a_chain_fill_64_bits() -> None:
-    masks = [int(mask) % 2**64 for mask in chain_masks(64, torch.device("cpu"))]
-    assert masks == [2 ** (node + 1) - 1 for node in range(64)]
+@pytest.mark.parametrize("num", [1, 64, 65, 256])
+def test_masks_of_a_chain_fill_their_words(num: int) -> None:
+    masks = [
+        sum(word % 2**64 << 64 * at for at, word in enumerate(mask.tolist()))
+        for mask in chain_masks(num, torch.device("cpu"))
+    ]
+    assert masks == [2 ** (node + 1) - 1 for node in range(num)]
 
 
 def test_nan_among_the_tokens_of_a_sequence_is_not_hidden() -> None:
@@ -73,7 +78,7 @@ def test_the_operator_keeps_its_contract() -> None:
     case = make_case([3, 66], 2, 4, 16, dtype=torch.float32)
     arguments = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths, case.scale)
     torch.library.opcheck(own.attend, arguments, test_utils=("test_schema", "test_faketensor"))
-    tree = (torch.tensor([2, 65], dtype=torch.int32), torch.ones(2, dtype=torch.int64))
+    tree = (torch.tensor([2, 65], dtype=torch.int32), torch.ones(2, 1, dtype=torch.int64))
     torch.library.opcheck(own.attend, (*arguments, *tree), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -228,7 +228,7 @@ def run_chain(target: Tensor, draft: Tensor, params: SamplingParams, num_rows: i
     rows.ends.fill_(8)
     rows.keys.copy_(torch.tensor([sequence_key(params.seed, row) for row in range(num_rows)]))
     speculator.step(rows, Chain(target).row_logits)
-    return speculator.given[:, 1:], speculator.given[:, 0]
+    return speculator.given[:, 1 : 2 + speculator.num_drafts], speculator.given[:, 0]
 
 
 PARAMS = [SamplingParams(1.0, seed=1), SamplingParams(0.7, top_k=4, seed=2), SamplingParams(1.3, top_p=0.8, seed=3)]

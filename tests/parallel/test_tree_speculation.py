@@ -24,8 +24,13 @@ from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_r
 from tests.parallel.small_models import DEMO, prompts_of
 from tests.parallel.test_speculation import EOS, SAMPLED, Case, answer
 
-# Of the last, all candidates are in the tree.
-PLANS = {"narrow": TreePlan(7, 3, 2), "wide": TreePlan(20, 4, 5), "whole": TreePlan(64, 4, 4)}
+# Of the third, all candidates are in the tree; of the last, masks have several words, the draft model's too.
+PLANS = {
+    "narrow": TreePlan(7, 3, 2),
+    "wide": TreePlan(20, 4, 5),
+    "whole": TreePlan(64, 4, 4),
+    "large": TreePlan(256, 8, 12),
+}
 NGRAM = Speculation("ngram", tree=TreePlan(10, 4, 1))
 
 
@@ -47,12 +52,12 @@ def drafts(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_answers_are_those_without_drafts(name: str, folders: dict[str, Path], drafts: dict[str, Path]) -> None:
     """Greedy and sampled, token for token, of prompts that join and leave."""
     plain = [Case(name, StopRules(23)), Case(name, StopRules(23), SAMPLED)]
-    kinds = [(grown("narrow"), drafts[name]), (grown("wide"), drafts[name]), (NGRAM, None)]
+    kinds = [*((grown(plan), drafts[name]) for plan in ("narrow", "wide", "large")), (NGRAM, None)]
     guessed = [replace(case, speculation=kind, draft=draft) for case in plain for kind, draft in kinds]
     (greedy, _), (sampled, _), *found = run_on_ranks(answer, 1, folders[name], [*plain, *guessed])[0]
     assert greedy != sampled
-    assert [answers for answers, _ in found] == [greedy] * 3 + [sampled] * 3
-    assert all(acceptance.drafted > 0 for _, acceptance in (found[0], found[1], found[3], found[4]))
+    assert [answers for answers, _ in found] == [greedy] * 4 + [sampled] * 4
+    assert all(acceptance.drafted > 0 for _, acceptance in (*found[:3], *found[4:7]))
 
 
 def write_sure(folder: Path, target: Path) -> Path:

@@ -80,10 +80,11 @@ def make_tree_case(
     case = make_case(lengths, kv_heads, group, head_dim, dtype=dtype, kv_dtype=kv_dtype, device=device)
     parents = [[draw_parent(node, chain=chain) for node in range(num)] for num in nodes]
     masks = [mask_of(each, row) if row < len(each) else 0 for each in parents for row in range(rows)]
+    words = [words_of(mask, -(-rows // 64)) for mask in masks]
     starts = torch.tensor(contexts, dtype=torch.int32, device=device)
     heads = kv_heads * group
     query = torch.randn(len(masks), heads + 2, head_dim, device=device).to(dtype)[:, :heads] * 1.5
-    tree = TreeMask(rows, starts, torch.tensor([signed(mask) for mask in masks], device=device))
+    tree = TreeMask(rows, starts, torch.tensor(words, device=device))
     return TreeCase(case, query, parents, tree)
 
 
@@ -96,6 +97,10 @@ def draw_parent(node: int, *, chain: bool) -> int | None:
 def mask_of(parents: list[int | None], row: int) -> int:
     parent = parents[row]
     return 1 << row | (0 if parent is None else mask_of(parents, parent))
+
+
+def words_of(mask: int, num: int) -> list[int]:
+    return [signed(mask >> 64 * word & 2**64 - 1) for word in range(num)]
 
 
 def signed(bits: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from functools import partial
 from typing import TypeVar
 
@@ -11,11 +12,13 @@ import torch
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import PagedModel, open_paged
 from parallel.engine.sampling import Sampler, open_sampler
+from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.draft_model import DraftModel
 from parallel.engine.speculation.ngram import NgramDrafter
 from parallel.engine.speculation.speculator import Drafter, Speculation, Speculator
 from parallel.engine.speculation.tree_draft import TreeDraftModel
 from parallel.engine.speculation.tree_ngram import NgramTrees
+from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeDrafter, TreeSpeculator
 
 Made = TypeVar("Made")
@@ -28,7 +31,7 @@ def open_speculator(
     target: PagedModel,
     kv_dtype: torch.dtype | None,
     device: torch.device,
-) -> Speculator | TreeSpeculator:
+) -> Speculator | TreeSpeculator | AutoSpeculator:
     """For an engine of the model `target` that picks its tokens with `sampler`.
 
     Raises:
@@ -36,18 +39,29 @@ def open_speculator(
     """
     ngrams = (speculation.ngram_max, speculation.ngram_min)
     draft = partial(open_draft, speculation, limits, sampler, kv_dtype, device)
-    num, plan = speculation.num_drafts, speculation.tree
-    if plan is None:
+    num, plans = speculation.num_drafts, speculation.choices
+    if speculation.tree is not None:
+        plans = (speculation.tree,)
+    if not plans:
         chains: dict[str, Callable[[], Drafter]] = {
             "ngram": lambda: NgramDrafter(num, *ngrams),
             "draft": lambda: DraftModel(*draft(), num),
         }
         return Speculator(choose(chains, speculation.kind)(), num, limits, sampler, device)
-    trees: dict[str, Callable[[], TreeDrafter]] = {
-        "ngram": lambda: NgramTrees(plan, *ngrams),
-        "draft": lambda: TreeDraftModel(*draft(), plan),
+    trees: dict[str, Callable[[], list[TreeDrafter]]] = {
+        "ngram": lambda: [NgramTrees(plan, *ngrams) for plan in plans],
+        "draft": lambda: draft_trees(*draft(), plans),
     }
-    return TreeSpeculator(choose(trees, speculation.kind)(), plan, limits, sampler, target.caches, device)
+    drafters = choose(trees, speculation.kind)()
+    others = (limits, sampler, target.caches, device)
+    if speculation.tree is not None:
+        return TreeSpeculator(drafters[0], speculation.tree, *others)
+    return AutoSpeculator(dict(zip(plans, drafters, strict=True)), *others)
+
+
+def draft_trees(model: PagedModel, sampler: Sampler, plans: Ordered[TreePlan]) -> list[TreeDrafter]:
+    """Of one model, a drafter for each plan."""
+    return [TreeDraftModel(model, sampler, plan) for plan in plans]
 
 
 def choose(kinds: dict[str, Made], kind: str) -> Made:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.paged_model import PagedModel, Part
 from parallel.engine.pages import PagedKV
+from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.tree_plan import TAKEN_IN
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,18 @@ class ModelDrafter:
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.model.part_states(parts)
+
+    def take_in(self, rows: Rows, history: Tensor, num: int) -> None:
+        """Caches, of each row's sequence, the `num` tokens before its newest two, which the next drafts begin with.
+
+        Args:
+            history: as of Drafter.propose.
+        """
+        for start in range(-1 - num, -1, TAKEN_IN):
+            offsets = torch.arange(start, min(start + TAKEN_IN, -1), device=history.device)
+            places = (rows.positions.unsqueeze(1) + offsets).clamp(min=0)
+            tokens = history.gather(1, places).long().clamp(max=sum(self.sampler.shards.sizes) - 1)
+            self.model.row_states(rows.spread(tokens, start))
 
 
 class HistoryDrafter:

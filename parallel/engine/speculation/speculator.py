@@ -45,13 +45,15 @@ class Speculation:
     ngram_max: int = 3
     ngram_min: int = 2
     draft: PreTrainedModel | None = None
-    # A tree of drafts in place of a chain of num_drafts.
+    # A tree of drafts in place of a chain of num_drafts; or several, of which each step has one, or none.
     tree: TreePlan | None = None
+    choices: tuple[TreePlan, ...] = ()
 
     @property
     def num_ahead(self) -> int:
         """See EngineLimits."""
-        return 0 if self.tree is None else self.tree.num_ahead
+        trees = self.choices if self.tree is None else (self.tree,)
+        return max((tree.num_ahead for tree in trees), default=0)
 
 
 class Drafter(Protocol):
@@ -79,14 +81,15 @@ class Drafter(Protocol):
 
 
 class Speculator:
-    """Drafts of an engine's rows. `given` [rows, 2 + num_drafts] int64 is what the last step gave to each row: how many
-    drafts it had that could be accepted, then the tokens, then -1."""
+    """Drafts of an engine's rows. `given` [rows, 2 + 2 * num_drafts] int64 is what the last step gave to each row: how
+    many drafts it had that could be accepted; up to 1 + num_drafts tokens, then -1; places of the drafts among them,
+    counted from 1, then -1."""
 
     def __init__(self, drafter: Drafter, num_drafts: int, limits: EngineLimits, sampler: Sampler, device: torch.device):
         self.drafter, self.num_drafts, self.sampler = drafter, num_drafts, sampler
         self.rows_per_sequence = 1 + num_drafts
         self.history = History.empty(limits.batch_size, limits.max_context, device)
-        self.given = torch.zeros(limits.batch_size, 2 + num_drafts, dtype=torch.int64, device=device)
+        self.given = torch.zeros(limits.batch_size, 2 + 2 * num_drafts, dtype=torch.int64, device=device)
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.drafter.prefill(parts)
@@ -112,7 +115,8 @@ class Speculator:
         places = torch.arange(drawn.shape[1], device=drawn.device)
         given = self.given[: len(drawn)]
         given[:, 0] = ((drafts >= 0) * active[:, 1:]).sum(1)
-        given[:, 1:] = drawn.masked_fill(places >= counts.unsqueeze(1), -1)
+        given[:, 1 : 2 + self.num_drafts] = drawn.masked_fill(places >= counts.unsqueeze(1), -1)
+        given[:, 2 + self.num_drafts :] = places[1:].masked_fill(places[1:] >= counts.unsqueeze(1), -1)
 
 
 def count_right(drafts: Tensor, drawn: Tensor, active: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.kernels.node_bits import bits_of, num_words, pack_bits
 
 NO_TOKEN = -1
 ROOT = -1
@@ -33,8 +34,8 @@ class Candidates:
 class TokenTree:
     """Nodes [rows, size] int64, the first of them the newest token, parents before their children.
 
-    `tokens` are NO_TOKEN where there is no node; `parents` are places in the tree, `masks` the bits of a node and its
-    ancestors, `places` as Candidates'.
+    `tokens` are NO_TOKEN where there is no node; `parents` are places in the tree, `masks` [rows, size, words] the bits
+    of a node and its ancestors, `places` as Candidates'.
     """
 
     tokens: Tensor
@@ -69,11 +70,13 @@ def choose_nodes(newest: Tensor, found: Candidates, plan: TreePlan) -> TokenTree
 
 
 def lineages(parents: Tensor, depth: int) -> Tensor:
-    """[rows, size] int64: the bits of each node and of its ancestors, in trees of at most so many below the first."""
-    own = torch.ones_like(parents) << torch.arange(parents.shape[1], device=parents.device)
-    masks = own
+    """[rows, size, words] int64: the bits of each node and of its ancestors, in trees of at most so many levels below
+    the first."""
+    size = parents.shape[1]
+    own = bits_of(torch.arange(size, device=parents.device), num_words(size)).expand(*parents.shape, -1)
+    masks, above = own, parents.unsqueeze(2).expand_as(own)
     for _ in range(depth):
-        masks = own | masks.gather(1, parents)
+        masks = own | masks.gather(1, above)
     return masks
 
 
@@ -85,8 +88,8 @@ def follow(tree: TokenTree, drawn: Tensor, active: Tensor, depth: int) -> tuple[
     """
     nodes = torch.arange(drawn.shape[1], device=drawn.device)
     right = (tree.tokens == drawn.gather(1, tree.parents)) | (nodes == 0)
-    true_bits = ((right * active) << nodes).sum(1, keepdim=True)
-    kept = (tree.masks & ~true_bits) == 0
+    true_bits = pack_bits(right * active).unsqueeze(1)
+    kept = ((tree.masks & ~true_bits) == 0).all(2)
     # Of those at one depth at most one is kept; the others go to a column of their own.
     path = nodes.new_zeros(len(drawn), depth + 2)
     path.scatter_(1, torch.where(kept, tree.depths, depth + 1), nodes.expand_as(drawn))

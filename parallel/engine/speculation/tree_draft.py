@@ -17,12 +17,13 @@ from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.token_tree import ROOT, Candidates, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.tree_rows import tree_rows
+from parallel.kernels.node_bits import bits_of, num_words
 
 
 @dataclass(frozen=True)
 class Level:
     """Nodes of one depth from which the model goes on, [rows, top_k] each: their places among the candidates, their
-    tokens, scores, and who is seen by whom in the model's cache."""
+    tokens, scores, and, [rows, top_k, words], who is seen by whom in the model's cache."""
 
     ids: Tensor
     tokens: Tensor
@@ -36,13 +37,18 @@ class TreeDraftModel(ModelDrafter):
 
     plan: TreePlan
 
+    @property
+    def num_words(self) -> int:
+        """Of a mask of nodes in its cache."""
+        return num_words(max(1, self.plan.num_grown))
+
     def propose(self, rows: Rows, history: Tensor) -> TokenTree:
         """The first pass takes the newest token and the one before, as DraftModel's: the last draft that came true may
         not have been through this model, as those before it have."""
         top_k, num_levels = self.plan.top_k, self.plan.depth
         found = self._after_newest(rows, history)
         ids = torch.arange(top_k, device=history.device).expand_as(found.tokens)
-        level = Level(ids, found.tokens, found.scores, torch.ones_like(ids) << ids)
+        level = Level(ids, found.tokens, found.scores, bits_of(ids, self.num_words))
         for depth in range(1, num_levels):
             first = 1 + (depth - 1) * top_k
             found.places.scatter_(1, level.ids, first + ids)
@@ -68,8 +74,8 @@ class TreeDraftModel(ModelDrafter):
         tokens = tokens.view(scores.shape)
         children = make_candidates(tokens, level.ids.repeat_interleave(top_k, dim=1), scores, depth + 1)
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        own = torch.ones_like(best) << torch.arange(depth * top_k, (depth + 1) * top_k, device=best.device)
-        masks = level.masks.gather(1, best // top_k) | own
+        own = bits_of(torch.arange(depth * top_k, (depth + 1) * top_k, device=best.device), self.num_words)
+        masks = level.masks.gather(1, (best // top_k).unsqueeze(2).expand(-1, -1, self.num_words)) | own
         return children, Level(num_found + best, tokens.gather(1, best), scores.gather(1, best), masks)
 
 

@@ -49,8 +49,8 @@ class TreeDrafter(Protocol):
 
 
 class TreeSpeculator:
-    """As Speculator, with trees. `given` [rows, 2 + depth] int64: how many nodes the row's tree had, then tokens, then
-    -1. `caches` are the model's."""
+    """As Speculator, with trees: in `given` places are those in the tree, whose depth is the most drafts. `caches` are
+    the model's; `history`: shared with others, where there are any."""
 
     def __init__(
         self,
@@ -60,11 +60,12 @@ class TreeSpeculator:
         sampler: Sampler,
         caches: Ordered[PagedKV],
         device: torch.device,
+        history: History | None = None,
     ) -> None:
         self.drafter, self.plan, self.sampler, self.caches = drafter, plan, sampler, caches
         self.num_drafts, self.rows_per_sequence = plan.depth, plan.size
-        self.history = History.empty(limits.batch_size, limits.max_context, device)
-        self.given = torch.zeros(limits.batch_size, 2 + plan.depth, dtype=torch.int64, device=device)
+        self.history = history or History.empty(limits.batch_size, limits.max_context, device)
+        self.given = torch.zeros(limits.batch_size, 2 + 2 * plan.depth, dtype=torch.int64, device=device)
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.drafter.prefill(parts)
@@ -80,7 +81,7 @@ class TreeSpeculator:
         active = checked.active.view(tree.tokens.shape)
         path, counts = follow(tree, drawn, active, self.plan.depth)
         tokens = drawn.gather(1, path)
-        self._give(tokens, active[:, 1:].sum(1), counts)
+        self._give(tokens, path, active[:, 1:].sum(1), counts)
         self._keep(rows, tree, path, counts)
         self.history.append(rows.positions, tokens, counts)
         rows.advance(tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1), counts)
@@ -90,11 +91,12 @@ class TreeSpeculator:
         known = tree.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1)
         return tree_rows(rows, known, tree.depths, tree.masks, first=0, start=0)
 
-    def _give(self, tokens: Tensor, num_nodes: Tensor, counts: Tensor) -> None:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+    def _give(self, tokens: Tensor, path: Tensor, num_nodes: Tensor, counts: Tensor) -> None:
+        is_none = torch.arange(tokens.shape[1], device=tokens.device) >= counts.unsqueeze(1)
         given = self.given[: len(tokens)]
         given[:, 0] = num_nodes
-        given[:, 1:] = tokens.masked_fill(places >= counts.unsqueeze(1), NO_TOKEN)
+        given[:, 1 : 2 + self.plan.depth] = tokens.masked_fill(is_none, NO_TOKEN)
+        given[:, 2 + self.plan.depth :] = path.masked_fill(is_none, NO_TOKEN)[:, 1:]
 
     def _keep(self, rows: Rows, tree: TokenTree, path: Tensor, counts: Tensor) -> None:
         """Copies the branch that came true to where the next tokens follow, in the caches of all models."""
