@@ -118,8 +118,10 @@ def find(communicator: Communicator, kind: str) -> list[Found]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("kind", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03), ("int4", 0.03)])
+@pytest.mark.parametrize(
+    ("kind", "allowed", "world_size"),
+    [("float32", 1e-5, 2), ("bfloat16", 0.03, 2), ("int4", 0.03, 2), ("int4", 0.03, 3)],
+)
 def test_graphs_give_the_bits_of_their_pieces(tmp_path: Path, kind: str, allowed: float, world_size: int) -> None:
     """And what a whole pass gives, in bf16 but for the rounding of products of other numbers of rows."""
     for rank, found in enumerate(run_on_one_card(find, world_size, tmp_path, kind)):
