@@ -14,8 +14,11 @@
 #define STAGE_BYTES (RT * UNIT_BYTES)
 #define RING_BYTES (DEPTH * STAGE_BYTES)
 #define SUM_BYTES (RT * NT * 512)
+// Sixteen warps a multiprocessor need no more than 128 registers each: with zeros a few more were taken, and gate and up
+// of Llama-70B at TP2 went in two rounds of blocks instead of one. Smaller groups would spill.
+#define MIN_BLOCKS (GROUP == 128 ? 16 / WARPS : 1)
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 w4a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales, const unsigned short* __restrict__ x,
       unsigned short* __restrict__ y, int num_out, int num_in, int num_rows CODEBOOK_PARAMETER) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;

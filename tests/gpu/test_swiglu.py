@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.engine import merged
-from parallel.engine.merged import MergedLinear, swiglu
+from parallel.engine.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
+from parallel.kernels import wide
 from parallel.kernels.fused import silu_mul
-from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 from parallel.kernels.merge import merge
 from tools.linear_formats import (
     FORMATS,
@@ -46,10 +47,18 @@ def run(own: OwnFormat, launch: AnyLaunch, rows: Tensor, packed: Packed, num_out
 
 
 def check_launch(own: OwnFormat, launch: AnyLaunch, rows: Tensor, packed: Packed, num_out: int) -> Tensor:
-    """The activated product, having compared it with that of two kernels."""
+    """The activated product, having compared it with that of two kernels.
+
+    Of many rows blocks share tiles, with cuts at other places where tiles come in pairs: other orders of sums.
+    """
     found = run(own, launch, rows, packed, num_out // 2, has_swiglu=True)
     apart = silu_mul(run(own, launch, rows, packed, num_out, has_swiglu=False))
-    assert torch.equal(found, apart), f"{launch}, {len(rows)} rows of {num_out}"
+    same = (
+        torch.allclose(found, apart, rtol=2**-5, atol=2e-3)
+        if isinstance(launch, wide.Launch)
+        else torch.equal(found, apart)
+    )
+    assert same, f"{launch}, {len(rows)} rows of {num_out}"
     return found
 
 
@@ -93,7 +102,7 @@ def test_merged_gate_and_up_are_activated_by_one_launch_in_graphs_too(
     joined = merge([own.layer(own.random_weight(1856, 1024)) for _ in range(2)])
     assert joined is not None
     gate_up = MergedLinear(joined, None)
-    hidden = [random_rows(num_rows, joined.dequantize(slice(0, 3712)).float()) for num_rows in (1, 8, 20, 256, 257)]
+    hidden = [random_rows(num_rows, joined.dequantize(slice(0, 3712)).float()) for num_rows in (1, 8, 20, 32, 33)]
     expected = [silu_mul(gate_up(rows)) for rows in hidden]
     two_kernels: list[int] = []
     monkeypatch.setattr(merged, "silu_mul", lambda rows: two_kernels.append(len(rows)) or silu_mul(rows))
@@ -103,7 +112,7 @@ def test_merged_gate_and_up_are_activated_by_one_launch_in_graphs_too(
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         outputs = [swiglu(gate_up, rows) for rows in hidden]
-    assert two_kernels == [MAX_OWN_ROWS + 1] * 2
+    assert two_kernels == [MAX_SWIGLU_ROWS + 1] * 2
     for _ in range(3):
         for output in outputs:
             output.fill_(float("nan"))

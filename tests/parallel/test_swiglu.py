@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.engine.merged import MergedLinear, SideBySide, swiglu
+from parallel.engine.merged import MAX_SWIGLU_ROWS, MergedLinear, SideBySide, swiglu
 from parallel.kernels import tiles, w4a16, w8a16, wide
 from parallel.kernels.dequantize import DequantizeLinear
-from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import Launch
 from parallel.quantized import QuantizedWeight
 from tests.parallel.test_emulated_kernels import (
@@ -193,12 +192,12 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_few_rows_go_through_the_kernel_and_more_do_not(name: str, fused_calls: list[int]) -> None:
     gate_up = MergedLinear(LAYERS[name](), None)
-    for num_rows in (1, 16, MAX_OWN_ROWS, MAX_OWN_ROWS + 1):
+    for num_rows in (1, 16, MAX_SWIGLU_ROWS, MAX_SWIGLU_ROWS + 1):
         hidden = torch.randn(num_rows, NUM_IN).bfloat16()
         found, expected = swiglu(gate_up, hidden), activated(gate_up(hidden))
         assert found.shape == expected.shape
         assert float((found.double() != expected).double().mean()) < 0.01
-    assert fused_calls == [1, 16, MAX_OWN_ROWS]
+    assert fused_calls == [1, 16, MAX_SWIGLU_ROWS]
 
 
 def test_what_the_kernel_cannot_do_is_done_after_the_product(fused_calls: list[int]) -> None:
