@@ -160,7 +160,11 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     if offload["host_layers"]:
         number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"
         rows.append(("computed by the host", number_text))
-    return rows
+    disk = offload["disk"]
+    if disk is None:
+        return rows
+    read_text = f"{disk['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

@@ -73,6 +73,8 @@ class Inventory:
     host_memory_bytes: int
     host_free_bytes: int
     host_cores: int
+    # What reads of the model's files get, where that was measured.
+    disk_gb_per_sec: float | None = None
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,21 @@ class HardwareConfig:
     # Dense products with float32 sums.
     bf16_tflops: float = 0.0
     power_limit_w: float = 0.0
+    # What reads of checkpoints get; 0: measured on the model's files where that is asked for.
+    disk_gb_per_sec: float = 0.0
 
 
 @dataclass
 class LimitsConfig:
     # Treat each card as if it had this much memory.
     card_memory_gib: float | None = None
+    # Take no more host memory than this for all ranks beside their cards.
+    host_memory_gib: float | None = None
     # `off`: behave as if cards could not reach each other's memory (RTX 4090s cannot).
     peer_access: PeerAccess = PeerAccess.auto
 
     def problems(self) -> Iterator[str]:
         if self.card_memory_gib is not None and self.card_memory_gib <= 0:
             yield f"limits.card_memory_gib={self.card_memory_gib} must be above 0."
+        if self.host_memory_gib is not None and self.host_memory_gib <= 0:
+            yield f"limits.host_memory_gib={self.host_memory_gib} must be above 0."

@@ -30,6 +30,8 @@ class Job:
     shape: ModelShape | None = None
     # None where weights are dummies of a model that is not on this machine.
     model_folder: str | None = None
+    # Where layers are read from in every pass; None where none are.
+    disk_folder: str | None = None
     # The small model that guesses, where one does.
     draft: Draft | None = None
     prompts: tuple[Prompt, ...] = ()

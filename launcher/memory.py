@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
 from launcher.memory_layer import Layer, graphs_bytes
+from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
-from parallel.checkpoint.load_memory import load_bytes
 from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
@@ -74,8 +74,9 @@ class Demand:
     is_sampled: bool = True
     # Of the model that guesses, where one does.
     draft_shape: ModelShape | None = None
-    # Layers that lie in host memory and are copied to the card in every pass.
+    # Layers that do not lie on the card and come there in every pass, from host memory; and of them, from the disk.
     num_streamed: int = 0
+    num_on_disk: int = 0
     # Whether the host may compute some of these itself, if it can.
     may_share: bool = False
 
@@ -83,9 +84,13 @@ class Demand:
     def host_computes(self) -> bool:
         """Whether linears are such that the host may come to compute some layers."""
         scheme = self.shape.scheme
-        if not self.may_share or not self.num_streamed or scheme is None or self.device != "cuda":
+        if not self.may_share or self.num_streamed <= self.num_disk or scheme is None or self.device != "cuda":
             return False
         return host_refusal(scheme, self.dtype) is None
+
+    @property
+    def num_disk(self) -> int:
+        return min(self.num_on_disk, self.num_streamed)
 
     @property
     def draft(self) -> Demand | None:
@@ -108,7 +113,7 @@ class Demand:
         base = {"context": CONTEXT_BYTES[self.device], "communicator": self._communicator()}
         return tuple(
             base | {f"weights.{name}": size for name, size in part.items()} | streamed | self._draft_weights(rank)
-            for rank, (part, streamed) in enumerate(zip(parts, self._streamed(), strict=True))
+            for rank, (part, streamed) in enumerate(zip(parts, streamed_lines(self), strict=True))
         )
 
     def _communicator(self) -> int:
@@ -117,17 +122,7 @@ class Demand:
         staging = choose_layout(self.world_size).staging_bytes if copies else 0
         return COMMUNICATOR_BYTES[self.transport] + staging
 
-    def _streamed(self) -> tuple[dict[str, int], ...]:
-        """The buffers of layers that are copied; on a CPU also what lies in host memory, since all does."""
-        if self.num_streamed == 0:
-            return ({},) * self.world_size
-        on_cpu = [{"host_weights": size} if self.device == "cpu" else {} for size in self.host_bytes()]
-        return tuple(
-            {"staging": NUM_STAGED * size} | self._sharing(size) | extra
-            for size, extra in zip(self.layer_bytes(), on_cpu, strict=True)
-        )
-
-    def _sharing(self, layer_bytes: int) -> dict[str, int]:
+    def sharing(self, layer_bytes: int) -> dict[str, int]:
         """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
         dequantised."""
         scheme = self.shape.scheme
@@ -144,7 +139,7 @@ class Demand:
         """Weights in host memory, of each rank: streamed layers, and the embedding, of which a pass reads few rows."""
         parts = self._part_bytes(self.shape.num_layers)
         return tuple(
-            self.num_streamed * size + self.host_embedding_bytes(part)
+            (self.num_streamed - self.num_disk) * size + self.host_embedding_bytes(part)
             for size, part in zip(self.layer_bytes(), parts, strict=True)
         )
 
@@ -206,17 +201,16 @@ class Demand:
         linear = max(queries, intermediate) * shape.hidden_size
         # A plain tensor becomes what it stays, beside itself where its dtype changes.
         embedding = split_by_grain(shape.vocab_size, self.world_size, self.grain)[rank] * shape.hidden_size
-        plain = stored_bytes * max(linear if shape.scheme is None else 0, embedding) if shape.dtype != self.dtype else 0
+        plain = stored_bytes * embedding if shape.dtype != self.dtype else 0
         if self.device == "cuda":
             # The last layer, while its tensors move into one piece.
             plain = max(plain, self.layer_bytes()[rank])
         if self.num_streamed:
             # Staging buffers come after the load, too, in place of layers on their way to the host.
             hosted = self.host_embedding_bytes(self._part_bytes(0)[rank])
-            plain = max(plain, hosted - NUM_STAGED * self.layer_bytes()[rank])
-        if shape.scheme is None:
-            return plain
-        return max(plain, load_bytes(shape.scheme, self.device, self.dtype, stored_bytes, shape.hidden_size, linear))
+            staged = NUM_STAGED if self.num_streamed > self.num_disk else 0
+            plain = max(plain, hosted - staged * self.layer_bytes()[rank])
+        return max(plain, linear_load(shape, self.device, self.dtype, linear))
 
     def _kv_bytes(self, max_context: int, bytes_per_token: int) -> int:
         limits = EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)

@@ -1,23 +1,30 @@
-"""Which layers a run streams from host memory, what that takes there, and how long it makes a pass."""
+"""Which layers a run streams from host memory or the disk, what that takes there, and how long it makes a pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from launcher.config import RunConfig, TaskKind
+from launcher.config import RunConfig, WeightsKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits
+from launcher.memory_streamed import disk_bytes, ring_bytes
 from launcher.offload_config import OffloadKind
+from launcher.offload_disk import (
+    DiskRate,
+    disk_rate,
+    fewest_on_disk,
+    free_host_bytes,
+    needed_host_bytes,
+    pack_ms,
+    places,
+)
 from launcher.plan_refusal import refuse_host_memory
 from launcher.topology import PlanError
-from launcher.units import GIB
 from parallel.kernels.held import host_refusal
-from parallel.offload.spread import spread_layers
 
-# Of host memory for the process of a rank beside its layers: Python, torch and CUDA, and buffers for reading.
-HOST_BYTES_PER_RANK = 4 * GIB
 # What copies from pinned memory reach, by PCIe generation, over 16 lanes: 55 measured on an H200 (5.0); 25 and 12.4 are
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.
 COPY_GB_PER_SEC = {3: 12.4, 4: 25.0, 5: 55.0}
@@ -26,7 +33,7 @@ FULL_LANES = 16
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """Layers that lie in host memory; `reason` says why they do."""
+    """Layers that lie in host memory, and on the disk; `reason` says why they do."""
 
     streamed_layers: tuple[int, ...]
     resident_layers: int
@@ -38,24 +45,49 @@ class OffloadPlan:
     copy_gb_per_sec: tuple[float | None, ...]
     # Whether the host computes some of these layers if a trial shows that to be faster; then steps copy less.
     host_may_compute: bool = False
+    # Of host memory, all ranks together with their processes; and what there is for them, where that is known.
+    needed_host_bytes: int = 0
+    free_host_bytes: int | None = None
+    disk_layers: tuple[int, ...] = ()
+    # On each rank: read from the disk in a pass, as the checkpoint has it; and of host memory, for reading ahead.
+    disk_bytes: tuple[int, ...] = ()
+    ring_bytes: tuple[int, ...] = ()
+    # Of all ranks together.
+    disk_rate: DiskRate | None = None
+    # What a card takes to pack the layers from the disk, predicted; None where that cannot be told.
+    pack_ms: float | None = None
 
     @property
     def pass_ms(self) -> float | None:
-        """What the copies of a pass take on the slowest rank; None where a link is not known."""
-        times_ms = []
-        for num_bytes, rate in zip(self.pass_bytes, self.copy_gb_per_sec, strict=True):
+        """What the slowest takes of what goes on at once: a rank's copies, the disk, packing; None where a link is not
+        known."""
+        times_ms = [self.disk_ms or 0.0, self.pack_ms or 0.0]
+        read = self.disk_bytes or (0,) * len(self.pass_bytes)
+        for num_bytes, num_read, rate in zip(self.pass_bytes, read, self.copy_gb_per_sec, strict=True):
             if rate is None:
                 return None
-            times_ms.append(num_bytes / (rate * 1e9) * 1e3)
+            times_ms.append((num_bytes + num_read) / (rate * 1e9) * 1e3)
         return max(times_ms)
+
+    @property
+    def disk_ms(self) -> float | None:
+        """What the reads of a pass take, of all ranks; None without."""
+        return None if self.disk_rate is None else sum(self.disk_bytes) / (self.disk_rate.gb_per_sec * 1e9) * 1e3
 
 
 def choose_num_streamed(
-    run: RunConfig, demand: Demand, budgets: tuple[int, ...], needed: int, wanted: int, kept_free: float
+    run: RunConfig,
+    demand: Demand,
+    budgets: tuple[int, ...],
+    needed: int,
+    wanted: int,
+    kept_free: float,
+    place: Callable[[int], Demand],
 ) -> int:
     """How many layers to stream: none where the run fits without, or may not; else the fewest that make it fit.
 
     Args:
+        place: `demand` with so many streamed layers.
         needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for.
         kept_free: share of each budget that stays unused.
 
@@ -70,7 +102,7 @@ def choose_num_streamed(
     if not MUST_STREAM[run.offload.enabled](demand, budgets, needed):
         return 0
     room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
-    fitting = (num for num in range(1, num_layers) if fits(replace(demand, num_streamed=num), room, wanted))
+    fitting = (num for num in range(1, num_layers) if fits(place(num), room, wanted))
     return next(fitting, num_layers)
 
 
@@ -95,28 +127,36 @@ MUST_STREAM: dict[OffloadKind, Callable[[Demand, tuple[int, ...], int], bool]] =
 
 
 def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> OffloadPlan | None:
-    """What `demand.num_streamed` layers in host memory mean; None where there are none.
+    """What `demand.num_streamed` layers in host memory and on the disk mean; None where there are none.
 
     Raises:
-        PlanError: host memory does not suffice; the message has the sizes.
+        PlanError: host memory does not suffice; the message has the sizes. Or there are no files to read from.
     """
     if demand.num_streamed == 0:
         return None
     check_shared(run, demand)
-    host_bytes = demand.host_bytes()
-    if inventory.source == "nvml":
-        free_bytes = inventory.host_memory_bytes if run.task.kind == TaskKind.plan else inventory.host_free_bytes
-        needed_bytes = sum(host_bytes) + demand.world_size * HOST_BYTES_PER_RANK
-        if needed_bytes > free_bytes:
-            raise refuse_host_memory(demand, budgets, inventory, needed_bytes, free_bytes)
+    host_bytes, free_bytes = demand.host_bytes(), free_host_bytes(run, inventory)
+    if free_bytes is not None and needed_host_bytes(demand) > free_bytes:
+        remedies = _disk_remedies(run, demand, inventory)
+        raise refuse_host_memory(demand, budgets, inventory, needed_host_bytes(demand), free_bytes, remedies)
+    if demand.num_disk and run.model.weights == WeightsKind.dummy:
+        raise PlanError(
+            f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
+            "model.weights=dummy has none. Write one with tools.make_checkpoint, or lower what is streamed."
+        )
+    on_host, on_disk = places(demand)
+    cards = inventory.cards[: demand.world_size]
     return OffloadPlan(
-        streamed_layers=spread_layers(demand.shape.num_layers, demand.num_streamed),
+        streamed_layers=on_host,
         resident_layers=demand.shape.num_layers - demand.num_streamed,
         reason=_reason(run, demand),
         host_bytes=host_bytes,
-        pass_bytes=tuple(demand.num_streamed * size for size in demand.layer_bytes()),
-        copy_gb_per_sec=tuple(map(copy_gb_per_sec, inventory.cards[: demand.world_size])) or (None,) * len(host_bytes),
+        needed_host_bytes=needed_host_bytes(demand),
+        free_host_bytes=free_bytes,
+        pass_bytes=tuple(len(on_host) * size for size in demand.layer_bytes()),
+        copy_gb_per_sec=tuple(map(copy_gb_per_sec, cards)) or (None,) * len(host_bytes),
         host_may_compute=demand.host_computes,
+        **(_disk_part(run, demand, inventory, on_disk) if on_disk else {}),
     )
 
 
@@ -131,6 +171,26 @@ def check_shared(run: RunConfig, demand: Demand) -> None:
             f"offload.host_layers={run.offload.host_layers}: the host computes {why_not}. Leave it out, or set "
             "model.quantize=int4 for a checkpoint in 16 or 32 bits, and model.dtype=bfloat16."
         )
+
+
+def _disk_part(run: RunConfig, demand: Demand, inventory: Inventory, on_disk: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "disk_layers": on_disk,
+        "disk_bytes": disk_bytes(demand),
+        "ring_bytes": ring_bytes(demand),
+        "disk_rate": disk_rate(run, inventory),
+        "pack_ms": pack_ms(demand, inventory.cards[: demand.world_size]),
+    }
+
+
+def _disk_remedies(run: RunConfig, demand: Demand, inventory: Inventory) -> list[str]:
+    least = fewest_on_disk(run, demand, inventory)
+    if least is None or run.model.weights == WeightsKind.dummy:
+        return []
+    if run.offload.disk is not None:
+        return [f"offload.disk_layers={least.num_disk} or more"]
+    where = f"some {least.num_disk} of {demand.shape.num_layers} layers from the checkpoint's files in every pass"
+    return [f"offload.disk=checkpoint, which reads {where}"]
 
 
 def _reason(run: RunConfig, demand: Demand) -> str:

@@ -24,10 +24,16 @@ class OffloadConfig:
     # Of the others, layers of 4 bits that the host computes itself in decode steps: so many at most; null: as many as a
     # trial at the start shows to be fastest.
     host_layers: int | None = None
+    # Where layers are read from in every pass that host memory does not hold either: `checkpoint`, the model's own
+    # files, or a folder with a copy of them on a faster disk. Nothing is written. Null: such a run is refused.
+    disk: str | None = None
+    # Of the layers that are not on the card, so many are read from there; null: as few as host memory requires.
+    disk_layers: int | None = None
 
     def problems(self) -> Iterator[str]:
         if self.host_layers is not None and self.host_layers < 0:
             yield f"offload.host_layers={self.host_layers} must be 0 or above."
+        yield from self._disk_problems()
         if self.resident_layers is None:
             return
         if self.resident_layers < 0:
@@ -37,3 +43,18 @@ class OffloadConfig:
                 f"offload.resident_layers={self.resident_layers} streams all other layers, but offload.enabled=off. "
                 "Leave one of them out."
             )
+
+    def _disk_problems(self) -> Iterator[str]:
+        if self.disk is not None and not self.disk.strip():
+            yield "offload.disk is empty. Set it to checkpoint, or to a folder with a copy of the model's files."
+        if self.disk is not None and self.enabled == OffloadKind.off:
+            yield (
+                f"offload.disk={self.disk} is for layers that are not on the card, but offload.enabled=off. "
+                "Leave one of them out."
+            )
+        if self.disk_layers is None:
+            return
+        if self.disk_layers < 0:
+            yield f"offload.disk_layers={self.disk_layers} must be 0 or above."
+        if self.disk is None:
+            yield f"offload.disk_layers={self.disk_layers} needs offload.disk=checkpoint, or the folder of a copy."

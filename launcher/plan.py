@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, largest_context
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
+from launcher.offload_disk import place_layers
 from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
@@ -89,7 +91,7 @@ def plan_run(
     _check_heads(world_size, shape)
     demand = demand_of(run, placement, shape, draft)
     budgets = _budgets(run, world_size, inventory)
-    demand = _stream_layers(run, demand, budgets)
+    demand = _stream_layers(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory)
     max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
     cards = _plan_cards(demand, budgets, max_context, placement)
@@ -134,13 +136,13 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
     )
 
 
-def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...]) -> Demand:
-    """`demand` with as many layers in host memory as the run must have there."""
+def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
+    """`demand` with as many layers in host memory, and on the disk, as the run must have there."""
     limit, _ = context_limit(demand.shape, demand.draft_shape)
     needed = run.engine.max_context or _needed_tokens(run)
     wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    num_streamed = choose_num_streamed(run, demand, budgets, needed, wanted, KEPT_FREE)
-    return replace(demand, num_streamed=num_streamed)
+    place = partial(place_layers, run, demand, inventory)
+    return place(choose_num_streamed(run, demand, budgets, needed, wanted, KEPT_FREE, place))
 
 
 def _needed_tokens(run: RunConfig) -> int:

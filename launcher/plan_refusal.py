@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from launcher.config import MAX_CARDS, KVDType
 from launcher.hardware import Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, group_lines, largest_context
+from launcher.memory_streamed import ring_bytes
 from launcher.shape import quantized_shape
 from launcher.topology import PlanError
 from launcher.units import GIB
@@ -41,20 +42,35 @@ def refuse_memory(
 
 
 def refuse_host_memory(
-    demand: Demand, budgets: tuple[int, ...], inventory: Inventory, needed_bytes: int, free_bytes: int
+    demand: Demand,
+    budgets: tuple[int, ...],
+    inventory: Inventory,
+    needed_bytes: int,
+    free_bytes: int,
+    disk_remedies: Sequence[str],
 ) -> PlanError:
     """The error for a run whose streamed layers do not fit into host memory.
 
     Args:
         needed_bytes: of host memory, for the layers and all else of the ranks.
+        disk_remedies: settings by which more layers lie on the disk.
     """
-    num, num_layers, host_bytes = demand.num_streamed, demand.shape.num_layers, sum(demand.host_bytes())
-    remedies = [*_other_runs(demand, budgets, inventory, 1), "more free host memory"]
+    num_hosted, num_layers = demand.num_streamed - demand.num_disk, demand.shape.num_layers
+    if num_hosted:
+        what = f"{num_hosted} of {num_layers} layers in {_format(demand)} do not fit the cards and would be streamed " \
+            "from host memory, which does not suffice"  # fmt: skip
+        parts = f"{sum(demand.host_bytes()) / GIB:.2f} GiB for them and the embedding"
+    else:
+        what = "host memory does not suffice, with every layer that is not on a card on the disk (offload.disk)"
+        parts = f"{sum(demand.host_bytes()) / GIB:.2f} GiB for the embedding"
+    if demand.num_disk:
+        parts += f" and {sum(ring_bytes(demand)) / GIB:.2f} to read others ahead"
+    remedies = [*_other_runs(demand, budgets, inventory, 1), *disk_remedies, "more free host memory"]
+    is_free = free_bytes in (inventory.host_memory_bytes, inventory.host_free_bytes)
+    state = "are free" if is_free else "may be used (limits.host_memory_gib)"
     return PlanError(
-        f"{num} of {num_layers} layers in {_format(demand)} do not fit the cards and would be streamed from host "
-        f"memory, which does not suffice: with {host_bytes / GIB:.2f} GiB for them and the embedding the run needs "
-        f"{needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f} of "
-        f"{inventory.host_memory_bytes / GIB:.2f} are free.\nWhat would fit: {'; or '.join(remedies)}."
+        f"{what}: with {parts} the run needs {needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f} of "
+        f"{inventory.host_memory_bytes / GIB:.2f} {state}.\nWhat would fit: {'; or '.join(remedies)}."
     )
 
 

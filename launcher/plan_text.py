@@ -25,6 +25,8 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         ("transport", plan.placement.transport),
         ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         *([] if plan.offload is None else [("streamed layers, predicted", streamed_text(plan.offload))]),
+        *([] if plan.offload is None else describe_disk(plan.offload)),
+        *([] if plan.offload is None else describe_host(plan.offload)),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
         *describe_times(plan, times),
@@ -34,7 +36,9 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
 def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
     """The workload's times with what holds them and what they rest on, or why there are none."""
     if not isinstance(times, Times):
-        floor = "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{plan.tpot_floor_ms:.3g} ms or more"
+        floor = (
+            "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{number(plan.tpot_floor_ms)} ms or more"
+        )
         return [("time a token at batch 1, predicted", floor), ("other times, predicted", f"none: {times}.")]
     batch = f"batch {plan.batch_size}"
     token = f"{times.tpot_ms:.3g} ms at {batch}; copying its bytes alone would take {times.floor_ms:.3g} ms"
@@ -50,15 +54,36 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
 
 def streamed_text(offload: OffloadPlan) -> str:
     num_streamed, gib = len(offload.streamed_layers), sum(offload.host_bytes) / GIB
-    text = (
-        f"{num_streamed} of {num_streamed + offload.resident_layers}, {gib:.2f} GiB of host memory with the embedding"
-    )
-    if offload.pass_ms is not None:
+    num_layers = num_streamed + offload.resident_layers + len(offload.disk_layers)
+    text = f"{num_streamed} of {num_layers}, {gib:.2f} GiB of host memory with the embedding"
+    if offload.pass_ms is not None and num_streamed:
         rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
         text += f", {max(offload.pass_bytes) / 1e9:.3g} GB a pass at {rate:.3g} GB/s"
     if offload.host_may_compute:
         text += ", less in steps where the host is fast enough to compute some of them"
     return f"{text}: {offload.reason}"
+
+
+def describe_host(offload: OffloadPlan) -> list[tuple[str, str]]:
+    """What ranks need there beside their cards, where it is known what there is."""
+    if offload.free_host_bytes is None:
+        return []
+    needed, free = offload.needed_host_bytes / GIB, offload.free_host_bytes / GIB
+    return [("host memory, predicted", f"{needed:.2f} GiB of {free:.2f} with the processes of the ranks")]
+
+
+def describe_disk(offload: OffloadPlan) -> list[tuple[str, str]]:
+    """Layers from the disk, where there are some, and what a pass waits for at least."""
+    if offload.disk_rate is None or offload.disk_ms is None:
+        return []
+    read, ring, rate = sum(offload.disk_bytes) / 1e9, sum(offload.ring_bytes) / GIB, offload.disk_rate
+    text = (
+        f"{len(offload.disk_layers)}, {read:.3g} GB a pass as the checkpoint has it, {ring:.2f} GiB of host memory to "
+    )
+    text += f"read ahead; {number(offload.disk_ms)} ms at {rate.gb_per_sec:.3g} GB/s ({rate.source})"
+    if offload.pack_ms:
+        text += f"; packing them meanwhile {number(offload.pack_ms)} ms, estimated by bytes moved"
+    return [("layers from the disk, predicted", text)]
 
 
 def plan_tables(plan: Plan, shape: ModelShape, times: Times | str) -> tuple[Table, Table]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.baseline_runs import run_baselines
-from launcher.config import ConfigError, QuantizeKind, RunConfig, TaskKind, TopologyKind, WeightsKind
+from launcher.config import ConfigError, HardwareKind, QuantizeKind, RunConfig, TaskKind, TopologyKind, WeightsKind
 from launcher.console import print_note, print_options, print_plan, print_report, print_warning
+from launcher.disk import find_disk_folder, measure_disk
 from launcher.draft import find_draft
 from launcher.events import EventFollower
 from launcher.failures import Failure, RunFailed
@@ -190,10 +191,16 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
     """`job` with the plan for its model, which is printed; what cannot work is refused here."""
     run = job.run
     draft = find_draft(run, model.shape, model.folder)
+    disk_folder = None
+    if run.offload.disk is not None and model.folder is not None and run.model.weights != WeightsKind.dummy:
+        disk_folder = find_disk_folder(run, model.folder)
+        if run.hardware.kind != HardwareKind.facts:
+            inventory = replace(inventory, disk_gb_per_sec=measure_disk(disk_folder))
     plan = plan_run(run, job.placement, model.shape, inventory, draft=None if draft is None else draft.shape)
     times = predict_run(run, plan, model.shape, inventory)
     print_plan(plan, model.shape, times)
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
     folder = str(model.folder) if model.folder else None
-    return replace(job, plan=plan, shape=model.shape, model_folder=folder, draft=draft, times=times)
+    disk = str(disk_folder) if disk_folder else None
+    return replace(job, plan=plan, shape=model.shape, model_folder=folder, disk_folder=disk, draft=draft, times=times)

@@ -14,6 +14,7 @@ from launcher.units import MIB
 from parallel.engine.engine import Engine
 from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.pages import PagedKV
+from parallel.offload.disk_layers import DiskLayers
 
 # Far above the caches of any card (50 MB on an H200, 72 MB on an RTX 4090).
 COPY_BYTES = 512 * MIB
@@ -91,10 +92,11 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     streamer = engine.streamer
     if streamer is None:
         return None
+    disk = streamer.disk
     num_bytes, shared = streamer.step_bytes, streamer.host_layers.shared
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
-        "resident_layers": engine.decoder.num_layers - len(streamer.layers),
+        "resident_layers": engine.decoder.num_layers - len(streamer.layers) - (len(disk.indices) if disk else 0),
         "streamed_layers": sorted(streamer.places),
         "host_layers": sorted(streamer.on_host),
         "host_rows": shared.max_rows,
@@ -108,6 +110,17 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
         "copy_gb_per_sec": copy_bytes_per_sec / 1e9 if copy_bytes_per_sec else None,
         "floor_ms": num_bytes / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None,
         "share_of_copy": rate / copy_bytes_per_sec if rate and copy_bytes_per_sec else None,
+        "disk": None if disk is None else from_disk(disk, step_ms),
+    }
+
+
+def from_disk(disk: DiskLayers, step_ms: float) -> dict[str, Any]:
+    """What this rank reads of the checkpoint in every pass."""
+    return {
+        "layers": list(disk.indices),
+        "bytes_per_pass": disk.bytes_per_pass,
+        "ring_bytes": disk.ring_bytes,
+        "gb_per_sec": disk.bytes_per_pass / step_ms / 1e6 if step_ms else None,
     }
 
 

@@ -81,7 +81,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
-    host_layers = None if plan.offload is None else open_host_layers(context, plan.offload.streamed_layers)
+    host_layers = None if plan.offload is None else open_host_layers(context, plan.offload)
     module, load = load_sharded_model(context, host_layers)
     draft = load_draft_model(context)
     speculation = speculation_params(run.speculation, None if draft is None else draft[0])

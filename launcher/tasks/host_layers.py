@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from launcher.offload import OffloadPlan
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import copy_bandwidth
 from parallel.kernels import host_int4
 from parallel.kernels.held import host_refusal
+from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.exchange import MAX_BYTES
 from parallel.offload.host_layers import NOTHING_SHARED, HostLayers, SharedLayers
 from parallel.offload.host_trial import GROUP_SIZE, HostRates, HostTrial, Shape
@@ -17,14 +19,16 @@ from parallel.partition import split_by_grain, split_by_heads
 BF16_BYTES = 2
 
 
-def open_host_layers(context: RankContext, offloaded: tuple[int, ...]) -> HostLayers:
-    """For the layers with the indices `offloaded`. Raises RuntimeError: memory for the trial cannot be pinned."""
-    return HostLayers(offloaded, context.device, share_layers(context, offloaded))
+def open_host_layers(context: RankContext, offload: OffloadPlan) -> HostLayers:
+    """Raises RuntimeError: memory for the trial cannot be pinned."""
+    offloaded = offload.streamed_layers
+    disk = DiskLayers(offload.disk_layers, context.device) if offload.disk_layers else None
+    return HostLayers(offloaded, context.device, share_layers(context, offloaded), disk)
 
 
 def share_layers(context: RankContext, offloaded: tuple[int, ...]) -> SharedLayers:
     wanted, num_rows = context.job.run.offload.host_layers, rows_of_step(context)
-    if wanted == 0 or not can_share(context, num_rows):
+    if wanted == 0 or not offloaded or not can_share(context, num_rows):
         return NOTHING_SHARED
     num_threads = max(1, context.job.host_cores // context.communicator.world_size)
     if wanted is not None:

@@ -67,8 +67,9 @@ def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     on_card, drafter = device.type == "cuda", engine.speculator and engine.speculator.drafter
     streamer = engine.streamer
     on_host = 0 if streamer is None else streamer.host_layers.num_bytes
+    on_disk = 0 if streamer is None or streamer.disk is None else streamer.disk.packed_bytes
     return {
-        "weights_bytes": weights_bytes(engine.model) - on_host,
+        "weights_bytes": weights_bytes(engine.model) - on_host - on_disk,
         "host_weights_bytes": on_host,
         "staging_bytes": 0 if streamer is None else streamer.buffers.nbytes,
         "kv_cache_bytes": cache_bytes(engine.caches),

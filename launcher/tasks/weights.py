@@ -67,6 +67,9 @@ def load_source(
         dtype=getattr(torch, job.plan.dtype),
         grain=grain,
     )
+    if host_layers is not None and host_layers.disk is not None:
+        assert job.disk_folder is not None, "the parent finds the files of layers on the disk"
+        host_layers.disk.open(model, read_checkpoint(Path(job.disk_folder)), source.quantize)
     on_placed = LayerMerger(model.module) if host_layers is None else HostLoader(model.module, host_layers)
     return model.module, FILLS[job.run.model.weights](context, model, source, on_placed)
 

@@ -42,7 +42,7 @@ LIMITS = {
     "all_reduce": "communication between the cards",
     "starts": "the many small operations of a layer",
     "rest": "the head and sampling",
-    "copies": "the link to the host: waiting for streamed layers",
+    "copies": "waiting for streamed layers: the link to the host, or the disk",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +62,13 @@ def plan_chunks(wanted: TensorSlice, chunk_bytes: int) -> Iterator[Chunk]:
         yield Chunk(entry, start + row * row_bytes, min(step, len(rows) - row), row_bytes, first, end)
 
 
-def read_chunk(chunk: Chunk, buffer: Bytes) -> None:
+def read_chunk(
+    chunk: Chunk, buffer: Bytes, check: Callable[[int, Chunk], None] = lambda descriptor, chunk: None
+) -> None:
     """Fills the first `kept_bytes` of `buffer`.
+
+    Args:
+        check: called with the open file before it is read.
 
     Raises:
         CheckpointError: the file cannot be read, or ends before the chunk does.
@@ -72,6 +77,7 @@ def read_chunk(chunk: Chunk, buffer: Bytes) -> None:
         # A descriptor each: the kernel keeps how far it reads ahead by descriptor.
         file = os.open(chunk.entry.file, os.O_RDONLY)
         try:
+            check(file, chunk)
             read_rows(file, chunk, buffer[: chunk.kept_bytes])
         finally:
             os.close(file)

@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from parallel.kernels import dequantize_packed, wide
+from parallel.kernels import dequantize_packed, pack_four_bits, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
 from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
@@ -70,7 +70,8 @@ class W4A16Linear(GroupedLinear):
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
         super().__init__(weight.shape, grouped.order, max_rows=MAX_ROWS)
-        pack = partial(pack_values, in_pairs=weight.codebook is not None)
+        own = weight.values.device.type == "cuda"
+        pack = partial(pack_four_bits.pack if own else pack_values, in_pairs=weight.codebook is not None)
         self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
         self.register_buffer("codebook", None if weight.codebook is None else pack_codebook(weight.codebook))

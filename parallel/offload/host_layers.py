@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from parallel.engine.layout import Layout
 from parallel.engine.merged import LayerMerger
 from parallel.linear import ShardedLayer
+from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
 from parallel.offload.host_trial import HostRates
@@ -46,7 +47,8 @@ class HostLayer:
 
 
 class HostLayers:
-    """The layers of one model with the indices `streamed`, once `keep` has had them; all others are on the device.
+    """The layers of one model with the indices `streamed`, once `keep` has had them; all others are on the device, or
+    on the `disk`.
 
     `embedding`: set once `keep_embedding` had a model whose embedding is not its head too.
 
@@ -54,8 +56,15 @@ class HostLayers:
         shared: what of them the host computes itself in passes of few rows (see sharing.py).
     """
 
-    def __init__(self, streamed: Sequence[int], device: torch.device, shared: SharedLayers = NOTHING_SHARED) -> None:
+    def __init__(
+        self,
+        streamed: Sequence[int],
+        device: torch.device,
+        shared: SharedLayers = NOTHING_SHARED,
+        disk: DiskLayers | None = None,
+    ) -> None:
         self.streamed, self.device, self.shared = tuple(sorted(streamed)), device, shared
+        self.disk = disk
         self.host_memory = HostMemory(len(self.streamed), device)
         self.kept: dict[int, HostLayer] = {}
         self.embedding: HostEmbedding | None = None
@@ -77,6 +86,8 @@ class HostLayers:
 
     def keep(self, index: int, layer: nn.Module) -> None:
         """Takes the weights of a merged layer off the device, if it is one of the streamed; shapes remain."""
+        if self.disk is not None and self.disk.keep(index, layer):
+            return
         if index not in self.streamed:
             return
         layout = Layout.of(layer)

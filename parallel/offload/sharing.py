@@ -41,7 +41,11 @@ class SharingStreamer(Streamer):
         self.order = self.other_places if is_shared else self.all_places
         for index, layer in enumerate(layers):
             place = self.places.get(index)
-            if place is None:
+            if self.disk is not None and index in self.disk.places:
+                self.disk.acquire(index)
+                yield layer
+                self.disk.release()
+            elif place is None:
                 yield layer
             elif is_shared and index in self.on_host:
                 self.layers[place].layout.bind(self.on_host[index])

@@ -32,7 +32,8 @@ class Streamer:
         self.layers: list[HostLayer] = [layers.kept[index] for index in layers.streamed]
         # Of each streamed layer, where it stands among them.
         self.places = {index: place for place, index in enumerate(layers.streamed)}
-        largest = max(layer.layout.num_bytes for layer in self.layers)
+        self.disk = layers.disk
+        largest = max((layer.layout.num_bytes for layer in self.layers), default=0)
         self.buffers = torch.empty(NUM_STAGED, largest, dtype=torch.uint8, device=self.device)
         self.views = [[layer.layout.views(buffer) for buffer in self.buffers] for layer in self.layers]
         self.copies: CopyQueue = open_copy_queue(self.device, NUM_STAGED)
@@ -54,12 +55,16 @@ class Streamer:
         """
         for index, layer in enumerate(layers):
             place = self.places.get(index)
-            if place is None:
+            if self.disk is not None and index in self.disk.places:
+                self.disk.acquire(index)
                 yield layer
-                continue
-            self.acquire(place)
-            yield layer
-            self.release()
+                self.disk.release()
+            elif place is None:
+                yield layer
+            else:
+                self.acquire(place)
+                yield layer
+                self.release()
 
     def acquire(self, place: int) -> None:
         """What is queued from here on finds the layer's weights in place."""

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from launcher.config import OffloadConfig, OffloadKind, TaskConfig, TaskKind
 from launcher.memory import Demand
 from launcher.memory_fit import fits
-from launcher.offload import HOST_BYTES_PER_RANK, OffloadPlan
+from launcher.offload import OffloadPlan
+from launcher.offload_disk import HOST_BYTES_PER_RANK
 from launcher.plan import GIB, KEPT_FREE, Plan
 from launcher.plan_text import describe
 from launcher.shape import TYPICAL_SCHEMES
@@ -115,7 +116,8 @@ def test_host_memory_that_does_not_suffice_is_told_with_both_sizes() -> None:
     for part in (
         f"{needed / GIB:.2f}",
         "of 32.00 are free",
-        "What would fit: gpus=2 with 2 such cards; or more free host",
+        "What would fit: gpus=2 with 2 such cards; or offload.disk=checkpoint, which reads some ",
+        "or more free host memory",
     ):
         assert part in message
     streamed(plan(AWQ_4, replace(small, host_free_bytes=needed), task=TaskConfig(TaskKind.generate)))

@@ -24,6 +24,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 typedef unsigned int u32;
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 struct Index { int x, y; };
@@ -228,6 +229,12 @@ extern "C" void run_dequantize_host(const void* packed, const void* scales, void
   run_grid({num_out / BLOCK, num_in / group_size}, THREADS, [=] {
     dequantize_host((const u32*)packed, (const u32*)scales, (uint4*)out, num_in, num_out, all, group_size);
   });
+}
+
+#elif defined(RUN_PACK)
+
+extern "C" void run_pack(const void* values, void* packed, int units, int num_halves, int num_blocks) {
+  run_grid({num_blocks, 1}, WARPS * 32, [=] { pack_four_bits((const uint2*)values, (uint4*)packed, units, num_halves); });
 }
 
 #else

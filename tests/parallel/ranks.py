@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
@@ -21,6 +22,7 @@ from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
@@ -52,11 +54,18 @@ def build(communicator: Communicator, folder: Path, dtype: torch.dtype = torch.f
 
 
 def load(
-    communicator: Communicator, folder: Path, dtype: torch.dtype = torch.float32, host_layers: HostLayers | None = None
+    communicator: Communicator,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    host_layers: HostLayers | None = None,
+    quantize: Scheme | None = None,
 ) -> nn.Module:
     model = build(communicator, folder, dtype)
     on_placed = HostLoader(model.module, host_layers) if host_layers else lambda name: None
-    load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=on_placed)
+    checkpoint = read_checkpoint(folder)
+    if host_layers is not None and host_layers.disk is not None:
+        host_layers.disk.open(model, checkpoint, quantize)
+    load_checkpoint(model, checkpoint, CPU, on_placed=on_placed, quantize=quantize)
     return model.module
 
 
@@ -73,14 +82,17 @@ def make_engine(
     speculation: Speculation | None = None,
     draft: Path | None = None,
     streamed: Sequence[int] = (),
+    on_disk: Sequence[int] = (),
+    quantize: Scheme | None = None,
 ) -> Engine:
     """`draft`: the folder of a draft model, for a `speculation` that needs one. `streamed`: layers in host memory."""
     limits = EngineLimits(max_context, batch_size, prefill_chunk)
-    host_layers = HostLayers(streamed, CPU) if streamed else None
+    disk = DiskLayers(on_disk, CPU) if on_disk else None
+    host_layers = HostLayers(streamed, CPU, disk=disk) if streamed or on_disk else None
     if speculation is not None and draft is not None:
         speculation = replace(speculation, draft=load(communicator, draft, dtype))
     return Engine(
-        load(communicator, folder, dtype, host_layers),
+        load(communicator, folder, dtype, host_layers, quantize),
         communicator,
         CPU,
         limits,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.kernels import w4a16, w8a16, wide
+from parallel.kernels import pack_four_bits, w4a16, w8a16, wide
 from parallel.kernels.dequantize_packed import count_blocks
 from parallel.kernels.host_int4 import OUTPUTS_PER_BLOCK, pack_values
 from parallel.kernels.tiles import Launch
@@ -123,6 +123,20 @@ def test_the_source_dequantises_what_is_packed_for_the_host(tmp_path: Path, bloc
     expected = (weight.values[block:].double() - 8) * factors + shifts
     assert torch.equal(found[:NUM_IN].t(), expected.bfloat16())
     assert found[NUM_IN].isnan().all()
+
+
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_the_source_packs_as_plain_torch_does(tmp_path: Path, in_pairs: bool) -> None:
+    library = compile_source(tmp_path, "pack_four_bits.cu", ["-DRUN_PACK", "-DEAGER=0", f"-DIN_PAIRS={int(in_pairs)}"])
+    # Halves of units that the warps of a block do not share evenly.
+    values = torch.randint(0, 16, (48, 384), dtype=torch.uint8)
+    packed = torch.full((3, 3, 2, 32, 4), -1, dtype=torch.int32)
+    library.run_pack(pointer(values), pointer(packed), 3, 17, pack_four_bits.count_blocks(3, 3))
+    expected = w4a16.pack_values(values, in_pairs=in_pairs)
+    assert torch.equal(packed.flatten(0, 2)[:17], expected.flatten(0, 2)[:17])
+    assert (packed.flatten(0, 2)[17:] == -1).all()
+    library.run_pack(pointer(values), pointer(packed), 3, 18, pack_four_bits.count_blocks(3, 3))
+    assert torch.equal(packed, expected)
 
 
 def layer_and_layout(
