@@ -91,7 +91,7 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     streamer = engine.streamer
     if streamer is None:
         return None
-    num_bytes, shared = streamer.step_bytes, streamer.host_layers.shared
+    num_bytes, shared = streamer.pass_bytes(step_rows(engine)), streamer.host_layers.shared
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
         "resident_layers": engine.decoder.num_layers - len(streamer.layers),
@@ -109,6 +109,13 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
         "floor_ms": num_bytes / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None,
         "share_of_copy": rate / copy_bytes_per_sec if rate and copy_bytes_per_sec else None,
     }
+
+
+def step_rows(engine: Engine) -> int:
+    """Of a decode step of all sequences; of trees that are chosen, as the last was."""
+    speculator = engine.speculator
+    rows = 1 if speculator is None else speculator.rows_per_sequence
+    return engine.limits.batch_size * (rows if engine.plan is None else engine.plan.size)
 
 
 def bandwidth(
