@@ -29,7 +29,7 @@ PLANS = {
     "narrow": TreePlan(7, 3, 2),
     "wide": TreePlan(20, 4, 5),
     "whole": TreePlan(64, 4, 4),
-    "large": TreePlan(256, 8, 12),
+    "large": TreePlan(130, 8, 10),
 }
 NGRAM = Speculation("ngram", tree=TreePlan(10, 4, 1))
 
