@@ -92,8 +92,8 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     streamer = engine.streamer
     if streamer is None:
         return None
-    disk = streamer.disk
-    num_bytes, shared = streamer.step_bytes, streamer.host_layers.shared
+    disk, shared = streamer.disk, streamer.host_layers.shared
+    num_bytes = streamer.pass_bytes(step_rows(engine))
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
         "resident_layers": engine.decoder.num_layers - len(streamer.layers) - (len(disk.indices) if disk else 0),
@@ -122,6 +122,13 @@ def from_disk(disk: DiskLayers, step_ms: float) -> dict[str, Any]:
         "ring_bytes": disk.ring_bytes,
         "gb_per_sec": disk.bytes_per_pass / step_ms / 1e6 if step_ms else None,
     }
+
+
+def step_rows(engine: Engine) -> int:
+    """Of a decode step of all sequences; of trees that are chosen, as the last was."""
+    speculator = engine.speculator
+    rows = 1 if speculator is None else speculator.rows_per_sequence
+    return engine.limits.batch_size * (rows if engine.plan is None else engine.plan.size)
 
 
 def bandwidth(

@@ -35,6 +35,9 @@ class SharingStreamer(Streamer):
     def step_bytes(self) -> int:
         return sum(self.layers[place].layout.num_bytes for place in self.other_places)
 
+    def pass_bytes(self, num_rows: int) -> int:
+        return self.step_bytes if num_rows <= self.max_rows else super().pass_bytes(num_rows)
+
     def through(self, layers: Iterable[nn.Module], num_rows: int) -> Iterator[nn.Module]:
         """As Streamer's; in passes of up to `max_rows` the layers of the host have the weights there instead."""
         is_shared = num_rows <= self.max_rows

@@ -47,6 +47,10 @@ class Streamer:
         """What a pass of few rows copies."""
         return self.host_layers.streamed_bytes
 
+    def pass_bytes(self, num_rows: int) -> int:
+        """What a pass of so many rows copies."""
+        return self.host_layers.streamed_bytes
+
     def through(self, layers: Iterable[nn.Module], num_rows: int) -> Iterator[nn.Module]:
         """The layers of the model in turn, each with its weights on the device until the next is asked for.
 

@@ -53,6 +53,19 @@ def test_answers_are_those_without_drafts(gpus: int, sampling: tuple[str, ...], 
         assert found["accepted"] > 0 or found["choices"]
 
 
+def test_streamed_layers_beside_a_draft_model(tmp_path: Path) -> None:
+    """The same answers, of trees of all sizes and of chosen ones; what they copied."""
+    plain, _ = answers(tmp_path / "none", "gpus=1", *FP32)
+    streamed = ("gpus=1", *FP32, "offload.enabled=on", "offload.resident_layers=2")
+    for name, tree in trees(tmp_path / "models").items():
+        tokens, report = answers(tmp_path / name, *streamed, *tree)
+        assert tokens == plain, name
+        found = report["speculation"]
+        assert len(report["offload"]["streamed_layers"]) == 3
+        assert found["copy_ms"] > 0
+        print(f"{name}: {found['draft_ms']:.2f} + {found['verify_ms']:.2f} ms, {found['copy_ms']:.2f} to copy")
+
+
 def test_kernels_in_bf16_agree_but_for_near_ties(tmp_path: Path) -> None:
     """With the tree's own attention kernel, which float32 does not take."""
     args = ("gpus=1", "model.dtype=bfloat16", "workload.output_tokens=40", "workload.batch_size=3")

@@ -19,7 +19,7 @@ from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.drafter import ModelDrafter
-from parallel.engine.speculation.policy import Costs
+from parallel.engine.speculation.policy import Costs, Policy
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 from parallel.engine.speculation.tune import tune
@@ -141,6 +141,36 @@ def test_ranks_measure_for_themselves_and_choose_alike(streamed: Sequence[int], 
     costs, steps, _ = first
     assert set(costs) == {PLAIN, *TREES[:4]}
     assert len(steps) > 1
+
+
+LARGE, SMALLER = TreePlan(16, 5, 4), (TreePlan(4, 3, 4), TreePlan(8, 3, 4))
+
+
+def foretold(communicator: Communicator, draft: Path) -> list[tuple[float, float]]:
+    """Tokens of a pass with each plan as they were, and as trees of the largest foretold them."""
+    policy, found = Policy((*SMALLER, LARGE)), []
+    for plan in (LARGE, *SMALLER):
+        speculation = Speculation("draft", choices=(plan,))
+        engine = make_engine(
+            communicator, DEMO, max_context=128, speculation=speculation, draft=draft, sampling=SAMPLED
+        )
+        scripted = script(engine, [plan])
+        result = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), StopRules(60))
+        for seen, nodes in scripted.seen if plan == LARGE else ():
+            policy.learn(seen, nodes)
+        lengths = result.acceptance.lengths
+        found.append((1 + result.acceptance.accepted / lengths.total(), policy.expected(plan)))
+    return found
+
+
+def test_a_large_tree_foretells_what_smaller_ones_give(tmp_path: Path) -> None:
+    """Of the demo model and its first four layers, which guess well; of 240 tokens, so within a sixth."""
+    draft = write_truncated(DEMO, tmp_path / "draft", 4)
+    (large, own), *smaller = run_on_ranks(foretold, 1, draft)[0]
+    assert own == pytest.approx(large, rel=0.1)
+    for measured, expected in smaller:
+        assert 1.2 < measured < large
+        assert expected == pytest.approx(measured, rel=1 / 6)
 
 
 def lengths_by_chains(communicator: Communicator, folder: Path) -> list[int]:

@@ -35,13 +35,16 @@ class ModelDrafter:
         self.model.part_states(parts)
 
     def take_in(self, rows: Rows, history: Tensor, num: int) -> None:
-        """Caches, of each row's sequence, the `num` tokens before its newest two, which the next drafts begin with.
+        """Caches, of each row's sequence, the `num` tokens or more before its newest two, with which drafts begin.
+
+        All passes are of one shape, for which kernels are compiled once.
 
         Args:
             history: as of Drafter.propose.
         """
-        for start in range(-1 - num, -1, TAKEN_IN):
-            offsets = torch.arange(start, min(start + TAKEN_IN, -1), device=history.device)
+        num_passes = -(-min(num, history.shape[1]) // TAKEN_IN)
+        for start in range(-1 - num_passes * TAKEN_IN, -1, TAKEN_IN):
+            offsets = torch.arange(start, start + TAKEN_IN, device=history.device)
             places = (rows.positions.unsqueeze(1) + offsets).clamp(min=0)
             tokens = history.gather(1, places).long().clamp(max=sum(self.sampler.shards.sizes) - 1)
             self.model.row_states(rows.spread(tokens, start))
