@@ -1,8 +1,7 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from parallel.engine.generate import StopRules
 from tests.parallel.ranks import ModelRun, run_model, run_on_ranks
@@ -16,15 +15,7 @@ from tests.parallel.small_models import (
     compute_reference,
     write_model,
 )
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models are small: more threads only wait for each other, long where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread as one_thread
 
 
 @pytest.fixture(scope="package")
