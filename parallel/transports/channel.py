@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator, SeparateNorm, TransportError
+from parallel.communicator import Around, Communicator, TransportError
 from parallel.kernels.launch import load_kernel
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
@@ -98,13 +98,12 @@ class Channel:
 C = TypeVar("C", bound=Channel)
 
 
-class OverChannel(SeparateNorm, Generic[C]):
+class OverChannel(Around, Generic[C]):
     """What communicators over a channel have in common; `inner` carries what the channel does not."""
 
     def __init__(self, inner: Communicator, channel: C) -> None:
-        self.inner, self.channel = inner, channel
-        self.rank, self.world_size = inner.rank, inner.world_size
-        self.capturable = inner.capturable
+        super().__init__(inner)
+        self.channel = channel
 
     def barrier(self) -> None:
         # In this order a lost peer is an error here and not another wait in `inner`.

@@ -93,9 +93,6 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_copies(
     inner: Communicator, device: torch.device, *, timeout_sec: float, layout: CopyLayout | None = None

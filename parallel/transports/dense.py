@@ -162,9 +162,6 @@ class DenseHostMemory(OverChannel[DenseChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_dense(
     inner: Communicator,

@@ -135,9 +135,6 @@ class NormHostMemory(OverChannel[NormChannel]):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self.inner.all_reduce(tensor)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
     def all_reduce_add_norm(self, update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         # By what all ranks know: shape and type, not where the tensors lie.
         takes = update.dtype == residual.dtype == weight.dtype == torch.bfloat16 and update.dim() == 2

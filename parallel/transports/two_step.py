@@ -107,9 +107,6 @@ class TwoStepHostMemory(OverChannel[TwoStepChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_two_step(inner: Communicator, device: torch.device, *, timeout_sec: float) -> TwoStepHostMemory:
     """Opens slots for all ranks of `inner`, which carries all but large all-reduces.
