@@ -1,6 +1,8 @@
 # `make run` and `make test` set up everything they need in .venv by themselves.
 PYTHON ?= python3
 GPUS ?= 2
+# Files of tests at a time. Some start ranks for each core, others mostly wait.
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -10,7 +12,7 @@ run: $(VENV)/installed  ## the main job: the demo model on GPUS ranks (cards, or
 	$(BIN)/torchrun -m launcher gpus=$(GPUS)
 
 test: $(VENV)/installed  ## every test that needs no card
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed  ## style and types
 	$(BIN)/ruff check .

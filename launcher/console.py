@@ -170,7 +170,18 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
 def cards_table(cards: list[dict[str, Any]]) -> Table:
     """Memory predicted and measured, and what the card did meanwhile."""
     unit, unit_bytes = memory_unit(max(card["peak_bytes"] or 0 for card in cards))
-    names = (f"predicted {unit}", f"peak {unit}", "W", "J", "max C", "SM MHz", "PCIe", "replays", "throttled")
+    names = (
+        f"predicted {unit}",
+        f"peak {unit}",
+        f"host {unit}",
+        "W",
+        "J",
+        "max C",
+        "SM MHz",
+        "PCIe",
+        "replays",
+        "throttled",
+    )
     table = Table("card", *names)
     for card in cards:
         link = f"{card['pcie_generation']} x{card['pcie_lanes']}" if card["pcie_generation"] else UNKNOWN
@@ -178,6 +189,7 @@ def cards_table(cards: list[dict[str, Any]]) -> Table:
             card["name"],
             amount(card["predicted_bytes"], unit_bytes),
             amount(card["peak_bytes"], unit_bytes),
+            amount(card.get("host_peak_bytes"), unit_bytes),
             number(card["power_w"]),
             number(card["energy_j"]),
             number(card["temperature_c"]),
@@ -186,7 +198,8 @@ def cards_table(cards: list[dict[str, Any]]) -> Table:
             number(card["pcie_replays"]),
             ", ".join(card["throttle_reasons"]) or UNKNOWN,
         )
-    table.caption = f"peak: {', '.join(sorted({card['source'] for card in cards}))}"
+    sources = ", ".join(sorted({card["source"] for card in cards}))
+    table.caption = f"peak: {sources}; host: peak of the rank's process"
     return table
 
 

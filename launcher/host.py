@@ -10,6 +10,7 @@ import psutil
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
+STATUS_OF_PROCESS = Path("/proc/self/status")
 
 
 def read_memory() -> tuple[int, int]:
@@ -29,6 +30,18 @@ def read_memory() -> tuple[int, int]:
 def num_cores() -> int:
     """Cores that this process may run on; at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_bytes() -> int | None:
+    """The most host memory that was ever resident for this process, mapped files and shared pages included.
+
+    None where the kernel does not tell. Not `ru_maxrss`, which begins with what the parent had.
+    """
+    try:
+        rows = [line.split() for line in STATUS_OF_PROCESS.read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(row[1]) * 1024 for row in rows if row and row[0] == "VmHWM:"), None)
 
 
 def _cgroups() -> Iterator[Path]:

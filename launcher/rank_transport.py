@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -50,7 +50,7 @@ class HostTransport(Communicator, Protocol):
     inner: Communicator
 
     @property
-    def channel(self) -> Channel: ...
+    def channel(self) -> Channel[Any]: ...
 
 
 class Wrap(Protocol):

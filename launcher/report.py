@@ -73,8 +73,7 @@ def build_report(job: Job, inventory: Inventory, telemetry: Telemetry) -> dict[s
     report |= speed(results[0], telemetry)
     usages = telemetry.summary()
     report["cards"] = [
-        card_report(job, rank, usage, result.get("memory"))
-        for rank, (usage, result) in enumerate(zip(usages, results, strict=True))
+        card_report(job, rank, usage, result) for rank, (usage, result) in enumerate(zip(usages, results, strict=True))
     ]
     report["inventory"] = asdict(inventory)
     return report
@@ -195,13 +194,17 @@ def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
     }
 
 
-def card_report(job: Job, rank: int, usage: CardUsage, memory: dict[str, Any] | None) -> dict[str, Any]:
-    """One rank's card. `peak_bytes` is this run's own: what others held before it stands in `baseline_bytes`."""
+def card_report(job: Job, rank: int, usage: CardUsage, result: dict[str, Any]) -> dict[str, Any]:
+    """One rank's card. `peak_bytes` is this run's own: what others held before it stands in `baseline_bytes`.
+
+    `host_peak_bytes` is of the rank's process: the most that was resident, mapped files and shared pages included.
+    """
     seen = asdict(usage)
     if usage.peak_bytes is not None:
         seen["peak_bytes"] = usage.peak_bytes - (usage.baseline_bytes or 0)
     predicted_bytes = job.plan.cards[rank].predicted_bytes if job.plan else None
-    return seen | {"name": job.placement.names[rank], "predicted_bytes": predicted_bytes, "memory": memory}
+    from_rank = {name: result.get(name) for name in ("memory", "host_peak_bytes")}
+    return seen | {"name": job.placement.names[rank], "predicted_bytes": predicted_bytes} | from_rank
 
 
 def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from launcher import host
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
@@ -57,7 +58,8 @@ def run_rank(job: Job) -> None:
     (run_dir / "ranks" / f"{rank}.pid").write_text(str(os.getpid()))
 
     run = run_task if job.baseline is None else run_baseline
-    write_results(run_dir, rank, run(job, rank, EventWriter(run_dir, rank=rank)))
+    results = run(job, rank, EventWriter(run_dir, rank=rank))
+    write_results(run_dir, rank, results | {"host_peak_bytes": host.peak_bytes()})
 
 
 def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:

@@ -67,21 +67,13 @@ class SeparateNorm:
         return normed
 
 
-class ElidedAllReduce(SeparateNorm):
-    """A communicator whose all-reduce does nothing: what a step would cost if talking were free.
-
-    The values it leaves are wrong (each rank keeps its partial sum); it exists to be timed.
-    """
+class Around(SeparateNorm):
+    """A communicator around `inner`, whose own all-reduce is what differs."""
 
     def __init__(self, inner: Communicator) -> None:
         self.inner = inner
-        self.name = f"{inner.name} without all-reduce"
-        self.rank = inner.rank
-        self.world_size = inner.world_size
+        self.rank, self.world_size = inner.rank, inner.world_size
         self.capturable = inner.capturable
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.inner.all_gather(tensor)
@@ -91,6 +83,20 @@ class ElidedAllReduce(SeparateNorm):
 
     def check(self) -> None:
         self.inner.check()
+
+
+class ElidedAllReduce(Around):
+    """A communicator whose all-reduce does nothing: what a step would cost if talking were free.
+
+    The values it leaves are wrong (each rank keeps its partial sum); it exists to be timed.
+    """
+
+    def __init__(self, inner: Communicator) -> None:
+        super().__init__(inner)
+        self.name = f"{inner.name} without all-reduce"
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 def open_communicator(kind: str, device: torch.device, *, timeout_sec: float) -> Communicator:

@@ -10,7 +10,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator, SeparateNorm
+from parallel.communicator import Around, Communicator
 from parallel.selftest import Timing, time_calls
 from parallel.timing import p99
 
@@ -50,26 +50,17 @@ def ungroup(grouped: Tensor, count: int) -> Tensor:
     return grouped.reshape(-1, LANES, UNITS, UNIT_NUMBERS).transpose(1, 2).flatten()[:count]
 
 
-class Rounded(SeparateNorm):
+class Rounded(Around):
     """All-reduces of `inner` over numbers rounded to 8 bits; integers and gathers as they are."""
 
     def __init__(self, inner: Communicator) -> None:
-        self.inner, self.name = inner, f"{inner.name}_int8"
-        self.rank, self.world_size, self.capturable = inner.rank, inner.world_size, inner.capturable
+        super().__init__(inner)
+        self.name = f"{inner.name}_int8"
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return self.inner.all_reduce(tensor)
         return tensor.copy_(self.inner.all_reduce(round_to_int8(tensor)))
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
-    def barrier(self) -> None:
-        self.inner.barrier()
-
-    def check(self) -> None:
-        self.inner.check()
 
 
 def find_wrong_rounded_sums(communicator: Communicator, device: torch.device) -> str:

@@ -14,6 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
 from launcher.sweeps.resume import is_resume_folder
+from launcher.units import GIB
+from tests.launcher.cli import run_together
 from tools import claims, slurm
 from tools.results_table import choose_render
 
@@ -23,6 +25,8 @@ RESULTS = sorted((ROOT / "results").glob("*.json"))
 PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "results") for page in sorted(folder.glob("*.md"))]
 HOST = (ROOT / "docs" / "host.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README + HOST, flags=re.MULTILINE)
+PLAN = ("task=plan", "model=llama3_3_70b_awq", "hardware=rtx4090")
+KV_FP8 = "engine.kv_dtype=fp8"
 SLURM_COMMANDS = re.findall(r"^python -m tools.slurm (.*) > .*$", README, flags=re.MULTILINE)
 
 
@@ -63,6 +67,22 @@ def test_script_of_the_readme_is_written(
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     assert slurm.main(shlex.split(command)) == 0, capsys.readouterr().err
     assert "#SBATCH --gres=gpu:2\n" in capsys.readouterr().out
+
+
+def test_readme_says_what_the_plan_says(tmp_path: Path) -> None:
+    """Of two cards, of the same with FP8 keys and values, and of one card with half of the layers."""
+    chat = (*PLAN, "gpus=2", "workload=chat")
+    # Where nobody has calibrated such cards.
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    two, fp8, one = run_together(tmp_path, chat, (*chat, KV_FP8), (*PLAN, "gpus=1"), env=env)
+    predicted, offload = two.report["predicted"], one.report["predicted"]["offload"]
+    gib, tokens = predicted["cards"][0]["predicted_bytes"] / GIB, predicted["kv_tokens_that_fit"]
+    prose = " ".join(README.split())
+    assert f"It predicts {gib:.2f} of 23.60 GiB a card with {two.report['max_context']:,} tokens of context" in prose
+    assert f"KV cache for {tokens:,} ({fp8.report['predicted']['kv_tokens_that_fit']:,} with `{KV_FP8}`)" in prose
+    assert f"and {predicted['tpot_ms']:.1f} ms a token." in prose
+    assert f"the plan says {offload['resident_layers']} of 80 layers, {offload['host_bytes'][0] / GIB:.1f} GiB" in prose
+    assert f"{offload['pass_bytes'][0] / 1e9:.1f} GB a pass and {offload['pass_ms']:.0f} ms or more" in prose
 
 
 def test_readme_shows_scripts() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 # Streams that share one of the card's queues wait for one another, and ranks must not. CUDA reads it when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from parallel.transports import dense
-from parallel.transports.channel import Channel
+from parallel.transports.channel import Channel, RegionLayout
 from parallel.transports.dense import DenseChannel, DenseLayout, LineFormat
 from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
 from parallel.transports.host_memory_norm import NormChannel, NormLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
 from parallel.transports.two_step import PIECE_BYTES, TwoStepChannel, TwoStepLayout
 
-C = TypeVar("C", bound=Channel)
+C = TypeVar("C", bound=Channel[Any])
 
 
 class RanksOnOneCard(Generic[C]):
@@ -34,17 +34,16 @@ class RanksOnOneCard(Generic[C]):
     Memory must be allocated and inputs made before `run`: what waits for the card would wait for a peer's kernel too.
     """
 
-    def __init__(
-        self, world_size: int, device: torch.device, num_bytes: int, make: Callable[[SharedRegion, int], C]
-    ) -> None:
+    def __init__(self, kind: type[C], layout: RegionLayout, device: torch.device, timeout_sec: float) -> None:
         self.device = device
         torch.zeros(1, device=device)
-        descriptor = create_memory(num_bytes)
-        self.region = SharedRegion(descriptor, num_bytes)
+        descriptor = create_memory(layout.num_bytes)
+        self.region = SharedRegion(descriptor, layout.num_bytes)
         os.close(descriptor)
         self.region.register()
-        self.channels = [make(self.region, rank) for rank in range(world_size)]
-        self.streams = [torch.cuda.Stream(device) for _ in range(world_size)]
+        ranks = range(layout.world_size)
+        self.channels = [kind(self.region, layout, rank, device, timeout_sec=timeout_sec) for rank in ranks]
+        self.streams = [torch.cuda.Stream(device) for _ in ranks]
         torch.cuda.synchronize(device)
 
     def run(self, call: Callable[[C], object], ranks: Sequence[int] | None = None) -> None:
@@ -81,12 +80,7 @@ def ranks_on_one_card(
     world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
 ) -> Iterator[RanksOnOneCard[SlotChannel]]:
     """Ranks that talk through slots."""
-    layout = Layout(world_size, max_bytes)
-
-    def make(region: SharedRegion, rank: int) -> SlotChannel:
-        return SlotChannel(region, layout, rank, device, timeout_sec=timeout_sec)
-
-    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+    yield from closing(RanksOnOneCard(SlotChannel, Layout(world_size, max_bytes), device, timeout_sec))
 
 
 @contextmanager
@@ -99,12 +93,7 @@ def dense_on_one_card(
     timeout_sec: float = 10,
 ) -> Iterator[RanksOnOneCard[DenseChannel]]:
     """Ranks that exchange a batch's messages in one hop."""
-    layout = DenseLayout(world_size, max_bytes, lines)
-
-    def make(region: SharedRegion, rank: int) -> DenseChannel:
-        return DenseChannel(region, layout, rank, device, timeout_sec=timeout_sec)
-
-    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+    yield from closing(RanksOnOneCard(DenseChannel, DenseLayout(world_size, max_bytes, lines), device, timeout_sec))
 
 
 @contextmanager
@@ -112,12 +101,7 @@ def norm_on_one_card(
     world_size: int, device: torch.device, *, timeout_sec: float = 10
 ) -> Iterator[RanksOnOneCard[NormChannel]]:
     """Ranks whose sums and norms are one kernel."""
-    layout = NormLayout(world_size)
-
-    def make(region: SharedRegion, rank: int) -> NormChannel:
-        return NormChannel(region, layout, rank, device, timeout_sec=timeout_sec)
-
-    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+    yield from closing(RanksOnOneCard(NormChannel, NormLayout(world_size), device, timeout_sec))
 
 
 @contextmanager
@@ -125,12 +109,7 @@ def two_step_on_one_card(
     world_size: int, device: torch.device, *, piece_bytes: int = PIECE_BYTES, timeout_sec: float = 10
 ) -> Iterator[RanksOnOneCard[TwoStepChannel]]:
     """Ranks that exchange large messages in two steps."""
-    layout = TwoStepLayout(world_size, piece_bytes)
-
-    def make(region: SharedRegion, rank: int) -> TwoStepChannel:
-        return TwoStepChannel(region, layout, rank, device, timeout_sec=timeout_sec)
-
-    yield from closing(RanksOnOneCard(world_size, device, layout.num_bytes, make))
+    yield from closing(RanksOnOneCard(TwoStepChannel, TwoStepLayout(world_size, piece_bytes), device, timeout_sec))
 
 
 def closing(ranks: RanksOnOneCard[C]) -> Iterator[RanksOnOneCard[C]]:

@@ -24,10 +24,12 @@ from launcher.timing.predict import Times
 from launcher.topology import place_ranks, resolve_world_size
 from launcher.units import GIB
 
-# A rank beside its card: torch, the CUDA libraries, pinned buffers of the load and of all-reduces (256 MiB each at
-# most). An estimate: what the kernel counts of files that were read is given back before memory runs out.
+# Host memory of a rank beside its card, in GiB: an estimate until reports of cards have shown `host_peak_bytes`.
+# Measured on a CPU: Python with torch and DeepSpeed .4, buffers of a load .25 (results/load_cpu_202611.md). Counted in
+# the layouts: slots of all transports on four ranks .25. Not measured: 2 to 3 for CUDA's context and libraries. A fifth
+# is left over. What the kernel counts of files that were read is given back before memory runs out.
 RANK_GIB = 5
-# The process that starts the ranks.
+# The process that starts the ranks, with torch, Hydra and telemetry: .25 measured on a CPU; plots of a sweep, and room.
 PARENT_GIB = 2
 # Ranks on the CPU have their model in host memory; measured peaks were up to 5 % above the predicted ones.
 CPU_MARGIN = 1.25

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from parallel.communicator import Communicator, SeparateNorm, TransportError
+from parallel.communicator import Around, Communicator, TransportError
 from parallel.kernels.launch import load_kernel
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
@@ -32,6 +32,9 @@ class RegionLayout(Protocol):
     """Where things lie in a region; all in bytes."""
 
     @property
+    def world_size(self) -> int: ...
+
+    @property
     def num_bytes(self) -> int: ...
 
     def own(self, rank: int) -> tuple[int, int]:
@@ -39,33 +42,28 @@ class RegionLayout(Protocol):
         ...
 
 
-class Channel:
+L = TypeVar("L", bound=RegionLayout)
+
+
+class Channel(Generic[L]):
     """Launches the kernels of one source file over a registered region.
 
     Calls must follow one another on the card, as on one stream; every rank makes the same ones.
     """
 
-    def __init__(
-        self,
-        region: SharedRegion,
-        world_size: int,
-        rank: int,
-        device: torch.device,
-        *,
-        source: str,
-        names: Sequence[str],
-        timeout_sec: float,
-        parameters: str = PARAMETERS,
-        options: tuple[str, ...] = (),
-    ) -> None:
-        self.region, self.rank = region, rank
+    source: str
+    names: Sequence[str] = tuple(REDUCTIONS.values())
+    parameters = PARAMETERS
+
+    def __init__(self, region: SharedRegion, layout: L, rank: int, device: torch.device, *, timeout_sec: float) -> None:
+        self.region, self.layout, self.rank = region, layout, rank
         self.timeout_sec = timeout_sec
         # Epoch and arrivals, then the peer that did not answer, plus one.
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.error = region.word(rank * ERROR_STRIDE)
         # All of them now: loading code needs the card, which may be waiting for a peer later.
-        options = (f"-DWORLD={world_size}", *options)
-        self.kernels = {name: load_kernel(FOLDER / source, name, options, parameters, device.index) for name in names}
+        path, options = FOLDER / self.source, (f"-DWORLD={layout.world_size}",)
+        self.kernels = {name: load_kernel(path, name, options, self.parameters, device.index) for name in self.names}
 
     def launch(
         self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
@@ -95,16 +93,15 @@ class Channel:
         )
 
 
-C = TypeVar("C", bound=Channel)
+C = TypeVar("C", bound=Channel[Any])
 
 
-class OverChannel(SeparateNorm, Generic[C]):
+class OverChannel(Around, Generic[C]):
     """What communicators over a channel have in common; `inner` carries what the channel does not."""
 
     def __init__(self, inner: Communicator, channel: C) -> None:
-        self.inner, self.channel = inner, channel
-        self.rank, self.world_size = inner.rank, inner.world_size
-        self.capturable = inner.capturable
+        super().__init__(inner)
+        self.channel = channel
 
     def barrier(self) -> None:
         # In this order a lost peer is an error here and not another wait in `inner`.
@@ -137,9 +134,9 @@ def plain_copy(tensor: Tensor) -> Tensor:
 
 
 def open_channel(
-    communicator: Communicator, device: torch.device, layout: RegionLayout, make: Callable[[SharedRegion], C]
+    kind: type[C], communicator: Communicator, device: torch.device, layout: RegionLayout, *, timeout_sec: float
 ) -> C:
-    """A region for all ranks of `communicator`, registered, and this rank's end of it.
+    """A region for all ranks of `communicator`, registered, and this rank's end of it, a `kind` with that layout.
 
     Raises:
         TransportError: on every rank, if one of them cannot map or register the memory or compile the kernels.
@@ -151,7 +148,7 @@ def open_channel(
     channel, problem = None, ""
     try:
         region.register()
-        channel = make(region)
+        channel = kind(region, layout, communicator.rank, device, timeout_sec=timeout_sec)
     except Exception as error:  # The driver refuses the memory; NVRTC is missing or refuses the code.
         problem = first_line(error)
     raise_everywhere(communicator, device, problem)

@@ -22,8 +22,11 @@ from parallel.transports.shared_region import SharedRegion
 PARAMETERS = "PPPiii"
 
 
-class CopyChannel(Channel):
+class CopyChannel(Channel[CopyLayout]):
     """All-reduce of any length that is a multiple of 16 bytes, on tensors that are contiguous and aligned to 16."""
+
+    source = "host_memory_copies.cu"
+    parameters = PARAMETERS
 
     def __init__(
         self, region: SharedRegion, layout: CopyLayout, rank: int, device: torch.device, *, timeout_sec: float
@@ -31,17 +34,7 @@ class CopyChannel(Channel):
         flags = [[region.word(layout.flag(each, lane)) for lane in LANES] for each in range(layout.world_size)]
         errors = [region.word(each * ERROR_STRIDE) for each in range(layout.world_size)]
         self.watch = CopyWatch(rank, flags, errors, timeout_sec)
-        super().__init__(
-            region,
-            layout.world_size,
-            rank,
-            device,
-            source="host_memory_copies.cu",
-            names=tuple(REDUCTIONS.values()),
-            timeout_sec=timeout_sec,
-            parameters=PARAMETERS,
-        )
-        self.layout = layout
+        super().__init__(region, layout, rank, device, timeout_sec=timeout_sec)
         self.streams = CardStreams(region, layout, rank, device)
         self.segments = 0
         self.watch.start()
@@ -93,9 +86,6 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_copies(
     inner: Communicator, device: torch.device, *, timeout_sec: float, layout: CopyLayout | None = None
@@ -106,5 +96,4 @@ def wrap_copies(
         TransportError: as `open_channel`; also where the driver cannot write and await flags in a stream.
     """
     chosen = layout or choose_layout(inner.world_size)
-    make = lambda region: CopyChannel(region, chosen, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
-    return CopiedHostMemory(inner, open_channel(inner, device, chosen, make))
+    return CopiedHostMemory(inner, open_channel(CopyChannel, inner, device, chosen, timeout_sec=timeout_sec))

@@ -124,22 +124,15 @@ def choose_launch(num_bytes: int, lines: LineFormat) -> tuple[int, int]:
     return blocks, LANES * min(warps, -(-tiles // blocks))
 
 
-class DenseChannel(Channel):
+class DenseChannel(Channel[DenseLayout]):
     """All-reduce of up to `layout.max_bytes` in whole units, on tensors that are contiguous and aligned to 16 bytes."""
 
     def __init__(
         self, region: SharedRegion, layout: DenseLayout, rank: int, device: torch.device, *, timeout_sec: float
     ) -> None:
-        super().__init__(
-            region,
-            layout.world_size,
-            rank,
-            device,
-            source=layout.lines.source,
-            names=tuple(REDUCTIONS[dtype] for dtype in layout.lines.dtypes),
-            timeout_sec=timeout_sec,
-        )
-        self.layout = layout
+        self.source = layout.lines.source
+        self.names = tuple(REDUCTIONS[dtype] for dtype in layout.lines.dtypes)
+        super().__init__(region, layout, rank, device, timeout_sec=timeout_sec)
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
@@ -162,9 +155,6 @@ class DenseHostMemory(OverChannel[DenseChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_dense(
     inner: Communicator,
@@ -180,8 +170,7 @@ def wrap_dense(
         TransportError: as `open_channel`.
     """
     layout = DenseLayout(inner.world_size, max_bytes, lines)
-    make = lambda region: DenseChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
-    return DenseHostMemory(inner, open_channel(inner, device, layout, make))
+    return DenseHostMemory(inner, open_channel(DenseChannel, inner, device, layout, timeout_sec=timeout_sec))
 
 
 def wrap_int8(inner: Communicator, device: torch.device, *, timeout_sec: float) -> DenseHostMemory:

@@ -28,7 +28,6 @@ from parallel.transports.channel import (
     plain_copy,
     reduce_aligned,
 )
-from parallel.transports.shared_region import SharedRegion
 from parallel.transports.torch_distributed import open_nccl
 
 KIB = 1024
@@ -80,17 +79,11 @@ def choose_launch(num_bytes: int) -> tuple[int, int]:
     return min(blocks, -(-lines // threads)), threads
 
 
-class SlotChannel(Channel):
+class SlotChannel(Channel[Layout]):
     """Collectives of up to `layout.max_bytes`, on tensors that are contiguous and aligned to 8 bytes."""
 
-    def __init__(
-        self, region: SharedRegion, layout: Layout, rank: int, device: torch.device, *, timeout_sec: float
-    ) -> None:
-        names = (*REDUCTIONS.values(), GATHER)
-        super().__init__(
-            region, layout.world_size, rank, device, source="host_memory.cu", names=names, timeout_sec=timeout_sec
-        )
-        self.layout = layout
+    source = "host_memory.cu"
+    names = (*REDUCTIONS.values(), GATHER)
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
@@ -140,8 +133,7 @@ def wrap_host_memory(
         TransportError: as `open_channel`.
     """
     layout = Layout(inner.world_size, max_bytes)
-    make = lambda region: SlotChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
-    return HostMemory(inner, open_channel(inner, device, layout, make))
+    return HostMemory(inner, open_channel(SlotChannel, inner, device, layout, timeout_sec=timeout_sec))
 
 
 def open_host_memory(device: torch.device, timeout: timedelta) -> HostMemory:

@@ -81,23 +81,17 @@ def choose_row_blocks(hidden_size: int) -> int:
     return next((blocks for blocks in even if warps // blocks * WARP <= MAX_THREADS), warps)
 
 
-class NormChannel(Channel):
+class NormChannel(Channel[NormLayout]):
     """Rows of bfloat16 that `layout` takes, in tensors that are contiguous and aligned to 16 bytes."""
+
+    source = "host_memory_norm.cu"
+    names = (KERNEL,)
+    parameters = PARAMETERS
 
     def __init__(
         self, region: SharedRegion, layout: NormLayout, rank: int, device: torch.device, *, timeout_sec: float
     ) -> None:
-        super().__init__(
-            region,
-            layout.world_size,
-            rank,
-            device,
-            source="host_memory_norm.cu",
-            names=(KERNEL,),
-            timeout_sec=timeout_sec,
-            parameters=PARAMETERS,
-        )
-        self.layout = layout
+        super().__init__(region, layout, rank, device, timeout_sec=timeout_sec)
         self.sums = torch.zeros(MAX_ROWS * MAX_WARPS, dtype=torch.int64, device=device)
 
     def all_reduce_add_norm(self, update: Tensor, residual: Tensor, weight: Tensor, output: Tensor, eps: float) -> None:
@@ -135,9 +129,6 @@ class NormHostMemory(OverChannel[NormChannel]):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self.inner.all_reduce(tensor)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
     def all_reduce_add_norm(self, update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         # By what all ranks know: shape and type, not where the tensors lie.
         takes = update.dtype == residual.dtype == weight.dtype == torch.bfloat16 and update.dim() == 2
@@ -163,5 +154,4 @@ def wrap_norm(inner: Communicator, device: torch.device, *, timeout_sec: float) 
         TransportError: as `open_channel`.
     """
     layout = NormLayout(inner.world_size)
-    make = lambda region: NormChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
-    return NormHostMemory(inner, open_channel(inner, device, layout, make))
+    return NormHostMemory(inner, open_channel(NormChannel, inner, device, layout, timeout_sec=timeout_sec))

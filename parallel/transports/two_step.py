@@ -14,7 +14,6 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
 from parallel.transports.host_memory import MAX_RANKS
-from parallel.transports.shared_region import SharedRegion
 
 MIB = 1024 * 1024
 PIECE_BYTES = 8 * MIB
@@ -58,22 +57,10 @@ class TwoStepLayout:
         return self.start + rank * area, self.start + (rank + 1) * area
 
 
-class TwoStepChannel(Channel):
+class TwoStepChannel(Channel[TwoStepLayout]):
     """All-reduce of any length that is a multiple of 16 bytes, on tensors that are contiguous and aligned to 16."""
 
-    def __init__(
-        self, region: SharedRegion, layout: TwoStepLayout, rank: int, device: torch.device, *, timeout_sec: float
-    ) -> None:
-        super().__init__(
-            region,
-            layout.world_size,
-            rank,
-            device,
-            source="host_memory_two_step.cu",
-            names=tuple(REDUCTIONS.values()),
-            timeout_sec=timeout_sec,
-        )
-        self.layout = layout
+    source = "host_memory_two_step.cu"
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
@@ -107,9 +94,6 @@ class TwoStepHostMemory(OverChannel[TwoStepChannel]):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self.inner.all_gather(tensor)
-
 
 def wrap_two_step(inner: Communicator, device: torch.device, *, timeout_sec: float) -> TwoStepHostMemory:
     """Opens slots for all ranks of `inner`, which carries all but large all-reduces.
@@ -118,5 +102,4 @@ def wrap_two_step(inner: Communicator, device: torch.device, *, timeout_sec: flo
         TransportError: as `open_channel`.
     """
     layout = TwoStepLayout(inner.world_size)
-    make = lambda region: TwoStepChannel(region, layout, inner.rank, device, timeout_sec=timeout_sec)  # noqa: E731
-    return TwoStepHostMemory(inner, open_channel(inner, device, layout, make))
+    return TwoStepHostMemory(inner, open_channel(TwoStepChannel, inner, device, layout, timeout_sec=timeout_sec))

@@ -13,7 +13,7 @@ from parallel.rounded import round_to_int8
 from parallel.transports.dense import EXACT, INT8, MAX_BYTES, NUM_TAGS, DenseChannel
 from parallel.transports.host_memory import KIB
 from tests.gpu.one_card import DEVICE
-from tests.gpu.test_host_memory import DTYPES, assert_sums, fresh, poisoned
+from tests.gpu.test_host_memory import DTYPES, assert_missing_rank_is_named, assert_sums, fresh, poisoned
 from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ordered_sum
 
 pytestmark = pytest.mark.gpu
@@ -131,19 +131,7 @@ def test_epochs_and_tags_wrap() -> None:
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
     with dense_on_one_card(3, DEVICE, timeout_sec=0.3) as ranks:
-        sources = fresh(ranks, 2**19, torch.bfloat16)
-        targets = poisoned(sources)
-        call = lambda channel: channel.all_reduce(sources[channel.rank], targets[channel.rank])  # noqa: E731
-        ranks.run(call, ranks=(0, 2))
-        torch.cuda.synchronize()
-        for rank in (0, 2):
-            with pytest.raises(TransportError, match=f"rank 1 did not answer rank {rank} through host memory within"):
-                ranks.channels[rank].check()
-        assert all(targets[rank].isnan().all() for rank in (0, 2))
-        # The first time-out ends all further waiting.
-        for _ in range(2000):
-            ranks.run(call, ranks=(0, 2))
-        torch.cuda.synchronize()
+        assert_missing_rank_is_named(ranks, 2**19)
 
 
 @pytest.mark.parametrize("world_size", (2, 3, 4))

@@ -159,16 +159,21 @@ def test_epochs_wrap(ranks: RanksOnOneCard[SlotChannel]) -> None:
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
     with ranks_on_one_card(3, DEVICE, timeout_sec=0.3) as ranks:
-        sources = fresh(ranks, 8192, torch.bfloat16)
-        targets = poisoned(sources)
-        call = lambda channel: channel.all_reduce(sources[channel.rank], targets[channel.rank])  # noqa: E731
+        assert_missing_rank_is_named(ranks, 8192)
+
+
+def assert_missing_rank_is_named(ranks: RanksOnOneCard[Any], count: int) -> None:
+    """Rank 1 of three does not call; the others say so, of a message of `count` numbers, and wait no more."""
+    sources = fresh(ranks, count, torch.bfloat16)
+    targets = poisoned(sources)
+    call = lambda channel: channel.all_reduce(sources[channel.rank], targets[channel.rank])  # noqa: E731
+    ranks.run(call, ranks=(0, 2))
+    torch.cuda.synchronize()
+    for rank in (0, 2):
+        with pytest.raises(TransportError, match=f"rank 1 did not answer rank {rank} through host memory within"):
+            ranks.channels[rank].check()
+    assert all(targets[rank].isnan().all() for rank in (0, 2))
+    # The first time-out ends all further waiting: a queue of calls drains at once, and not in ten minutes.
+    for _ in range(2000):
         ranks.run(call, ranks=(0, 2))
-        torch.cuda.synchronize()
-        for rank in (0, 2):
-            with pytest.raises(TransportError, match=f"rank 1 did not answer rank {rank} through host memory within"):
-                ranks.channels[rank].check()
-        assert all(targets[rank].isnan().all() for rank in (0, 2))
-        # The first time-out ends all further waiting: a queue of calls drains at once, and not in ten minutes.
-        for _ in range(2000):
-            ranks.run(call, ranks=(0, 2))
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()

@@ -65,7 +65,8 @@ def environment(env: dict[str, str] | None = None) -> dict[str, str]:
     """This process's variables without a trace of torchrun or of the hub, and with those of `env`."""
     hidden = ("TORCHELASTIC_", "HF_", "CUDA_VISIBLE_DEVICES")
     kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and not k.startswith(hidden)}
-    return kept | (env or {})
+    # Several runs share the cores: threads that spin while they wait keep others from their work.
+    return kept | {"OMP_WAIT_POLICY": "passive"} | (env or {})
 
 
 @dataclass

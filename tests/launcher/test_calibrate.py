@@ -12,11 +12,13 @@ import torch
 from pydantic import TypeAdapter
 
 from launcher.rank import RankContext
+from launcher.tasks import calibrate
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import predict_times
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
+from parallel.engine.engine import Engine
 from parallel.transports.solo import Solo
 from tests.launcher.jobs import make_job
 
@@ -53,10 +55,24 @@ def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None
         assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
 
 
-def test_deeper_engines_take_longer_and_bytes_are_those_of_the_shape(calibration: Calibration) -> None:
-    by_depth = {point.work.num_layers: point for point in calibration.points if point.size == "wide"}
-    shallow, deep = (by_depth[depth] for depth in DEPTHS)
-    assert deep.steps[1].short > shallow.steps[1].short and deep.chunks[32].whole > shallow.chunks[32].whole
+def test_engines_that_are_timed_have_the_layers_that_their_points_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths = []
+
+    def open_engine(*args: Any, **options: Any) -> Engine:
+        engine = Engine(*args, **options)
+        depths.append(len(engine.caches))
+        return engine
+
+    monkeypatch.setattr(calibrate, "Engine", open_engine)
+    cpu = torch.device("cpu")
+    context = RankContext(make_job(Path(), world_size=1), 0, cpu, Solo(cpu), (), cast(Any, None))
+    shape = calibrate.calibration_shape(SETTINGS, "narrow", "bf16")
+    points = calibrate.time_depths(context, SETTINGS, shape, "narrow", calibrate.build_model(context, shape))
+    assert depths == [point.work.num_layers for point in points] == list(DEPTHS)
+
+
+def test_bytes_are_those_of_the_shape(calibration: Calibration) -> None:
+    deep = next(point for point in calibration.points if (point.size, point.work.format) == ("wide", "bf16"))
     # q and o, k and v of four heads of 128, and three projections of 1792; two bytes each.
     assert deep.work.layer_plain_bytes == 2 * 512 * (2 * 512 + 2 * 512 + 3 * 1792)
 

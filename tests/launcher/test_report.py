@@ -52,6 +52,7 @@ RESULT = {
     "comm_share": 0.25,
     "decode_step_ms": {"measured": 10.0, "without_all_reduce": 7.5},
     "memory": {"weights_bytes": 50},
+    "host_peak_bytes": 5000,
     "outputs": [{"index": 0, "token_ids": [1, 2]}],
 }
 SLOW_LOAD = {"bytes_read": 300, "sec": 4.0, "disk_wait_sec": 0.5, "decode_sec": 3.0}
@@ -88,7 +89,7 @@ def planned_job(run_dir: Path) -> Job:
 def build(run_dir: Path, *results: dict[str, Any], job: Job | None = None, **telemetry: Any) -> dict[str, Any]:
     """The report of two ranks, the second of which read more and slower."""
     (run_dir / "ranks").mkdir()
-    slower = RESULT | {"load": SLOW_LOAD, "ttft_ms": 99.0, "memory": {"weights_bytes": 60}}
+    slower = RESULT | {"load": SLOW_LOAD, "ttft_ms": 99.0, "memory": {"weights_bytes": 60}, "host_peak_bytes": 6000}
     for rank, result in enumerate(results or (RESULT, slower)):
         (run_dir / "ranks" / f"{rank}.json").write_text(json.dumps(result))
     fake = FakeTelemetry(*USAGES, **telemetry)
@@ -172,6 +173,7 @@ def test_cards_join_plan_telemetry_and_ranks(tmp_path: Path) -> None:
     assert [first["predicted_bytes"], second["predicted_bytes"]] == [c.predicted_bytes for c in job.plan.cards]
     assert first["name"] == job.placement.names[0]
     assert (first["memory"], second["memory"]) == ({"weights_bytes": 50}, {"weights_bytes": 60})
+    assert (first["host_peak_bytes"], second["host_peak_bytes"]) == (5000, 6000)
     assert first["power_w"] == 90.0
 
 

@@ -98,6 +98,7 @@ def test_what_was_measured_is_there_and_the_rest_is_null(report: dict[str, Any])
     for card in report["cards"]:
         assert card["peak_bytes"] > 100_000_000
         assert card["predicted_bytes"] > 0
+        assert 100_000_000 < card["host_peak_bytes"] < 4_000_000_000
         assert (card["power_w"], card["energy_j"], card["temperature_c"]) == (None, None, None)
         assert card["source"] == "resident memory of the rank's process"
     assert len(report["cards"]) == len(report["predicted"]["cards"]) == 2

@@ -14,9 +14,7 @@ from parallel.checkpoint.headers import CheckpointError, read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint, place
 from parallel.checkpoint.read import is_finite
 from parallel.communicator import Communicator
-from parallel.partition import choose_grain, split_by_grain, split_by_heads
-from tests.parallel.ranks import CPU, ModelRun, build, run_on_ranks
-from tests.parallel.small_models import CONFIGS
+from tests.parallel.ranks import CPU, build, run_on_ranks
 from tests.parallel.test_headers import write_index
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -28,7 +26,6 @@ HEAD = "lm_head.weight"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 Tensors = dict[str, Tensor]
-Runs = Callable[[str, int], list[ModelRun]]
 
 
 def write_two_files(source: Path, folder: Path, change: Callable[[Tensors], object] = lambda tensors: None) -> Path:
@@ -69,47 +66,6 @@ def refusal(folder: Path) -> str:
 def join(shards: list[Tensor], whole: Tensor) -> Tensor:
     cut = [dim for dim in range(whole.dim()) if shards[0].shape[dim] != whole.shape[dim]]
     return torch.cat(shards, dim=cut[0]) if cut else shards[0]
-
-
-def shard_numels(name: str, shape: tuple[int, ...], model: str, world_size: int) -> list[int]:
-    """Elements of a tensor on each rank, from the names of the layers and the rules of the partition alone."""
-    config = CONFIGS[model]
-    grain = choose_grain((config.intermediate_size, config.vocab_size), world_size)
-    layer, kind = name.split(".")[-2:]
-    dim = 1 if layer in ("o_proj", "down_proj") else 0
-    if kind == "bias" and dim == 1:
-        return [math.prod(shape)] * world_size
-    if layer in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        sizes = split_by_heads(shape[dim], world_size, config.num_key_value_heads)
-    elif layer in ("gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"):
-        sizes = split_by_grain(shape[dim], world_size, grain)
-    else:
-        return [math.prod(shape)] * world_size
-    return [math.prod(shape) // shape[dim] * size for size in sizes]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
-def test_each_rank_reads_the_bytes_of_its_slices(
-    runs: Runs, folders: dict[str, Path], name: str, world_size: int
-) -> None:
-    stored = load_file(folders[name] / "model.safetensors")
-    numels = {key: shard_numels(key, tuple(value.shape), name, world_size) for key, value in stored.items()}
-    bytes_read = [run.load.bytes_read for run in runs(name, world_size)]
-    assert bytes_read == [4 * sum(numel[rank] for numel in numels.values()) for rank in range(world_size)]
-    replicated_bytes = 4 * sum(v.numel() for key, v in stored.items() if numels[key] == [v.numel()] * world_size)
-    file_bytes = sum(value.nbytes for value in stored.values())
-    assert sum(bytes_read) == file_bytes + (world_size - 1) * replicated_bytes
-
-
-@pytest.mark.parametrize("world_size", (1, 2, 3))
-def test_progress_rises_to_the_total(runs: Runs, world_size: int) -> None:
-    for run in runs("llama_with_biases", world_size):
-        done, totals = zip(*run.progress, strict=True)
-        assert list(done) == sorted(set(done))
-        assert set(totals) == {run.load.bytes_read} == {done[-1]}
-        assert len(done) == len(run.full_shapes)
-        assert run.load.sec > 0
 
 
 @pytest.mark.parametrize("world_size", (1, 3))

@@ -1,16 +1,20 @@
 """A sharded model says what the whole one says: transformers, each prompt alone, in float32."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
 from parallel.communicator import Communicator
+from parallel.engine.generate import StopRules
+from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from parallel.shard import build_sharded_model
-from tests.parallel.ranks import ModelRun, build, run_on_ranks
+from tests.parallel.ranks import ModelRun, build, run_model, run_on_ranks
 from tests.parallel.small_models import COMMON, CONFIGS, NAMES, NUM_FORCED_TOKENS, NUM_NEW_TOKENS, Reference
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -20,6 +24,27 @@ Runs = Callable[[str, int], list[ModelRun]]
 
 each_model = pytest.mark.parametrize("name", NAMES)
 each_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
+
+
+@pytest.fixture(scope="module")
+def runs(folders: dict[str, Path], references: dict[str, Reference]) -> Callable[[str, int], list[ModelRun]]:
+    """(model, world size) -> what each rank saw; a pair runs once for all the tests that ask for it."""
+    done: dict[tuple[str, int], list[ModelRun]] = {}
+
+    def run(name: str, world_size: int) -> list[ModelRun]:
+        if (name, world_size) not in done:
+            reference = references[name]
+            done[name, world_size] = run_on_ranks(
+                run_model,
+                world_size,
+                folders[name],
+                reference.prompts,
+                [tokens[:NUM_FORCED_TOKENS] for tokens in reference.tokens],
+                StopRules(NUM_NEW_TOKENS),
+            )
+        return done[name, world_size]
+
+    return run
 
 
 @each_model
@@ -150,3 +175,47 @@ def refuse_unplanned(communicator: Communicator) -> str:
 
 def test_architecture_without_a_plan_is_refused_by_its_name() -> None:
     assert "model_type='bert' has no tensor-parallel plan" in run_on_ranks(refuse_unplanned, 1)[0]
+
+
+# What each rank reads
+
+
+def shard_numels(name: str, shape: tuple[int, ...], model: str, world_size: int) -> list[int]:
+    """Elements of a tensor on each rank, from the names of the layers and the rules of the partition alone."""
+    config = CONFIGS[model]
+    grain = choose_grain((config.intermediate_size, config.vocab_size), world_size)
+    layer, kind = name.split(".")[-2:]
+    dim = 1 if layer in ("o_proj", "down_proj") else 0
+    if kind == "bias" and dim == 1:
+        return [math.prod(shape)] * world_size
+    if layer in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        sizes = split_by_heads(shape[dim], world_size, config.num_key_value_heads)
+    elif layer in ("gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"):
+        sizes = split_by_grain(shape[dim], world_size, grain)
+    else:
+        return [math.prod(shape)] * world_size
+    return [math.prod(shape) // shape[dim] * size for size in sizes]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
+def test_each_rank_reads_the_bytes_of_its_slices(
+    runs: Runs, folders: dict[str, Path], name: str, world_size: int
+) -> None:
+    stored = load_file(folders[name] / "model.safetensors")
+    numels = {key: shard_numels(key, tuple(value.shape), name, world_size) for key, value in stored.items()}
+    bytes_read = [run.load.bytes_read for run in runs(name, world_size)]
+    assert bytes_read == [4 * sum(numel[rank] for numel in numels.values()) for rank in range(world_size)]
+    replicated_bytes = 4 * sum(v.numel() for key, v in stored.items() if numels[key] == [v.numel()] * world_size)
+    file_bytes = sum(value.nbytes for value in stored.values())
+    assert sum(bytes_read) == file_bytes + (world_size - 1) * replicated_bytes
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 3))
+def test_progress_rises_to_the_total(runs: Runs, world_size: int) -> None:
+    for run in runs("llama_with_biases", world_size):
+        done, totals = zip(*run.progress, strict=True)
+        assert list(done) == sorted(set(done))
+        assert set(totals) == {run.load.bytes_read} == {done[-1]}
+        assert len(done) == len(run.full_shapes)
+        assert run.load.sec > 0
