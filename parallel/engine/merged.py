@@ -18,8 +18,8 @@ from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.linear import ColumnParallelLinear
 
-# Of more tokens two launches are as fast as one, or faster: 106 us for 64 where one takes 114, 65.5 for 32 where one takes
-# 64.2 (gate and up of Llama-70B in 4 bits at TP2 on an H200).
+# Of more tokens two launches are as fast as one, or faster: 106 us for 64 where one takes 114, 65.5 for 32 where one
+# takes 64.2 (gate and up of Llama-70B in 4 bits at TP2 on an H200).
 MAX_SWIGLU_ROWS = 32
 
 
