@@ -22,8 +22,8 @@ class OffloadConfig:
     # Decoder layers that stay on the card; null: as many as fit.
     resident_layers: int | None = None
     # Of the others, layers of 4 bits that the host computes itself in decode steps: so many at most; null: as many as a
-    # trial at the start shows to be fastest.
-    host_layers: int | None = None
+    # trial at the start shows to be fastest, so that answers may differ from one start to the next.
+    host_layers: int | None = 0
     # Where layers are read from in every pass that host memory does not hold either: `checkpoint`, the model's own
     # files, or a folder with a copy of them on a faster disk. Nothing is written. Null: such a run is refused.
     disk: str | None = None

@@ -45,7 +45,8 @@ from tools.quantize_checkpoint import GIB, quantize
 DEMO = Path("launcher/models/demo")
 PLAIN = "bf16"
 KV_FP8 = "bf16, KV in fp8"
-INT8_SUMS = "bf16, {} ranks, sums in 8 bits"
+# By number of ranks.
+INT8_SUMS = {ranks: f"bf16, {ranks} ranks, sums in 8 bits" for ranks in (2, 4)}
 TIMEOUT_SEC = 1800.0
 CPU = torch.device("cpu")
 
@@ -90,9 +91,9 @@ def measure(folders: dict[str, Path], stream: NDArray[np.int64]) -> Iterator[dic
         name: run_on_ranks(mean_loss, 1, folder, stream, timeout_sec=TIMEOUT_SEC)[0] for name, folder in folders.items()
     }
     losses[KV_FP8] = run_on_ranks(mean_loss_with_fp8_kv, 1, folders[PLAIN], stream, timeout_sec=TIMEOUT_SEC)[0]
-    for ranks in (2, 4):
+    for ranks, name in INT8_SUMS.items():
         found = run_on_ranks(mean_loss_with_int8_sums, ranks, folders[PLAIN], stream, timeout_sec=TIMEOUT_SEC)
-        losses[INT8_SUMS.format(ranks)] = found[0]
+        losses[name] = found[0]
     for name in losses:
         yield {
             "format": name,

@@ -61,7 +61,8 @@ class Bench:
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
-        seed = f"{self.context.job.run.sampling.seed} {seed}"
+        # Of its own for each length: a longer prompt would begin as a shorter one, which the cache may still have.
+        seed = f"{self.context.job.run.sampling.seed} {seed} {self.num_prompt_tokens}"
         ids = random_prompts(num, self.num_prompt_tokens, self.vocab_size, seed)
         return [Prompt(index, each) for index, each in enumerate(ids)]
 

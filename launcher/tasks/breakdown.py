@@ -25,7 +25,7 @@ PARTS = {
     "rotary": ("rotary",),
     "activation": ("silu",),
     "linears": (
-        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "tinygemm"),
+        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "pack_four_bits", "tinygemm"),
         *("gemm", "gemv", "nvjet", "cutlass", "splitk"),
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
     ),

@@ -41,21 +41,12 @@ __device__ __forceinline__ T load_fresh(const T* from) {
   return *(const T*)words;
 }
 
-// Asks for what lies whole in pieces of 16 bytes, to have it in the L2 cache.
-__device__ __forceinline__ void prefetch(const unsigned char* from, unsigned int num_bytes) {
-  const unsigned int skipped = -(unsigned long long)from % 16;
-  if (num_bytes >= skipped + 16)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + skipped), "r"((num_bytes - skipped) & ~15u)
-                 : "memory");
-}
-
 #else
 
 __device__ __forceinline__ void wait_for_predecessors() {}
 __device__ __forceinline__ void let_successor_start() {}
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* from) { return __ldg(from); }
-__device__ __forceinline__ void prefetch(const unsigned char*, unsigned int) {}
 
 #endif
 #endif

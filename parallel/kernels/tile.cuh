@@ -24,19 +24,6 @@ __device__ __forceinline__ int tile_at(int place, int num_tiles) {
   return swiglu ? (place >> 1) + (place & 1) * (num_tiles >> 1) : place;
 }
 
-// Of a weight, what may be on its way to the L2 cache while the kernels before it run: what memory brings meanwhile.
-#define AHEAD_BYTES (16 << 20)
-
-// Asks for units `first` and on of a block's row tiles, `piece_bytes` a unit, of which a tile has `units`.
-template <bool swiglu>
-__device__ __forceinline__ void prefetch_tiles(const void* all, int place, int row_tiles, int num_tiles, int units, int first,
-                                               int last, int piece_bytes) {
-  const int own = place + threadIdx.x;
-  if (threadIdx.x < row_tiles && own < num_tiles && first < last)
-    prefetch((const unsigned char*)all + ((size_t)tile_at<swiglu>(own, num_tiles) * units + first) * piece_bytes,
-             (last - first) * piece_bytes);
-}
-
 // Adds up `acc` over the warps of a block, always in the same order, and writes it times `unit` for the tokens there are.
 template <int row_tiles, int token_tiles, int warps, bool swiglu>
 __device__ __forceinline__ void store_sums(const float (&acc)[row_tiles][token_tiles][4], void* memory, unsigned short* y,

@@ -48,9 +48,6 @@ w8a16(const uint4* __restrict__ weights, const unsigned char* __restrict__ scale
   float acc[RT][NT][4] = {};
 #pragma unroll
   for (int d = 0; d < DEPTH - 1; d++) fetch(warp + d * WARPS, d);
-  const int ahead = min(units, AHEAD_BYTES / (num_tiles * UNIT_BYTES));
-  prefetch_tiles<SWIGLU>(weights, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, WEIGHT_BYTES);
-  if (GROUPED) prefetch_tiles<SWIGLU>(scales, tile0, RT, num_tiles, units, (DEPTH - 1) * WARPS, ahead, GROUP_BYTES);
 
   u32 scale[RT][2];
   if (!GROUPED) {

@@ -214,13 +214,6 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
   const int end = deal.begin(blockIdx.x + 1);
   int work = deal.begin(blockIdx.x);
 
-  // The weights of the first tile that the block works on.
-  const int first_tile = Place(work / units, num_rows).tile, first_unit = work % units;
-  const int most = min(end - work, AHEAD_BYTES / ((int)gridDim.x * ROW_TILES * UNIT_BYTES));
-  const int last_unit = min(units, first_unit + most);
-  prefetch_tiles<SWIGLU>(weights, first_tile, ROW_TILES, num_tiles, units, first_unit, last_unit, WEIGHT_BYTES);
-  if (PARTS)
-    prefetch_tiles<SWIGLU>(scales, first_tile, ROW_TILES, num_tiles, units, first_unit, last_unit, PARTS * GROUP_BYTES);
   wait_for_predecessors();
 
   // What is fetched next, STAGES - 1 units ahead.

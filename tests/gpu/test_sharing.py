@@ -114,7 +114,11 @@ def report_of(folder: Path, *args: str) -> dict[str, Any]:
 
 def test_runs_with_layers_of_the_host(tmp_path: Path) -> None:
     """Twenty layers of a 70B, of which sixteen are in host memory: none, eight, and the best number on the host."""
-    asked = {"none": ["offload.host_layers=0"], "eight": ["offload.host_layers=8"], "trial": []}
+    asked = {
+        "none": ["offload.host_layers=0"],
+        "eight": ["offload.host_layers=8"],
+        "trial": ["offload.host_layers=null"],
+    }
     found = {name: report_of(tmp_path / name, "offload.resident_layers=4", *args) for name, args in asked.items()}
     offloads = {name: report["offload"] for name, report in found.items()}
     assert offloads["none"]["host_layers"] == []

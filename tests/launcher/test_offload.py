@@ -154,7 +154,7 @@ def test_more_streamed_layers_take_less_of_the_card(num_streamed: int) -> None:
 
 def test_room_is_kept_for_layers_that_the_host_may_compute() -> None:
     """Those are wider by scales of 32 bits a group in place of 16 and zeros of 4, in both buffers."""
-    resident = OffloadConfig(resident_layers=40)
+    resident = OffloadConfig(resident_layers=40, host_layers=None)
     shape = replace(LLAMA_70B_AWQ, scheme=TYPICAL_SCHEMES["awq"])
     decided = plan(shape, cards_of(1), offload=resident)
     without = plan(shape, cards_of(1), offload=replace(resident, host_layers=0))
@@ -163,7 +163,7 @@ def test_room_is_kept_for_layers_that_the_host_may_compute() -> None:
     assert {name: size for name, size in lines.items() if name != "sharing"} == without.cards[0].lines
     assert streamed(decided).host_may_compute
     assert not streamed(without).host_may_compute
-    plain = plan(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=8))
+    plain = plan(LLAMA_8B, cards_of(1), offload=OffloadConfig(resident_layers=8, host_layers=None))
     assert "sharing" not in plain.cards[0].lines
     assert not streamed(plain).host_may_compute
 

@@ -104,7 +104,6 @@ inline void wait_for_predecessors() {
   block->meet();
 }
 inline void let_successor_start() {}
-inline void prefetch(const unsigned char*, unsigned) {}
 template <class T> inline T load_fresh(const T* from) { return *from; }
 
 struct Copy { char* to; const void* from; int bytes; };

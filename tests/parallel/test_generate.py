@@ -34,10 +34,15 @@ class ScriptedEngine:
     limits: EngineLimits
     stepped: list[list[int]] = field(default_factory=list)
     most_rows: int = 0
+    # Nothing is drafted.
+    plan = None
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)
         self.sampler = Sampler(SamplingParams(), VocabularyShards((10,)), Solo(CPU))
+
+    def reset(self) -> None:
+        self.pages.reset()
 
     def prefill(self, parts: Sequence[Part]) -> Tensor:
         assert sum(part.end - part.start for part in parts) <= self.limits.prefill_chunk

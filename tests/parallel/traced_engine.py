@@ -50,6 +50,8 @@ class TracedEngine:
     events: list[tuple[str, list[int]]] = field(default_factory=list)
     tokens: dict[Sequence, bytearray] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
+    # Nothing is drafted.
+    plan = None
 
     def reset(self) -> None:
         self.pages.reset()

@@ -17,7 +17,7 @@ from parallel.communicator import Communicator
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
 from tools.local_ranks import run_on_ranks
-from tools.perplexity import KV_FP8, PLAIN, held_out_tokens, measure
+from tools.perplexity import INT8_SUMS, KV_FP8, PLAIN, held_out_tokens, measure
 from tools.quantization import WRITERS, is_linear, round_weight
 from tools.quantize_checkpoint import main
 
@@ -31,6 +31,7 @@ MOST = {
     "w4a16": 0.051, "w4a16_zeros": 0.038, "w4a16_act_order": 0.051,
     "w8a16": 0.0003, "fp8": 0.0025, "fp8_tensor": 0.002, "fp8_block": 0.0033, "nf4": 0.027,
     KV_FP8: 0.009,
+    **dict.fromkeys(INT8_SUMS.values(), 0.001),
 }  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def test_perplexity_rises_no_more_than_was_measured(increases: dict[str, float],
 
 def test_perplexities_in_the_table_are_within_the_same_bounds() -> None:
     rows = {row["format"]: row for row in json.loads(TABLE.read_text())["perplexity"]}
-    assert set(rows) == {PLAIN, *MOST} == {PLAIN, *FORMATS, KV_FP8}
+    assert set(rows) == {PLAIN, *MOST} == {PLAIN, *FORMATS, KV_FP8, *INT8_SUMS.values()}
     assert all(abs(rows[name]["increase"]) < most for name, most in MOST.items())
 
 
