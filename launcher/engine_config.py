@@ -26,6 +26,14 @@ class TransportKind(str, Enum):
     host_memory = "host_memory"
 
 
+class PrefillGraphs(str, Enum):
+    """Whether small passes of prompts are captured; `auto`: on cards so fast that they would wait for the host."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 @dataclass
 class SamplingConfig:
     # 0 is greedy.
@@ -63,6 +71,9 @@ class EngineConfig:
     # of a 70B took 123 ms on two H200, 2048 took 396. Where nobody waits for single tokens, as large as prefill_chunk
     # answers more of them a second.
     prefill_chunk_while_decoding: int = 512
+    # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
+    # 1.2 MiB of card memory a layer for each of seven sizes. auto, on or off.
+    prefill_graphs: PrefillGraphs = PrefillGraphs.auto
     # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
     prefix_cache: bool = True
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.

@@ -41,6 +41,8 @@ class Job:
     times: Times | str | None = None
     # Set where ranks are to run this instead of our engine.
     baseline: BaselineKind | None = None
+    # Whether small passes of prompts are captured as graphs.
+    captures_passes: bool = False
     # When the parent took it up, in seconds since 1970.
     started: float = 0.0
 

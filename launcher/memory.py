@@ -70,6 +70,8 @@ class Demand:
     rows_per_sequence: int = 1
     draft_rows: int = 1
     num_ahead: int = 0
+    # Whether small passes of prompts are graphs, as steps are.
+    captures_passes: bool = False
     # Whether tokens are drawn; the likeliest take less memory to find.
     is_sampled: bool = True
     # Of the model that guesses, where one does.
@@ -190,8 +192,12 @@ class Demand:
         load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
         # Steps with streamed layers are not captured.
         is_captured = self.device == "cuda" and not self.num_streamed
-        graphs = {"graphs": graphs_bytes(self._layer(rank), self.prefill_chunk)} if is_captured else {}
+        graphs = {"graphs": self._graphs(rank)} if is_captured else {}
         return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
+
+    def _graphs(self, rank: int) -> int:
+        layer, num_layers = self._layer(rank), self.shape.num_layers
+        return graphs_bytes(layer, num_layers, self.prefill_chunk, captures_passes=self.captures_passes)
 
     def _load(self, rank: int) -> int:
         """Peak beside the weights that stay, of the tensor whose load takes most."""

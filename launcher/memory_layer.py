@@ -11,6 +11,8 @@ from parallel.kernels.held import product_bytes
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
 GRAPHS_BYTES = 55 * 1024**2
+# Of a layer's kernels in the graphs of one size of pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card.
+PASS_GRAPH_BYTES = 1200 * 1024
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3
 INT64_BYTES = 8
@@ -57,12 +59,13 @@ class Layer:
         return 0 if self.scheme is None else numel * self.element_bytes
 
 
-def graphs_bytes(layer: Layer, prefill_chunk: int) -> int:
-    """Of decode steps, and of passes of prompts: what their pieces hand to one another, and the largest piece.
+def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_passes: bool) -> int:
+    """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs.
 
     Written for parallel/engine/pieces.py and fresh_pass.py; decode steps fit into the memory of passes.
     """
-    tokens = max(graphed_rows(prefill_chunk), default=0)
+    sizes = graphed_rows(prefill_chunk) if captures_passes else ()
+    tokens = max(sizes, default=0)
     kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
     piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
-    return GRAPHS_BYTES + kept + (piece if tokens else 0)
+    return GRAPHS_BYTES + kept + (piece if tokens else 0) + len(sizes) * num_layers * PASS_GRAPH_BYTES

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
+from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, largest_context
@@ -29,6 +30,9 @@ KEPT_FREE = 0.02
 # The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
 # (capacities in public PyTorch out-of-memory messages).
 DRIVER_RESERVED_BYTES = 400 * MIB
+# From such a rate of memory on a pass of a few hundred tokens waits for the host: on two H200, 512 tokens of a 70B took
+# 118 ms captured, and else 123 to 220 by the host's speed. On an RTX 4090, 1008 GB/s, it takes several times as long.
+GRAPHED_GB_PER_SEC = 2000.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def plan_run(
         _check_loadable(run, each)
     _check_heads(world_size, shape)
     demand = demand_of(run, placement, shape, draft)
+    demand = replace(demand, captures_passes=captures_passes(run, placement, inventory))
     budgets = _budgets(run, world_size, inventory)
     demand = _stream_layers(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory)
@@ -111,6 +116,15 @@ def plan_run(
         # A pass that streams layers costs the same for few tokens.
         prefill_chunk_while_decoding=None if offload else run.engine.prefill_chunk_while_decoding,
     )
+
+
+def captures_passes(run: RunConfig, placement: Placement, inventory: Inventory) -> bool:
+    """Whether small passes of prompts are captured as graphs, by engine.prefill_graphs and the slowest card."""
+    asked = run.engine.prefill_graphs
+    if placement.device != "cuda" or asked != PrefillGraphs.auto:
+        return placement.device == "cuda" and asked == PrefillGraphs.on
+    rates = [card.memory_gb_per_sec or 0.0 for card in inventory.cards[: placement.world_size]]
+    return min(rates, default=0.0) >= GRAPHED_GB_PER_SEC
 
 
 def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:

@@ -21,7 +21,7 @@ from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.model_files import download_model, download_texts, find_local_model
 from launcher.options import rank_options
-from launcher.plan import plan_run
+from launcher.plan import captures_passes, plan_run
 from launcher.prompts import Prompt, prompts_to_do, read_prompts
 from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
@@ -60,7 +60,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     check_calibration(run, placement)
-    job = Job(run, placement, str(run_dir), inventory.host_cores, started=started)
+    captured = captures_passes(run, placement, inventory)
+    job = Job(run, placement, str(run_dir), inventory.host_cores, captures_passes=captured, started=started)
     if run.task.kind == TaskKind.generate:
         # Before the model, which may have to be downloaded.
         job = replace(job, prompts=choose_prompts(job))

@@ -24,10 +24,10 @@ from launcher.timing.predict import Times
 from launcher.topology import place_ranks, resolve_world_size
 from launcher.units import GIB
 
-# Host memory of a rank beside its card, in GiB: an estimate until reports of cards have shown `host_peak_bytes`.
-# Measured on a CPU: Python with torch and DeepSpeed .4, buffers of a load .25 (results/load_cpu_202611.md). Counted in
-# the layouts: slots of all transports on four ranks .25. Not measured: 2 to 3 for CUDA's context and libraries. A fifth
-# is left over. What the kernel counts of files that were read is given back before memory runs out.
+# Host memory of a rank beside its card, in GiB. Two ranks of a 70B in 4 bits peaked at 3.0 to 3.1 each, files of
+# libraries included (`host_peak_bytes`, results/early_start_h200_202611.json); four ranks have .25 more of slots of
+# transports, and the rest is left over. What the kernel counts of files that were read is given back before memory
+# runs out.
 RANK_GIB = 5
 # The process that starts the ranks, with torch, Hydra and telemetry: .25 measured on a CPU; plots of a sweep, and room.
 PARENT_GIB = 2

@@ -62,7 +62,7 @@ class Engine:
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
         pool = torch.cuda.graph_pool_handle() if self.captures else None
-        sizes = graphed_rows(limits.prefill_chunk) if self.captures else ()
+        sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captures_passes else ()
         if sizes:
             self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool))
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
@@ -78,8 +78,8 @@ class Engine:
 
     @property
     def captures(self) -> bool:
-        """Whether steps and passes of prompts are captured as graphs; parallel/offload/streamer.py says why streamed
-        ones are not."""
+        """Whether steps are captured as graphs, and passes where limits say so; parallel/offload/streamer.py says why
+        streamed ones are not."""
         return self.device.type == "cuda" and self.streamer is None
 
     def capture_steps(self, pool: Any) -> Callable[[int], None]:

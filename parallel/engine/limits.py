@@ -43,13 +43,15 @@ def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class EngineLimits:
     """Tokens of a sequence, sequences at a time, and tokens of prompts in one pass: at all, and where answers wait for
-    it (None: as many). `num_ahead`: slots in the cache that a sequence needs beyond its tokens', for trees."""
+    it (None: as many). `num_ahead`: slots in the cache that a sequence needs beyond its tokens', for trees.
+    `captures_passes`: small passes of prompts are captured as graphs, where steps are."""
 
     max_context: int
     batch_size: int
     prefill_chunk: int
     prefill_chunk_while_decoding: int | None = None
     num_ahead: int = 0
+    captures_passes: bool = True
 
     @property
     def pages_per_sequence(self) -> int:

@@ -24,12 +24,14 @@ from launcher.config import (
     TopologyKind,
     TransportKind,
 )
+from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory, Link, read_inventory
 from launcher.memory import Demand
-from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, plan_run
+from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
 from launcher.plan_text import describe, plan_tables
 from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
 from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
+from launcher.units import MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.kernels.held import held_bits
 
@@ -88,6 +90,43 @@ def refused(shape: ModelShape, inventory: Inventory, world_size: int = 1, **chan
     with pytest.raises(PlanError) as caught:
         plan(shape, inventory, world_size, **changes)
     return str(caught.value)
+
+
+# Graphs of passes
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate", "captured"),
+    [
+        (PrefillGraphs.auto, 1008.0, False),
+        (PrefillGraphs.auto, 4800.0, True),
+        (PrefillGraphs.auto, None, False),
+        (PrefillGraphs.on, 1008.0, True),
+        (PrefillGraphs.off, 4800.0, False),
+    ],
+)
+def test_small_passes_are_captured_and_planned_where_a_card_would_wait(
+    asked: PrefillGraphs, rate: float | None, captured: bool
+) -> None:
+    inventory = cards_of(2, memory_gb_per_sec=rate)
+    run = run_of(engine__prefill_graphs=asked)
+    assert captures_passes(run, place_ranks(run, 2, inventory), inventory) is captured
+    lines = plan(LLAMA_8B, inventory, 2, engine__prefill_graphs=asked).cards[0].lines
+    never = plan(LLAMA_8B, inventory, 2, engine__prefill_graphs=PrefillGraphs.off).cards[0].lines
+    # 1.1 to 1.4 MiB of each layer for each of seven sizes, beside what their pieces hand to one another.
+    more = lines["graphs"] - never["graphs"]
+    assert (32 * 7 * 1.1 < more / MIB < 32 * 7 * 1.4 + 150) if captured else more == 0
+    assert {**lines, "graphs": 0} == {**never, "graphs": 0}
+
+
+def test_the_slowest_card_and_the_cpu_decide() -> None:
+    cards = cards_of(2, memory_gb_per_sec=4800.0)
+    slower = replace(cards, cards=(cards.cards[0], replace(cards.cards[1], memory_gb_per_sec=1008.0)))
+    run = run_of()
+    assert not captures_passes(run, place_ranks(run, 2, slower), slower)
+    assert captures_passes(run, place_ranks(run, 1, slower), slower)
+    asked = run_of(engine__prefill_graphs=PrefillGraphs.on)
+    assert not captures_passes(asked, place_ranks(asked, 2, CPU), CPU)
 
 
 # How many ranks

@@ -15,7 +15,7 @@ from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
 from tests.slurm.cluster import Cluster
 
 # More than a run gets done before it is ended; and few, since other jobs run meanwhile.
-MANY, SOME = 2000, 24
+MANY, SOME = 2000, 120
 PROMPT = "import os\n"
 ANSWERS = "outputs.jsonl"
 # A model that needs cards, by facts: nothing of it is here.

@@ -14,7 +14,7 @@ import pytest
 from tests.launcher.cli import SHORT, Result, Running, started, texts, wait_until
 from tests.slurm.cluster import Cluster
 
-MANY, SOME = 2000, 24
+MANY, SOME = 2000, 120
 SLURM = ("-m", "hydra/launcher=slurm", *SHORT)
 
 
@@ -52,7 +52,17 @@ def memory(cluster: Cluster, running: tuple[Running, Running]) -> str:
 
 
 @pytest.fixture(scope="module")
-def ended(cluster: Cluster, running: tuple[Running, Running], memory: str) -> Sweep:
+def told(cluster: Cluster, running: tuple[Running, Running], memory: str) -> list[str]:
+    """The jobs of the sweep of two; job 0 was told that its time is up, as SLURM does a minute before."""
+    sweep, _ = running
+    sweep.wait_for("0/outputs.jsonl", "\n")
+    found = names(sweep, 2)
+    cluster.run("scancel", "--signal=TERM", found[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def ended(cluster: Cluster, running: tuple[Running, Running], told: list[str]) -> Sweep:
     """The sweep that a signal ended, once its job had written answers."""
     _, sweep = running
     sweep.wait_for("0/outputs.jsonl", "\n")
@@ -61,14 +71,11 @@ def ended(cluster: Cluster, running: tuple[Running, Running], memory: str) -> Sw
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, running: tuple[Running, Running], ended: Sweep) -> Sweep:
-    """The sweep of two jobs; job 0 was told that its time is up, as SLURM does a minute before."""
+def whole(cluster: Cluster, running: tuple[Running, Running], told: list[str], ended: Sweep) -> Sweep:
+    """The sweep of two jobs, the first of which came back from the queue."""
     sweep, _ = running
-    sweep.wait_for("0/outputs.jsonl", "\n")
-    found = names(sweep, 2)
-    cluster.run("scancel", "--signal=TERM", found[0])
-    cluster.start_requeued(found[0])
-    return Sweep(sweep.finish(), sweep.folder, found)
+    cluster.start_requeued(told[0])
+    return Sweep(sweep.finish(), sweep.folder, told)
 
 
 def names(running: Running, num: int) -> list[str]:
