@@ -26,11 +26,12 @@ class Answers:
 @dataclass
 class Clocks:
     """When the host and the card are next free, and what the host has still to see: (when it is there, first tokens,
-    others)."""
+    others). `stepped`: when it saw the last step's tokens; `fresh`: first ones since, as (when, how many)."""
 
     host: float = 0.0
     card: float = 0.0
-    seen: float = 0.0
+    stepped: float = 0.0
+    fresh: list[tuple[float, int]] = field(default_factory=list)
     pending: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add_chunk(self, cost: PassCost, num_started: int) -> None:
@@ -49,17 +50,25 @@ class Clocks:
         """The host waits for all that is pending but the newest `num_left`, and sees it."""
         while len(self.pending) > num_left:
             there, num_first, num_others = self.pending.popleft()
-            self.host = max(self.host, there)
-            answers.first_ms += [self.host] * num_first
-            answers.gaps += [(self.host - self.seen, num_others)] * (num_others > 0)
-            self.seen = answers.end_ms = self.host
+            self.host = answers.end_ms = max(self.host, there)
+            if num_first:
+                answers.first_ms += [self.host] * num_first
+                self.fresh.append((self.host, num_first))
+            if num_others:
+                answers.gaps += [(self.host - since, num) for since, num in self.newest(num_others)]
+                self.stepped, self.fresh = self.host, []
+
+    def newest(self, num_running: int) -> list[tuple[float, int]]:
+        """When the newest token of each of so many answers was seen, and of how many."""
+        num_others = num_running - sum(num for _, num in self.fresh)
+        return [*self.fresh, *([(self.stepped, num_others)] if num_others else [])]
 
 
 def run_through(load: Workload, chunk_cost: ChunkCost, step_ms: StepMs) -> Answers:
     """Chunks are filled in order. Once answers are under way they are shorter, and a step follows each.
 
     As parallel/engine/generate.py goes on and measures: the host queues a pass, then waits for the one before it, and a
-    token's time starts when any other was seen, a prompt's first one too.
+    token's time starts when the one before it in its answer was seen.
     """
     answers, clocks, read, left = Answers(), Clocks(), 0, list[int]()
     while read < load.num_tokens:

@@ -52,8 +52,8 @@ class Result:
 
     `ttft_ms`: from each prompt's arrival (or its admission, where it has no time) to its first token on the host.
     `step_ms`: of each decode step, from the tokens before to its own on the host, with what was prefilled between them.
-    `token_ms`: that time for each token of each answer but its first, divided among the tokens that the answer got in
-    the step: without speculation all of it.
+    `token_ms`: of each token of each answer but its first, from the one before it on the host, divided among the tokens
+    that the answer got in the step: without speculation all of it.
     Of `prompt_tokens` in all, `reused_tokens` were found in the cache. `acceptance` is of drafts; `plans`: for how many
     steps each tree was chosen, where they are chosen step by step.
     """
@@ -70,13 +70,15 @@ class Result:
 
 @dataclass
 class Opened:
-    """An answer under way: its place in the result, what shows its text, and since when its prompt waits for it."""
+    """An answer under way: its place in the result, what shows its text, since when its prompt waits for it, and when
+    its newest token was there."""
 
     row: int
     answer: Answer
     stream: TextStream
     room: int
     since: float | None = None
+    newest: float = 0.0
 
 
 def generate(
@@ -222,7 +224,8 @@ class Generation:
                 if pending.plan is not None:
                     self.engine.learn(pending.plan, given.nodes)
                 if pending.is_step:
-                    self.result.token_ms += [step_ms / taken] * taken
+                    self.result.token_ms += [(now - opened.newest) * 1e3 / taken] * taken
+                opened.newest = now
 
     def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
         """Adds tokens to an answer up to its end; returns how many."""

@@ -1,7 +1,7 @@
 """All-reduce of a batch's messages in one hop through pinned host memory, an eighth of it flags (dense_call.cuh).
 
 Between what slots of half flags carry best (host_memory.py) and what pays for two steps (two_step.py). Exact, or with
-numbers rounded to 8 bits on their way, which moves four sevenths of the bytes.
+numbers rounded to 8 bits on their way, which moves seven twelfths of the bytes.
 """
 
 from __future__ import annotations

@@ -239,10 +239,11 @@ def test_a_step_goes_on_while_the_host_queues_the_next_pass() -> None:
     # 20 + 1; then 20 + 1 more, in which the step of 5 is over.
     assert slow_host.first_ms == [21.0, 42.0]
     # The step was over before, but is seen once the second pass is queued.
-    assert slow_host.gaps[:2] == [(20.0, 1), (6.0, 2)]
+    assert slow_host.gaps[:3] == [(20.0, 1), (6.0, 1), (7.0, 1)]
     assert slow_card.first_ms == [9.0, 9.0 + 5.0 + 8.0]
     # Seven steps together, each answer one by itself.
-    assert slow_card.gaps == [(5.0, 1), (6.0, 2), (6.0, 12), (5.0, 1)]
+    # The first answer's third token waited for the second prompt.
+    assert slow_card.gaps == [(5.0, 1), (6.0, 1), (14.0, 1), (6.0, 12), (5.0, 1)]
     assert slow_card.end_ms == 22.0 + 7 * 6.0 + 5.0
     assert median_of(slow_card.gaps) == 6.0 and median_of([]) is None
 

@@ -149,31 +149,49 @@ def test_text_held_back_for_a_stop_text_is_shown_at_the_end(end: list[int], reas
     assert (found.text, found.finish_reason) == ("one\n\n", reason)
 
 
-def test_times_are_those_at_which_the_host_computed_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks at tokens a pass later: that is no part of the first one's time, nor does the last step take none."""
-    sec = {"prefill": 2.0, "step": 5.0}
+class Clock:
+    now = 100.0
 
-    class Clock:
-        now = 100.0
+    def perf_counter(self) -> float:
+        return self.now
 
-        def perf_counter(self) -> float:
-            return self.now
+
+def timed_engine(clock: Clock, scripts: Sequence[Sequence[int]], limits: EngineLimits) -> ScriptedEngine:
+    """Passes of prompts take 2 s, steps 5."""
 
     class TimedEngine(ScriptedEngine):
         def prefill(self, parts: Sequence[Part]) -> Tensor:
-            clock.now += sec["prefill"]
+            clock.now += 2.0
             return super().prefill(parts)
 
         def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
-            clock.now += sec["step"]
+            clock.now += 5.0
             return super().step(sequences)
 
+    return TimedEngine(scripts, limits)
+
+
+def test_times_are_those_at_which_the_host_computed_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at tokens a pass later: that is no part of the first one's time, nor does the last step take none."""
     clock = Clock()
     monkeypatch.setattr("parallel.engine.pending.time", clock)
     monkeypatch.setattr("parallel.engine.generate.time", clock)
-    engine = TimedEngine([encode("one two three")], EngineLimits(100, 1, 64))
+    engine = timed_engine(clock, [encode("one two three")], EngineLimits(100, 1, 64))
     result = generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), StopRules(3))
     assert (result.ttft_ms, result.step_ms) == ([2000.0], [5000.0, 5000.0])
+
+
+def test_a_token_is_timed_from_the_one_before_it_whatever_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that joins, and has its first token, between two of another answer makes the latter wait."""
+    clock = Clock()
+    monkeypatch.setattr("parallel.engine.pending.time", clock)
+    monkeypatch.setattr("parallel.engine.generate.time", clock)
+    scripts = [encode("one two three four"), encode("five six")]
+    engine = timed_engine(clock, scripts, EngineLimits(100, 2, 1))
+    result = generate(cast(Engine, engine), [Prompt(0, [0]), Prompt(1, [1])], cast(Tokenizer, TOKENIZER), StopRules(3))
+    # First tokens after 2 s and, with a step between, 9; the first answer's second token at 7, its third at 14.
+    assert result.ttft_ms == [2000.0, 9000.0]
+    assert sorted(result.token_ms) == [5000.0, 5000.0, 5000.0, 7000.0]
 
 
 @pytest.mark.parametrize("room", (1, 2, 5))
