@@ -6,8 +6,8 @@ bench_read, perplexity and draft_acceptance made. Tables under results/ are made
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ BENCH_COLUMNS = (
 )  # fmt: skip
 
 
-def main(path: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.results_table", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="results/NAME.json")
+    path = parser.parse_args().file
     result = json.loads(path.read_text(encoding="utf-8"))
     print(choose_render(result)(path.stem, result), end="")
 
@@ -257,4 +260,4 @@ def number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
