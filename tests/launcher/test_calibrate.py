@@ -97,9 +97,9 @@ def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     two = calibration_path("NVIDIA GeForce RTX 4090", 2, peer_access=False)
     assert two == tmp_path / "launch70b" / "rates" / "nvidia-geforce-rtx-4090-x2-no-peer-access.json"
-    rounded = calibration_path("NVIDIA H200", 2, peer_access=True, sums=["8-bit-sums"])
-    assert rounded.name == "nvidia-h200-x2-8-bit-sums.json"
-    assert calibration_path("NVIDIA H200", 1, peer_access=False).name == "nvidia-h200-x1.json"
+    rounded = calibration_path("NVIDIA L40S", 2, peer_access=True, sums=["8-bit-sums"])
+    assert rounded.name == "nvidia-l40s-x2-8-bit-sums.json"
+    assert calibration_path("NVIDIA L40S", 1, peer_access=False).name == "nvidia-l40s-x1.json"
 
 
 def test_formats_that_were_not_timed_again_stay(calibration: Calibration) -> None:
