@@ -121,8 +121,10 @@ def plan_run(
 def captures_passes(run: RunConfig, placement: Placement, inventory: Inventory) -> bool:
     """Whether small passes of prompts are captured as graphs, by engine.prefill_graphs and the slowest card."""
     asked = run.engine.prefill_graphs
-    if placement.device != "cuda" or asked != PrefillGraphs.auto:
-        return placement.device == "cuda" and asked == PrefillGraphs.on
+    if placement.device != "cuda":
+        return False
+    if asked != PrefillGraphs.auto:
+        return asked == PrefillGraphs.on
     rates = [card.memory_gb_per_sec or 0.0 for card in inventory.cards[: placement.world_size]]
     return min(rates, default=0.0) >= GRAPHED_GB_PER_SEC
 

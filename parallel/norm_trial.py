@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-
 import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels import reference
-from parallel.selftest import DECODE_BYTES, Timing, time_calls
-from parallel.timing import p99
+from parallel.selftest import DECODE_BYTES, Timing, agreed_number, time_calls, timing_of
 
 # One row is a token of a 70B.
 HIDDEN_SIZE = DECODE_BYTES // 2
@@ -30,8 +27,7 @@ def find_wrong_norms(communicator: Communicator, device: torch.device) -> str:
 
 def norms_right(communicator: Communicator, device: torch.device, rows: int, hidden_size: int) -> bool:
     """Whether, on fresh whole numbers, the residual is exact and its norm is plain torch's but for two roundings."""
-    # Every rank must know the others' values to know the sum, so rank 0's choice goes round.
-    seed = int(communicator.all_gather(torch.randint(2**20, (1,)).float().to(device))[0, 0])
+    seed = agreed_number(communicator, device, 0, 2**20)
     generator = torch.Generator().manual_seed(seed)
     shape = (communicator.world_size + 1, rows, hidden_size)
     # Sums over four ranks and the residual stay below 256: every number up to that is one of bfloat16.
@@ -55,6 +51,4 @@ def time_norm(communicator: Communicator, device: torch.device, num_bytes: int) 
     weight = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16, device=device)
     call = lambda: communicator.all_reduce_add_norm(update, residual, weight, EPS)  # noqa: E731
     times = time_calls(communicator, call, device, captured=True, repeats=REPEATS)
-    exact = norms_right(communicator, device, rows, HIDDEN_SIZE)
-    p50 = statistics.median(times)
-    return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
+    return timing_of(num_bytes, times, exact=norms_right(communicator, device, rows, HIDDEN_SIZE))

@@ -5,14 +5,11 @@ Ranks on the CPU talk this way where 8 bits are asked for, so that what it costs
 
 from __future__ import annotations
 
-import statistics
-
 import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator
-from parallel.selftest import Timing, time_calls
-from parallel.timing import p99
+from parallel.selftest import Timing, agreed_number, time_calls, timing_of
 
 # As in host_memory_int8.cu: numbers that share a scale, and the largest code.
 GROUP = 12
@@ -72,7 +69,7 @@ def find_wrong_rounded_sums(communicator: Communicator, device: torch.device) ->
 
 def sums_as_rounded(communicator: Communicator, device: torch.device, num_bytes: int) -> bool:
     """Whether a sum of fresh bfloat16 values is that of the rounded ones but for its own rounding, on every rank."""
-    seed = int(communicator.all_gather(torch.randint(2**20, (1,)).float().to(device))[0, 0])
+    seed = agreed_number(communicator, device, 0, 2**20)
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(communicator.world_size, num_bytes // 2, generator=generator).bfloat16().to(device)
     found = communicator.all_reduce(values[communicator.rank].clone())
@@ -84,6 +81,4 @@ def time_rounded(communicator: Communicator, device: torch.device, num_bytes: in
     """As time_all_reduce of bfloat16, which is what is rounded."""
     message = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
     times = time_calls(communicator, lambda: communicator.all_reduce(message), device, captured=True, repeats=repeats)
-    p50 = statistics.median(times)
-    exact = sums_as_rounded(communicator, device, num_bytes)
-    return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
+    return timing_of(num_bytes, times, exact=sums_as_rounded(communicator, device, num_bytes))

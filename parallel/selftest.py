@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,12 @@ class Timing:
     p99_us: float
     gb_per_sec: float
     exact: bool
+
+
+def timing_of(num_bytes: int, times: Sequence[float], *, exact: bool) -> Timing:
+    """Of calls that took so many seconds each."""
+    p50 = statistics.median(times)
+    return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,15 @@ def sums_exactly(
     index = torch.arange(count, device=device, dtype=torch.float32)
     # Sums over four ranks stay below what the type holds exactly: 256 in bfloat16.
     modulus = 251 if dtype == torch.float32 else 61
-    # Every rank must know the others' values to know the sum, so rank 0's choice goes round.
-    seed = communicator.all_gather(torch.randint(1, 64, (1,)).float().to(device))[0, 0]
+    seed = agreed_number(communicator, device, 1, 64)
     values = [(index * (rank + 1) + seed).remainder(modulus) for rank in range(communicator.world_size)]
     expected = torch.stack(values).sum(dim=0)
     return torch.equal(communicator.all_reduce(values[communicator.rank].to(dtype)).float(), expected)
+
+
+def agreed_number(communicator: Communicator, device: torch.device, least: int, end: int) -> int:
+    """Rank 0's choice, from `least` up to `end`: a rank must know the others' values to know what their sum is."""
+    return int(communicator.all_gather(torch.randint(least, end, (1,)).float().to(device))[0, 0])
 
 
 def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes: int, *, repeats: int) -> Timing:
@@ -98,9 +108,7 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
     message = torch.zeros(max(1, num_bytes // 4), device=device)
     call = lambda: communicator.all_reduce(message)  # noqa: E731
     times = time_calls(communicator, call, device, captured=num_bytes < EAGER_BYTES, repeats=repeats)
-    p50 = statistics.median(times)
-    exact = sums_exactly(communicator, device, num_bytes)
-    return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
+    return timing_of(num_bytes, times, exact=sums_exactly(communicator, device, num_bytes))
 
 
 def time_calls(

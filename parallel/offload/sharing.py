@@ -7,7 +7,7 @@ would take longer. What the host multiplies by then is dequantised on the card.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from parallel.engine.layout import Slot
 from parallel.kernels.host_int4 import HostInt4Linear
 from parallel.offload.host_layers import HostLayer, HostLayers
-from parallel.offload.streamer import Streamer
+from parallel.offload.streamer import Streamer, stays
 
 
 class SharingStreamer(Streamer):
@@ -31,32 +31,21 @@ class SharingStreamer(Streamer):
         # Places of what the pass streams, in turn.
         self.order = self.all_places
 
-    @property
-    def step_bytes(self) -> int:
-        return sum(self.layers[place].layout.num_bytes for place in self.other_places)
-
     def pass_bytes(self, num_rows: int) -> int:
-        return self.step_bytes if num_rows <= self.max_rows else super().pass_bytes(num_rows)
+        if num_rows > self.max_rows:
+            return super().pass_bytes(num_rows)
+        return sum(self.layers[place].layout.num_bytes for place in self.other_places)
 
     def through(self, layers: Iterable[nn.Module], num_rows: int) -> Iterator[nn.Module]:
         """As Streamer's; in passes of up to `max_rows` the layers of the host have the weights there instead."""
-        is_shared = num_rows <= self.max_rows
-        self.order = self.other_places if is_shared else self.all_places
-        for index, layer in enumerate(layers):
-            place = self.places.get(index)
-            if self.disk is not None and index in self.disk.places:
-                self.disk.acquire(index)
-                yield layer
-                self.disk.release()
-            elif place is None:
-                yield layer
-            elif is_shared and index in self.on_host:
-                self.layers[place].layout.bind(self.on_host[index])
-                yield layer
-            else:
-                self.acquire(place)
-                yield layer
-                self.release()
+        self.order = self.other_places if num_rows <= self.max_rows else self.all_places
+        yield from super().through(layers, num_rows)
+
+    def bring(self, index: int, num_rows: int) -> Callable[[], None]:
+        if num_rows > self.max_rows or index not in self.on_host:
+            return super().bring(index, num_rows)
+        self.layers[self.places[index]].layout.bind(self.on_host[index])
+        return stays
 
     def following(self, place: int, number: int) -> int:
         return self.order[(self.order.index(place) + number) % len(self.order)]

@@ -12,7 +12,7 @@ hundreds of milliseconds for a 70B of which half is streamed; to queue it takes 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,6 @@ class Streamer:
         # (place, buffer) of what has been queued to be copied and not been used, in order.
         self.ahead: deque[tuple[int, int]] = deque()
 
-    @property
-    def step_bytes(self) -> int:
-        """What a pass of few rows copies."""
-        return self.host_layers.streamed_bytes
-
     def pass_bytes(self, num_rows: int) -> int:
         """What a pass of so many rows copies."""
         return self.host_layers.streamed_bytes
@@ -58,17 +53,20 @@ class Streamer:
             num_rows: of the pass; here all are streamed alike.
         """
         for index, layer in enumerate(layers):
-            place = self.places.get(index)
-            if self.disk is not None and index in self.disk.places:
-                self.disk.acquire(index)
-                yield layer
-                self.disk.release()
-            elif place is None:
-                yield layer
-            else:
-                self.acquire(place)
-                yield layer
-                self.release()
+            release = self.bring(index, num_rows)
+            yield layer
+            release()
+
+    def bring(self, index: int, num_rows: int) -> Callable[[], None]:
+        """Puts the weights of a layer in place; what to call once all that uses them is queued."""
+        place = self.places.get(index)
+        if self.disk is not None and index in self.disk.places:
+            self.disk.acquire(index)
+            return self.disk.release
+        if place is None:
+            return stays
+        self.acquire(place)
+        return self.release
 
     def acquire(self, place: int) -> None:
         """What is queued from here on finds the layer's weights in place."""
@@ -102,3 +100,7 @@ class Streamer:
 
     def staged(self, place: int, buffer: int) -> Tensor:
         return self.buffers[buffer][: self.layers[place].layout.num_bytes]
+
+
+def stays() -> None:
+    """After a layer whose weights are where they were."""

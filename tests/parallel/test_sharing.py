@@ -194,7 +194,7 @@ def steps_of(communicator: Communicator, folder: Path) -> tuple[Tensor, list[Ten
     layers = [HostLayers((0, 1, 3), CPU, SharedLayers(on_host, 2)) for on_host in ((1, 3), (0,))]
     engines = [open_engine(communicator, folder, each) for each in layers]
     found = [forced_logits(engine, PROMPTS, FORCED) for engine in engines for _ in range(2)]
-    copied = [engine.streamer.step_bytes for engine in engines if engine.streamer is not None]
+    copied = [engine.streamer.pass_bytes(1) for engine in engines if engine.streamer is not None]
     expected = [layers[0].kept[0].layout.num_bytes, sum(layers[1].kept[index].layout.num_bytes for index in (1, 3))]
     return forced_logits(open_engine(communicator, folder, None), PROMPTS, FORCED), found, copied == expected
 
@@ -223,6 +223,6 @@ def plain_logits(communicator: Communicator, folder: Path) -> list[Tensor]:
         load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=HostLoader(model.module, layers))
         engine = Engine(model.module, communicator, CPU, EngineLimits(64, 2, 8), host_layers=layers)
         assert engine.streamer is not None
-        assert engine.streamer.step_bytes == layers.streamed_bytes
+        assert engine.streamer.pass_bytes(1) == layers.streamed_bytes
         found.append(forced_logits(engine, PROMPTS, FORCED))
     return found
