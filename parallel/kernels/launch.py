@@ -101,13 +101,18 @@ def load_kernel(
     """
     major, minor = torch.cuda.get_device_capability(device_index)
     source = read_source(path)
-    binary = read_or_compile(source, name, options, f"{major}{minor}")
+    binary = read_or_compile(source, name, options, architecture(major, minor))
     with torch.cuda.device(device_index):
         loaded = cast(dict[str, Any], cuda_utils._cuda_load_module(binary, [name]))
         # Above 48 KB a kernel must be told beforehand.
         loaded[name].set_shared_memory_config(shared_bytes)
     waits = major >= 9 and WAIT in source
     return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes, waits=waits)
+
+
+def architecture(major: int, minor: int) -> str:
+    """What to compile for on a card of this capability. Instructions of warp groups are in sm_90a alone."""
+    return f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
 @cache

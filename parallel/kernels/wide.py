@@ -17,6 +17,8 @@ from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP
 
 # 128 inputs of a token.
 TOKEN_BYTES = 256
+# Stages begin at multiples of it where tokens lie as wgmma wants them.
+WGMMA_STAGE_BYTES = 1024
 # What a card keeps for itself of a block's shared memory.
 RESERVED_SHARED_BYTES = 1024
 MAX_TILES = 16384
@@ -45,7 +47,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Launch:
-    """Tiles of 8 tokens and of 16 outputs that a warp takes, warps along both; stages and blocks at most."""
+    """Tiles of 8 tokens and of 16 outputs that a warp takes, warps along both; stages and blocks at most.
+
+    `wgmma`: by warp groups (wide_wgmma.cuh), so that `out_warps` is a multiple of 4 and `token_warps` is 1.
+    """
 
     token_tiles: int
     row_tiles: int
@@ -53,6 +58,7 @@ class Launch:
     token_warps: int
     stages: int
     blocks: int
+    wgmma: bool = False
 
     @property
     def tokens(self) -> int:
@@ -72,11 +78,18 @@ class Launch:
         return self.tiles * OUTPUTS_PER_TILE * self.tokens * 4
 
     def stage_bytes(self, unit_bytes: int) -> int:
-        return self.tiles * unit_bytes + self.tokens * TOKEN_BYTES
+        size = self.tiles * unit_bytes + self.tokens * TOKEN_BYTES
+        return -(-size // WGMMA_STAGE_BYTES) * WGMMA_STAGE_BYTES if self.wgmma else size
+
+    @property
+    def min_stages(self) -> int:
+        """One is read, one is filled; by warp groups, products with another may still be under way."""
+        return 2 + self.wgmma
 
     def options(self, stages: int) -> tuple[str, ...]:
         values = {"NT": self.token_tiles, "RT": self.row_tiles, "OUT_WARPS": self.out_warps,
-                  "TOKEN_WARPS": self.token_warps, "STAGES": stages, "BLOCKS": self.blocks}  # fmt: skip
+                  "TOKEN_WARPS": self.token_warps, "STAGES": stages, "BLOCKS": self.blocks,
+                  "WGMMA": int(self.wgmma)}  # fmt: skip
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
@@ -92,6 +105,12 @@ LAUNCHES: dict[int, Launch] = {
     128: Launch(8, 2, 4, 2, 4, 1),
     192: Launch(6, 2, 2, 2, 4, 2),
     256: Launch(8, 2, 4, 2, 4, 1),
+}
+# The same on sm_90.
+WGMMA_LAUNCHES: dict[int, Launch] = {
+    32: Launch(4, 2, 4, 1, 4, 2, wgmma=True),
+    64: Launch(8, 1, 8, 1, 4, 1, wgmma=True),
+    128: Launch(16, 2, 8, 1, 4, 1, wgmma=True),
 }
 
 
@@ -154,7 +173,7 @@ def fit(launch: Launch, unit_bytes: int, card: Card) -> tuple[int, int]:
     for blocks in range(launch.blocks, 0, -1):
         each = card.shared_bytes // blocks - RESERVED_SHARED_BYTES
         stages = min(launch.stages, each // launch.stage_bytes(unit_bytes))
-        if stages >= 2:
+        if stages >= launch.min_stages:
             return stages, blocks
     raise AssertionError(f"{launch} does not fit into {card}")
 

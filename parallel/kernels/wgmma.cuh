@@ -1,0 +1,112 @@
+// Products by the tensor cores of sm_90 a warp group at a time (wgmma): weights from registers, tokens from shared memory.
+//
+// Four warps have 16 rows each of 64, in the registers of mma.m16n8k16, and so have the sums. Tokens lie in shared memory
+// input by input, 64 inputs of a token in 128 bytes, whose pieces of 16 bytes are swapped as the hardware asks: piece i of
+// token n at i ^ (n & 7). So inputs keep their order, where packed weights have those of the four lanes c of a row
+// dealt by eights: the lanes swap what they loaded before it is decoded.
+//
+// Written against the PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+
+__device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until all but the last `pending` commits of this warp group are done.
+template <int pending>
+__device__ __forceinline__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
+
+// What this thread's copies brought to shared memory, for products to see.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Registers of products that are under way: neither moved nor used for anything else before this.
+template <int n>
+__device__ __forceinline__ void hold(float (&sums)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n * 4; i++) asm volatile("" : "+f"(sums[i >> 2][i & 3])::"memory");
+}
+template <int n>
+__device__ __forceinline__ void hold(u32 (&fragments)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n * 4; i++) asm volatile("" : "+r"(fragments[i >> 2][i & 3])::"memory");
+}
+
+// How tokens lie at `address`: swapped over 128 bytes (1 << 62), with 1024 bytes from eight tokens to the next.
+__device__ __forceinline__ unsigned long long describe_tokens(u32 address) {
+  return (1ull << 62) | (1024ull >> 4 << 32) | (1ull << 16) | (address >> 4 & 0x3fffu);
+}
+
+#define SUMS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SUMS_16 SUMS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_32 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+                ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define OF_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+#define OF_TILES_2(t) OF_TILE(t), OF_TILE(t + 1)
+#define OF_TILES_4(t) OF_TILES_2(t), OF_TILES_2(t + 2)
+#define OF_TILES_8(t) OF_TILES_4(t), OF_TILES_4(t + 4)
+#define OF_TILES_16(t) OF_TILES_8(t), OF_TILES_8(t + 8)
+#define PRODUCT(tokens, sums, a0, a1, a2, a3, b, tiles)                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" tokens "k16.f32.bf16.bf16 {" sums "}, {" a0 ", " a1 ", " a2 ", " a3 \
+               "}, " b ", 1, 1, 1, 0;"                                                                             \
+               : tiles : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens_at) : "memory")
+
+// d += 16 inputs of 64 outputs times those of 8 * NT tokens.
+__device__ __forceinline__ void multiply_tokens(float (&d)[NT][4], const u32 (&a)[4], unsigned long long tokens_at) {
+#if NT == 2
+  PRODUCT("16", SUMS_8, "%8", "%9", "%10", "%11", "%12", OF_TILES_2(0));
+#elif NT == 4
+  PRODUCT("32", SUMS_16, "%16", "%17", "%18", "%19", "%20", OF_TILES_4(0));
+#elif NT == 8
+  PRODUCT("64", SUMS_32, "%32", "%33", "%34", "%35", "%36", OF_TILES_8(0));
+#elif NT == 16
+  PRODUCT("128", SUMS_64, "%64", "%65", "%66", "%67", "%68", OF_TILES_16(0));
+#else
+#error "tokens of a tile: 16, 32, 64 or 128"
+#endif
+}
+
+// The four lanes of a row give one another what they loaded of 32 inputs: each has eight in a row, and gets the inputs
+// 2 * c, 2 * c + 1, 2 * c + 8 and 2 * c + 9 of both steps of 16. What is swapped is two inputs of rows g and g + 8: at 8
+// bits a word, at 4 bits half of one. First lanes c and c ^ 2, then c and c ^ 1.
+struct Swap {
+  bool upper, odd;
+  u32 kept, given, joined;
+
+  __device__ __forceinline__ Swap() : upper(threadIdx.x & 2), odd(threadIdx.x & 1) {
+#if BITS == 4
+    // Bytes of a pair of inputs, which pairs alternate in words that are no codebook's.
+    const u32 place = CODEBOOK ? 0x1010 : 0x2020, step = CODEBOOK ? 0x2222 : 0x1111;
+    const u32 both = place + (upper ? 0x0044 : 0x4400);
+    kept = both + odd * step;
+    given = both + !odd * step;
+    joined = (CODEBOOK ? 0x1010 : 0x1100) + (CODEBOOK ? (odd ? 0x0044 : 0x4400) : (odd ? 0x0404 : 0x4040));
+#endif
+  }
+
+  // 64 inputs at 4 bits, 32 at 8.
+  __device__ __forceinline__ void operator()(uint4& v) const {
+    if (BITS == 4) {
+      words(v.x, v.y);
+      words(v.z, v.w);
+    } else {
+      pieces(v);
+    }
+  }
+
+  // The words of both steps.
+  __device__ __forceinline__ void words(u32& first, u32& second) const {
+    const u32 mine = upper ? second : first;
+    const u32 other = __shfl_xor_sync(~0u, upper ? first : second, 2);
+    const u32 keeps = permute(mine, other, kept), gets = __shfl_xor_sync(~0u, permute(mine, other, given), 1);
+    first = permute(keeps, gets, joined);
+    second = permute(keeps, gets, joined + 0x2222);
+  }
+
+  // The 16 bytes that have both steps.
+  __device__ __forceinline__ void pieces(uint4& v) const {
+    const u32 r0 = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2), r1 = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
+    const u32 a0 = upper ? r0 : v.x, a1 = upper ? r1 : v.y, b0 = upper ? v.z : r0, b1 = upper ? v.w : r1;
+    const u32 a = odd ? a1 : a0, b = odd ? b1 : b0;
+    const u32 c = __shfl_xor_sync(~0u, odd ? a0 : a1, 1), d = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
+    v = odd ? make_uint4(c, a, d, b) : make_uint4(a, c, b, d);
+  }
+};
