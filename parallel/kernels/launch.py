@@ -35,8 +35,8 @@ CONFIG = struct.Struct("@7IPPI4x")
 class Kernel:
     """A compiled kernel on one card.
 
-    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float. `shared_bytes` is
-    the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as programmatic.cuh
+    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float, 128s as many bytes.
+    `shared_bytes` is the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as programmatic.cuh
     says, and in a captured graph starts before they have ended. Only there: elsewhere the kernel right ahead may have
     written the weights, which are not waited for, and the host takes longer to queue a kernel than this would save.
     """
@@ -50,7 +50,8 @@ class Kernel:
         self.values = ctypes.create_string_buffer(self.layout.size)
         # The driver copies parameters while it is called, so that one place serves every call.
         start = ctypes.addressof(self.values)
-        self.pointers = (ctypes.c_void_p * len(parameters))(*(start + at for at in offsets(parameters)))
+        places = [start + at for at in offsets(parameters)]
+        self.pointers = (ctypes.c_void_p * len(places))(*places)
         self.pointers_at = ctypes.addressof(self.pointers)
         self.lock = Lock()
         self.attribute = ctypes.create_string_buffer(START_EARLY)
@@ -60,7 +61,7 @@ class Kernel:
         driver = open_driver()
         self.launch, self.launch_early = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 
-    def __call__(self, grid: Sequence[int], num_threads: int, *arguments: Tensor | int | float | None) -> None:
+    def __call__(self, grid: Sequence[int], num_threads: int, *arguments: Tensor | int | float | bytes | None) -> None:
         """Three numbers of blocks; on the current stream. A pointer is a tensor on the card, or None."""
         values = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
@@ -78,7 +79,8 @@ class Kernel:
 
 def offsets(parameters: str) -> list[int]:
     """Where each parameter lies, in bytes, aligned as C aligns the members of a struct."""
-    return [struct.calcsize(f"@{parameters[:place]}0{code}") for place, code in enumerate(parameters)]
+    codes = re.findall(r"\d*\D", parameters)
+    return [struct.calcsize(f"@{''.join(codes[:place])}0{code[-1]}") for place, code in enumerate(codes)]
 
 
 @cache

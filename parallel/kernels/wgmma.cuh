@@ -14,9 +14,6 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int pending>
 __device__ __forceinline__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
 
-// What this thread's copies brought to shared memory, for products to see.
-__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Registers of products that are under way: neither moved nor used for anything else before this.
 template <int n>
 __device__ __forceinline__ void hold(float (&sums)[n][4]) {
@@ -110,3 +107,10 @@ struct Swap {
     v = odd ? make_uint4(c, a, d, b) : make_uint4(a, c, b, d);
   }
 };
+
+// An 8 x 8 matrix of 16 bits, of which lane (g, c) has columns 2 * c and 2 * c + 1 of row g: its transpose.
+__device__ __forceinline__ u32 transpose_pairs(u32 pair) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+  return d;
+}

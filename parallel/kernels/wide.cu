@@ -5,53 +5,12 @@
 // through a ring of STAGES units of 128 inputs in shared memory, filled by asynchronous copies that run on over the end
 // of a tile.
 //
-// The units of all tiles, in order, are dealt to the blocks in runs of one length, whatever the shape. A tile that
-// several blocks share is left by each as a float32 part; the last to arrive adds them in the order of the inputs, so
-// that sums never depend on which it is. Launches must follow one another, on one stream.
-//
 // Defined by the host: BITS (4 or 8), NT, RT, OUT_WARPS, TOKEN_WARPS (4 warps or 8), STAGES, BLOCKS (on a multiprocessor),
 // SWIGLU (0 or 1, then with an even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
 
-#if BITS == 4
-#include "four_bits.cuh"
-#endif
-#if BITS == 8
-#include "eight_bits.cuh"
-#endif
+#include "wide_tiles.cuh"
 
-#define THREADS (32 * OUT_WARPS * TOKEN_WARPS)
-#define ROW_TILES (RT * OUT_WARPS)
-#define TOKENS (8 * NT * TOKEN_WARPS)
-// 128 inputs of a token.
-#define TOKEN_BYTES 256
-#define MAX_TILES 16384
-#define PART_FLOATS (ROW_TILES * 16 * TOKENS)
-
-#if WGMMA
-#include "wide_wgmma.cuh"
-#else
-#include "wide_mma.cuh"
-#endif
-
-// Blocks that have left their part of a tile; zero between launches.
-__device__ u32 arrivals[MAX_TILES];
-
-// How the units of all tiles are dealt to the blocks.
-struct Deal {
-  int units, total, blocks;
-  __device__ __forceinline__ int begin(int block) const { return (int)((long long)total * block / blocks); }
-  __device__ __forceinline__ int block_of(int work) const { return (int)(((work + 1LL) * blocks - 1) / total); }
-};
-
-// Where a tile lies: its first row tile and its first token. Those of the same weights follow one another.
-struct Place {
-  int tile, token;
-  __device__ __forceinline__ Place(int index, int num_rows) {
-    const int token_blocks = (num_rows + TOKENS - 1) / TOKENS;
-    tile = index / token_blocks * ROW_TILES;
-    token = index % token_blocks * TOKENS;
-  }
-};
+#define STAGE_BYTES (ROW_TILES * UNIT_BYTES + TOKENS * TOKEN_BYTES)
 
 // What a thread copies of the next unit: its first pieces of 16 bytes, and how many row tiles and tokens there are from
 // these on. What lies beyond stays as it is in shared memory: it reaches no output but those that are not stored.
@@ -67,9 +26,10 @@ struct Source {
   u32 weights_to, scales_to, x_to;
 
   __device__ __forceinline__ Source() {
-    weights_to = WEIGHTS_AT + tile() * UNIT_BYTES + threadIdx.x % in_weights * 16;
-    scales_to = WEIGHTS_AT + scale_tile() * UNIT_BYTES + WEIGHT_BYTES + threadIdx.x % in_scales * SCALE_PIECE;
-    x_to = place_of(token(), threadIdx.x % 16);
+    weights_to = tile() * UNIT_BYTES + threadIdx.x % in_weights * 16;
+    scales_to = scale_tile() * UNIT_BYTES + WEIGHT_BYTES + threadIdx.x % in_scales * SCALE_PIECE;
+    // The pieces of every other token change halves of 128 bytes, so that two tokens' 64 bytes lie in different banks.
+    x_to = ROW_TILES * UNIT_BYTES + token() * TOKEN_BYTES + (threadIdx.x % 16 ^ (token() & 1) << 2) * 16;
   }
   __device__ __forceinline__ static int tile() { return threadIdx.x / in_weights; }
   __device__ __forceinline__ static int scale_tile() { return threadIdx.x / in_scales; }
@@ -103,50 +63,67 @@ struct Source {
 #pragma unroll
     for (int n = 0; n < TOKENS; n += tokens_at_once)
       if ((TOKENS % tokens_at_once == 0 || n + token() < TOKENS) && n < tokens)
-        copy_async(stage + x_to + n * TOKEN_STEP, x + (size_t)n * units * 16);
+        copy_async(stage + x_to + n * TOKEN_BYTES, x + (size_t)n * units * 16);
     weights += in_weights;
     scales += in_scales * SCALE_PIECE;
     x += 16;
   }
 };
 
-// Adds up the parts of a tile in the order of its inputs; true in the block that was the last to arrive.
-__device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* parts, const Deal& deal, int index, int first) {
-  const int begin = index * deal.units, first_block = deal.block_of(begin);
-  const int others = deal.block_of(begin + deal.units - 1) - first_block;
-  // A block leaves at most two parts: the end of one tile, and the beginning of another.
-  auto part_of = [&](int block, bool begins) { return parts + (size_t)(2 * block + begins) * (PART_FLOATS / 4) + threadIdx.x; };
-  float4* own = part_of(blockIdx.x, first == begin);
+// Adds a unit of a warp's outputs and tokens to `acc`. `fixed`: the scales of outputs whose inputs share one. `fetch` is
+// called once there is work for the tensor cores.
+template <class Fetch>
+__device__ __forceinline__ void multiply_unit(float (&acc)[RT][NT][4], const unsigned char* weights,
+                                              const unsigned char* tokens, const Decoder& decoder,
+                                              const u32 (&fixed)[RT][2], const Fetch& fetch) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  const unsigned char* scales = weights + WEIGHT_BYTES;
+  // One half after the other where groups are small: unrolled, what they load ahead takes more registers than there are.
+  constexpr int halves = PARTS > 1 ? 2 : 1, parts = PARTS ? PARTS / halves : 1;
+#pragma unroll 1
+  for (int half = 0; half < halves; half++) {
+    uint4 loaded[RT];
 #pragma unroll
-  for (int r = 0; r < RT; r++)
+    for (int p = 0; p < parts; p++) {
+      u32 scale[RT][2];
 #pragma unroll
-    for (int t = 0; t < NT; t++)
-      own[(r * NT + t) * THREADS] = make_float4(acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]);
-  __threadfence();
-  __syncthreads();
-  // Wraps to zero by itself, ready for the next launch.
-  if (!__syncthreads_or(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
-  __threadfence();
+      for (int r = 0; r < RT; r++)
 #pragma unroll
-  for (int r = 0; r < RT; r++)
+        for (int i = 0; i < 2; i++)
+          scale[r][i] = PARTS ? load_scale(scales + r * UNIT_BYTES + (half * parts + p) * GROUP_BYTES, g, i) : fixed[r][i];
+      float part[RT][PARTS ? NT : 1][4] = {};
 #pragma unroll
-    for (int t = 0; t < NT; t++)
+      for (int step = p * 8 / halves / parts; step < (p + 1) * 8 / halves / parts; step += 2) {
+        uint4 b[NT];
 #pragma unroll
-      for (int j = 0; j < 4; j++) acc[r][t][j] = 0;
-  for (int block = first_block; block <= first_block + others; block++) {
-    const float4* part = part_of(block, block == first_block);
+        for (int t = 0; t < NT; t++)
+          b[t] = *(const uint4*)(tokens + (t * 8 + g) * TOKEN_BYTES + half * 128 + (step * 2 + c ^ (g & 1) << 2) * 16);
 #pragma unroll
-    for (int r = 0; r < RT; r++)
+        for (int r = 0; r < RT; r++)
+          if (step % STEPS_PER_LOAD == 0)
+            loaded[r] = *(const uint4*)(weights + r * UNIT_BYTES + (half + step / STEPS_PER_LOAD) * 512 + lane * 16);
 #pragma unroll
-      for (int t = 0; t < NT; t++) {
-        const float4 sum = __ldcg(part + (r * NT + t) * THREADS);
-        acc[r][t][0] += sum.x;
-        acc[r][t][1] += sum.y;
-        acc[r][t][2] += sum.z;
-        acc[r][t][3] += sum.w;
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int r = 0; r < RT; r++) {
+            u32 a[4];
+            decode_step(a, decoder, loaded[r], step + i, zero_of(scale[r][0]), zero_of(scale[r][1]));
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+              multiply(PARTS ? part[r][PARTS ? t : 0] : acc[r][t], a, i ? b[t].z : b[t].x, i ? b[t].w : b[t].y);
+          }
+        if (step == 0 && half == 0) fetch();
       }
+      if (PARTS) {
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+          for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[r][t][j] += part[r][PARTS ? t : 0][j] * scale_of(scale[r][j >> 1]);
+      }
+    }
   }
-  return true;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -164,7 +141,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
 
   wait_for_predecessors();
 
-  // What is fetched next, AHEAD units ahead.
+  // What is fetched next, STAGES - 1 units ahead.
   int ahead = work, next_place = work, ahead_slot = 0;
   Source source;
   auto fetch_next = [&] {
@@ -181,20 +158,9 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
     commit_copies();
   };
 #pragma unroll 1
-  for (int i = 0; i < AHEAD; i++) fetch_next();
+  for (int i = 0; i < STAGES - 1; i++) fetch_next();
 
-  // All copies of the next unit have arrived, and nobody reads any more what the copies after it overwrite.
   int slot = 0;
-  auto arrive = [&] {
-    await_copies<AHEAD - 1>();
-    show_to_products();
-    __syncthreads();
-    const unsigned char* stage = memory + slot * STAGE_BYTES;
-    if (++slot == STAGES) slot = 0;
-    return stage;
-  };
-
-  Products products;
   while (work < end) {
     const int stop = min(end, (work / units + 1) * units);
     u32 fixed[RT][2] = {};
@@ -208,8 +174,16 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
     }
 
     float acc[RT][NT][4] = {};
-    products.add_units(acc, stop - work, decoder, fixed, arrive, fetch_next);
-    work = stop;
+    for (; work < stop; work++) {
+      await_copies<STAGES - 2>();
+      // All copies of this unit have arrived, and nobody reads any more what the next copies overwrite.
+      __syncthreads();
+      const unsigned char* stage = memory + slot * STAGE_BYTES;
+      multiply_unit(acc, stage + out_warp * RT * UNIT_BYTES,
+                    stage + ROW_TILES * UNIT_BYTES + token_warp * NT * 8 * TOKEN_BYTES, decoder, fixed,
+                    fetch_next);
+      if (++slot == STAGES) slot = 0;
+    }
 
     if (work == end) let_successor_start();
     // Only now, so that they take no registers meanwhile.
@@ -226,7 +200,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           auto output = [&](int tile) {
-            return to_bf16(acc[tile][t][j] * OUTPUT_UNIT * (PARTS ? 1.0f : scale_of(fixed[tile][j >> 1])));
+            return to_bf16(acc[tile][t][j] * UNIT * (PARTS ? 1.0f : scale_of(fixed[tile][j >> 1])));
           };
           const int m = token0 + t * 8 + 2 * c + (j & 1);
           if (tile0 + r < num_tiles && m < num_rows)

@@ -13,19 +13,23 @@ from torch import Tensor
 
 from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.launch import Kernel, load_kernel, load_problem
+from parallel.kernels.tensor_map import MAP_BYTES, describe_boxes
 from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP
 
 # 128 inputs of a token.
 TOKEN_BYTES = 256
-# Stages begin at multiples of it where tokens lie as wgmma wants them.
+# Of wide_wgmma.cu: stages begin at multiples of it, and each has two barriers.
 WGMMA_STAGE_BYTES = 1024
+BARRIER_BYTES = 16
 # What a card keeps for itself of a block's shared memory.
 RESERVED_SHARED_BYTES = 1024
 MAX_TILES = 16384
 # Where tiles cut into equal parts keep so many of the blocks busy that fit, no block works on two of them.
 ALIGNED_SHARE = 0.9
-# The weight, its scales, X, Y, the parts; row tiles, units, rows; then perhaps a codebook.
+# The weight, its scales, X (for wide_wgmma.cu a description of it), Y, the parts; row tiles, units, rows; then perhaps a
+# codebook.
 PARAMETERS = "PPPPPiii"
+WGMMA_PARAMETERS = f"PP{MAP_BYTES}sPPiii"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Layout:
 class Launch:
     """Tiles of 8 tokens and of 16 outputs that a warp takes, warps along both; stages and blocks at most.
 
-    `wgmma`: by warp groups (wide_wgmma.cuh), so that `out_warps` is a multiple of 4 and `token_warps` is 1.
+    `wgmma`: by wide_wgmma.cu, for which `out_warps` is a multiple of 4 and `token_warps` is 1.
     """
 
     token_tiles: int
@@ -83,13 +87,18 @@ class Launch:
 
     @property
     def min_stages(self) -> int:
-        """One is read, one is filled; by warp groups, products with another may still be under way."""
+        """One is read, one is filled; by wide_wgmma.cu, products with another may still be under way."""
         return 2 + self.wgmma
+
+    def shared_bytes(self, stages: int, unit_bytes: int) -> int:
+        """Of a block: the ring, and its barriers."""
+        return stages * (self.stage_bytes(unit_bytes) + BARRIER_BYTES * self.wgmma)
 
     def options(self, stages: int) -> tuple[str, ...]:
         values = {"NT": self.token_tiles, "RT": self.row_tiles, "OUT_WARPS": self.out_warps,
-                  "TOKEN_WARPS": self.token_warps, "STAGES": stages, "BLOCKS": self.blocks,
-                  "WGMMA": int(self.wgmma)}  # fmt: skip
+                  "TOKEN_WARPS": self.token_warps, "STAGES": stages, "BLOCKS": self.blocks}  # fmt: skip
+        if self.wgmma:
+            del values["TOKEN_WARPS"]
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
@@ -144,7 +153,8 @@ def run_kernel(
     blocks = count_blocks(launch, layout.unit_bytes, places, units, card)
     if workspace is None:
         workspace = rows.new_empty(workspace_floats(launch, places, blocks), dtype=torch.float32)
-    arguments: list[Tensor | int] = [packed, scales, rows, output, workspace, tiles, units, len(rows)]
+    tokens = describe_boxes(rows, launch.tokens) if launch.wgmma else rows
+    arguments: list[Tensor | int | bytes] = [packed, scales, tokens, output, workspace, tiles, units, len(rows)]
     compile_kernel(launch, layout, packed.device.index)(
         (blocks, 1, 1), launch.threads, *arguments, *([] if codebook is None else [codebook])
     )
@@ -172,7 +182,7 @@ def fit(launch: Launch, unit_bytes: int, card: Card) -> tuple[int, int]:
     """Stages of a ring, and blocks that share a multiprocessor: as many as its shared memory holds."""
     for blocks in range(launch.blocks, 0, -1):
         each = card.shared_bytes // blocks - RESERVED_SHARED_BYTES
-        stages = min(launch.stages, each // launch.stage_bytes(unit_bytes))
+        stages = min(launch.stages, each // launch.shared_bytes(1, unit_bytes))
         if stages >= launch.min_stages:
             return stages, blocks
     raise AssertionError(f"{launch} does not fit into {card}")
@@ -188,9 +198,10 @@ def describe_card(device_index: int) -> Card:
 def compile_kernel(launch: Launch, layout: Layout, device_index: int) -> Kernel:
     stages, _ = fit(launch, layout.unit_bytes, describe_card(device_index))
     options = (*launch.options(stages), *layout.options)
-    parameters = PARAMETERS + "P" * layout.has_codebook
-    shared_bytes = stages * launch.stage_bytes(layout.unit_bytes)
-    return load_kernel(FOLDER / "wide.cu", "wide", options, parameters, device_index, shared_bytes)
+    file, parameters = ("wide_wgmma.cu", WGMMA_PARAMETERS) if launch.wgmma else ("wide.cu", PARAMETERS)
+    parameters += "P" * layout.has_codebook
+    shared_bytes = launch.shared_bytes(stages, layout.unit_bytes)
+    return load_kernel(FOLDER / file, "wide", options, parameters, device_index, shared_bytes)
 
 
 def problem(layout: Layout, device_index: int) -> str | None:

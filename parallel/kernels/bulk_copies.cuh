@@ -1,0 +1,46 @@
+// Copies to shared memory in bulk, and the barriers that count their bytes (sm_90).
+//
+// Written against the PTX ISA, "Asynchronous Copy" and "mbarrier".
+
+#include "device.cuh"
+
+// A CUtensorMap, as the driver made it.
+struct __align__(64) TensorMap {
+  unsigned char bytes[128];
+};
+
+// A barrier in shared memory, 8 bytes: its phase ends when all its arrivals have come, and all bytes that were announced.
+__device__ __forceinline__ void open_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After all barriers are open, before any copy is started.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive_at(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_and_announce(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity has ended; the first is of parity 0.
+__device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
+  u32 done = 0;
+  while (!done)
+    asm volatile("{.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;}"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+}
+
+// `bytes`, and both addresses: multiples of 16.
+__device__ __forceinline__ void copy_in_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// A box of the map, from column x and row y on. What lies beyond the tensor comes as zeros.
+__device__ __forceinline__ void copy_box(u32 shared, const TensorMap* map, int x, int y, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                   shared), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
+}

@@ -1,0 +1,280 @@
+// Y[m, n] = sum over k of X[m, k] * weight[n, k], as wide.cu and from the same packed weights, by warp groups of sm_90.
+//
+// A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
+// outputs by all tokens of the tile (wgmma.cuh): while the tensor cores work through 64 inputs, the warps decode the weights
+// of the next. The first warp also fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64 inputs, their second, then the weights of all row tiles.
+//
+// SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, just as dequantize_packed.cu does;
+// otherwise exact sums of a group are, which takes as many registers again as a warp has outputs.
+//
+// Defined by the host: NT, RT, OUT_WARPS (4, 8 or 12), STAGES, BLOCKS (on a multiprocessor), SWIGLU (0 or 1, then with an
+// even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
+
+#define TOKEN_WARPS 1
+#include "wide_tiles.cuh"
+#include "bulk_copies.cuh"
+#include "wgmma.cuh"
+
+// 64 inputs of all tokens.
+#define HALF_BYTES (TOKENS * 128)
+#define WEIGHTS_AT (2 * HALF_BYTES)
+#define STAGE_BYTES ((WEIGHTS_AT + ROW_TILES * UNIT_BYTES + 1023) / 1024 * 1024)
+// Of a unit's scales, the whole pieces of 16 bytes that hold them: 40 bytes may begin in the middle of one.
+#define SCALES_BYTES (PARTS * GROUP_BYTES)
+#define SCALES_COPIED (UNIT_BYTES - WEIGHT_BYTES)
+#define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
+#define OUTPUT_UNIT (SCALED ? 1.0f : UNIT)
+static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
+
+struct Barriers {
+  u32 address;
+  __device__ __forceinline__ u32 full(int slot) const { return address + slot * 16; }
+  __device__ __forceinline__ u32 empty(int slot) const { return address + slot * 16 + 8; }
+};
+
+// A place in the ring; `parity` of the phase in which its stage is filled.
+struct Slot {
+  int index = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void step() {
+    if (++index == STAGES) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Fills the ring, a unit at a time, over the end of a tile too. One warp's work: a lane copies the weights and scales of a
+// row tile; those beyond the last are left out.
+struct Filler {
+  const TensorMap* tokens;
+  const unsigned char *weights, *scales;
+  u32 ring;
+  Barriers barriers;
+  int work, end, num_tiles, units, num_rows;
+  Slot slot;
+
+  __device__ __forceinline__ void fill() {
+    static_assert(ROW_TILES <= 32, "a lane takes a row tile");
+    if (work >= end) return;
+    const int lane = threadIdx.x & 31, unit = work % units;
+    const Place place(work / units, num_rows);
+    const int tiles = min(ROW_TILES, num_tiles - place.tile);
+    const u32 stage = ring + slot.index * STAGE_BYTES, full = barriers.full(slot.index);
+    await_phase(barriers.empty(slot.index), slot.parity ^ 1);
+    if (lane == 0) {
+      arrive_and_announce(full, 2 * HALF_BYTES + tiles * (WEIGHT_BYTES + SCALES_COPIED));
+      copy_box(stage, tokens, unit * 128, place.token, full);
+      copy_box(stage + HALF_BYTES, tokens, unit * 128 + 64, place.token, full);
+    }
+    __syncwarp();
+    if (lane < tiles) {
+      const size_t at = (size_t)tile_at<SWIGLU>(place.tile + lane, num_tiles) * units + unit;
+      const u32 to = stage + WEIGHTS_AT + lane * UNIT_BYTES;
+      copy_in_bulk(to, weights + at * WEIGHT_BYTES, WEIGHT_BYTES, full);
+      if (PARTS) copy_in_bulk(to + WEIGHT_BYTES, scales + at * SCALES_BYTES / 16 * 16, SCALES_COPIED, full);
+    }
+    work++;
+    slot.step();
+  }
+};
+
+// A fragment times the scales of its upper and its lower rows, each weight rounded once.
+__device__ __forceinline__ void scale_fragment(u32 (&a)[4], const u32 (&scale)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float by = scale_of(scale[i & 1]) * UNIT;
+#if BITS == 4 && SCALE_BITS != 32 && !HALF
+    a[i] = fma_pair(a[i], to_pair(by, by), 0x80008000u);
+#else
+    a[i] = scale_pair(a[i], by);
+#endif
+  }
+}
+
+// What a warp multiplies: its row tiles of the units in the ring, one after the other.
+struct Multiplier {
+  const unsigned char* ring;
+  const Barriers& barriers;
+  const Decoder& decoder;
+  // The scales of outputs whose inputs share one.
+  u32 fixed[RT][2] = {};
+  // Whether the scales of a row tile's next unit begin in the middle of 16 bytes, where units have 40 bytes of them.
+  bool shifted[RT] = {};
+  // Of the first and the second half of a unit's inputs, four steps.
+  u32 fragments[2][4][4] = {};
+  Slot slot;
+  Swap swap;
+
+  __device__ __forceinline__ Multiplier(const unsigned char* ring, const Barriers& barriers, const Decoder& decoder)
+      : ring(ring), barriers(barriers), decoder(decoder) {}
+
+  // Adds `count` units to `acc`.
+  __device__ __forceinline__ void add_units(float (&acc)[RT][NT][4], int count, Filler& filler) {
+    await_phase(barriers.full(slot.index), slot.parity);
+    decode_half(0);
+#pragma unroll 1
+    while (count-- > 0) {
+      const u32 empty = barriers.empty(slot.index);
+      const unsigned long long tokens = describe_tokens(shared_address(ring) + slot.index * STAGE_BYTES);
+      float part[NT][4] = {};
+#pragma unroll
+      for (int turn = 0; turn < 2 * RT; turn++) {
+        const int r = turn / 2, half = turn % 2;
+        u32 scale[2];
+        if (PARTS && !SCALED)
+          for (int i = 0; i < 2; i++) scale[i] = scale_at(r, PARTS == 2 ? half : 0, i);
+        start_products();
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          multiply_tokens(PARTS && !SCALED ? part : acc[r], fragments[half][i], tokens + (half * HALF_BYTES + i * 32 >> 4));
+        commit_products();
+        // Into the stage of the unit before the last, which the other warps have most likely done with.
+        if (turn == 0 && threadIdx.x < 32) filler.fill();
+        // Those before these have read their fragments, which are those of the turn after these.
+        await_products<1>();
+        hold(fragments[half ^ 1]);
+        if (turn + 1 < 2 * RT) {
+          decode_half(turn + 1);
+        } else {
+          slot.step();
+          for (int i = 0; i < RT; i++) shifted[i] = !shifted[i];
+          if (count > 0) {
+            await_phase(barriers.full(slot.index), slot.parity);
+            decode_half(0);
+          }
+        }
+        if (PARTS && !SCALED && (half == 1 || PARTS == 2)) add_part(acc[r], part, scale);
+      }
+      // No product is under way from one round to the next: the compiler would let each wait for the one before.
+      await_products<0>();
+#pragma unroll
+      for (int r = 0; r < RT; r++) hold(acc[r]);
+      hold(fragments[1]);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) arrive_at(empty);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ const unsigned char* weights_of(int r) const {
+    return ring + slot.index * STAGE_BYTES + WEIGHTS_AT + ((threadIdx.x >> 5) * RT + r) * UNIT_BYTES;
+  }
+
+  // The scale of row g + 8 * i of row tile r, for part p of the unit's inputs.
+  __device__ __forceinline__ u32 scale_at(int r, int p, int i) const {
+    const unsigned char* scales = weights_of(r) + WEIGHT_BYTES + (SCALES_BYTES % 16 && shifted[r] ? 8 : 0);
+    return load_scale(scales + p * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
+  }
+
+  // The fragments of 64 inputs: those of turn 2 * r + half.
+  __device__ __forceinline__ void decode_half(int turn) {
+    constexpr int loads = 4 / STEPS_PER_LOAD;
+    const int r = turn / 2, half = turn % 2;
+    u32 scale[2] = {fixed[r][0], fixed[r][1]};
+#pragma unroll
+    for (int load = 0; load < loads; load++) {
+      uint4 loaded = *(const uint4*)(weights_of(r) + (half * loads + load) * 512 + (threadIdx.x & 31) * 16);
+      swap(loaded);
+#pragma unroll
+      for (int i = 0; i < STEPS_PER_LOAD; i++) {
+        const int step = half * 4 + load * STEPS_PER_LOAD + i;
+        u32(&a)[4] = fragments[half][step & 3];
+        if (PARTS && (step & 3) % (8 / (PARTS ? PARTS : 1)) == 0)
+          for (int j = 0; j < 2; j++) scale[j] = scale_at(r, step * PARTS / 8, j);
+        decode_step(a, decoder, loaded, step, zero_of(scale[0]), zero_of(scale[1]));
+        if (SCALED) scale_fragment(a, scale);
+      }
+    }
+  }
+
+  // Adds the sums of a group, and clears them.
+  __device__ __forceinline__ static void add_part(float (&acc)[NT][4], float (&part)[NT][4], const u32 (&scale)[2]) {
+    await_products<0>();
+    hold(part);
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        acc[t][j] += part[t][j] * scale_of(scale[j >> 1]);
+        part[t][j] = 0;
+      }
+  }
+};
+
+// A warp's outputs of a tile, two neighbouring ones of a token at a time.
+__device__ __forceinline__ void store(const float (&acc)[RT][NT][4], const u32 (&fixed)[RT][2], unsigned short* y,
+                                      int tile0, int token0, int num_tiles, int num_rows) {
+  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  const size_t num_out = num_tiles * 16 >> SWIGLU;
+#pragma unroll
+  for (int r = 0; r < RT; r += 1 + SWIGLU)
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        auto output = [&](int tile, int j) {
+          return acc[tile][t][j] * OUTPUT_UNIT * (PARTS ? 1.0f : scale_of(fixed[tile][i]));
+        };
+        u32 pair = to_pair(output(r, 2 * i), output(r, 2 * i + 1));
+        if (SWIGLU) {
+          const u32 ups = to_pair(output(r + SWIGLU, 2 * i), output(r + SWIGLU, 2 * i + 1));
+          pair = silu_mul_one(pair, ups) | (u32)silu_mul_one(pair >> 16, ups >> 16) << 16;
+        }
+        // Two tokens of output g become two outputs of token g.
+        pair = transpose_pairs(pair);
+        const int m = token0 + t * 8 + g;
+        if (tile0 + r < num_tiles && m < num_rows)
+          *(u32*)(y + m * num_out + tile_at<SWIGLU>(tile0 + r, num_tiles) * 16 + 8 * i + 2 * c) = pair;
+      }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+wide(const unsigned char* __restrict__ weights, const unsigned char* __restrict__ scales,
+     const __grid_constant__ TensorMap tokens, unsigned short* __restrict__ y, float4* __restrict__ parts, int num_tiles,
+     int units, int num_rows CODEBOOK_PARAMETER) {
+  DYNAMIC_SHARED(memory);
+  const u32 ring = shared_address(memory);
+  const Barriers barriers{ring + STAGES * STAGE_BYTES};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      open_barrier(barriers.full(i), 1);
+      open_barrier(barriers.empty(i), OUT_WARPS);
+    }
+    show_barriers();
+  }
+  __syncthreads();
+  DECODER(decoder);
+  const int num_places = (num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS);
+  const Deal deal = {units, num_places * units, (int)gridDim.x};
+  const int end = deal.begin(blockIdx.x + 1);
+  int work = deal.begin(blockIdx.x);
+
+  wait_for_predecessors();
+
+  Filler filler{&tokens, weights, scales, ring, barriers, work, end, num_tiles, units, num_rows};
+  if (threadIdx.x < 32)
+    for (int i = 0; i < STAGES - 2; i++) filler.fill();
+
+  Multiplier multiplier(memory, barriers, decoder);
+  while (work < end) {
+    const int stop = min(end, (work / units + 1) * units), index = work / units, first = work;
+    const Place place(index, num_rows);
+    const int tile0 = place.tile + (threadIdx.x >> 5) * RT;
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+      const int tile = tile_at<SWIGLU>(tile0 + r, num_tiles);
+      multiplier.shifted[r] = (tile * units + work % units) & 1;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (!PARTS && tile0 + r < num_tiles)
+          multiplier.fixed[r][i] = load_scale(scales + tile * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
+    }
+    float acc[RT][NT][4] = {};
+    multiplier.add_units(acc, stop - work, filler);
+    work = stop;
+    if (work == end) let_successor_start();
+    if (stop - first < units && !join_parts(acc, parts, deal, index, first)) continue;
+    store(acc, multiplier.fixed, y, tile0, place.token, num_tiles, num_rows);
+  }
+}
