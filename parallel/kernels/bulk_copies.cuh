@@ -27,16 +27,8 @@ __device__ __forceinline__ void arrive_and_announce(u32 barrier, int bytes) {
 
 // Until the phase of this parity has ended; the first is of parity 0.
 __device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;}"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-}
-
-// `bytes`, and both addresses: multiples of 16.
-__device__ __forceinline__ void copy_in_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(global), "r"(bytes), "r"(barrier) : "memory");
+  asm volatile("{.reg .pred done;\nagain_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again_%=;}"
+               ::"r"(barrier), "r"(parity) : "memory");
 }
 
 // A box of the map, from column x and row y on. What lies beyond the tensor comes as zeros.

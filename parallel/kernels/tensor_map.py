@@ -12,33 +12,38 @@ from parallel.kernels.launch import open_driver
 
 MAP_BYTES = 128
 ALIGNMENT = 64
-# cuda.h: CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, .._INTERLEAVE_NONE, .._SWIZZLE_128B, .._L2_PROMOTION_L2_256B, .._OOB_FILL_NONE.
-BFLOAT16, PLAIN, SWAPPED, PROMOTED, ZEROS = 9, 0, 3, 3, 0
-# Columns of a box: 128 bytes, over which pieces of 16 are swapped.
-BOX_COLUMNS = 64
+# cuda.h: CU_TENSOR_MAP_DATA_TYPE_.., .._INTERLEAVE_NONE, .._SWIZZLE_NONE and _128B, .._L2_PROMOTION_L2_256B,
+# .._OOB_FILL_NONE, which fills with zeros.
+DATA_TYPES = {2: 9, 8: 4}
+PLAIN, SWAPPED, PROMOTED = 0, 3, 3
+# Of strides and of a tensor's first byte.
+TENSOR_ALIGNMENT = 16
 
 
-def describe_boxes(tensor: Tensor, box_rows: int) -> bytes:
-    """Boxes of `box_rows` rows (up to 256) and 64 columns of a contiguous tensor [m, n] of bf16, n a multiple of 8.
+def describe_boxes(tensor: Tensor, box: tuple[int, int], element_bytes: int, *, swapped: bool = False) -> bytes:
+    """Boxes of some rows and columns (up to 256 of each) of a contiguous tensor, seen as [first dimension, all others].
 
-    In shared memory, piece i of 16 bytes of row r of a box is at i ^ (r & 7) among those of the row.
+    Columns are counted in elements of 2 bytes (bf16) or 8 (any bits). `swapped`, for boxes that are 128 bytes wide: in
+    shared memory, piece i of 16 bytes of row r of a box is at i ^ (r & 7) among those of the row.
     """
-    assert tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, tensor.shape
-    return encode(tensor.data_ptr(), *tensor.shape, box_rows)
+    assert tensor.is_contiguous() and tensor.data_ptr() % TENSOR_ALIGNMENT == 0, tensor.shape
+    return encode(tensor.data_ptr(), len(tensor), tensor.nbytes // len(tensor), box, element_bytes, swapped)
 
 
 # Buffers come back at the same addresses pass after pass.
-@lru_cache(maxsize=1024)
-def encode(address: int, num_rows: int, num_columns: int, box_rows: int) -> bytes:
+@lru_cache(maxsize=4096)
+def encode(
+    address: int, num_rows: int, row_bytes: int, box: tuple[int, int], element_bytes: int, swapped: bool
+) -> bytes:
     buffer = ctypes.create_string_buffer(MAP_BYTES + ALIGNMENT)
     start = -(-ctypes.addressof(buffer) // ALIGNMENT) * ALIGNMENT
-    sizes = (ctypes.c_uint64 * 2)(num_columns, num_rows)
-    strides = (ctypes.c_uint64 * 1)(num_columns * 2)
-    box = (ctypes.c_uint32 * 2)(BOX_COLUMNS, box_rows)
-    steps = (ctypes.c_uint32 * 2)(1, 1)
+    sizes = (ctypes.c_uint64 * 2)(row_bytes // element_bytes, num_rows)
+    strides = (ctypes.c_uint64 * 1)(row_bytes)
+    rows, columns = box
     error = open_driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(start), BFLOAT16, 2, ctypes.c_void_p(address), sizes, strides, box, steps,
-        PLAIN, SWAPPED, PROMOTED, ZEROS,
+        ctypes.c_void_p(start), DATA_TYPES[element_bytes], 2, ctypes.c_void_p(address), sizes, strides,
+        (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1), PLAIN, SWAPPED if swapped else PLAIN,
+        PROMOTED, PLAIN,
     )  # fmt: skip
     if error:
         cuda_utils._check_cuda(error)

@@ -257,4 +257,4 @@ def find_layout(
     unit_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * group_bytes
     # Copies to shared memory are of 16 bytes.
     aligned = -(-unit_bytes // 16) * 16
-    return wide.Layout(tuple(f"-D{name}={value}" for name, value in defined.items()), aligned, has_codebook)
+    return wide.Layout(tuple(f"-D{name}={value}" for name, value in defined.items()), aligned, has_codebook, 1 + swiglu)

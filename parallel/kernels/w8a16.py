@@ -199,7 +199,7 @@ def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> K
 def wide_layout(*, is_grouped: bool, is_float: bool, swiglu: bool = False) -> wide.Layout:
     defined = {"BITS": 8, "GROUPED": int(is_grouped), "E4M3": int(is_float), "SWIGLU": int(swiglu)}
     options = tuple(f"-D{name}={value}" for name, value in defined.items())
-    return wide.Layout(options, unit_bytes(is_grouped=is_grouped))
+    return wide.Layout(options, unit_bytes(is_grouped=is_grouped), weights_side_by_side=1 + swiglu)
 
 
 def is_grouped(scales: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,18 @@ TOKEN_BYTES = 256
 # Of wide_wgmma.cu: stages begin at multiples of it, and each has two barriers.
 WGMMA_STAGE_BYTES = 1024
 BARRIER_BYTES = 16
+# Inputs of a box of X; what boxes of weights and of scales are counted in.
+BOX_INPUTS = 64
+PIECE_BYTES = 8
 # What a card keeps for itself of a block's shared memory.
 RESERVED_SHARED_BYTES = 1024
 MAX_TILES = 16384
 # Where tiles cut into equal parts keep so many of the blocks busy that fit, no block works on two of them.
 ALIGNED_SHARE = 0.9
-# The weight, its scales, X (for wide_wgmma.cu a description of it), Y, the parts; row tiles, units, rows; then perhaps a
-# codebook.
+# The weight, its scales, X, Y, the parts; row tiles, units, rows; then perhaps a codebook. For wide_wgmma.cu, boxes of the
+# first three come first.
 PARAMETERS = "PPPPPiii"
-WGMMA_PARAMETERS = f"PP{MAP_BYTES}sPPiii"
+WGMMA_PARAMETERS = f"{MAP_BYTES}s{MAP_BYTES}s{MAP_BYTES}sPPPiii"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Layout:
     options: tuple[str, ...]
     unit_bytes: int
     has_codebook: bool = False
+    # 2 for gates and ups.
+    weights_side_by_side: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,23 @@ def run_kernel(
     blocks = count_blocks(launch, layout.unit_bytes, places, units, card)
     if workspace is None:
         workspace = rows.new_empty(workspace_floats(launch, places, blocks), dtype=torch.float32)
-    tokens = describe_boxes(rows, launch.tokens) if launch.wgmma else rows
-    arguments: list[Tensor | int | bytes] = [packed, scales, tokens, output, workspace, tiles, units, len(rows)]
+    first = describe_operands(launch, rows, packed, scales, layout) if launch.wgmma else [packed, scales, rows]
+    if launch.wgmma:
+        first.append(scales)
+    arguments: list[Tensor | int | bytes] = [*first, output, workspace, tiles, units, len(rows)]
     compile_kernel(launch, layout, packed.device.index)(
         (blocks, 1, 1), launch.threads, *arguments, *([] if codebook is None else [codebook])
     )
+
+
+def describe_operands(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, layout: Layout) -> list[Any]:
+    """Boxes of the weight, its scales and X, for wide_wgmma.cu."""
+    tiles = launch.tiles // layout.weights_side_by_side
+    weight_bytes = packed[0, 0].nbytes
+    weights = describe_boxes(packed, (tiles, weight_bytes // PIECE_BYTES), PIECE_BYTES)
+    scale_bytes = layout.unit_bytes - weight_bytes
+    scale_boxes = describe_boxes(scales, (tiles, scale_bytes // PIECE_BYTES), PIECE_BYTES) if scale_bytes else weights
+    return [weights, scale_boxes, describe_boxes(rows, (launch.tokens, BOX_INPUTS), rows.element_size(), swapped=True)]
 
 
 def count_places(launch: Launch, tiles: int, num_rows: int) -> int:

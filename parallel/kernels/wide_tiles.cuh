@@ -40,6 +40,14 @@ struct Place {
     tile = index / token_blocks * ROW_TILES;
     token = index % token_blocks * TOKENS;
   }
+  // To the next.
+  __device__ __forceinline__ void step(int num_rows) {
+    token += TOKENS;
+    if (token >= num_rows) {
+      token = 0;
+      tile += ROW_TILES;
+    }
+  }
 };
 
 // Adds up the parts of a tile in the order of its inputs; true in the block that was the last to arrive.

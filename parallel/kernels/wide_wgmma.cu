@@ -2,7 +2,8 @@
 //
 // A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
 // outputs by all tokens of the tile (wgmma.cuh): while the tensor cores work through 64 inputs, the warps decode the weights
-// of the next. The first warp also fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64 inputs, their second, then the weights of all row tiles.
+// of the next. One thread fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64
+// inputs, their second, the weights of all row tiles, then their scales; of gates and ups, first those of all gates.
 //
 // SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, just as dequantize_packed.cu does;
 // otherwise exact sums of a group are, which takes as many registers again as a warp has outputs.
@@ -18,10 +19,14 @@
 // 64 inputs of all tokens.
 #define HALF_BYTES (TOKENS * 128)
 #define WEIGHTS_AT (2 * HALF_BYTES)
-#define STAGE_BYTES ((WEIGHTS_AT + ROW_TILES * UNIT_BYTES + 1023) / 1024 * 1024)
-// Of a unit's scales, the whole pieces of 16 bytes that hold them: 40 bytes may begin in the middle of one.
-#define SCALES_BYTES (PARTS * GROUP_BYTES)
-#define SCALES_COPIED (UNIT_BYTES - WEIGHT_BYTES)
+#define SCALES_AT (WEIGHTS_AT + ROW_TILES * WEIGHT_BYTES)
+// Of a row tile: 40 bytes are copied as 48.
+#define SCALE_BYTES (PARTS * GROUP_BYTES)
+#define SCALE_STEP ((SCALE_BYTES + 15) / 16 * 16)
+#define COPIED_BYTES (SCALES_AT + ROW_TILES * SCALE_STEP)
+#define STAGE_BYTES ((COPIED_BYTES + 1023) / 1024 * 1024)
+// Boxes of weights and of scales are in pieces of 8 bytes.
+#define PIECE 8
 #define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
 #define OUTPUT_UNIT (SCALED ? 1.0f : UNIT)
 static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
@@ -44,38 +49,43 @@ struct Slot {
   }
 };
 
-// Fills the ring, a unit at a time, over the end of a tile too. One warp's work: a lane copies the weights and scales of a
-// row tile; those beyond the last are left out.
+// What is copied: X [rows, inputs], and by row tile all weights and all scales.
+struct Maps {
+  const TensorMap *tokens, *weights, *scales;
+};
+
+// Fills the ring, a unit at a time, over the end of a tile too. One thread's work.
 struct Filler {
-  const TensorMap* tokens;
-  const unsigned char *weights, *scales;
+  Maps maps;
   u32 ring;
   Barriers barriers;
-  int work, end, num_tiles, units, num_rows;
+  int left, num_tiles, units, num_rows;
+  // Of the next unit.
+  int unit;
+  Place place;
   Slot slot;
 
   __device__ __forceinline__ void fill() {
-    static_assert(ROW_TILES <= 32, "a lane takes a row tile");
-    if (work >= end) return;
-    const int lane = threadIdx.x & 31, unit = work % units;
-    const Place place(work / units, num_rows);
-    const int tiles = min(ROW_TILES, num_tiles - place.tile);
+    if (left == 0) return;
     const u32 stage = ring + slot.index * STAGE_BYTES, full = barriers.full(slot.index);
     await_phase(barriers.empty(slot.index), slot.parity ^ 1);
-    if (lane == 0) {
-      arrive_and_announce(full, 2 * HALF_BYTES + tiles * (WEIGHT_BYTES + SCALES_COPIED));
-      copy_box(stage, tokens, unit * 128, place.token, full);
-      copy_box(stage + HALF_BYTES, tokens, unit * 128 + 64, place.token, full);
+    arrive_and_announce(full, COPIED_BYTES);
+    copy_box(stage, maps.tokens, unit * 128, place.token, full);
+    copy_box(stage + HALF_BYTES, maps.tokens, unit * 128 + 64, place.token, full);
+#pragma unroll
+    for (int i = 0; i < 1 + SWIGLU; i++) {
+      // Of gates and ups, the first tile of each.
+      const int tile = (place.tile >> SWIGLU) + i * (num_tiles >> 1), share = ROW_TILES >> SWIGLU;
+      copy_box(stage + WEIGHTS_AT + i * share * WEIGHT_BYTES, maps.weights, unit * (WEIGHT_BYTES / PIECE), tile, full);
+      if (PARTS)
+        copy_box(stage + SCALES_AT + i * share * SCALE_STEP, maps.scales, unit * (SCALE_BYTES / PIECE), tile, full);
     }
-    __syncwarp();
-    if (lane < tiles) {
-      const size_t at = (size_t)tile_at<SWIGLU>(place.tile + lane, num_tiles) * units + unit;
-      const u32 to = stage + WEIGHTS_AT + lane * UNIT_BYTES;
-      copy_in_bulk(to, weights + at * WEIGHT_BYTES, WEIGHT_BYTES, full);
-      if (PARTS) copy_in_bulk(to + WEIGHT_BYTES, scales + at * SCALES_BYTES / 16 * 16, SCALES_COPIED, full);
-    }
-    work++;
+    left--;
     slot.step();
+    if (++unit == units) {
+      unit = 0;
+      place.step(num_rows);
+    }
   }
 };
 
@@ -99,8 +109,6 @@ struct Multiplier {
   const Decoder& decoder;
   // The scales of outputs whose inputs share one.
   u32 fixed[RT][2] = {};
-  // Whether the scales of a row tile's next unit begin in the middle of 16 bytes, where units have 40 bytes of them.
-  bool shifted[RT] = {};
   // Of the first and the second half of a unit's inputs, four steps.
   u32 fragments[2][4][4] = {};
   Slot slot;
@@ -116,7 +124,7 @@ struct Multiplier {
 #pragma unroll 1
     while (count-- > 0) {
       const u32 empty = barriers.empty(slot.index);
-      const unsigned long long tokens = describe_tokens(shared_address(ring) + slot.index * STAGE_BYTES);
+      const u32 tokens = describe_tokens(shared_address(ring) + slot.index * STAGE_BYTES);
       float part[NT][4] = {};
 #pragma unroll
       for (int turn = 0; turn < 2 * RT; turn++) {
@@ -130,7 +138,7 @@ struct Multiplier {
           multiply_tokens(PARTS && !SCALED ? part : acc[r], fragments[half][i], tokens + (half * HALF_BYTES + i * 32 >> 4));
         commit_products();
         // Into the stage of the unit before the last, which the other warps have most likely done with.
-        if (turn == 0 && threadIdx.x < 32) filler.fill();
+        if (turn == 0 && threadIdx.x == 0) filler.fill();
         // Those before these have read their fragments, which are those of the turn after these.
         await_products<1>();
         hold(fragments[half ^ 1]);
@@ -138,7 +146,6 @@ struct Multiplier {
           decode_half(turn + 1);
         } else {
           slot.step();
-          for (int i = 0; i < RT; i++) shifted[i] = !shifted[i];
           if (count > 0) {
             await_phase(barriers.full(slot.index), slot.parity);
             decode_half(0);
@@ -157,14 +164,17 @@ struct Multiplier {
   }
 
  private:
-  __device__ __forceinline__ const unsigned char* weights_of(int r) const {
-    return ring + slot.index * STAGE_BYTES + WEIGHTS_AT + ((threadIdx.x >> 5) * RT + r) * UNIT_BYTES;
+  __device__ __forceinline__ const unsigned char* stage() const { return ring + slot.index * STAGE_BYTES; }
+
+  // Where row tile r of this warp is among those of a stage.
+  __device__ __forceinline__ static int place_of(int r) {
+    const int place = (threadIdx.x >> 5) * RT + r;
+    return SWIGLU ? (place >> 1) + (place & 1) * (ROW_TILES >> 1) : place;
   }
 
   // The scale of row g + 8 * i of row tile r, for part p of the unit's inputs.
   __device__ __forceinline__ u32 scale_at(int r, int p, int i) const {
-    const unsigned char* scales = weights_of(r) + WEIGHT_BYTES + (SCALES_BYTES % 16 && shifted[r] ? 8 : 0);
-    return load_scale(scales + p * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
+    return load_scale(stage() + SCALES_AT + place_of(r) * SCALE_STEP + p * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
   }
 
   // The fragments of 64 inputs: those of turn 2 * r + half.
@@ -174,7 +184,8 @@ struct Multiplier {
     u32 scale[2] = {fixed[r][0], fixed[r][1]};
 #pragma unroll
     for (int load = 0; load < loads; load++) {
-      uint4 loaded = *(const uint4*)(weights_of(r) + (half * loads + load) * 512 + (threadIdx.x & 31) * 16);
+      uint4 loaded = *(const uint4*)(stage() + WEIGHTS_AT + place_of(r) * WEIGHT_BYTES + (half * loads + load) * 512 +
+                                        (threadIdx.x & 31) * 16);
       swap(loaded);
 #pragma unroll
       for (int i = 0; i < STEPS_PER_LOAD; i++) {
@@ -230,9 +241,9 @@ __device__ __forceinline__ void store(const float (&acc)[RT][NT][4], const u32 (
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-wide(const unsigned char* __restrict__ weights, const unsigned char* __restrict__ scales,
-     const __grid_constant__ TensorMap tokens, unsigned short* __restrict__ y, float4* __restrict__ parts, int num_tiles,
-     int units, int num_rows CODEBOOK_PARAMETER) {
+wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scale_map,
+     const __grid_constant__ TensorMap tokens, const unsigned char* __restrict__ scales, unsigned short* __restrict__ y,
+     float4* __restrict__ parts, int num_tiles, int units, int num_rows CODEBOOK_PARAMETER) {
   DYNAMIC_SHARED(memory);
   const u32 ring = shared_address(memory);
   const Barriers barriers{ring + STAGES * STAGE_BYTES};
@@ -252,8 +263,9 @@ wide(const unsigned char* __restrict__ weights, const unsigned char* __restrict_
 
   wait_for_predecessors();
 
-  Filler filler{&tokens, weights, scales, ring, barriers, work, end, num_tiles, units, num_rows};
-  if (threadIdx.x < 32)
+  Filler filler{{&tokens, &weights, &scale_map}, ring, barriers, end - work, num_tiles, units, num_rows, work % units,
+                Place(work / units, num_rows)};
+  if (threadIdx.x == 0)
     for (int i = 0; i < STAGES - 2; i++) filler.fill();
 
   Multiplier multiplier(memory, barriers, decoder);
@@ -263,12 +275,11 @@ wide(const unsigned char* __restrict__ weights, const unsigned char* __restrict_
     const int tile0 = place.tile + (threadIdx.x >> 5) * RT;
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-      const int tile = tile_at<SWIGLU>(tile0 + r, num_tiles);
-      multiplier.shifted[r] = (tile * units + work % units) & 1;
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (!PARTS && tile0 + r < num_tiles)
-          multiplier.fixed[r][i] = load_scale(scales + tile * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
+          multiplier.fixed[r][i] =
+              load_scale(scales + tile_at<SWIGLU>(tile0 + r, num_tiles) * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
     }
     float acc[RT][NT][4] = {};
     multiplier.add_units(acc, stop - work, filler);
