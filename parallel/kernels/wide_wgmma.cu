@@ -2,7 +2,7 @@
 //
 // A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
 // outputs by all tokens of the tile (wgmma.cuh): while the tensor cores work through 64 inputs, the warps decode the weights
-// of the next. One thread fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64
+// of the next, and swap those of the 64 after. One thread fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64
 // inputs, their second, the weights of all row tiles, then their scales; of gates and ups, first those of all gates.
 //
 // SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, just as dequantize_packed.cu does;
@@ -20,11 +20,14 @@
 #define HALF_BYTES (TOKENS * 128)
 #define WEIGHTS_AT (2 * HALF_BYTES)
 #define SCALES_AT (WEIGHTS_AT + ROW_TILES * WEIGHT_BYTES)
-// Of a row tile: 40 bytes are copied as 48.
+// Of a row tile: 40 bytes are copied as 48, since copies begin at multiples of 16.
 #define SCALE_BYTES (PARTS * GROUP_BYTES)
 #define SCALE_STEP ((SCALE_BYTES + 15) / 16 * 16)
-#define COPIED_BYTES (SCALES_AT + ROW_TILES * SCALE_STEP)
-#define STAGE_BYTES ((COPIED_BYTES + 1023) / 1024 * 1024)
+// Of all row tiles, of the ups behind the gates: boxes begin at multiples of 128.
+#define SCALES_BYTES ((ROW_TILES >> SWIGLU) * SCALE_STEP)
+#define SCALES_ROOM ((SCALES_BYTES + 127) / 128 * 128)
+#define COPIED_BYTES (SCALES_AT + (1 + SWIGLU) * SCALES_BYTES)
+#define STAGE_BYTES ((SCALES_AT + (1 + SWIGLU) * SCALES_ROOM + 1023) / 1024 * 1024)
 // Boxes of weights and of scales are in pieces of 8 bytes.
 #define PIECE 8
 #define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
@@ -78,7 +81,7 @@ struct Filler {
       const int tile = (place.tile >> SWIGLU) + i * (num_tiles >> 1), share = ROW_TILES >> SWIGLU;
       copy_box(stage + WEIGHTS_AT + i * share * WEIGHT_BYTES, maps.weights, unit * (WEIGHT_BYTES / PIECE), tile, full);
       if (PARTS)
-        copy_box(stage + SCALES_AT + i * share * SCALE_STEP, maps.scales, unit * (SCALE_BYTES / PIECE), tile, full);
+        copy_box(stage + SCALES_AT + i * SCALES_ROOM, maps.scales, unit * SCALE_BYTES / 16 * 16 / PIECE, tile, full);
     }
     left--;
     slot.step();
@@ -102,16 +105,29 @@ __device__ __forceinline__ void scale_fragment(u32 (&a)[4], const u32 (&scale)[2
   }
 }
 
-// What a warp multiplies: its row tiles of the units in the ring, one after the other.
+// Of half a unit's inputs of a row tile: what was loaded, each lane with the inputs of its fragments, and the scales.
+#define HALF_LOADS (4 / STEPS_PER_LOAD)
+#define HALF_PARTS (PARTS > 2 ? PARTS / 2 : 1)
+struct Loaded {
+  uint4 words[HALF_LOADS];
+  u32 scales[HALF_PARTS][2];
+};
+
+// What a warp multiplies: its row tiles of the units in the ring, one after the other. A unit is 2 * RT turns: both halves
+// of its inputs of a row tile, then those of the next.
 struct Multiplier {
   const unsigned char* ring;
   const Barriers& barriers;
   const Decoder& decoder;
   // The scales of outputs whose inputs share one.
   u32 fixed[RT][2] = {};
-  // Of the first and the second half of a unit's inputs, four steps.
+  // Of the turns with the first and the second half, four steps.
   u32 fragments[2][4][4] = {};
+  u32 scales[2][2];
+  Loaded loaded;
+  // Of the unit that is loaded next; `odd`: its number among those of a row tile.
   Slot slot;
+  bool odd;
   Swap swap;
 
   __device__ __forceinline__ Multiplier(const unsigned char* ring, const Barriers& barriers, const Decoder& decoder)
@@ -120,7 +136,9 @@ struct Multiplier {
   // Adds `count` units to `acc`.
   __device__ __forceinline__ void add_units(float (&acc)[RT][NT][4], int count, Filler& filler) {
     await_phase(barriers.full(slot.index), slot.parity);
-    decode_half(0);
+    load(0);
+    decode(0);
+    load(1);
 #pragma unroll 1
     while (count-- > 0) {
       const u32 empty = barriers.empty(slot.index);
@@ -129,9 +147,6 @@ struct Multiplier {
 #pragma unroll
       for (int turn = 0; turn < 2 * RT; turn++) {
         const int r = turn / 2, half = turn % 2;
-        u32 scale[2];
-        if (PARTS && !SCALED)
-          for (int i = 0; i < 2; i++) scale[i] = scale_at(r, PARTS == 2 ? half : 0, i);
         start_products();
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -142,16 +157,14 @@ struct Multiplier {
         // Those before these have read their fragments, which are those of the turn after these.
         await_products<1>();
         hold(fragments[half ^ 1]);
-        if (turn + 1 < 2 * RT) {
-          decode_half(turn + 1);
-        } else {
+        if (turn == 2 * RT - 2) {
           slot.step();
-          if (count > 0) {
-            await_phase(barriers.full(slot.index), slot.parity);
-            decode_half(0);
-          }
+          odd = !odd;
+          if (count > 0) await_phase(barriers.full(slot.index), slot.parity);
         }
-        if (PARTS && !SCALED && (half == 1 || PARTS == 2)) add_part(acc[r], part, scale);
+        if (turn + 1 < 2 * RT || count > 0) decode((turn + 1) % (2 * RT));
+        if (turn + 2 < 2 * RT || count > 0) load((turn + 2) % (2 * RT));
+        if (PARTS && !SCALED && (half == 1 || PARTS == 2)) add_part(acc[r], part, scales[half]);
       }
       // No product is under way from one round to the next: the compiler would let each wait for the one before.
       await_products<0>();
@@ -164,39 +177,39 @@ struct Multiplier {
   }
 
  private:
-  __device__ __forceinline__ const unsigned char* stage() const { return ring + slot.index * STAGE_BYTES; }
-
-  // Where row tile r of this warp is among those of a stage.
-  __device__ __forceinline__ static int place_of(int r) {
-    const int place = (threadIdx.x >> 5) * RT + r;
-    return SWIGLU ? (place >> 1) + (place & 1) * (ROW_TILES >> 1) : place;
-  }
-
-  // The scale of row g + 8 * i of row tile r, for part p of the unit's inputs.
-  __device__ __forceinline__ u32 scale_at(int r, int p, int i) const {
-    return load_scale(stage() + SCALES_AT + place_of(r) * SCALE_STEP + p * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
-  }
-
-  // The fragments of 64 inputs: those of turn 2 * r + half.
-  __device__ __forceinline__ void decode_half(int turn) {
-    constexpr int loads = 4 / STEPS_PER_LOAD;
-    const int r = turn / 2, half = turn % 2;
-    u32 scale[2] = {fixed[r][0], fixed[r][1]};
+  __device__ __forceinline__ void load(int turn) {
+    const int r = turn / 2, half = turn % 2, g = (threadIdx.x & 31) >> 2, place = (threadIdx.x >> 5) * RT + r;
+    const int stored = SWIGLU ? (place >> 1) + (place & 1) * (ROW_TILES >> 1) : place;
+    const unsigned char* stage = ring + slot.index * STAGE_BYTES;
 #pragma unroll
-    for (int load = 0; load < loads; load++) {
-      uint4 loaded = *(const uint4*)(stage() + WEIGHTS_AT + place_of(r) * WEIGHT_BYTES + (half * loads + load) * 512 +
+    for (int i = 0; i < HALF_LOADS; i++) {
+      loaded.words[i] = *(const uint4*)(stage + WEIGHTS_AT + stored * WEIGHT_BYTES + (half * HALF_LOADS + i) * 512 +
                                         (threadIdx.x & 31) * 16);
-      swap(loaded);
-#pragma unroll
-      for (int i = 0; i < STEPS_PER_LOAD; i++) {
-        const int step = half * 4 + load * STEPS_PER_LOAD + i;
-        u32(&a)[4] = fragments[half][step & 3];
-        if (PARTS && (step & 3) % (8 / (PARTS ? PARTS : 1)) == 0)
-          for (int j = 0; j < 2; j++) scale[j] = scale_at(r, step * PARTS / 8, j);
-        decode_step(a, decoder, loaded, step, zero_of(scale[0]), zero_of(scale[1]));
-        if (SCALED) scale_fragment(a, scale);
-      }
+      swap(loaded.words[i]);
     }
+    // 40 bytes of every other unit begin in the middle of 16.
+    const unsigned char* group = stage + SCALES_AT + (SWIGLU ? (place & 1) * SCALES_ROOM + (place >> 1) * SCALE_STEP
+                                                             : place * SCALE_STEP) +
+                                 (SCALE_BYTES % 16 && odd ? 8 : 0);
+#pragma unroll
+    for (int p = 0; p < HALF_PARTS; p++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        loaded.scales[p][i] = PARTS ? load_scale(group + ((half * PARTS >> 1) + p) * GROUP_BYTES, g, i) : fixed[r][i];
+  }
+
+  // The fragments of what was loaded last, for its turn.
+  __device__ __forceinline__ void decode(int turn) {
+    const int half = turn % 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      u32(&a)[4] = fragments[half][i];
+      const u32(&scale)[2] = loaded.scales[i * HALF_PARTS / 4];
+      decode_step(a, decoder, loaded.words[i / STEPS_PER_LOAD], half * 4 + i, zero_of(scale[0]), zero_of(scale[1]));
+      if (SCALED) scale_fragment(a, scale);
+    }
+    scales[half][0] = loaded.scales[0][0];
+    scales[half][1] = loaded.scales[0][1];
   }
 
   // Adds the sums of a group, and clears them.
@@ -281,6 +294,7 @@ wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMa
           multiplier.fixed[r][i] =
               load_scale(scales + tile_at<SWIGLU>(tile0 + r, num_tiles) * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
     }
+    multiplier.odd = work % units & 1;
     float acc[RT][NT][4] = {};
     multiplier.add_units(acc, stop - work, filler);
     work = stop;
