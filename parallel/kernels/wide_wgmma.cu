@@ -5,7 +5,7 @@
 // of the next, and swap those of the 64 after. One thread fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64
 // inputs, their second, the weights of all row tiles, then their scales; of gates and ups, first those of all gates.
 //
-// SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, just as dequantize_packed.cu does;
+// SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, as dequantize_packed.cu does;
 // otherwise exact sums of a group are, which takes as many registers again as a warp has outputs.
 //
 // Defined by the host: NT, RT, OUT_WARPS (4, 8 or 12), STAGES, BLOCKS (on a multiprocessor), SWIGLU (0 or 1, then with an
@@ -31,6 +31,11 @@
 // Boxes of weights and of scales are in pieces of 8 bytes.
 #define PIECE 8
 #define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
+#if BITS == 4
+#define SHORT_SCALES (SCALE_BITS != 32 && !HALF)
+#else
+#define SHORT_SCALES 0
+#endif
 #define OUTPUT_UNIT (SCALED ? 1.0f : UNIT)
 static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
 
@@ -92,18 +97,21 @@ struct Filler {
   }
 };
 
-// A fragment times the scales of its upper and its lower rows, each weight rounded once.
-__device__ __forceinline__ void scale_fragment(u32 (&a)[4], const u32 (&scale)[2]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float by = scale_of(scale[i & 1]) * UNIT;
-#if BITS == 4 && SCALE_BITS != 32 && !HALF
-    a[i] = fma_pair(a[i], to_pair(by, by), 0x80008000u);
-#else
-    a[i] = scale_pair(a[i], by);
-#endif
+// A scale in two numbers of bf16, each twice: what it is rounded down to, and the rest.
+struct Factor {
+  u32 main, rest;
+  __device__ __forceinline__ explicit Factor(u32 scale) {
+    const float by = scale_of(scale) * UNIT;
+    main = __float_as_uint(by) >> 16;
+    main |= main << 16;
+    const float left = by - low(main);
+    rest = to_pair(left, left);
   }
-}
+  // Of a scale of bf16 there is no rest. Otherwise twice rounded, the first time by 2**-17 of the product.
+  __device__ __forceinline__ u32 operator()(u32 pair) const {
+    return fma_pair(pair, main, SHORT_SCALES ? 0x80008000u : fma_pair(pair, rest, 0x80008000u));
+  }
+};
 
 // Of half a unit's inputs of a row tile: what was loaded, each lane with the inputs of its fragments, and the scales.
 #define HALF_LOADS (4 / STEPS_PER_LOAD)
@@ -206,7 +214,10 @@ struct Multiplier {
       u32(&a)[4] = fragments[half][i];
       const u32(&scale)[2] = loaded.scales[i * HALF_PARTS / 4];
       decode_step(a, decoder, loaded.words[i / STEPS_PER_LOAD], half * 4 + i, zero_of(scale[0]), zero_of(scale[1]));
-      if (SCALED) scale_fragment(a, scale);
+      if (SCALED) {
+        const Factor upper(scale[0]), lower(scale[1]);
+        for (int j = 0; j < 4; j++) a[j] = j & 1 ? lower(a[j]) : upper(a[j]);
+      }
     }
     scales[half][0] = loaded.scales[0][0];
     scales[half][1] = loaded.scales[0][1];
