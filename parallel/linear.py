@@ -56,6 +56,10 @@ class ShardedLayer(TensorParallel_Layer):
         output: Tensor = self.packed(hidden)
         return output if bias is None else output.add_(bias)
 
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether numbers of the weight are made before so many rows are multiplied: not where it is kept as such."""
+        return self.packed is not None and self.packed.dequantizes(num_rows)
+
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """The weight without its bias, for products of many inputs of `dtype`."""
         if self.packed is None:
