@@ -22,7 +22,7 @@ from torch import Tensor
 
 from parallel.kernels import grouping
 from parallel.kernels.grouping import output_blocks
-from parallel.kernels.held import MAX_OWN_ROWS
+from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.kernels.tiles import tiles_of
 from tools.bench_linears import NUM_LAYERS, SHAPES, cycle, measure_copy, time_on_card
 from tools.linear_formats import FORMATS, Packed
@@ -110,7 +110,7 @@ def time_product(name: str, shape: tuple[int, int], num_rows: int) -> dict[tuple
     weights, own = cycle(name, *shape), FORMATS[name]
     rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
     output, plain = rows.new_empty(num_rows, shape[0]), torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    launch = own.choose(min(num_rows, MAX_OWN_ROWS), shape[0] // 16)
+    launch = own.choose(min(num_rows, MIN_FUSED_ROWS), shape[0] // 16)
     times = {("packed", 0): time_calls([partial(own.run, launch, rows, each, output) for each in weights])}
     for at_a_time in AT_A_TIME:
         with patch.object(grouping, "DEQUANTIZED_AT_A_TIME", at_a_time):

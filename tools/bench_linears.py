@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.kernels.held import MAX_OWN_ROWS
+from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
 from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, compile_in_threads, launches
@@ -87,7 +87,7 @@ def compile_all(names: list[str], row_counts: list[int]) -> None:
     compile_in_threads(
         (FORMATS[name], launch, False)
         for name, num_rows in product(names, row_counts)
-        if num_rows <= MAX_OWN_ROWS
+        if num_rows <= MIN_FUSED_ROWS
         for launch in launches(FORMATS[name], num_rows)
     )
 
@@ -238,7 +238,7 @@ def time_on_card(run: Callable[[], object]) -> float:
 
 def time_linears(tp: int, name: str, row_counts: list[int]) -> dict[int, list[float]]:
     """Microseconds of each of the shapes, by number of rows; without those that the kernel does not take."""
-    most_rows, make = (MAX_OWN_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
+    most_rows, make = (MIN_FUSED_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
     times: dict[int, list[float]] = {num_rows: [] for num_rows in row_counts if num_rows <= most_rows}
     for num_out, num_in in SHAPES[tp]:
         calls = make(num_out, num_in)

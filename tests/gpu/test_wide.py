@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.kernels import choice, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import MAX_NARROW_ROWS, MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from tools.linear_formats import FORMATS, check_launch, launches, rounded_codebook
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name:
 def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str) -> None:
     weight = FORMATS[name].random_weight(8192, 4096)
     layer, _ = choice.pack_linear(weight, torch.bfloat16)
-    for num_rows in (MAX_NARROW_ROWS, 17, 100, MAX_OWN_ROWS):
+    for num_rows in (MAX_NARROW_ROWS, 17, 100, MIN_FUSED_ROWS):
         rows = torch.randn(num_rows, 4096, device="cuda", dtype=torch.bfloat16)
         layer(rows)
         torch.cuda.synchronize()
