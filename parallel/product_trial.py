@@ -52,6 +52,7 @@ class FusedRows:
 
 
 def rows_limit(chosen: FusedRows | None) -> int:
+    """What linears are built with; `chosen`: None where there was no choice."""
     return MIN_FUSED_ROWS if chosen is None else chosen.limit
 
 
