@@ -255,6 +255,11 @@ class RunConfig:
         kind = self.task.kind
         if kind == TaskKind.probe and self.engine.all_reduce_bits == 8:
             yield "engine.all_reduce_bits=8 is not for task=probe, which checks that sums are exact. Leave it out."
+        if kind == TaskKind.calibrate and self.engine.fused_prefill_rows is not None:
+            yield (
+                "engine.fused_prefill_rows is not for task=calibrate, whose rates are those of runs that measure it. "
+                "Leave it out."
+            )
         if kind == TaskKind.plan:
             unread = {TaskKind.bench: self._baselines()}
         else:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from parallel.kernels.held import MIN_FUSED_ROWS
+
 # As many as anyone can use: noise is a function of a seed and of what is drawn, and takes any number.
 MAX_SEED = 2**32 - 1
 
@@ -74,6 +76,10 @@ class EngineConfig:
     # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
     # 1.2 MiB of card memory a layer for each of seven sizes. auto, on or off.
     prefill_graphs: PrefillGraphs = PrefillGraphs.auto
+    # Products of up to so many rows are with 4- and 8-bit weights as they are packed; for more the weights are
+    # dequantised first. null: as many as a trial at the start shows to be faster so, on this card; near the crossing
+    # answers may then differ from one start to the next, by roundings.
+    fused_prefill_rows: int | None = None
     # Keep keys and values of prompts while there is room, in pages of 64 tokens, for prompts that begin the same.
     prefix_cache: bool = True
     # Steps timed with and without all-reduces to find the share of communication; 0 leaves it out.
@@ -90,6 +96,11 @@ class EngineConfig:
         for name in ("prefill_chunk", "prefill_chunk_while_decoding"):
             if getattr(self, name) < 1:
                 yield f"engine.{name}={getattr(self, name)} must be at least 1."
+        if self.fused_prefill_rows is not None and self.fused_prefill_rows < MIN_FUSED_ROWS:
+            yield (
+                f"engine.fused_prefill_rows={self.fused_prefill_rows} must be at least {MIN_FUSED_ROWS}, up to which "
+                "products are with packed weights on any card; or null, to measure it."
+            )
         if self.all_reduce_bits not in (8, 16):
             yield f"engine.all_reduce_bits={self.all_reduce_bits} must be 16 (exact) or 8."
         if self.all_reduce_bits == 8 and self.transport == TransportKind.nccl:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from parallel.communicator import Communicator
 from parallel.kernels.blocks import Block, whole
 from parallel.kernels.fused import add_rms_norm
+from parallel.kernels.held import MIN_FUSED_ROWS
 
 Slices = tuple[slice, ...]
 
@@ -35,11 +36,13 @@ class ShardedLayer(TensorParallel_Layer):
 
     `packed`, a module, multiplies by a quantised weight (parallel/kernels); None where `weight` is there instead.
     `on_host`: such a weight is to be packed for the host to multiply by, where it can be.
+    `fused_rows`: up to so many rows multiply by it as it is packed, on a card that can.
     """
 
     communicator: Communicator
     packed: Any
     on_host: bool = False
+    fused_rows: int = MIN_FUSED_ROWS
 
     def local_range(self) -> slice:
         start = sum(self._partition_sizes[: self.tp_index])
@@ -55,6 +58,10 @@ class ShardedLayer(TensorParallel_Layer):
             return F.linear(hidden, self.weight, bias)
         output: Tensor = self.packed(hidden)
         return output if bias is None else output.add_(bias)
+
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether numbers of the weight are made before so many rows are multiplied: not where it is kept as such."""
+        return self.packed is not None and self.packed.dequantizes(num_rows)
 
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """The weight without its bias, for products of many inputs of `dtype`."""
@@ -137,7 +144,7 @@ OURS = {
 LINEARS = (ColumnParallelLinear, RowParallelLinear)
 
 
-def adopt(layer: TensorParallel_Layer, communicator: Communicator) -> None:
+def adopt(layer: TensorParallel_Layer, communicator: Communicator, fused_rows: int) -> None:
     """Turns a layer that AutoTP built into ours. The class differs in its forward only, so the object stays.
 
     Raises:
@@ -149,6 +156,7 @@ def adopt(layer: TensorParallel_Layer, communicator: Communicator) -> None:
     layer.__class__ = OURS[type(layer)]
     layer.communicator = communicator
     layer.packed = None
+    layer.fused_rows = fused_rows
 
 
 @contextmanager

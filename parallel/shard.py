@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from parallel.checkpoint.formats.config import read_scheme
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.communicator import Communicator
+from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.linear import LINEARS, adopt
 
 
@@ -44,12 +45,18 @@ class ShardedModel:
 
 
 def build_sharded_model(
-    config: PretrainedConfig, communicator: Communicator, *, dtype: torch.dtype, grain: int
+    config: PretrainedConfig,
+    communicator: Communicator,
+    *,
+    dtype: torch.dtype,
+    grain: int,
+    fused_rows: int = MIN_FUSED_ROWS,
 ) -> ShardedModel:
     """Builds and shards; buffers (the rotary frequencies) are real and stay float32.
 
     Args:
         grain: MLP and vocabulary are dealt in multiples of this many rows, so that a quantisation group stays whole.
+        fused_rows: as of parallel/kernels/choice.py.
 
     Raises:
         ValueError: the architecture has no tensor-parallel plan.
@@ -58,7 +65,7 @@ def build_sharded_model(
     scheme = read_scheme(getattr(config, "quantization_config", None) or getattr(config, "compression_config", None))
     model = build_meta_model(config, dtype)
     full_shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    apply_tensor_parallel(model, communicator, grain)
+    apply_tensor_parallel(model, communicator, grain, fused_rows)
     linears = tuple(f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, LINEARS))
     return ShardedModel(model, full_shapes, scheme, linears)
 
@@ -73,7 +80,7 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
     return model.eval()
 
 
-def apply_tensor_parallel(model: PreTrainedModel, communicator: Communicator, grain: int) -> None:
+def apply_tensor_parallel(model: PreTrainedModel, communicator: Communicator, grain: int, fused_rows: int) -> None:
     """Replaces the linears, the head and the embedding of `model` by this rank's shards, in place."""
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.module_inject.autotp_config import AutoTPConfig
@@ -102,4 +109,4 @@ def apply_tensor_parallel(model: PreTrainedModel, communicator: Communicator, gr
         model.set_input_embeddings(sharded)
     for layer in model.modules():
         if isinstance(layer, TensorParallel_Layer):
-            adopt(layer, communicator)
+            adopt(layer, communicator, fused_rows)

@@ -2,8 +2,8 @@
 
 First dequantising packed weights: checked against plain torch, then GB/s read and written, and the share of a copy's.
 Then dequantising and multiplying, for each number of rows and of weights that are dequantised at a time; beside it
-cuBLAS alone, and the kernel that multiplies by the packed weights, also for more rows than it is given. All in CUDA
-graphs over more layers than the L2 cache holds. The last line on stdout is JSON.
+cuBLAS alone, and the kernel that multiplies by the packed weights. All in CUDA graphs over more layers than the L2
+cache holds. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from parallel.kernels import grouping
 from parallel.kernels.grouping import output_blocks
-from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import tiles_of
 from tools.bench_linears import NUM_LAYERS, SHAPES, cycle, measure_copy, time_on_card
 from tools.linear_formats import FORMATS, Packed
@@ -110,7 +109,7 @@ def time_product(name: str, shape: tuple[int, int], num_rows: int) -> dict[tuple
     weights, own = cycle(name, *shape), FORMATS[name]
     rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
     output, plain = rows.new_empty(num_rows, shape[0]), torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    launch = own.choose(min(num_rows, MAX_OWN_ROWS), shape[0] // 16)
+    launch = own.choose(num_rows, shape[0] // 16)
     times = {("packed", 0): time_calls([partial(own.run, launch, rows, each, output) for each in weights])}
     for at_a_time in AT_A_TIME:
         with patch.object(grouping, "DEQUANTIZED_AT_A_TIME", at_a_time):

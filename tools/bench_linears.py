@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.kernels.held import MAX_OWN_ROWS
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
 from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, compile_in_threads, launches
@@ -37,6 +36,7 @@ SHAPES = {
 # The last is of odd numbers of tiles and units.
 CHECKED_SHAPES = ((5120, 8192), (8192, 4096), (1040, 384))
 NUM_ROWS = (1, 8, 16, 32, 64, 128, 256)
+MOST_ROWS = 8192
 # Several times the 60 MB of L2 of an H200.
 CYCLE_BYTES = 600e6
 # What is timed unless asked otherwise; all of FORMATS and of OTHERS may be.
@@ -87,7 +87,6 @@ def compile_all(names: list[str], row_counts: list[int]) -> None:
     compile_in_threads(
         (FORMATS[name], launch, False)
         for name, num_rows in product(names, row_counts)
-        if num_rows <= MAX_OWN_ROWS
         for launch in launches(FORMATS[name], num_rows)
     )
 
@@ -202,11 +201,11 @@ def check_gemlite(name: str, layer: Call, weight: Tensor) -> None:
 # By name: bits of a weight, the most rows worth timing, and the calls.
 OTHERS: dict[str, tuple[float, int, Callable[[int, int], list[Call]]]] = {
     "tinygemm": (4.25, 64, tinygemm_calls),
-    "dequantize": (4.125, 8192, dequantize_calls),
-    "bf16": (16, 8192, bf16_calls),
-    "gemlite-w4": (4.25, 8192, partial(gemlite_calls, "w4")),
-    "gemlite-int8": (8, 8192, partial(gemlite_calls, "int8")),
-    "gemlite-fp8": (8, 8192, partial(gemlite_calls, "fp8")),
+    "dequantize": (4.125, MOST_ROWS, dequantize_calls),
+    "bf16": (16, MOST_ROWS, bf16_calls),
+    "gemlite-w4": (4.25, MOST_ROWS, partial(gemlite_calls, "w4")),
+    "gemlite-int8": (8, MOST_ROWS, partial(gemlite_calls, "int8")),
+    "gemlite-fp8": (8, MOST_ROWS, partial(gemlite_calls, "fp8")),
 }
 
 
@@ -238,7 +237,7 @@ def time_on_card(run: Callable[[], object]) -> float:
 
 def time_linears(tp: int, name: str, row_counts: list[int]) -> dict[int, list[float]]:
     """Microseconds of each of the shapes, by number of rows; without those that the kernel does not take."""
-    most_rows, make = (MAX_OWN_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
+    most_rows, make = (MOST_ROWS, partial(own_calls, name)) if name in FORMATS else OTHERS[name][1:]
     times: dict[int, list[float]] = {num_rows: [] for num_rows in row_counts if num_rows <= most_rows}
     for num_out, num_in in SHAPES[tp]:
         calls = make(num_out, num_in)

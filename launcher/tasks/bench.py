@@ -107,6 +107,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
+        "fused_rows": None if loaded.fused_rows is None else asdict(loaded.fused_rows),
         "kernels": kernels(bench.engine),
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,

@@ -20,6 +20,7 @@ from launcher.memory import Demand
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
 from launcher.tasks.bandwidth import copy_bandwidth
+from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.requests import random_prompts
 from launcher.tasks.weights import config_of_shape, give_back
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes
@@ -36,6 +37,7 @@ from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.held import held_bits
 from parallel.partition import choose_grain
+from parallel.product_trial import rows_limit
 from parallel.shard import build_sharded_model
 
 # Layers of Llama-70B and of half its width, which are those of Llama-8B.
@@ -118,7 +120,11 @@ def calibration_shape(settings: Settings, size: str, format_name: str) -> ModelS
 
 def build_model(context: RankContext, shape: ModelShape) -> PreTrainedModel:
     grain = choose_grain((shape.intermediate_size, shape.vocab_size), context.communicator.world_size)
-    model = build_sharded_model(config_of_shape(shape), context.communicator, dtype=torch.bfloat16, grain=grain)
+    # As a run of such a model would choose.
+    fused_rows = rows_limit(fused_rows_of(context, shape, grain, "bfloat16"))
+    model = build_sharded_model(
+        config_of_shape(shape), context.communicator, dtype=torch.bfloat16, grain=grain, fused_rows=fused_rows
+    )
     fill_dummy(model, shape.scheme, context.device, on_placed=LayerMerger(model.module))
     return model.module
 

@@ -18,6 +18,7 @@ from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
+from launcher.tasks.fused_rows import choose_fused_rows
 from launcher.tasks.host_layers import open_host_layers
 from launcher.tasks.loaded import LoadedModel
 from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
@@ -64,6 +65,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     return {
         "transport": context.transport_summary(),
         "load": asdict(loaded.load),
+        "fused_rows": None if loaded.fused_rows is None else asdict(loaded.fused_rows),
         "kernels": kernels(loaded.engine),
         "warm_up_sec": warm_up_sec,
         "startup": context.startup,
@@ -82,8 +84,9 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
     host_layers = None if plan.offload is None else open_host_layers(context, plan.offload)
-    module, load = load_sharded_model(context, host_layers)
-    draft = load_draft_model(context)
+    fused_rows = choose_fused_rows(context)
+    module, load = load_sharded_model(context, fused_rows, host_layers)
+    draft = load_draft_model(context, fused_rows)
     speculation = speculation_params(run.speculation, None if draft is None else draft[0])
     engine = open_engine(context, plan, module, speculation, host_layers)
     context.reached("loaded")
@@ -93,7 +96,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
         texts=tuple(run.sampling.stop),
     )
     draft_load = None if draft is None else draft[1]
-    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, draft_load, tune(engine))
+    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, draft_load, fused_rows, tune(engine))
 
 
 def open_engine(

@@ -10,6 +10,7 @@ from parallel.checkpoint.load import LoadResult
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules
 from parallel.engine.speculation.tune import PlanCosts
+from parallel.product_trial import FusedRows
 
 
 @dataclass(frozen=True)
@@ -21,5 +22,7 @@ class LoadedModel:
     rules: StopRules
     load: LoadResult
     draft_load: LoadResult | None
+    # None where linears have no choice.
+    fused_rows: FusedRows | None
     # Of trees that are chosen step by step; None without.
     tree_costs: PlanCosts | None = None

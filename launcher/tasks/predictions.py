@@ -20,6 +20,7 @@ from launcher.accuracy_text import accuracy_page
 from launcher.grid import GridPoint, point_run
 from launcher.rank import RankContext
 from launcher.tasks.bench import Bench, open_agreement
+from launcher.tasks.fused_rows import choose_fused_rows
 from launcher.tasks.generate import append_lines, open_engine
 from launcher.tasks.measure import kernels, memory
 from launcher.tasks.summary import summarise
@@ -40,7 +41,8 @@ def run_predictions(context: RankContext) -> dict[str, Any]:
     """
     job = context.job
     assert job.plan is not None, "the parent plans a model for this task"
-    module, load = load_sharded_model(context)
+    fused_rows = choose_fused_rows(context)
+    module, load = load_sharded_model(context, fused_rows)
     agree, rows, about = open_agreement(context), list[Row](), dict[str, Any]()
     for _, points in groupby(job.grid, engine_key):
         for row, of_engine in measure_group(context, module, list(points), agree):
@@ -49,7 +51,13 @@ def run_predictions(context: RankContext) -> dict[str, Any]:
             keep_rows(context, rows)
             context.events.progress("measuring", len(rows), len(job.grid), "workloads")
     summary = {"points": rows, "summary": summarise_errors(rows)}
-    return {"transport": context.transport_summary(), "load": asdict(load), **about, "predictions": summary}
+    return {
+        "transport": context.transport_summary(),
+        "load": asdict(load),
+        "fused_rows": None if fused_rows is None else asdict(fused_rows),
+        **about,
+        "predictions": summary,
+    }
 
 
 def engine_key(point: GridPoint) -> tuple[int, int, int | None] | None:

@@ -20,13 +20,17 @@ from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.engine.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader
+from parallel.product_trial import FusedRows, rows_limit
 from parallel.shard import ShardedModel, build_sharded_model
 
 
 def load_sharded_model(
-    context: RankContext, host_layers: HostLayers | None = None
+    context: RankContext, fused_rows: FusedRows | None, host_layers: HostLayers | None = None
 ) -> tuple[PreTrainedModel, LoadResult]:
     """This rank's part of the model, on its device, but for what `host_layers` takes as it is loaded.
+
+    Args:
+        fused_rows: what was chosen for its linears, where there was a choice.
 
     Raises:
         CheckpointError: the weights cannot be used; the message says which and why.
@@ -34,17 +38,17 @@ def load_sharded_model(
     job = context.job
     assert job.plan is not None and job.shape is not None, "the parent plans a model for this task"
     source = Source(job.model_folder, job.shape, QUANTIZE_SCHEMES.get(job.run.model.quantize.value))
-    return load_source(context, source, job.plan.grain, host_layers)
+    return load_source(context, source, job.plan.grain, fused_rows, host_layers)
 
 
-def load_draft_model(context: RankContext) -> tuple[PreTrainedModel, LoadResult] | None:
+def load_draft_model(context: RankContext, fused_rows: FusedRows | None) -> tuple[PreTrainedModel, LoadResult] | None:
     """This rank's part of the draft model; None where the run has none. Raises as `load_sharded_model`."""
     draft, plan = context.job.draft, context.job.plan
     if draft is None:
         return None
     assert plan is not None and plan.draft_grain is not None, "a plan with a draft model deals it over the ranks"
     scheme = QUANTIZE_SCHEMES.get(context.job.run.speculation.draft_quantize.value)
-    return load_source(context, Source(draft.folder, draft.shape, scheme), plan.draft_grain)
+    return load_source(context, Source(draft.folder, draft.shape, scheme), plan.draft_grain, fused_rows)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class Source:
 
 
 def load_source(
-    context: RankContext, source: Source, grain: int, host_layers: HostLayers | None = None
+    context: RankContext,
+    source: Source,
+    grain: int,
+    fused_rows: FusedRows | None,
+    host_layers: HostLayers | None = None,
 ) -> tuple[PreTrainedModel, LoadResult]:
     job = context.job
     assert job.plan is not None
@@ -66,6 +74,7 @@ def load_source(
         context.communicator,
         dtype=getattr(torch, job.plan.dtype),
         grain=grain,
+        fused_rows=rows_limit(fused_rows),
     )
     if host_layers is not None and host_layers.disk is not None:
         assert job.disk_folder is not None, "the parent finds the files of layers on the disk"

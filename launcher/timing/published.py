@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
+from parallel.kernels.held import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
 # linears, two H200 at Llama-70B's shapes (results/).
@@ -17,6 +18,13 @@ COPY_SHARE = 0.88
 LAYER_START_US = 18.0
 REST_START_US = 80.0
 PRODUCT_SHARE = 0.7
+# With weights as they are packed: assumed, next to products with plain ones. At most what an H200 reached, whose tensor
+# cores the kernel's instructions do not fill: 512 rows of a 70B at TP2 in 107.2 ms (results/LOG.md).
+FUSED_SHARE = PRODUCT_SHARE * 8 / 9
+MOST_FUSED_TFLOPS = 327.0
+# With their scales.
+PACKED_BITS = {"int4": 4.25, "int8": 8.25, "fp8": 8.25}
+PLAIN_BITS = 16
 # Read at 4 bits, written at 16, of a copy's bandwidth.
 DEQUANTIZE_BYTES_PER_PLAIN_BYTE = 1.27
 ATTENTION_SHARE = 0.4
@@ -30,7 +38,7 @@ LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
 POWER_SHARE = 0.7
 FORMATS = ("bf16", "int4", "int8", "fp8")
 ROWS = tuple(WEIGHTS_SHARE)
-TOKENS = (256, 512, 2048)
+TOKENS = (256, 512, 1024, 2048)
 MESSAGE_BYTES = tuple(2**i for i in range(12, 21))
 
 
@@ -82,12 +90,46 @@ def step_rates(facts: Facts, name: str, rows: int) -> StepRates:
 
 
 def chunk_rates(facts: Facts, name: str, tokens: int) -> ChunkRates:
+    """By the faster way, which a run finds out for itself; up to MIN_FUSED_ROWS it asks no further."""
+    whole, packed = plain_us_per_mb(facts, name, tokens), packed_us_per_mb(facts, name, tokens)
+    layer = packed if tokens <= MIN_FUSED_ROWS else min(whole, packed)
+    return ChunkRates(Line(LAYER_START_US, layer), Line(REST_START_US, read_us_per_mb(facts)))
+
+
+def plain_us_per_mb(facts: Facts, name: str, tokens: int) -> float:
+    """Of a weight's bytes at 16 bits: dequantised where it is packed, then multiplied by."""
+    dequantize = 0.0 if name not in PACKED_BITS else read_us_per_mb(facts) * DEQUANTIZE_BYTES_PER_PLAIN_BYTE
+    return max(multiply_us_per_mb(tokens, facts.bf16_tflops * PRODUCT_SHARE), read_us_per_mb(facts)) + dequantize
+
+
+def packed_us_per_mb(facts: Facts, name: str, tokens: int) -> float:
+    """Of a weight's bytes at 16 bits, multiplied by as it is packed; as it is where it is not."""
+    if name not in PACKED_BITS:
+        return plain_us_per_mb(facts, name, tokens)
+    read = read_us_per_mb(facts) * PACKED_BITS[name] / PLAIN_BITS
+    return max(multiply_us_per_mb(tokens, fused_tflops(facts)), read)
+
+
+def fused_tflops(facts: Facts) -> float:
+    return min(facts.bf16_tflops * FUSED_SHARE, MOST_FUSED_TFLOPS)
+
+
+def multiply_us_per_mb(tokens: int, tflops: float) -> float:
     """A weight of 2 bytes at 16 bits takes 2 operations a token."""
-    product_us_per_mb = tokens * 1e6 / (facts.bf16_tflops * 1e12 * PRODUCT_SHARE) * 1e6
-    read_us_per_mb = us_per_mb(facts.memory_gb_per_sec * COPY_SHARE)
-    dequantize_us_per_mb = 0.0 if name == "bf16" else read_us_per_mb * DEQUANTIZE_BYTES_PER_PLAIN_BYTE
-    layer = Line(LAYER_START_US, max(product_us_per_mb, read_us_per_mb) + dequantize_us_per_mb)
-    return ChunkRates(layer, Line(REST_START_US, read_us_per_mb))
+    return tokens / tflops
+
+
+def read_us_per_mb(facts: Facts) -> float:
+    return us_per_mb(facts.memory_gb_per_sec * COPY_SHARE)
+
+
+def fused_up_to(facts: Facts, name: str) -> int:
+    """Of TOKENS, the most that go with the weight as it is packed."""
+    return max(
+        tokens
+        for tokens in TOKENS
+        if tokens <= MIN_FUSED_ROWS or packed_us_per_mb(facts, name, tokens) < plain_us_per_mb(facts, name, tokens)
+    )
 
 
 def us_per_mb(gb_per_sec: float) -> float:
@@ -100,6 +142,8 @@ def assumptions(facts: Facts, world_size: int) -> tuple[str, ...]:
         f"4- and 8-bit weights are read at {WEIGHTS_SHARE[1]:.0%} of {facts.memory_gb_per_sec:g} GB/s at one row, "
         f"{WEIGHTS_SHARE[32]:.0%} at 32, as on an H200",
         f"prompts are multiplied at {PRODUCT_SHARE:.0%} of {facts.bf16_tflops:g} TFLOP/s",
+        f"up to {fused_up_to(facts, 'int4')} tokens by 4-bit weights as they are packed, at "
+        f"{fused_tflops(facts):.0f} TFLOP/s; more by weights that are dequantised first",
     ]
     if world_size > 1:
         found.append(

@@ -47,7 +47,7 @@ def place_linear(layer: ShardedLayer, reads: Slices, scheme: Scheme, box: Box, s
 
 def install(layer: ShardedLayer, weight: QuantizedWeight) -> str:
     """Makes the layer multiply by `weight`, packed. Returns the kernel's name and reason."""
-    layer.packed, kernel = pack_linear(weight, layer.weight.dtype, on_host=layer.on_host)
+    layer.packed, kernel = pack_linear(weight, layer.weight.dtype, on_host=layer.on_host, fused_rows=layer.fused_rows)
     layer.weight = None
     return kernel
 

@@ -39,6 +39,11 @@ class MergedLinear(nn.Module):
         output: Tensor = self.multiply(hidden)
         return output if self.bias is None else output.add_(self.bias)
 
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether numbers of the weight are made before so many rows are multiplied: not where it is kept as such."""
+        found: bool = self.multiply.dequantizes(num_rows)
+        return found
+
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """For products of many inputs of `dtype`."""
         return with_bias(self.multiply.blocks(dtype), self.bias)
@@ -53,6 +58,9 @@ class PlainWeight(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)
+
+    def dequantizes(self, num_rows: int) -> bool:
+        return False
 
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         return whole(self.weight)
@@ -69,6 +77,10 @@ class SideBySide(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return torch.cat([layer(hidden) for layer in self.layers], dim=-1)
+
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether any of them does."""
+        return any(layer.dequantizes(num_rows) for layer in self.layers)
 
     def blocks(self, dtype: torch.dtype) -> list[Block]:
         """For products of many inputs of `dtype`."""

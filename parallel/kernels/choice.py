@@ -9,15 +9,19 @@ import torch
 from torch import nn
 
 from parallel.kernels import dequantize, host_int4, tinygemm, w4a16, w8a16
+from parallel.kernels.held import MIN_FUSED_ROWS, OWN_KERNELS
 from parallel.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`refusal` says why a kernel cannot take a weight (None: it can); `build` packs the weight for it."""
+    """`refusal` says why a kernel cannot take a weight (None: it can); `build` packs the weight for it.
+
+    Those of OWN_KERNELS are also built with `max_rows`.
+    """
 
     refusal: Callable[[QuantizedWeight, torch.dtype], str | None]
-    build: Callable[[QuantizedWeight], nn.Module]
+    build: Callable[..., nn.Module]
 
 
 # Fastest first; the last one takes everything. parallel/kernels/held.py predicts what each holds.
@@ -40,13 +44,17 @@ def choose_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[str, str
     raise AssertionError(f"no kernel takes {weight.bits} bits; there are {', '.join(KERNELS)}")
 
 
-def pack_linear(weight: QuantizedWeight, dtype: torch.dtype, *, on_host: bool = False) -> tuple[nn.Module, str]:
+def pack_linear(
+    weight: QuantizedWeight, dtype: torch.dtype, *, on_host: bool = False, fused_rows: int = MIN_FUSED_ROWS
+) -> tuple[nn.Module, str]:
     """The module that multiplies by `weight`, and a line that says which kernel it is and why.
 
     Args:
         on_host: the host is to multiply by it, if it can.
+        fused_rows: up to so many rows our own kernels multiply by the packed weight; for more it is dequantised.
     """
     if on_host and host_int4.refusal(weight, dtype) is None:
         return host_int4.HostInt4Linear(weight), "host_int4 (of a layer that the host computes)"
     name, reason = choose_kernel(weight, dtype)
-    return KERNELS[name].build(weight), f"{name} ({reason})"
+    options = {"max_rows": fused_rows} if name in OWN_KERNELS else {}
+    return KERNELS[name].build(weight, **options), f"{name} ({reason})"

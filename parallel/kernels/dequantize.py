@@ -36,6 +36,10 @@ class DequantizeLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.dequantize(hidden.dtype))
 
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whatever their number."""
+        return True
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out, in]"""
         shape = (len(self.values), self.num_in)

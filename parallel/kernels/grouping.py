@@ -59,9 +59,13 @@ class GroupedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = self.ordered(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) > self.max_rows:
+        if self.dequantizes(len(rows)):
             return self.multiply_dequantized(rows).view(*hidden.shape[:-1], self.num_out)
         return self.multiply(rows).view(*hidden.shape[:-1], self.num_out)
+
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether so many rows are multiplied by the weight as numbers that are made first, not as it is packed."""
+        return num_rows > self.max_rows
 
     def ordered(self, hidden: Tensor) -> Tensor:
         """Columns as they are packed."""

@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 8 * 1024**2
 # dequantize: uint8, float32, and float32 scales; tinygemm: uint8 twice, bf16 twice.
 BLOCK_BYTES_PER_ELEMENT = {"dequantize": 1 + 4 + 4, "tinygemm": 2 * 1 + 2 * 2, "w4a16": 0, "w8a16": 0}
 # w4a16 and w8a16: their dequantising kernels write nothing but the result.
-# The own kernels: inputs in units of 128, and up to 256 rows.
+# Of the own kernels.
 UNIT_INPUTS = 128
 # Weights of a linear that are dequantised for one product: 64 MiB of bf16. Both took, for 80 layers of Llama-70B at TP2
 # on an H200 (4 bits; 512 / 1024 / 2048 rows), 79.3 / 123.3 / 225.6 ms with 16 Mi at a time, 71.7 / 120.8 / 216.3 with
@@ -27,11 +27,15 @@ W8A16_GROUP_SIZE = 128
 # w8a16: float32 scales; w4a16: those that come in 16 bits stay that, and zeros take 4 bits beside them.
 W8A16_BITS_PER_GROUP = 32
 OWN_ZERO_BITS = 4
-MAX_OWN_ROWS = 256
+OWN_KERNELS = ("w4a16", "w8a16")
 # Above this many rows they may go through wide.cu, whose blocks leave parts of sums to one another.
 MAX_NARROW_ROWS = 8
 WIDE_WORKSPACE_BYTES = 24 * 1024**2
-OWN_KERNELS = {"w4a16": MAX_OWN_ROWS, "w8a16": MAX_OWN_ROWS}
+# Up to so many rows they always multiply by the packed weight; up to how many more, a trial on the card decides
+# (parallel/product_trial.py). At 256 rows both ways took as long on an H200: 52.6 and 55.6 ms (results/LOG.md).
+MIN_FUSED_ROWS = 256
+# Of each kernel that can, on any card.
+ALWAYS_FUSED = {"tinygemm": MAX_TINYGEMM_ROWS, **dict.fromkeys(OWN_KERNELS, MIN_FUSED_ROWS)}
 # bf16 scale and shift.
 TINYGEMM_BITS_PER_GROUP = 32
 SCALE_BITS = 16
@@ -89,16 +93,15 @@ def scale_bits(scheme: Scheme) -> int:
 def product_bytes(scheme: Scheme, device: str, dtype: str, element_bytes: int, num_rows: int, numel: int) -> int:
     """Bytes beside its operands that a product of `num_rows` rows with a weight of `numel` elements takes, at most.
 
-    Parts of sums, or the weight dequantised.
+    Parts of sums, or the weight dequantised: whichever is more where the card decides between both.
     """
     kernel = predict_kernel(scheme, device, dtype)
-    if kernel in OWN_KERNELS and MAX_NARROW_ROWS < num_rows <= MAX_OWN_ROWS:
-        return WIDE_WORKSPACE_BYTES
-    if num_rows <= {"tinygemm": MAX_TINYGEMM_ROWS, **OWN_KERNELS}.get(kernel, 0):
-        return 0
+    parts = WIDE_WORKSPACE_BYTES if kernel in OWN_KERNELS and num_rows > MAX_NARROW_ROWS else 0
+    if num_rows <= ALWAYS_FUSED.get(kernel, 0):
+        return parts
     if kernel != "dequantize":
         numel = min(numel, DEQUANTIZED_AT_A_TIME)
-    return numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel]
+    return max(parts, numel * element_bytes + min(numel, BLOCK_ELEMENTS) * BLOCK_BYTES_PER_ELEMENT[kernel])
 
 
 # Layers that the host computes

@@ -53,6 +53,9 @@ class HostInt4Linear(GroupedLinear):
         rows = (hidden if self.order is None else hidden[..., self.order]).reshape(-1, self.num_in)
         return multiply_on_host(rows, self.num_out, self.multiply).view(*hidden.shape[:-1], self.num_out)
 
+    def dequantizes(self, num_rows: int) -> bool:
+        return self.packed.device.type != "cpu" and super().dequantizes(num_rows)
+
     def multiply(self, rows: Tensor) -> Tensor:
         return host_int4(rows, self.packed, self.scales_and_shifts, self.group_size)
 

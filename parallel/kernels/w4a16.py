@@ -1,7 +1,7 @@
 """W4A16 on our own kernels: 4-bit weights or entries of a codebook, bf16 activations, sm_80 on.
 
 What w4a16.cu reads is what must be read: half a byte a weight and 2 to 4 bytes a group of 128, 64 or 32, once for up to
-16 rows (8 with a codebook). More rows go through wide.py, and above 256 the weight is dequantised.
+16 rows (8 with a codebook). More rows go through wide.py; for so many that it is faster, the weight is dequantised.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from parallel.kernels import dequantize_packed, pack_four_bits, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
-from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
+from parallel.kernels.held import MIN_FUSED_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -65,11 +64,11 @@ class W4A16Linear(GroupedLinear):
     scales: Tensor
     codebook: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, max_rows: int = MIN_FUSED_ROWS) -> None:
         group_size = find_group_size(weight)
         assert group_size is not None, "refusal() comes first"
         grouped = group_inputs(weight, group_size)
-        super().__init__(weight.shape, grouped.order, max_rows=MAX_ROWS)
+        super().__init__(weight.shape, grouped.order, max_rows=max_rows)
         own = weight.values.device.type == "cuda"
         pack = partial(pack_four_bits.pack if own else pack_values, in_pairs=weight.codebook is not None)
         self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack))
@@ -189,7 +188,7 @@ def unpack_codebook(packed: Tensor) -> Tensor:
 
 @operator(lambda rows, packed, scales, codebook=None, swiglu=False: empty_output(rows, packed, swiglu=swiglu))
 def w4a16(rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None = None, swiglu: bool = False) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight; with `swiglu` [m, out / 2]."""
+    """[m, in] bf16 -> [m, out] bf16, m from 1 on, by the packed weight; with `swiglu` [m, out / 2]."""
     rows, output = rows.contiguous(), empty_output(rows, packed, swiglu=swiglu)
     launches = launches_for(has_codebook=codebook is not None, swiglu=swiglu)
     if len(rows) > max(launches):

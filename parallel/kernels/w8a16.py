@@ -1,7 +1,7 @@
 """W8A16 on our own kernels: int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
 
 What w8a16.cu reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 16
-rows. More rows go through wide.py, and above 256 the weight is dequantised.
+rows. More rows go through wide.py; for so many that it is faster, the weight is dequantised.
 Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80 and sm_86 run the same code.
 """
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from parallel.kernels import dequantize_packed, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_OWN_ROWS as MAX_ROWS
-from parallel.kernels.held import UNIT_INPUTS, W8A16_GROUP_SIZE
+from parallel.kernels.held import MIN_FUSED_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (
@@ -57,9 +56,9 @@ class W8A16Linear(GroupedLinear):
     packed: Tensor
     scales: Tensor
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, max_rows: int = MIN_FUSED_ROWS) -> None:
         grouped = group_inputs(weight, W8A16_GROUP_SIZE)
-        super().__init__(weight.shape, grouped.order, max_rows=MAX_ROWS)
+        super().__init__(weight.shape, grouped.order, max_rows=max_rows)
         self.is_float = weight.is_float
         self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack_values))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
@@ -159,7 +158,7 @@ def unpack_weight(packed: Tensor, scales: Tensor, *, is_float: bool) -> Tensor:
 
 @operator(lambda rows, packed, scales, is_float, swiglu=False: empty_output(rows, packed, swiglu=swiglu))
 def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool, swiglu: bool = False) -> Tensor:
-    """[m, in] bf16 -> [m, out] bf16, m from 1 to 256, by the packed weight; with `swiglu` [m, out / 2]."""
+    """[m, in] bf16 -> [m, out] bf16, m from 1 on, by the packed weight; with `swiglu` [m, out / 2]."""
     rows, output = rows.contiguous(), empty_output(rows, packed, swiglu=swiglu)
     layout = wide_layout(is_grouped=is_grouped(scales), is_float=is_float, swiglu=swiglu)
     launches = launches_for(swiglu=swiglu)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 from parallel.kernels.launch import Kernel, load_kernel, load_problem
 from parallel.kernels.tensor_map import MAP_BYTES, describe_boxes
 from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP
@@ -130,15 +130,23 @@ WGMMA_LAUNCHES: dict[int, Launch] = {
 
 
 def choose_launch(num_rows: int) -> Launch:
-    return next(launch for most, launch in LAUNCHES.items() if num_rows <= most)
+    return next((launch for most, launch in LAUNCHES.items() if num_rows <= most), LAUNCHES[max(LAUNCHES)])
 
 
 def multiply(
     rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor, layout: Layout
 ) -> None:
-    """[m, in] bf16 into `output` [m, out] bf16, m up to MAX_OWN_ROWS."""
-    assert len(rows) <= MAX_OWN_ROWS, f"{len(rows)} rows"
-    run_kernel(choose_launch(len(rows)), rows, packed, scales, codebook, output, layout)
+    """[m, in] bf16 into `output` [m, out] bf16, for any m."""
+    launch = choose_launch(len(rows))
+    step = most_rows(launch, len(packed))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        run_kernel(launch, rows[part], packed, scales, codebook, output[part], layout)
+
+
+def most_rows(launch: Launch, tiles: int) -> int:
+    """Of one launch, which counts arrivals at each tile of Y: 4096 where there are 65536 outputs."""
+    return MAX_TILES // -(-tiles // launch.tiles) * launch.tokens
 
 
 def run_kernel(
@@ -224,4 +232,4 @@ def compile_kernel(launch: Launch, layout: Layout, device_index: int) -> Kernel:
 
 def problem(layout: Layout, device_index: int) -> str | None:
     """Why the kernel cannot be compiled on this card; None: it can."""
-    return load_problem(compile_kernel, choose_launch(MAX_OWN_ROWS), layout, device_index)
+    return load_problem(compile_kernel, LAUNCHES[max(LAUNCHES)], layout, device_index)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.kernels import choice, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
 from tools.linear_formats import FORMATS, check_launch, launches, rounded_codebook
 
 pytestmark = pytest.mark.gpu
 # One that many blocks share, and one of odd numbers of tiles and units.
 SHAPES = ((2560, 8192), (1040, 384))
-NUM_ROWS = (17, 24, 32, 48, 63, 96, 128, 130, 192, 255, 256)
+NUM_ROWS = (17, 24, 32, 48, 63, 96, 128, 130, 192, 255, 256, 257, 512, 1000, 2048)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -28,11 +29,39 @@ def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name:
             check_launch(name, launch, rows, packed, rows.double() @ exact.t())
 
 
+@pytest.mark.parametrize("counted", [False, True], ids=["one launch", "launches of 256 rows"])
+@pytest.mark.parametrize("num_rows", [257, 512, 1000, 2048])
+@pytest.mark.parametrize("name", ["w4", "w4-zeros", "nf4", "int8", "fp8-block"])
+def test_a_linear_multiplies_many_rows_by_its_packed_weight(
+    monkeypatch: pytest.MonkeyPatch, name: str, num_rows: int, counted: bool
+) -> None:
+    num_out, num_in = 5120, 4096
+    weight = rounded_codebook(FORMATS[name].random_weight(num_out, num_in))
+    layer, _ = choice.pack_linear(weight, torch.bfloat16, fused_rows=2048)
+    assert not layer.dequantizes(2048) and layer.dequantizes(2049)
+    monkeypatch.setattr(layer, "dequantize", lambda outputs: pytest.fail("the weight was dequantised"))
+    if counted:
+        launch = wide.choose_launch(256)
+        monkeypatch.setattr(wide, "MAX_TILES", num_out // (16 * launch.tiles) * 256 // launch.tokens)
+        assert wide.most_rows(launch, num_out // 16) == 256
+    rows = torch.randn(num_rows, num_in, device="cuda", dtype=torch.bfloat16)
+    # What the output and the parts of sums are made in.
+    poison = [torch.full((size,), float("nan"), device="cuda") for size in (num_rows * num_out // 2, 6 * 2**20)]
+    del poison
+    output = layer(rows)
+    expected = rows.double() @ weight.dequantize(torch.float64).t()
+    allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
+    assert ((output.double() - expected).abs() <= allowed).all()
+    assert torch.equal(layer(rows), output)
+
+
+@pytest.mark.parametrize("fused_rows", [MIN_FUSED_ROWS, 2048])
 @pytest.mark.parametrize("name", ["w4", "nf4", "fp8"])
-def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str) -> None:
+def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str, fused_rows: int) -> None:
     weight = FORMATS[name].random_weight(8192, 4096)
-    layer, _ = choice.pack_linear(weight, torch.bfloat16)
-    for num_rows in (MAX_NARROW_ROWS, 17, 100, MAX_OWN_ROWS):
+    layer, _ = choice.pack_linear(weight, torch.bfloat16, fused_rows=fused_rows)
+    scheme = QUANTIZE_SCHEMES["int4" if weight.bits == 4 else "int8"]
+    for num_rows in (MAX_NARROW_ROWS, 17, 100, MIN_FUSED_ROWS, 257, 2048, 2049):
         rows = torch.randn(num_rows, 4096, device="cuda", dtype=torch.bfloat16)
         layer(rows)
         torch.cuda.synchronize()
@@ -40,7 +69,7 @@ def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str) -> No
         before = torch.cuda.memory_allocated()
         output = layer(rows)
         taken = torch.cuda.max_memory_allocated() - before - output.nbytes
-        assert taken <= (0 if num_rows <= MAX_NARROW_ROWS else WIDE_WORKSPACE_BYTES)
+        assert taken <= product_bytes(scheme, "cuda", "bfloat16", 2, num_rows, 8192 * 4096)
 
 
 @pytest.mark.parametrize("num_rows", [40, 200])

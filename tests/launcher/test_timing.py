@@ -196,6 +196,36 @@ def test_published_facts_stay_above_their_floor_and_say_what_they_assume(world_s
     assert (times.comm_share > 0) == (world_size > 1)
 
 
+H200 = Facts("H200", 4800.0, 989.0, 5, 16, 700.0)
+# Seconds of 500,000 weights, a megabyte at 16 bits, by rows: two operations a weight at 70 % of the tensor cores' rate,
+# or with the weight as it is packed at 62 % (but at no more than an H200 does); to dequantise, 1.27 MB at 88 %.
+PLAIN = {"4090": lambda rows: rows * 1e6 / (165e12 * 0.7), "H200": lambda rows: rows * 1e6 / (989e12 * 0.7)}
+PACKED = {"4090": lambda rows: rows * 1e6 / (165e12 * 0.7 * 8 / 9), "H200": lambda rows: rows * 1e6 / 327e12}
+DEQUANTIZE = {"4090": 1.27e6 / (1008e9 * 0.88), "H200": 1.27e6 / (4800e9 * 0.88)}
+
+
+@pytest.mark.parametrize(("card", "facts", "limit"), [("4090", FACTS, 1024), ("H200", H200, 256)])
+def test_prompts_go_by_the_faster_of_both_ways(card: str, facts: Facts, limit: int) -> None:
+    rates = rates_from_facts(facts, 1)
+    for rows in (256, 512, 1024, 2048):
+        plain, packed = PLAIN[card](rows), PACKED[card](rows)
+        is_packed = rows <= 256 or packed < plain + DEQUANTIZE[card]
+        assert is_packed == (rows <= limit)
+        for name in ("int4", "int8", "fp8"):
+            found = rates.prefill[name][rows].layer.us_per_mb
+            assert found == pytest.approx(1e6 * (packed if is_packed else plain + DEQUANTIZE[card]))
+        assert rates.prefill["bf16"][rows].layer.us_per_mb == pytest.approx(1e6 * plain)
+    assert any(f"up to {limit} tokens by 4-bit weights as they are packed" in each for each in rates.assumptions)
+
+
+def test_few_tokens_take_as_long_as_reading_their_packed_weights() -> None:
+    """Of a card whose tensor cores are much faster than its memory."""
+    rates = rates_from_facts(slower(bf16_tflops=1e6, memory_gb_per_sec=1.0), 1)
+    # 4.25 and 8.25 bits of 16 of a megabyte.
+    for name, share in (("int4", 4.25 / 16), ("fp8", 8.25 / 16)):
+        assert rates.prefill[name][256].layer.us_per_mb == pytest.approx(1e6 * share * 1e6 / (1e9 * 0.88))
+
+
 def slower(**changes: float) -> Facts:
     return replace(FACTS, **changes)  # type: ignore[arg-type]
 

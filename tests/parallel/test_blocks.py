@@ -12,6 +12,7 @@ from parallel.engine.merged import MergedLinear, SideBySide
 from parallel.kernels import grouping
 from parallel.kernels.blocks import Block, products, products_ahead, products_at_once, side_by_side, whole, with_bias
 from parallel.kernels.grouping import GroupedLinear
+from parallel.linear import RowParallelLinear
 
 
 class Grouped(GroupedLinear):
@@ -54,6 +55,27 @@ def test_linears_side_by_side_keep_their_own_order_and_bias() -> None:
     expected = torch.cat([rows @ first.t(), rows @ second.t() + bias, rows @ third.t()], dim=1)
     torch.testing.assert_close(next(products(blocks, [rows])), expected, rtol=0, atol=1e-4)
     assert SideBySide([]).blocks(torch.float32) == []
+
+
+def test_a_linear_says_for_how_many_rows_numbers_of_its_weight_are_made() -> None:
+    class Few(Grouped):
+        def multiply(self, rows: Tensor) -> Tensor:
+            return torch.full((len(rows), self.num_out), float("nan"))
+
+    weight = torch.randn(300, 24)
+    packed = Few(weight, None)
+    packed.max_rows = 4
+    plain, merged = MergedLinear(weight, None), MergedLinear(packed, None)
+    for linear, rows, dequantizes in ((plain, 9, False), (merged, 4, False), (merged, 5, True)):
+        assert linear.dequantizes(rows) is dequantizes
+        # By numbers what comes out is right, and it is not where the weight stays packed.
+        assert linear(torch.zeros(rows, 24)).isnan().any() == (linear is merged and not dequantizes)
+    sharded = [RowParallelLinear.__new__(RowParallelLinear) for _ in range(2)]
+    for layer, its in zip(sharded, (None, packed), strict=True):
+        torch.nn.Module.__init__(layer)
+        layer.packed = its
+    assert [layer.dequantizes(5) for layer in sharded] == [False, True]
+    assert [SideBySide(sharded).dequantizes(rows) for rows in (4, 5)] == [False, True]
 
 
 def traced(num_blocks: int) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.checkpoint.formats.scheme import Scheme
-from parallel.kernels.held import WIDE_WORKSPACE_BYTES, held_bits, predict_kernel, product_bytes
+from parallel.kernels.held import DEQUANTIZED_AT_A_TIME, WIDE_WORKSPACE_BYTES, held_bits, predict_kernel, product_bytes
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight
@@ -31,9 +31,11 @@ def test_predicted_bits_are_those_that_our_kernels_hold(
     weight = QuantizedWeight(torch.zeros(SHAPE, dtype=torch.uint8), bits, scales, zeros, group_size or SHAPE[1])
     held = sum(buffer.nbytes for buffer in LINEARS[kernel](weight).buffers())
     assert held * 8 / (SHAPE[0] * SHAPE[1]) == held_bits(scheme, "cuda", "bfloat16", SHAPE[1])
-    # Up to 8 rows take nothing, up to 256 may leave parts of sums; more dequantise the weight, into the result alone.
-    taken = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, 1000) for rows in (1, 8, 9, 256, 257)}
-    assert taken == {1: 0, 8: 0, 9: WIDE_WORKSPACE_BYTES, 256: WIDE_WORKSPACE_BYTES, 257: 2000}
+    # Up to 8 rows take nothing, up to 256 may leave parts of sums; of more the card decides whether they do, or
+    # dequantise the weight, some of it at a time, into the result alone.
+    for numel, most in ((1000, WIDE_WORKSPACE_BYTES), (2**24, 2**25), (2**26, 2 * DEQUANTIZED_AT_A_TIME)):
+        taken = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, numel) for rows in (1, 8, 9, 256, 257, 9999)}
+        assert taken == {1: 0, 8: 0, 9: WIDE_WORKSPACE_BYTES, 256: WIDE_WORKSPACE_BYTES, 257: most, 9999: most}
 
 
 @pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 16, "tinygemm"), (8, 64, "dequantize")])

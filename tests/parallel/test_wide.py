@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.held import MAX_OWN_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.wide import Card, Launch
 from tests.parallel.test_emulated_kernels import (
     NUM_IN,
@@ -52,6 +53,8 @@ CASES = {
     ),
     "codebook": (codebook, Launch(1, 1, 2, 2, 4, 1), 11, 4),
     "int8": (lambda: draw(256, 128, zeros=True), Launch(1, 2, 1, 4, 2, 1), 36, 7),
+    # More rows than any tile takes: many tiles of tokens.
+    "many rows": (lambda: draw(16, 128, zeros=True), Launch(2, 2, 2, 2, 3, 1), 300, 5),
     "float8": (float8, Launch(3, 1, 4, 1, 2, 1), 25, 2),
 }
 
@@ -101,7 +104,7 @@ def test_four_neighbours_of_two_tokens_read_from_all_banks_and_copies_write_to_t
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_launch_fits_the_cards_and_its_rows(name: str, card: Card) -> None:
     unit_bytes = LAYOUTS[name].unit_bytes
-    for num_rows in range(1, MAX_OWN_ROWS + 1):
+    for num_rows in (*range(1, MIN_FUSED_ROWS + 1), 257, 1000, 2048, 10_000):
         launch = wide.choose_launch(num_rows)
         stages, blocks = wide.fit(launch, unit_bytes, card)
         shared_bytes = stages * launch.stage_bytes(unit_bytes)
@@ -122,7 +125,7 @@ def test_what_a_tune_tries_fits_the_smaller_card_and_includes_what_is_chosen(nam
 
 
 @pytest.mark.parametrize("num_tiles", [1, 65, 160, 320, 512, 1792, 3584, 8016])
-@pytest.mark.parametrize("num_rows", [17, 64, 256])
+@pytest.mark.parametrize("num_rows", [17, 64, 256, 257, 1000, 2048])
 def test_blocks_share_the_units_of_all_tiles_within_the_planned_memory(num_rows: int, num_tiles: int) -> None:
     launch, units = wide.choose_launch(num_rows), 64
     places = wide.count_places(launch, num_tiles, num_rows)
@@ -134,3 +137,27 @@ def test_blocks_share_the_units_of_all_tiles_within_the_planned_memory(num_rows:
     # Without one, every block's share ends where a tile does.
     assert floats > 0 or all(places * units * block // blocks % units == 0 for block in range(blocks))
     assert blocks >= wide.ALIGNED_SHARE * min(launch.blocks * H200.multiprocessors, places * units) or floats == 0
+
+
+@pytest.mark.parametrize("num_tiles", [1, 65])
+def test_no_launch_has_more_tiles_than_are_counted(monkeypatch: pytest.MonkeyPatch, num_tiles: int) -> None:
+    weight, layout = torch.randn(num_tiles * 16, 8), LAYOUTS["8 bits"]
+    packed, seen = torch.zeros(num_tiles, 1), []
+
+    def run_kernel(launch: Launch, rows: torch.Tensor, *others: Any) -> None:
+        seen.append(wide.count_places(launch, num_tiles, len(rows)))
+        others[3][:] = rows @ weight.t()
+
+    monkeypatch.setattr(wide, "run_kernel", run_kernel)
+    monkeypatch.setattr(wide, "MAX_TILES", 3 * -(-num_tiles // 8))
+    for num_rows in (384, 385, 1000):
+        rows, output = torch.randn(num_rows, 8), torch.full((num_rows, len(weight)), float("nan"))
+        wide.multiply(rows, packed, packed, None, output, layout)
+        torch.testing.assert_close(output, rows @ weight.t())
+        assert max(seen) == wide.MAX_TILES
+    assert len(seen) == 1 + 2 + 3
+
+
+def test_numbers_of_units_fit_their_type() -> None:
+    """Of 57344 inputs, more than any linear of a 405B has."""
+    assert wide.MAX_TILES * (57344 // 128) < 2**31
