@@ -109,7 +109,7 @@ def time_product(name: str, shape: tuple[int, int], num_rows: int) -> dict[tuple
     weights, own = cycle(name, *shape), FORMATS[name]
     rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
     output, plain = rows.new_empty(num_rows, shape[0]), torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    launch = own.choose(num_rows, shape[0] // 16)
+    launch = own.choose(num_rows, shape)
     times = {("packed", 0): time_calls([partial(own.run, launch, rows, each, output) for each in weights])}
     for at_a_time in AT_A_TIME:
         with patch.object(grouping, "DEQUANTIZED_AT_A_TIME", at_a_time):

@@ -149,7 +149,7 @@ def own_calls(name: str, num_out: int, num_in: int, launch: AnyLaunch | None = N
 
     def call(weight: Packed, rows: Tensor) -> Tensor:
         output = rows.new_empty(len(rows), num_out)
-        own.run(launch or own.choose(len(rows), num_out // 16), rows, weight, output)
+        own.run(launch or own.choose(len(rows), (num_out, num_in)), rows, weight, output)
         return output
 
     return [partial(call, weight) for weight in cycle(name, num_out, num_in)]

@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compile_all(degrees: list[int], names: list[str], row_counts: list[int]) -> None:
     compile_in_threads(
-        (FORMATS[name], FORMATS[name].choose(num_rows, SHAPES[tp][2][0] // 16, swiglu=swiglu), swiglu)
+        (FORMATS[name], FORMATS[name].choose(num_rows, SHAPES[tp][2], swiglu=swiglu), swiglu)
         for tp, name, num_rows, swiglu in product(degrees, names, row_counts, (False, True))
     )
 
@@ -86,7 +86,7 @@ def fused_calls(name: str, num_out: int, num_in: int, launch: AnyLaunch | None =
 
     def call(weight: Packed, rows: Tensor) -> Tensor:
         output = rows.new_empty(len(rows), num_out // 2)
-        chosen = launch or own.choose(len(rows), num_out // 16, swiglu=True)
+        chosen = launch or own.choose(len(rows), (num_out, num_in), swiglu=True)
         own.run(chosen, rows, weight, output, swiglu=True)
         return output
 

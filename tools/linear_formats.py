@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch, choose_launch
 from parallel.quantized import QuantizedWeight
 
@@ -30,6 +30,12 @@ MAX_TILE_TOKENS = 128
 # What a thread takes, by its tiles of 16 outputs and 8 tokens (NVRTC 13, sm_80 to sm_90), none of it in memory.
 REGISTERS = ((4, 128), (8, 168), (12, 208), (16, 255))
 REGISTERS_OF_MULTIPROCESSOR = 65536
+# Rows of the kernels for few; tokens of a tile of warp groups, in eights; tiles of sums that registers hold, and what
+# shared memory there is.
+MAX_OWN_NARROW = 32
+WGMMA_TOKEN_TILES = (8, 16)
+MAX_WGMMA_TILES = 256
+WGMMA_SHARED_BYTES = 227 * 1024
 # An RTX 4090 gives a block so much.
 WIDE_SHARED_BYTES = 99 * 1024
 
@@ -147,14 +153,16 @@ class OwnFormat:
             return w4a16.unpack_weight(weight.packed, weight.scales, weight.codebook)
         return w8a16.unpack_weight(weight.packed, weight.scales, is_float=self.kind == "e4m3")
 
-    def choose(self, num_rows: int, num_tiles: int, *, swiglu: bool = False) -> AnyLaunch:
+    def choose(self, num_rows: int, shape: tuple[int, int], *, swiglu: bool = False) -> AnyLaunch:
+        """For a weight of these outputs and inputs."""
         if self.bits == 4:
             launches = w4a16.launches_for(has_codebook=self.kind == "codebook", swiglu=swiglu)
         else:
             launches = w8a16.launches_for(swiglu=swiglu)
         if num_rows > max(launches):
-            return wide.choose_launch(num_rows)
-        return choose_launch(launches, num_rows, num_tiles)
+            layout, units = self.wide_layout(swiglu=swiglu), shape[1] // UNIT_INPUTS
+            return wide.choose_launch(num_rows, wide.launches_for(layout, units, torch.cuda.current_device()))
+        return choose_launch(launches, num_rows, shape[0] // OUTPUTS_PER_TILE)
 
     def wide_layout(self, *, swiglu: bool = False) -> wide.Layout:
         if self.bits == 8:
@@ -205,7 +213,8 @@ def compile_in_threads(every: Iterable[tuple[OwnFormat, AnyLaunch, bool]]) -> No
 def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
     """Configurations worth a try for this many rows."""
     narrow = narrow_launches(own, num_rows) if num_rows <= max(w4a16.LAUNCHES) else []
-    return [*narrow, *(wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else [])]
+    many = wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else []
+    return [*narrow, *many, *wgmma_launches(own, num_rows)]
 
 
 def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
@@ -227,6 +236,34 @@ def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
         blocks = REGISTERS_OF_MULTIPROCESSOR // (registers * threads)
         found.append(wide.Launch(in_warp, row_tiles, out_warps, token_warps, stages, blocks))
     return [each for each in found if 2 * each.stage_bytes(own.wide_layout().unit_bytes) <= WIDE_SHARED_BYTES]
+
+
+def wgmma_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
+    """Of warp groups, on a card that has them; with rings of 3 stages and of 4."""
+    if not num_rows > MAX_OWN_NARROW or wide.wgmma_problem(own.wide_layout(), torch.cuda.current_device()):
+        return []
+    few, many = WGMMA_TOKEN_TILES
+    token_tiles = few if num_rows <= few * ROWS_PER_TILE else many
+    found = [
+        wide.Launch(token_tiles, row_tiles, out_warps, 1, stages, blocks, wgmma=True)
+        for row_tiles, (out_warps, blocks), stages in product((1, 2), ((4, 2), (8, 1), (12, 1)), (3, 4))
+        if row_tiles * token_tiles * out_warps * blocks <= MAX_WGMMA_TILES
+    ]
+    unit_bytes = own.wide_layout().unit_bytes
+    return [each for each in found if each.shared_bytes(3, unit_bytes) <= WGMMA_SHARED_BYTES // each.blocks]
+
+
+def rounds_weights(own: OwnFormat, launch: AnyLaunch) -> bool:
+    """Whether the kernel multiplies by weights that are rounded to bf16, as SCALED in wide_wgmma.cu says."""
+    parts = UNIT_INPUTS // own.group_size if own.group_size else 0
+    return isinstance(launch, wide.Launch) and launch.wgmma and (parts > 2 or (parts > 0 and launch.token_tiles > 8))
+
+
+def weight_of(own: OwnFormat, launch: AnyLaunch, weight: QuantizedWeight, packed: Packed) -> Tensor:
+    """[out, in] float64: what this launch multiplies by, sums aside."""
+    if rounds_weights(own, launch):
+        return own.dequantize(packed).double()
+    return rounded_codebook(weight).dequantize(torch.float64)
 
 
 def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
@@ -252,11 +289,11 @@ def check_format(name: str, shape: tuple[int, int]) -> None:
     assert ((dequantized.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
     for num_rows in CHECKED_ROWS:
         rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        expected = rows.double() @ exact.t()
+        expected, rounded = (rows.double() @ each.double().t() for each in (exact, dequantized))
         for launch in launches(own, num_rows):
             if isinstance(launch, Launch) and shape[0] // OUTPUTS_PER_TILE % launch.row_tiles:
                 continue
-            check_launch(name, launch, rows, packed, expected)
+            check_launch(name, launch, rows, packed, rounded if rounds_weights(own, launch) else expected)
 
 
 def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, expected: Tensor) -> None:

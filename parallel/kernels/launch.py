@@ -35,10 +35,11 @@ CONFIG = struct.Struct("@7IPPI4x")
 class Kernel:
     """A compiled kernel on one card.
 
-    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float, 128s as many bytes.
-    `shared_bytes` is the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as programmatic.cuh
-    says, and in a captured graph starts before they have ended. Only there: elsewhere the kernel right ahead may have
-    written the weights, which are not waited for, and the host takes longer to queue a kernel than this would save.
+    `parameters` are its parameters in order, as struct codes: P pointer, i int, q long long, f float, 128s 128 bytes.
+    `shared_bytes` is the dynamic shared memory of a block. `waits`: it waits for the kernels before it by itself, as
+    programmatic.cuh says, and in a captured graph starts before they have ended. Only there: elsewhere the kernel right
+    ahead may have written the weights, which are not waited for, and the host takes longer to queue a kernel than this
+    would save.
     """
 
     def __init__(

@@ -253,7 +253,6 @@ def find_layout(
         "HALF": int(dtype == torch.float16),
         "SWIGLU": int(swiglu),
     }
-    unit_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2 + UNIT_INPUTS // group_size * group_bytes
-    # Copies to shared memory are of 16 bytes.
-    aligned = -(-unit_bytes // 16) * 16
-    return wide.Layout(tuple(f"-D{name}={value}" for name, value in defined.items()), aligned, has_codebook, 1 + swiglu)
+    weight_bytes, scale_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2, UNIT_INPUTS // group_size * group_bytes
+    options = tuple(f"-D{name}={value}" for name, value in defined.items())
+    return wide.Layout(options, weight_bytes, scale_bytes, has_codebook, 1 + swiglu)

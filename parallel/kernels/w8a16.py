@@ -198,13 +198,9 @@ def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> K
 def wide_layout(*, is_grouped: bool, is_float: bool, swiglu: bool = False) -> wide.Layout:
     defined = {"BITS": 8, "GROUPED": int(is_grouped), "E4M3": int(is_float), "SWIGLU": int(swiglu)}
     options = tuple(f"-D{name}={value}" for name, value in defined.items())
-    return wide.Layout(options, unit_bytes(is_grouped=is_grouped), weights_side_by_side=1 + swiglu)
+    scale_bytes = OUTPUTS_PER_TILE * SCALE_BYTES * int(is_grouped)
+    return wide.Layout(options, OUTPUTS_PER_TILE * UNIT_INPUTS, scale_bytes, weights_side_by_side=1 + swiglu)
 
 
 def is_grouped(scales: Tensor) -> bool:
     return scales.shape[1] > 1
-
-
-def unit_bytes(*, is_grouped: bool) -> int:
-    """Bytes of 128 inputs of 16 outputs, with their scales."""
-    return OUTPUTS_PER_TILE * (UNIT_INPUTS + SCALE_BYTES * int(is_grouped))

@@ -1,37 +1,42 @@
 """Products of many rows with the packed weights of w4a16 and w8a16 (wide.cu): from 17 rows on, without dequantising.
 
 A weight is decoded once for up to 64 tokens, and the units of all output tiles are dealt evenly to the multiprocessors.
+On sm_90 wide_wgmma.cu takes the place of wide.cu for more than 32 rows, and decodes once for up to 128 tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 from parallel.kernels.launch import Kernel, load_kernel, load_problem
-from parallel.kernels.tensor_map import MAP_BYTES, describe_boxes
+from parallel.kernels.tensor_map import MAP_BYTES, TENSOR_ALIGNMENT, describe_boxes
 from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP
 
 # 128 inputs of a token.
 TOKEN_BYTES = 256
+COPIED_BYTES = 16
 # Of wide_wgmma.cu: stages begin at multiples of it, and each has two barriers.
 WGMMA_STAGE_BYTES = 1024
 BARRIER_BYTES = 16
 # Inputs of a box of X; what boxes of weights and of scales are counted in.
 BOX_INPUTS = 64
 PIECE_BYTES = 8
+WGMMA_CAPABILITY = (9, 0)
 # What a card keeps for itself of a block's shared memory.
 RESERVED_SHARED_BYTES = 1024
 MAX_TILES = 16384
 # Where tiles cut into equal parts keep so many of the blocks busy that fit, no block works on two of them.
 ALIGNED_SHARE = 0.9
-# The weight, its scales, X, Y, the parts; row tiles, units, rows; then perhaps a codebook. For wide_wgmma.cu, boxes of the
-# first three come first.
+# The weight, its scales, X, Y, the parts; row tiles, units, rows; then perhaps a codebook. For wide_wgmma.cu, boxes of
+# the first three, and the scales.
 PARAMETERS = "PPPPPiii"
 WGMMA_PARAMETERS = f"{MAP_BYTES}s{MAP_BYTES}s{MAP_BYTES}sPPPiii"
 
@@ -46,13 +51,21 @@ class Card:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a packed weight is read: what wide.cu is told of it, and the bytes of 128 inputs of 16 outputs."""
+    """How a packed weight is read: what the kernels are told of it, and bytes of 128 inputs of 16 outputs.
+
+    `scale_bytes`: of their scales, 0 where all inputs share one. `weights_side_by_side`: 2 for gates and ups.
+    """
 
     options: tuple[str, ...]
-    unit_bytes: int
+    weight_bytes: int
+    scale_bytes: int
     has_codebook: bool = False
-    # 2 for gates and ups.
     weights_side_by_side: int = 1
+
+    @property
+    def unit_bytes(self) -> int:
+        """In shared memory: copies to it are of 16 bytes."""
+        return self.weight_bytes + -(-self.scale_bytes // COPIED_BYTES) * COPIED_BYTES
 
 
 @dataclass(frozen=True)
@@ -121,23 +134,37 @@ LAUNCHES: dict[int, Launch] = {
     192: Launch(6, 2, 2, 2, 4, 2),
     256: Launch(8, 2, 4, 2, 4, 1),
 }
-# The same on sm_90.
+# The same on sm_90; up to 32 rows warp groups gain nothing.
 WGMMA_LAUNCHES: dict[int, Launch] = {
-    32: Launch(4, 2, 4, 1, 4, 2, wgmma=True),
-    64: Launch(8, 1, 8, 1, 4, 1, wgmma=True),
+    **{rows: LAUNCHES[rows] for rows in (16, 24, 32)},
+    64: Launch(8, 2, 8, 1, 4, 1, wgmma=True),
     128: Launch(16, 2, 8, 1, 4, 1, wgmma=True),
 }
 
 
-def choose_launch(num_rows: int) -> Launch:
-    return next((launch for most, launch in LAUNCHES.items() if num_rows <= most), LAUNCHES[max(LAUNCHES)])
+def choose_launch(num_rows: int, launches: dict[int, Launch] = LAUNCHES) -> Launch:
+    return next((launch for most, launch in launches.items() if num_rows <= most), launches[max(launches)])
+
+
+def launches_for(layout: Layout, units: int, device_index: int) -> dict[int, Launch]:
+    """For weights of `units` times 128 inputs: WGMMA_LAUNCHES where wide_wgmma.cu can be had and can read them."""
+    aligned = units * layout.scale_bytes % TENSOR_ALIGNMENT == 0
+    return WGMMA_LAUNCHES if aligned and wgmma_problem(layout, device_index) is None else LAUNCHES
+
+
+@cache
+def wgmma_problem(layout: Layout, device_index: int) -> str | None:
+    """Why there is no wide_wgmma.cu on this card; None: there is."""
+    if torch.cuda.get_device_capability(device_index) != WGMMA_CAPABILITY:
+        return "not a card of sm_90"
+    return load_problem(compile_kernel, WGMMA_LAUNCHES[max(WGMMA_LAUNCHES)], layout, device_index)
 
 
 def multiply(
     rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor, layout: Layout
 ) -> None:
     """[m, in] bf16 into `output` [m, out] bf16, for any m."""
-    launch = choose_launch(len(rows))
+    launch = choose_launch(len(rows), launches_for(layout, packed.shape[1], packed.device.index))
     step = most_rows(launch, len(packed))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -160,30 +187,51 @@ def run_kernel(
     workspace: Tensor | None = None,
 ) -> None:
     """The kernel, with parts of sums in `workspace` (float32) or in one of its own. Launches follow one another."""
-    card = describe_card(packed.device.index)
+    card = spared_card(describe_card(packed.device.index))
     tiles, units = packed.shape[:2]
     places = count_places(launch, tiles, len(rows))
     assert places <= MAX_TILES, f"{places} tiles of Y"
     blocks = count_blocks(launch, layout.unit_bytes, places, units, card)
     if workspace is None:
         workspace = rows.new_empty(workspace_floats(launch, places, blocks), dtype=torch.float32)
-    first = describe_operands(launch, rows, packed, scales, layout) if launch.wgmma else [packed, scales, rows]
+    operands: list[Tensor | bytes] = [packed, scales, rows]
     if launch.wgmma:
-        first.append(scales)
-    arguments: list[Tensor | int | bytes] = [*first, output, workspace, tiles, units, len(rows)]
+        operands = [*describe_operands(launch, rows, packed, scales, layout), scales]
+    arguments = [*operands, output, workspace, tiles, units, len(rows)]
     compile_kernel(launch, layout, packed.device.index)(
         (blocks, 1, 1), launch.threads, *arguments, *([] if codebook is None else [codebook])
     )
 
 
-def describe_operands(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, layout: Layout) -> list[Any]:
+def describe_operands(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, layout: Layout) -> list[bytes]:
     """Boxes of the weight, its scales and X, for wide_wgmma.cu."""
     tiles = launch.tiles // layout.weights_side_by_side
-    weight_bytes = packed[0, 0].nbytes
-    weights = describe_boxes(packed, (tiles, weight_bytes // PIECE_BYTES), PIECE_BYTES)
-    scale_bytes = layout.unit_bytes - weight_bytes
-    scale_boxes = describe_boxes(scales, (tiles, scale_bytes // PIECE_BYTES), PIECE_BYTES) if scale_bytes else weights
+    weights = describe_boxes(packed, (tiles, layout.weight_bytes // PIECE_BYTES), PIECE_BYTES)
+    copied = layout.unit_bytes - layout.weight_bytes
+    scale_boxes = describe_boxes(scales, (tiles, copied // PIECE_BYTES), PIECE_BYTES) if copied else weights
     return [weights, scale_boxes, describe_boxes(rows, (launch.tokens, BOX_INPUTS), rows.element_size(), swapped=True)]
+
+
+# How many multiprocessors products leave to what goes on beside them.
+SPARED: ContextVar[int] = ContextVar("SPARED", default=0)
+
+
+@contextmanager
+def sparing(multiprocessors: int) -> Iterator[None]:
+    """Products that are started meanwhile leave so many multiprocessors free.
+
+    Their blocks fill a multiprocessor, and get shares of one size: those that wait for a place take twice the time.
+    """
+    token = SPARED.set(multiprocessors)
+    try:
+        yield
+    finally:
+        SPARED.reset(token)
+
+
+def spared_card(card: Card) -> Card:
+    """What is left of it."""
+    return replace(card, multiprocessors=max(1, card.multiprocessors - SPARED.get()))
 
 
 def count_places(launch: Launch, tiles: int, num_rows: int) -> int:

@@ -65,14 +65,14 @@ def check_launch(own: OwnFormat, launch: AnyLaunch, rows: Tensor, packed: Packed
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_kernel_gives_bit_for_bit_what_two_give_and_what_float64_does(name: str) -> None:
     own = FORMATS[name]
-    chosen = [own.choose(num_rows, shape[0] // 16, swiglu=True) for num_rows, shape in product(NUM_ROWS, SHAPES)]
+    chosen = [own.choose(num_rows, shape, swiglu=True) for num_rows, shape in product(NUM_ROWS, SHAPES)]
     compile_in_threads(product([own], chosen, (False, True)))
     for num_out, num_in in SHAPES:
         weight = rounded_codebook(own.random_weight(num_out, num_in))
         exact, packed, layer = weight.dequantize(torch.float32), own.pack(weight), own.layer(weight)
         for num_rows in NUM_ROWS:
             rows = random_rows(num_rows, exact)
-            launch = own.choose(num_rows, num_out // 16, swiglu=True)
+            launch = own.choose(num_rows, (num_out, num_in), swiglu=True)
             found = check_launch(own, launch, rows, packed, num_out)
             assert torch.equal(layer.swiglu(rows), found)
             gate, up = (rows.double() @ exact.double().t()).chunk(2, dim=1)

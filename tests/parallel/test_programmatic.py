@@ -17,7 +17,8 @@ KERNELS = Path(launch.__file__).parent
 TRANSPORTS = Path(transports.__file__).parent
 # Those of a decode step.
 EARLY = {
-    *("w4a16.cu", "w8a16.cu", "wide.cu", "fused_norm.cu", "fused_rotary.cu", "fused_silu.cu", "paged_attention.cu"),
+    *("w4a16.cu", "w8a16.cu", "wide.cu", "wide_wgmma.cu", "fused_norm.cu"),
+    *("fused_rotary.cu", "fused_silu.cu", "paged_attention.cu"),
     *("host_memory.cu", "host_memory_dense.cu", "host_memory_int8.cu"),
     *("host_memory_norm.cu", "host_memory_two_step.cu"),
 }

@@ -125,7 +125,7 @@ def test_every_launch_takes_tiles_in_pairs_and_fits_its_block(num_rows: int, num
     found = [
         (w4a16.launches_for(has_codebook=False, swiglu=True), [layout.unit_bytes for layout in fours]),
         (w4a16.launches_for(has_codebook=True, swiglu=True), [fours[1].unit_bytes]),
-        (w8a16.launches_for(swiglu=True), [w8a16.unit_bytes(is_grouped=True)]),
+        (w8a16.launches_for(swiglu=True), [w8a16.wide_layout(is_grouped=True, is_float=False).unit_bytes]),
     ]
     for launches, unit_bytes in found:
         if num_rows <= max(launches):

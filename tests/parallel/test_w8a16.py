@@ -116,7 +116,8 @@ def test_every_launch_fits_its_block_and_its_weight(num_rows: int) -> None:
         launch = tiles.choose_launch(w8a16.LAUNCHES, num_rows, num_tiles)
         assert launch.token_tiles * tiles.ROWS_PER_TILE >= num_rows
         assert num_tiles % launch.row_tiles == 0
-        assert launch.shared_bytes(w8a16.unit_bytes(is_grouped=True)) <= tiles.MAX_SHARED_BYTES
+        unit_bytes = w8a16.wide_layout(is_grouped=True, is_float=False).unit_bytes
+        assert launch.shared_bytes(unit_bytes) <= tiles.MAX_SHARED_BYTES
 
 
 def test_weights_that_the_kernel_cannot_take_are_refused_with_the_reason() -> None:
