@@ -146,9 +146,12 @@ def tree_tensors(starts: Tensor | None, masks: Tensor | None) -> tuple[Tensor | 
 
 def workspace(launch: Launch, grid: tuple[int, int, int], query: Tensor) -> tuple[Tensor, ...]:
     """What splits leave for the last of them, sums and then maxima; empty, and not touched, where there is one."""
-    head_dim, splits = launch.head_dim, grid[1]
-    columns = (splits if splits > 1 else 0) * grid[0] * grid[2] * launch.column_tiles * 8
-    return query.new_empty(columns * (head_dim + 2), dtype=torch.float32).tensor_split([columns * head_dim])
+    head_dim, parts = launch.head_dim, grid[1] // launch.cluster
+    columns = (parts if parts > 1 else 0) * grid[0] * grid[2] * launch.column_tiles * 8
+    # Clusters leave a pair for every four dimensions.
+    pairs = 1 if launch.cluster == 1 else head_dim // 4
+    numbers = columns * head_dim
+    return query.new_empty(numbers + columns * pairs * 2, dtype=torch.float32).tensor_split([numbers])
 
 
 def has_aligned_rows(query: Tensor) -> bool:

@@ -20,6 +20,8 @@
 
 #if __CUDA_ARCH__ >= 900
 
+#define STARTS_EARLY 1
+
 // Until all kernels before have ended, and what they wrote can be seen.
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -42,6 +44,8 @@ __device__ __forceinline__ T load_fresh(const T* from) {
 }
 
 #else
+
+#define STARTS_EARLY 0
 
 __device__ __forceinline__ void wait_for_predecessors() {}
 __device__ __forceinline__ void let_successor_start() {}
