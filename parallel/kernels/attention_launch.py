@@ -16,6 +16,8 @@ TILE = 16
 MAX_SPLITS = 64
 # Blocks that add up their splits in shared memory: what every card of sm_90 or later takes.
 MAX_CLUSTER = 8
+# Whether those of sm_90 do.
+CLUSTERS = False
 # Sequences times KV heads times passes of one launch.
 MAX_COUNTERS = 16384
 # Of 8 query heads: what registers hold of sums and products.
