@@ -112,11 +112,28 @@ __device__ __forceinline__ int load_kept(const int* from) {
 // Shared memory that other blocks of the cluster store into.
 #define SHARED_IN_CLUSTER(type, name) __shared__ type name
 
-// Threads that have come here need not wait; what they wrote before is seen by those that have waited.
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Threads that have come here need not wait.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
-// Until all threads of all blocks of the cluster have come, each time once.
+// Until all threads of all blocks of the cluster have come.
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// One thread, before it arrives at the cluster: `arrivals` will have come once blocks have stored so many bytes.
+__device__ __forceinline__ void expect_bytes(u64* arrivals, int bytes) {
+  const u32 at = shared_address(arrivals);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+// Until they have.
+__device__ __forceinline__ void await_bytes(u64* arrivals) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;}"
+      ::"r"(shared_address(arrivals)) : "memory");
+}
 
 // The place in the shared memory of block `rank` of the cluster that `own` has in this one's.
 __device__ __forceinline__ u32 address_in_block(const void* own, int rank) {
@@ -125,18 +142,19 @@ __device__ __forceinline__ u32 address_in_block(const void* own, int rank) {
   return address;
 }
 
-__device__ __forceinline__ void store_in_block(float4* own, int rank, const float4& v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_in_block(own, rank)), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+// Stores to the place that `own` has in block `rank`, and tells `arrivals` there.
+__device__ __forceinline__ void store_in_block(float4* own, int rank, const float4& v, u64* arrivals) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in_block(own, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
+               "r"(address_in_block(arrivals, rank)) : "memory");
 }
 
-__device__ __forceinline__ void store_in_block(float2* own, int rank, const float2& v) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address_in_block(own, rank)), "f"(v.x), "f"(v.y)
-               : "memory");
+__device__ __forceinline__ void store_in_block(float2* own, int rank, const float2& v, u64* arrivals) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_in_block(own, rank)), "f"(v.x), "f"(v.y), "r"(address_in_block(arrivals, rank)) : "memory");
 }
 #else
 #define CLUSTER_SHAPE
-__device__ __forceinline__ void arrive_at_cluster() {}
 #endif
 
 // Counts to `last`, then from zero again. What blocks wrote before they counted is seen by those that count later.

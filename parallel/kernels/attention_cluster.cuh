@@ -1,5 +1,6 @@
 // How the CLUSTER blocks of a cluster of paged_attention.cu add up their splits: each owns a share of the sums, which the
-// others store into its shared memory. One meeting, where counting in global memory takes three trips there.
+// others store into its shared memory. Stores count themselves there: no fence, which takes as long as all of this, and one
+// trip, where counting in global memory takes three.
 //
 // Clusters of a pass, where a context needs more than one, leave their sums in global memory, and the last of the blocks
 // of one rank adds up its share, always in the same order:
@@ -8,12 +9,12 @@
 
 #define SUMS (NT * DIM_TILES * 32)
 #define SHARE (SUMS / CLUSTER)
-// Tiles of a warp up to which one cluster takes all: its 32 blocks of four pairs stream as many in the time that it
+// Tiles of a block up to which one cluster takes all: 128 KiB, which a multiprocessor reads in about the time that it
 // takes to meet in global memory.
-#define TILES_ALONE 4
+#define TILES_ALONE 16
 
 __device__ __forceinline__ int splits_of_clusters(int tiles, int num_splits) {
-  return tiles <= TILES_ALONE * CLUSTER * WARPS ? CLUSTER : num_splits;
+  return tiles <= TILES_ALONE * CLUSTER ? CLUSTER : num_splits;
 }
 
 #if CLUSTER > 1
@@ -22,22 +23,28 @@ struct Shares {
   float4 sums[CLUSTER][SHARE];
   // Maximum and sum.
   float2 weights[CLUSTER][COLUMNS];
+  u64 arrivals;
+
+  // One thread, before it arrives at the cluster.
+  __device__ __forceinline__ void expect() { expect_bytes(&arrivals, sizeof sums + sizeof weights); }
 
   // All blocks of the cluster must have begun.
   __device__ __forceinline__ void send(int rank, int at, const float4& v) {
-    store_in_block(&sums[rank][at % SHARE], at / SHARE, v);
+    store_in_block(&sums[rank][at % SHARE], at / SHARE, v, &arrivals);
   }
 
   __device__ __forceinline__ void send_weights(int rank, const Warps& warps) {
     for (int at = threadIdx.x; at < COLUMNS * CLUSTER; at += WARPS * 32) {
       const float most = warps.highest_of(at % COLUMNS);
-      store_in_block(&weights[rank][at % COLUMNS], at / COLUMNS, make_float2(most, warps.sum_of(at % COLUMNS, most)));
+      const float2 found = make_float2(most, warps.sum_of(at % COLUMNS, most));
+      store_in_block(&weights[rank][at % COLUMNS], at / COLUMNS, found, &arrivals);
     }
   }
 
   // Hands each sum of this block's share to `write`, with its maximum and what weights sum up to.
   template <class Write>
-  __device__ __forceinline__ void add_up(int rank, Write write) const {
+  __device__ __forceinline__ void add_up(int rank, Write write) {
+    await_bytes(&arrivals);
     for (int own = threadIdx.x; own < SHARE; own += WARPS * 32) {
       const int at = rank * SHARE + own;
       float2 found[CLUSTER];

@@ -20,8 +20,8 @@
 //
 // Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units
 // of a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, MAX_WORDS (of a mask, with 64
-// bits each), TREE, QUERY_F16 (0: bf16), KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3 number),
-// CLUSTER (1, or from sm_90 on 2, 4, 8), MAX_GROUPS (clusters of a pass), EARLY (0: nothing before the wait).
+// bits each), TREE, QUERY_F16 (0: bf16), KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3
+// number), CLUSTER (1, or from sm_90 on 2, 4, 8), MAX_GROUPS (clusters of a pass), EARLY (0: nothing before the wait).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
@@ -68,7 +68,8 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   const int length = min(load_kept(lengths + sequence), max_pages * PAGE_SIZE);
   const int start = TREE ? load_kept(starts + sequence) : length;
   const int tiles = divide_up(max(0, length), TILE);
-  const int used_splits = CLUSTER > 1 ? splits_of_clusters(tiles, num_splits) : min(num_splits, divide_up(tiles, WARPS));
+  const int used_splits =
+      CLUSTER > 1 ? splits_of_clusters(tiles, num_splits) : min(num_splits, divide_up(tiles, WARPS));
   if (CLUSTER > 1 && used_splits < num_splits) tile_step = CLUSTER * WARPS, pages = pages_alone;
   const int count = split < used_splits ? max(0, divide_up(tiles - first_tile, tile_step)) : 0;
 
@@ -103,9 +104,13 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   };
 #pragma unroll 1
   for (int unit = 0; EARLY && unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
-  wait_for_predecessors();
+#if CLUSTER > 1
+  SHARED_IN_CLUSTER(Shares, shares);
+  if (threadIdx.x == 0) shares.expect();
+#endif
   const int first_new_token = known;
   const int first_new = EARLY && STARTS_EARLY ? max(0, divide_up(max(0, known) / TILE - first_tile, tile_step)) : count;
+  wait_for_predecessors();
   known = length;
 #pragma unroll 1
   for (int unit = 0; !EARLY && unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
@@ -129,7 +134,9 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     return;
   }
   if (split >= used_splits) return;
-  if (CLUSTER > 1) arrive_at_cluster();
+#if CLUSTER > 1
+  arrive_at_cluster();
+#endif
 
   // Dimensions in the order in which a lane meets those of the keys.
   auto load_query = [&](int n, int i) {
@@ -158,6 +165,7 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     const bool works = lane < 2 * CHUNKS && unit < DEPTH - 1;
     const u8* stored = lane < CHUNKS ? keys : values;
     const u8* from = stored + token_at(__shfl_sync(FULL, pages, i & 31), tile) * ROW_BYTES + lane % CHUNKS * 16;
+#pragma unroll 1
     for (int row = first; row < end; row += at_once) {
       uint4 found[at_once];
 #pragma unroll
@@ -257,13 +265,10 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     write_pair(column_of(at), dim_of(at) + 2, v.z * by, v.w * by);
   };
 #if CLUSTER > 1
-  SHARED_IN_CLUSTER(Shares, shares);
   const int rank = split % CLUSTER;
   wait_for_cluster();
   merge_warps(warp, warps, memory, acc, highest, sum, [&](int at, const float4& v) { shares.send(rank, at, v); });
   shares.send_weights(rank, warps);
-  arrive_at_cluster();
-  wait_for_cluster();
   if (used_splits == CLUSTER) {
     shares.add_up(rank, [&](int at, const float4& v, float, float sum) { write(at, v, sum); });
   } else {

@@ -61,8 +61,10 @@ inline int own_lane() { return threadIdx.x % 32; }
 inline void __syncwarp() { pthread_barrier_wait(&own_warp().barrier); }
 inline void __syncthreads() { pthread_barrier_wait(&block->barrier); }
 inline void arrive_at_cluster() {}
-inline void wait_for_cluster() { pthread_barrier_wait(&cluster_barrier); }
-template <class T> inline void store_in_block(T* own, int rank, const T& value) {
+inline void wait_for_cluster() {}
+inline void expect_bytes(u64*, int) {}
+inline void await_bytes(u64*) { pthread_barrier_wait(&cluster_barrier); }
+template <class T> inline void store_in_block(T* own, int rank, const T& value, u64*) {
   *(T*)(blocks[rank].shared_in_cluster + ((u8*)own - block->shared_in_cluster)) = value;
 }
 
@@ -275,10 +277,12 @@ extern "C" void run_attention(const void* query, const void* keys, const void* v
   for (int i = 0; i < grid_x * splits / CLUSTER * sequences; i++) {
     query_there.poison(), keys_there.poison(), values_there.poison();
     const int x = i % grid_x, first_split = i / grid_x % (splits / CLUSTER) * CLUSTER, z = i / grid_x / (splits / CLUSTER);
+    for (Block& each : blocks) {
+      memset(each.memory, 255, sizeof each.memory);
+      memset(each.shared_in_cluster, 255, sizeof each.shared_in_cluster);
+    }
     std::vector<std::thread> threads;
-    for (int rank = 0; rank < CLUSTER; rank++) {
-      memset(blocks[rank].memory, 255, sizeof blocks[rank].memory);
-      memset(blocks[rank].shared_in_cluster, 255, sizeof blocks[rank].shared_in_cluster);
+    for (int rank = 0; rank < CLUSTER; rank++)
       for (int t = 0; t < WARPS * 32; t++)
         threads.emplace_back([=] {
           block = &blocks[rank];
@@ -289,7 +293,6 @@ extern "C" void run_attention(const void* query, const void* keys, const void* v
                         (float*)maxima_sums, scale_log2, query_stride, table_stride, max_pages, kv_heads, group, rows,
                         words);
         });
-    }
     for (std::thread& thread : threads) thread.join();
   }
 }
