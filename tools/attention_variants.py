@@ -9,6 +9,7 @@ NaN until the kernel ahead writes them.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,13 +28,14 @@ CASES = [(1, 640), (8, 640), (32, 640), (1, 4096), (8, 4096), (32, 4096)]
 MAX_CONTEXT = 8192
 PART = ("qkv", "rotary", "attention", "o")
 PASSES, ROUNDS, REPLAYS = 5, 3, 8
+NAMES = ("before", "early", "clusters", "clusters8")
 # Of rounding to bf16, in units of the mean size of a sequence's result; a wrong token gives 1 and more.
 MAX_ERROR = 0.08
 Choice = tuple[Launch, int]
 
 
-def variants(rows: int, multiprocessors: int) -> dict[str, Choice | None]:
-    """Launches by name, for `rows` sequences of Shape's heads; None: no attention."""
+def variants(rows: int, multiprocessors: int) -> dict[str, Choice]:
+    """Launches by name, for `rows` sequences of Shape's heads."""
     shape = Shape()
     launch, wide = (
         choose_launch(HEAD_DIM, shape.heads // shape.kv_heads, torch.bfloat16, torch.bfloat16, warps=warps)
@@ -43,7 +45,6 @@ def variants(rows: int, multiprocessors: int) -> dict[str, Choice | None]:
         choose_splits(rows * shape.kv_heads, MAX_CONTEXT, multiprocessors, each.warps) for each in (launch, wide)
     )
     return {
-        "none": None,
         "before": (replace(launch, early=False), splits),
         "early": (launch, splits),
         "clusters": in_clusters(launch, splits),
@@ -128,6 +129,8 @@ def check(chain: Attended, choice: Choice, context: int) -> float:
     chain.set_lengths(torch.full((rows,), context, dtype=torch.int32, device="cuda"))
     chain.refill()
     graph.replay()
+    # At once: where one never ends, the line that is missing says which.
+    print(f"{rows} x {context}, {choice}: error {max(errors):.4f}", flush=True)
     assert max(errors) < MAX_ERROR, f"{choice} is off: {errors}"
     return max(errors)
 
@@ -138,14 +141,16 @@ def error_of(output: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def time_variants(rows: int, context: int) -> dict[str, Any]:
+def time_variants(rows: int, context: int, names: Sequence[str]) -> dict[str, Any]:
     """Microseconds of the part and of the layer by variant, and errors."""
     chain = Attended(rows, context)
-    choices = variants(rows, torch.cuda.get_device_properties(0).multi_processor_count)
+    known = variants(rows, torch.cuda.get_device_properties(0).multi_processor_count)
+    choices: dict[str, Choice | None] = {"none": None, **{name: known[name] for name in names}}
     found: dict[str, Any] = {"rows": rows, "context": context}
-    found["errors"] = {name: check(chain, choice, context) for name, choice in choices.items() if choice}
-    for key, names in (("part_us", PART), ("layer_us", ())):
-        graphs = {name: chain.captured(choice, names, PASSES) for name, choice in choices.items()}
+    found["errors"] = {name: check(chain, known[name], context) for name in names}
+    steps: dict[str, tuple[str, ...]] = {"part_us": PART, "layer_us": ()}
+    for key, kernels in steps.items():
+        graphs = {name: chain.captured(choice, kernels, PASSES) for name, choice in choices.items()}
         calls = PASSES * len(chain.layers)
         # In turn, so that a card that slows down slows all.
         rounds = [{name: time_graph(graph, REPLAYS) / calls for name, graph in graphs.items()} for _ in range(ROUNDS)]
@@ -155,8 +160,9 @@ def time_variants(rows: int, context: int) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], choices: dict[str, Choice | None]) -> None:
-    """Attention's cost in the part and in the layer: the difference to none."""
+    """Attention's cost, the difference to none, in the part and in the layer; 80 layers beside the first variant's."""
     part, layer = found["part_us"], found["layer_us"]
+    first = layer[next(name for name, choice in choices.items() if choice)]
     for name, choice in choices.items():
         if choice is None:
             print(f"{found['rows']:2} x {found['context']}: without {part[name]:7.2f} us, layer {layer[name]:7.2f} us")
@@ -164,10 +170,10 @@ def show(found: dict[str, Any], choices: dict[str, Choice | None]) -> None:
         launch, splits = choice
         print(f"  {name:9} {launch.warps}x{launch.depth}/{splits} cluster {launch.cluster}: "
               f"+{part[name] - part['none']:6.2f} us in the part, +{layer[name] - layer['none']:6.2f} us in the layer, "
-              f"80 layers {(layer[name] - layer['before']) * 0.08:+.3f} ms, error {found['errors'][name]:.4f}",
+              f"80 layers {(layer[name] - first) * 0.08:+.3f} ms, error {found['errors'][name]:.4f}",
               flush=True)  # fmt: skip
 
 
 @torch.inference_mode()
-def time_all() -> list[dict[str, Any]]:
-    return [time_variants(*case) for case in CASES]
+def time_all(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [time_variants(*case, names) for case in CASES]

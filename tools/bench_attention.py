@@ -35,7 +35,7 @@ from parallel.kernels.attention_launch import (
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.node_bits import chain_masks
-from tools.attention_variants import time_all
+from tools.attention_variants import NAMES, time_all
 from tools.bench_linears import measure_copy
 
 GROUP = 8
@@ -60,12 +60,14 @@ Call = Callable[[], Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="time other launches, and print the best of each case")
-    parser.add_argument("--variants", action="store_true", help="time launches among a layer's kernels")
+    parser.add_argument(
+        "--variants", nargs="*", choices=NAMES, help="time these launches, or all, among a layer's kernels"
+    )
     parser.add_argument("--tp", type=int, nargs="+", default=list(KV_HEADS), choices=KV_HEADS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.variants:
-        print(json.dumps({"card": torch.cuda.get_device_name(), "variants": time_all()}))
+    if arguments.variants is not None:
+        print(json.dumps({"card": torch.cuda.get_device_name(), "variants": time_all(arguments.variants or NAMES)}))
         return
     copy_gb_per_sec = measure_copy()
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
