@@ -4,6 +4,7 @@ For each number of KV heads a rank has (8, 4 and 2 at TP 1, 2 and 4), context, b
 layer, keys and values read once over that time, and the share of the copy bandwidth measured in the same run. Calls
 cycle through more layers than the L2 cache holds, in a CUDA graph, with shuffled pages and page tables for 8192 tokens
 or more, as an engine has them. Rows of a sequence that check drafts are timed too, and what a row each would take.
+--variants compares kinds of launches among the kernels around them, in under 40 s (attention_variants.py).
 --tune times launches of other warps, rings and splits instead (TP2, under a minute), written 4x6/33: warps, units of a
 ring, splits. The last line on stdout is JSON.
 """
@@ -34,6 +35,7 @@ from parallel.kernels.attention_launch import (
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.node_bits import chain_masks
+from tools.attention_variants import NAMES, time_all
 from tools.bench_linears import measure_copy
 
 GROUP = 8
@@ -58,9 +60,15 @@ Call = Callable[[], Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="time other launches, and print the best of each case")
+    parser.add_argument(
+        "--variants", nargs="*", choices=NAMES, help="time these launches, or all, among a layer's kernels"
+    )
     parser.add_argument("--tp", type=int, nargs="+", default=list(KV_HEADS), choices=KV_HEADS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.variants is not None:
+        print(json.dumps({"card": torch.cuda.get_device_name(), "variants": time_all(arguments.variants or NAMES)}))
+        return
     copy_gb_per_sec = measure_copy()
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["copy_gb_per_sec"] = copy_gb_per_sec

@@ -1,6 +1,6 @@
 // Instructions of paged_attention.cu that C++ has no name for. tests/parallel/emulated_attention.h has the same in C++.
 //
-// Defined by the host: QUERY_F16 and KV_FP8, as there.
+// Defined by the host: QUERY_F16, KV_FP8, CLUSTER and EARLY, as there.
 
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
@@ -92,6 +92,70 @@ __device__ __forceinline__ void unpack_e4m3(u32 four, u32& low, u32& high) {
   high = moved[1];
 #endif
 }
+
+__device__ __forceinline__ void begin() {
+  if (!EARLY) wait_for_predecessors();
+}
+
+// What kernels before the one right ahead wrote, and no kernel since: read from L2, since the first level may have what
+// was there earlier, and kept in L2, where all layers of a step find it although their weights pass through.
+__device__ __forceinline__ int load_kept(const int* from) {
+  u64 policy;
+  int value;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.relaxed.gpu.global.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(value) : "l"(from), "l"(policy) : "memory");
+  return value;
+}
+
+#if CLUSTER > 1
+#define CLUSTER_SHAPE __cluster_dims__(1, CLUSTER, 1)
+// Shared memory that other blocks of the cluster store into.
+#define SHARED_IN_CLUSTER(type, name) __shared__ type name
+
+// Threads that have come here need not wait.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+// Until all threads of all blocks of the cluster have come.
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// One thread, before it arrives at the cluster: `arrivals` will have come once blocks have stored so many bytes.
+__device__ __forceinline__ void expect_bytes(u64* arrivals, int bytes) {
+  const u32 at = shared_address(arrivals);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+// Until they have.
+__device__ __forceinline__ void await_bytes(u64* arrivals) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;}"
+      ::"r"(shared_address(arrivals)) : "memory");
+}
+
+// The place in the shared memory of block `rank` of the cluster that `own` has in this one's.
+__device__ __forceinline__ u32 address_in_block(const void* own, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  return address;
+}
+
+// Stores to the place that `own` has in block `rank`, and tells `arrivals` there.
+__device__ __forceinline__ void store_in_block(float4* own, int rank, const float4& v, u64* arrivals) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in_block(own, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
+               "r"(address_in_block(arrivals, rank)) : "memory");
+}
+
+__device__ __forceinline__ void store_in_block(float2* own, int rank, const float2& v, u64* arrivals) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_in_block(own, rank)), "f"(v.x), "f"(v.y), "r"(address_in_block(arrivals, rank)) : "memory");
+}
+#else
+#define CLUSTER_SHAPE
+#endif
 
 // Counts to `last`, then from zero again. What blocks wrote before they counted is seen by those that count later.
 __device__ __forceinline__ u32 count_up(u32* counter, u32 last) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -14,6 +14,10 @@ from parallel.kernels.node_bits import num_words
 PARAMETERS = "PPPPPPPPPPfiiiiiii"
 TILE = 16
 MAX_SPLITS = 64
+# Blocks that add up their splits in shared memory: what every card of sm_90 or later takes.
+MAX_CLUSTER = 8
+# Whether those of sm_90 do.
+CLUSTERS = False
 # Sequences times KV heads times passes of one launch.
 MAX_COUNTERS = 16384
 # Of 8 query heads: what registers hold of sums and products.
@@ -40,6 +44,9 @@ class Launch:
     warps: int
     # Units of 16 tokens' keys, or values, in a warp's ring.
     depth: int
+    # Splits that are added up in shared memory: a power of two; above 1 only from sm_90 on.
+    cluster: int = 1
+    early: bool = True
 
     @property
     def unit_bytes(self) -> int:
@@ -66,6 +73,9 @@ class Launch:
             "TREE": int(self.tree),
             "QUERY_F16": int(self.query_f16),
             "KV_FP8": int(self.kv_fp8),
+            "CLUSTER": self.cluster,
+            "MAX_GROUPS": MAX_SPLITS // MAX_CLUSTER,
+            "EARLY": int(self.early),
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -104,3 +114,9 @@ def choose_splits(pairs: int, max_tokens: int, multiprocessors: int, warps: int)
     """
     wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors // max(1, pairs)
     return max(1, min(wanted, -(-max_tokens // (TILE * warps)), MAX_SPLITS))
+
+
+def in_clusters(launch: Launch, num_splits: int) -> tuple[Launch, int]:
+    """The launch by the largest clusters that so many splits fill, and the splits of whole clusters."""
+    cluster = min(MAX_CLUSTER, 1 << num_splits.bit_length() - 1)
+    return replace(launch, cluster=cluster), num_splits // cluster * cluster

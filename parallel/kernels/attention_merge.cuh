@@ -113,8 +113,23 @@ struct Warps {
   }
 };
 
+// Of the sums of four dimensions that a block makes, the column of number `at`, and its first dimension.
+__device__ __forceinline__ int column_of(int at) {
+  return at / 64 / (DIM_TILES / 2) * 8 + (at & 3) * 2 + at / 32 % 2;
+}
+__device__ __forceinline__ int dim_of(int at) { return first_dim(at / 64 % (DIM_TILES / 2) * 2, at / 4 % 8); }
+
+// Whether `num - 1` blocks have come here before this one, and what they wrote can be read.
+__device__ __forceinline__ bool is_last_to_come(u32* counter, u32 num) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = count_up(counter, num - 1) == num - 1;
+  __syncthreads();
+  return is_last;
+}
+
 // Adds up what the warps have in `acc`, through shared memory, and hands four neighbouring dimensions of a column at a
-// time to `write`. All of `memory` is free, once all threads have come here.
+// time to `write`, as sum `at` (column_of, dim_of). All of `memory` is free, once all threads have come here.
 template <class Write>
 __device__ __forceinline__ void merge_warps(int warp, Warps& warps, u8* memory, float (*acc)[DIM_TILES][4],
                                             const float (*highest)[2], float (*sum)[2], Write write) {
@@ -143,14 +158,13 @@ __device__ __forceinline__ void merge_warps(int warp, Warps& warps, u8* memory, 
     }
   __syncthreads();
   for (int at = threadIdx.x; at < NT * DIM_TILES * 32; at += WARPS * 32) {
-    const int j = at / 32 % 2, t = at / 64 % (DIM_TILES / 2) * 2, n = at / 64 / (DIM_TILES / 2);
-    const int index = (n * DIM_TILES + t) * 4 + j;
+    const int index = at / 64 * 8 + at / 32 % 2;
     float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
       total.x += sums[w][index][lane], total.y += sums[w][index + 2][lane];
       total.z += sums[w][index + 4][lane], total.w += sums[w][index + 6][lane];
     }
-    write(n * 8 + c * 2 + j, first_dim(t, g), total);
+    write(at, total);
   }
 }

@@ -17,11 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
 from parallel.kernels.attention_launch import (
+    CLUSTERS,
     MAX_COUNTERS,
     PARAMETERS,
     Launch,
     choose_launch,
     choose_splits,
+    in_clusters,
     num_passes,
 )
 from parallel.kernels.attention_reference import MAX_NODES, TreeMask, attend_gathered
@@ -43,8 +45,9 @@ def paged_attention(
     query [rows, heads, head_dim], heads a multiple of the KV heads, a row for each sequence or as `tree` says;
     block_table [sequences, max_pages] int32, of which the pages of `lengths` [sequences] int32 tokens are read, the
     newest tokens among them. A length of 0 gives zeros. It can be captured in a graph after a first call; a card's
-    launches must follow one another, on one stream. Where `refusal` has a reason, plain torch does the same, reading
-    max_pages of every sequence.
+    launches must follow one another, on one stream. The kernel right ahead must not write the table, the lengths, the
+    tree's starts, or tokens but the newest of a sequence, with a tree those from `starts` on: they are read before it
+    has ended. Where `refusal` has a reason, plain torch does the same, reading max_pages of every sequence.
     """
     if tree is None:
         return attend(query, kv.keys, kv.values, block_table, lengths, scale)
@@ -77,6 +80,8 @@ def attend(
     pairs = len(lengths) * keys.shape[1] * num_passes(columns)
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
     num_splits = choose_splits(pairs, block_table.shape[1] * PAGE_SIZE, multiprocessors, launch.warps)
+    if CLUSTERS and torch.cuda.get_device_capability(query.device) >= (9, 0):
+        launch, num_splits = in_clusters(launch, num_splits)
     return run_kernel(launch, num_splits, query, keys, values, block_table, lengths, scale, *tree)
 
 
@@ -141,14 +146,19 @@ def tree_tensors(starts: Tensor | None, masks: Tensor | None) -> tuple[Tensor | 
     if starts is None or masks is None:
         return None, None
     assert starts.dtype == torch.int32 and masks.dtype == torch.int64, f"{starts.dtype=} {masks.dtype=}"
-    return starts.contiguous(), masks.contiguous()
+    # A copy would be the kernel right ahead, which is not waited for to read `starts`.
+    assert starts.is_contiguous()
+    return starts, masks.contiguous()
 
 
 def workspace(launch: Launch, grid: tuple[int, int, int], query: Tensor) -> tuple[Tensor, ...]:
     """What splits leave for the last of them, sums and then maxima; empty, and not touched, where there is one."""
-    head_dim, splits = launch.head_dim, grid[1]
-    columns = (splits if splits > 1 else 0) * grid[0] * grid[2] * launch.column_tiles * 8
-    return query.new_empty(columns * (head_dim + 2), dtype=torch.float32).tensor_split([columns * head_dim])
+    head_dim, parts = launch.head_dim, grid[1] // launch.cluster
+    columns = (parts if parts > 1 else 0) * grid[0] * grid[2] * launch.column_tiles * 8
+    # Clusters leave a pair for every four dimensions.
+    pairs = 1 if launch.cluster == 1 else head_dim // 4
+    numbers = columns * head_dim
+    return query.new_empty(numbers + columns * pairs * 2, dtype=torch.float32).tensor_split([numbers])
 
 
 def has_aligned_rows(query: Tensor) -> bool:

@@ -7,6 +7,9 @@
 //   of a graph writes. That is for the sake of all kernels before, not only of the one right ahead: that one ends only
 //   when it has waited itself, and so when all before it have ended. So sums, counters, flags and pages that
 //   kernels hand on, or use one after the other, need nothing else.
+// - One exception: what the kernel right ahead does not write may be read before the wait, from L2. That kernel has
+//   waited before it let this one start, so that all before it have ended. Attention reads the page tables, lengths and
+//   earlier tokens of a step so: of these, the kernel ahead writes the newest tokens only.
 // - Only then it lets the successor start. So of a stream there are two kernels on the card at most, one that works and
 //   one that waits: what waits for a peer, or for another block of its grid, has all kernels before it behind it and all
 //   its own blocks on the card before any of the next take room.
@@ -19,6 +22,8 @@
 #define PROGRAMMATIC_CUH
 
 #if __CUDA_ARCH__ >= 900
+
+#define STARTS_EARLY 1
 
 // Until all kernels before have ended, and what they wrote can be seen.
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -42,6 +47,8 @@ __device__ __forceinline__ T load_fresh(const T* from) {
 }
 
 #else
+
+#define STARTS_EARLY 0
 
 __device__ __forceinline__ void wait_for_predecessors() {}
 __device__ __forceinline__ void let_successor_start() {}

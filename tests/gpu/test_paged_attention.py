@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PagedKV, allocate_pages, gather_kv, slots_of
+from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, as_bits, gather_kv, slots_of
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import choose_launch
+from parallel.kernels.fused import rotary_and_cache
 from tests.parallel.paged import Case, gather, make_case, write_kv
 from tests.parallel.trees import TreeCase, make_tree_case
 
@@ -89,6 +91,76 @@ def test_every_number_of_splits_gives_the_same(kind: str, warps: int) -> None:
         tensors = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths)
         errors[splits] = case.worst_error(own.run_kernel(launch, splits, *tensors, case.scale))
     assert max(errors.values()) < allowed, errors
+
+
+@pytest.mark.parametrize("cluster", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+def test_splits_of_clusters_give_the_same(kind: str, cluster: int) -> None:
+    needs_clusters()
+    dtype, kv_dtype, allowed = KINDS[kind]
+    case = make_case([5000, 1, 0, 700, 129], 1, 8, 128, dtype=dtype, kv_dtype=kv_dtype, device="cuda")
+    errors = {}
+    for warps in (4, 8):
+        launch = replace(choose_launch(128, 8, dtype, case.kv.keys.dtype, warps=warps), cluster=cluster)
+        for splits in (cluster, 2 * cluster, 5 * cluster, 8 * cluster):
+            poison_memory()
+            tensors = (case.query, case.kv.keys, case.kv.values, case.block_table, case.lengths)
+            first, again = (own.run_kernel(launch, splits, *tensors, case.scale) for _ in range(2))
+            errors[warps, splits] = case.worst_error(first)
+            assert torch.equal(first, again)
+    assert max(errors.values()) < allowed, errors
+
+
+def needs_clusters() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no clusters")
+
+
+@pytest.mark.parametrize("cluster", [1, 4, 8])
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_newest_tokens_are_those_the_kernel_ahead_writes(rows: int, kind: str, cluster: int) -> None:
+    if cluster > 1:
+        needs_clusters()
+    dtype, kv_dtype, allowed = KINDS[kind]
+    held = make_tree_case(
+        [0, 1, 62, 63, 700, 3100],
+        [rows] * 6,
+        rows,
+        2,
+        8,
+        128,
+        chain=True,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device="cuda",
+    )
+    case, starts = held.case, held.tree.starts
+    positions = (starts[:, None] + torch.arange(rows, device="cuda")).flatten().long()
+    pages = case.block_table.repeat_interleave(rows, 0).gather(1, positions[:, None] // PAGE_SIZE).squeeze(1).long()
+    places = positions % PAGE_SIZE
+    newest = [stored.to(BF16)[pages, :, places] for stored in (case.kv.keys, case.kv.values)]
+    qkv, slots = torch.cat([held.query, *newest], 1).flatten(1), pages * PAGE_SIZE + places
+    # No rotation.
+    ones = torch.ones(int(positions.max()) + 1, 64, device="cuda")
+    tables = (ones, 0 * ones, positions, slots)
+    launch = choose_launch(128, 8 * rows, dtype, case.kv.keys.dtype, tree=rows > 1)
+    tree = (starts, held.tree.masks) if rows > 1 else ()
+
+    def step() -> Tensor:
+        query = rotary_and_cache(qkv, *tables, case.kv.keys, case.kv.values, 16, 2, None, None, 1e-5)
+        tensors = (query, case.kv.keys, case.kv.values, case.block_table, case.lengths)
+        return own.run_kernel(replace(launch, cluster=cluster), 2 * cluster, *tensors, case.scale, *tree)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    for stored in (case.kv.keys, case.kv.values):
+        as_bits(stored)[pages, :, places] = 255 if kv_dtype else math.nan
+    output.fill_(math.nan)
+    graph.replay()
+    assert (error := held.worst_error(output)) < allowed, f"{error}: {worst_nodes(held, output)}"
 
 
 # Rows, and query heads of a KV head: one to four tiles of columns, several passes, and groups that no tile divides.

@@ -1,9 +1,11 @@
 // CUDA, and the instructions of parallel/kernels/attention.cuh, on threads of a CPU: one for each of a block's, meeting
-// where a warp does. Asynchronous copies arrive as early (EAGER) or as late as they may.
+// where a warp does. Asynchronous copies arrive as early (EAGER) or as late as they may. Blocks of a cluster run beside one
+// another, each with a copy of the kernel, as what is static in it is the block's own.
 #define ATTENTION_CUH
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +19,10 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define DYNAMIC_SHARED(name) u8* const name = dynamic_shared
+#define DYNAMIC_SHARED(name) u8* const name = block->memory
+#define CLUSTER_SHAPE
+#define SHARED_IN_CLUSTER(type, name) type& name = *(type*)block->shared_in_cluster
+#define STARTS_EARLY 1
 #define FULL 0xffffffffu
 #define LOWEST (-INFINITY)
 
@@ -38,19 +43,30 @@ inline int max(int a, int b) { return a > b ? a : b; }
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
 
-// Each block finds NaN in it.
-alignas(16) static u8 dynamic_shared[99 * 1024];
-
 struct Warp {
   pthread_barrier_t barrier;
   u32 a[32][4], b[32][2], word[32];
 };
-static pthread_barrier_t block_barrier;
-static Warp all_warps[32];
-inline Warp& own_warp() { return all_warps[threadIdx.x / 32]; }
+struct Block {
+  // NaN when the block starts.
+  alignas(16) u8 memory[99 * 1024], shared_in_cluster[32 * 1024];
+  pthread_barrier_t barrier;
+  Warp warps[32];
+};
+static Block blocks[CLUSTER];
+static thread_local Block* block;
+static pthread_barrier_t cluster_barrier;
+inline Warp& own_warp() { return block->warps[threadIdx.x / 32]; }
 inline int own_lane() { return threadIdx.x % 32; }
 inline void __syncwarp() { pthread_barrier_wait(&own_warp().barrier); }
-inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
+inline void __syncthreads() { pthread_barrier_wait(&block->barrier); }
+inline void arrive_at_cluster() {}
+inline void wait_for_cluster() {}
+inline void expect_bytes(u64*, int) {}
+inline void await_bytes(u64*) { pthread_barrier_wait(&cluster_barrier); }
+template <class T> inline void store_in_block(T* own, int rank, const T& value, u64*) {
+  *(T*)(blocks[rank].shared_in_cluster + ((u8*)own - block->shared_in_cluster)) = value;
+}
 
 template <class T> inline T from_lane(T value, int lane) {
   static_assert(sizeof(T) == 4, "a register");
@@ -72,23 +88,32 @@ inline bool __any_sync(u32, bool mine) {
 }
 template <class T> inline T __ldg(const T* from) { return *from; }
 template <class T> inline T __ldcg(const T* from) { return *from; }
-// What kernels before this one wrote: a block finds bytes of 255 there until all its threads have waited.
-static const void* written_query;
-static const int* written_lengths;
-static std::vector<u8> there_query;
-static std::vector<int> there_lengths;
-inline void poison() {
-  memset(there_query.data(), 255, there_query.size());
-  memset(there_lengths.data(), 255, there_lengths.size() * 4);
-}
+// What the kernel ahead writes: a block finds bytes of 255 there until all its threads have waited.
+struct Written {
+  const u8* from;
+  std::vector<u8> there;
+  std::vector<size_t> rows;
+  size_t row_bytes;
+  void start(const void* written, size_t bytes, size_t bytes_of_row) {
+    from = (const u8*)written, row_bytes = bytes_of_row;
+    there.assign(from, from + bytes);
+    rows.clear();
+  }
+  void poison() {
+    for (size_t at : rows) memset(there.data() + at, 255, row_bytes);
+  }
+  void arrive() {
+    for (size_t at : rows) memcpy(there.data() + at, from + at, row_bytes);
+  }
+};
+static Written query_there, keys_there, values_there;
 inline void wait_for_predecessors() {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    memcpy(there_query.data(), written_query, there_query.size());
-    memcpy(there_lengths.data(), written_lengths, there_lengths.size() * 4);
-  }
+  if (threadIdx.x == 0) query_there.arrive(), keys_there.arrive(), values_there.arrive();
   __syncthreads();
 }
+inline void begin() {}
+inline int load_kept(const int* from) { return *from; }
 inline void let_successor_start() {}
 template <class T> inline T load_fresh(const T* from) { return *from; }
 
@@ -101,13 +126,13 @@ inline u32 count_up(u32* counter, u32 last) {
 struct Copy { u8* to; const void* from; bool present; };
 static thread_local std::vector<Copy> started;
 static thread_local std::deque<std::vector<Copy>> committed;
-inline u32 shared_address(const void* memory) { return (const u8*)memory - dynamic_shared; }
+inline u32 shared_address(const void* memory) { return (const u8*)memory - block->memory; }
 inline void arrive(const Copy& copy) {
   if (copy.present) memcpy(copy.to, copy.from, 16);
   else memset(copy.to, 0, 16);
 }
 inline void copy_async(u32 shared, const void* global, bool present) {
-  started.push_back({dynamic_shared + shared, global, present});
+  started.push_back({block->memory + shared, global, present});
   if (EAGER) arrive(started.back()), started.clear();
 }
 inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }
@@ -186,31 +211,88 @@ inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
   __syncwarp();
 }
 
+namespace rank0 {
+#define paged_attention attention_of_rank0
 #include KERNEL_FILE
+#undef paged_attention
+}
+#if CLUSTER > 1
+namespace rank1 {
+#define paged_attention attention_of_rank1
+#include KERNEL_FILE
+#undef paged_attention
+}
+#endif
+#if CLUSTER > 2
+namespace rank2 {
+#define paged_attention attention_of_rank2
+#include KERNEL_FILE
+#undef paged_attention
+}
+namespace rank3 {
+#define paged_attention attention_of_rank3
+#include KERNEL_FILE
+#undef paged_attention
+}
+#endif
+using Kernel = decltype(&rank0::attention_of_rank0);
+static const Kernel kernels[CLUSTER] = {
+    rank0::attention_of_rank0,
+#if CLUSTER > 1
+    rank1::attention_of_rank1,
+#endif
+#if CLUSTER > 2
+    rank2::attention_of_rank2, rank3::attention_of_rank3,
+#endif
+};
 
-extern "C" void run_attention(const void* query, const void* keys, const void* values, const void* block_table,
-                              const void* lengths, const void* starts, const void* masks, void* out, void* partial,
+// The tokens of a sequence that the kernel ahead writes.
+inline void mark_new(const int* pages, int first, int length, int kv_heads) {
+  for (int token = std::max(0, first); token < length; token++)
+    for (int head = 0; head < kv_heads; head++) {
+      const size_t row = ((size_t)pages[token / PAGE_SIZE] * kv_heads + head) * PAGE_SIZE + token % PAGE_SIZE;
+      keys_there.rows.push_back(row * ROW_BYTES), values_there.rows.push_back(row * ROW_BYTES);
+    }
+}
+
+extern "C" void run_attention(const void* query, const void* keys, const void* values, const int* block_table,
+                              const int* lengths, const int* starts, const void* masks, void* out, void* partial,
                               void* maxima_sums, float scale_log2, int query_stride, int table_stride, int max_pages,
-                              int kv_heads, int group, int rows, int words, int grid_x, int splits, int sequences) {
+                              int kv_heads, int group, int rows, int words, int grid_x, int splits, int sequences,
+                              int num_pages) {
   gridDim = {grid_x, splits, sequences};
-  written_query = query, written_lengths = (const int*)lengths;
-  there_query.resize((((size_t)sequences * rows - 1) * query_stride + kv_heads * group * HEAD_DIM) * 2);
-  there_lengths.resize(sequences);
-  pthread_barrier_init(&block_barrier, nullptr, WARPS * 32);
-  for (Warp& warp : all_warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
-  for (int i = 0; i < grid_x * splits * sequences; i++) {
-    memset(dynamic_shared, 255, sizeof dynamic_shared);
-    poison();
+  const size_t query_bytes = (((size_t)sequences * rows - 1) * query_stride + kv_heads * group * HEAD_DIM) * 2;
+  const size_t page_bytes = (size_t)num_pages * kv_heads * PAGE_SIZE * ROW_BYTES;
+  query_there.start(query, query_bytes, query_bytes);
+  query_there.rows.push_back(0);
+  keys_there.start(keys, page_bytes, ROW_BYTES);
+  values_there.start(values, page_bytes, ROW_BYTES);
+  for (int i = 0; i < sequences; i++)
+    mark_new(block_table + (size_t)i * table_stride, TREE ? starts[i] : lengths[i] - 1, lengths[i], kv_heads);
+  pthread_barrier_init(&cluster_barrier, nullptr, CLUSTER * WARPS * 32);
+  for (Block& each : blocks) {
+    pthread_barrier_init(&each.barrier, nullptr, WARPS * 32);
+    for (Warp& warp : each.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
+  }
+  for (int i = 0; i < grid_x * splits / CLUSTER * sequences; i++) {
+    query_there.poison(), keys_there.poison(), values_there.poison();
+    const int x = i % grid_x, first_split = i / grid_x % (splits / CLUSTER) * CLUSTER, z = i / grid_x / (splits / CLUSTER);
+    for (Block& each : blocks) {
+      memset(each.memory, 255, sizeof each.memory);
+      memset(each.shared_in_cluster, 255, sizeof each.shared_in_cluster);
+    }
     std::vector<std::thread> threads;
-    for (int t = 0; t < WARPS * 32; t++)
-      threads.emplace_back([=] {
-        threadIdx = {t, 0, 0};
-        blockIdx = {i % grid_x, i / grid_x % splits, i / grid_x / splits};
-        paged_attention((const u16*)there_query.data(), (const u8*)keys, (const u8*)values, (const int*)block_table,
-                        there_lengths.data(), (const int*)starts, (const u64*)masks, (u16*)out, (float*)partial,
+    for (int rank = 0; rank < CLUSTER; rank++)
+      for (int t = 0; t < WARPS * 32; t++)
+        threads.emplace_back([=] {
+          block = &blocks[rank];
+          threadIdx = {t, 0, 0};
+          blockIdx = {x, first_split + rank, z};
+          kernels[rank]((const u16*)query_there.there.data(), keys_there.there.data(), values_there.there.data(),
+                        block_table, lengths, starts, (const u64*)masks, (u16*)out, (float*)partial,
                         (float*)maxima_sums, scale_log2, query_stride, table_stride, max_pages, kv_heads, group, rows,
                         words);
-      });
+        });
     for (std::thread& thread : threads) thread.join();
   }
 }

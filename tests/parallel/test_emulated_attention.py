@@ -48,6 +48,25 @@ def test_one_row_a_sequence(kind: str, tmp_path: Path) -> None:
         assert case.worst_error(run(library, launch, splits, case.query, case)) < 0.08
 
 
+@pytest.mark.parametrize(("kind", "cluster", "splits"), [("bf16", 2, 4), ("small", 4, 4)])
+def test_splits_of_clusters(kind: str, cluster: int, splits: int, tmp_path: Path) -> None:
+    dtype, kv_dtype, head_dim, depth = KINDS[kind]
+    launch = choose_launch(head_dim, 5, dtype, kv_dtype, warps=2)
+    library = compile_source(tmp_path, replace(launch, depth=depth, cluster=cluster), eager=kind == "bf16")
+    # Fewer tiles than warps, and with two clusters more than one takes.
+    case = make_case([0, 1, 130, 600], 1, 5, head_dim, dtype=dtype, kv_dtype=kv_dtype)
+    launch = replace(launch, cluster=cluster)
+    assert case.worst_error(run(library, launch, splits, case.query, case)) < 0.08
+
+
+def test_rows_of_a_tree_in_clusters(tmp_path: Path) -> None:
+    launch = replace(choose_launch(64, 10, BF16, BF16, tree=True, warps=2), depth=4, cluster=2)
+    library = compile_source(tmp_path, launch, eager=True)
+    held = make_tree_case([70, 0, -1, 520], [5, 5, 0, 2], 5, 1, 2, 64, dtype=BF16, kv_dtype=BF16)
+    found = run(library, launch, 4, held.query, held.case, held.tree.starts, held.tree.masks)
+    assert held.worst_error(found) < 0.08
+
+
 # One tile of columns, passes of three tiles (the query in shared memory), as many rows as a word has bits, and more.
 @pytest.mark.parametrize(
     ("kind", "rows", "group"), [("small", 2, 4), ("bf16", 5, 8), ("e4m3", 3, 5), ("bf16", 64, 1), ("small", 130, 3)]
@@ -83,7 +102,7 @@ def run(
     scale = ctypes.c_float(case.scale * math.log2(math.e))
     words = 0 if masks is None else masks.shape[1]
     sizes = (query.stride(0), case.block_table.stride(0), case.block_table.shape[1], kv_heads, group, rows, words)
-    library.run_attention(*pointers, scale, *sizes, *grid)
+    library.run_attention(*pointers, scale, *sizes, *grid, len(case.kv.keys))
     return output
 
 

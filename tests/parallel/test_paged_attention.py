@@ -7,7 +7,15 @@ import torch
 
 from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
-from parallel.kernels.attention_launch import MAX_SPLITS, TILE, choose_launch, choose_splits, num_passes
+from parallel.kernels.attention_launch import (
+    MAX_CLUSTER,
+    MAX_SPLITS,
+    TILE,
+    choose_launch,
+    choose_splits,
+    in_clusters,
+    num_passes,
+)
 from parallel.kernels.attention_reference import TreeMask
 from parallel.kernels.node_bits import chain_masks
 from tests.parallel.paged import make_case
@@ -94,6 +102,15 @@ def test_splits_are_no_more_than_rounds_or_a_wave(
     assert 1 <= splits <= MAX_SPLITS
     assert (splits - 1) * TILE * warps < max_tokens
     assert splits == 1 or splits * pairs <= multiprocessors
+
+
+@pytest.mark.parametrize("splits", range(1, MAX_SPLITS + 1))
+def test_splits_fill_clusters_and_their_groups(splits: int) -> None:
+    launch, whole = in_clusters(choose_launch(128, 8, torch.bfloat16, torch.bfloat16), splits)
+    assert splits / 2 < whole <= splits
+    assert whole % launch.cluster == 0
+    assert launch.cluster in (1, 2, 4, 8)
+    assert whole // launch.cluster <= (MAX_SPLITS // MAX_CLUSTER if launch.cluster == MAX_CLUSTER else 1)
 
 
 @pytest.mark.parametrize("head_dim", own.HEAD_DIMS)
