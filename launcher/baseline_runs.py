@@ -17,6 +17,9 @@ from launcher.report import package_version, read_results
 from launcher.start import SIGNAL_EXIT_CODE, StartRanks
 from launcher.telemetry import Telemetry
 
+# Those that are not called as they are here.
+PACKAGES = {BaselineKind.deepspeed_zero: "deepspeed"}
+
 
 def run_baselines(job: Job, inventory: Inventory, start_ranks: StartRanks) -> list[dict[str, Any]]:
     """A row each: its measurements, or under `error` why there are none.
@@ -28,7 +31,7 @@ def run_baselines(job: Job, inventory: Inventory, start_ranks: StartRanks) -> li
 
 
 def run_baseline(job: Job, kind: BaselineKind, inventory: Inventory, start_ranks: StartRanks) -> dict[str, Any]:
-    row = {"name": kind.value, "version": package_version(kind.value), "error": refusal(job, kind)}
+    row = {"name": kind.value, "version": package_version(PACKAGES.get(kind, kind.value)), "error": refusal(job, kind)}
     if row["error"] is not None:
         return row
     job = baseline_job(job, kind)
@@ -92,9 +95,19 @@ def refuse_arrivals(job: Job) -> str | None:
     return "takes whole batches: requests cannot come one by one (workload.arrival_rate)"
 
 
+def refuse_resident(job: Job) -> str | None:
+    if job.plan is None or job.plan.offload is None:
+        return "is for layers that are streamed, and all are on the cards. Set offload.resident_layers"
+    if job.plan.offload.disk_layers:
+        return "has all layers in host memory, and offload.disk reads some from the disk"
+    return None if job.placement.world_size == 1 else f"runs on one card here, not on {job.placement.world_size}"
+
+
 PLAIN_ONLY = (refuse_dummies, refuse_packed, refuse_rounding, refuse_arrivals)
 RULES: dict[BaselineKind, tuple[Callable[[Job], str | None], ...]] = {
     BaselineKind.deepspeed: PLAIN_ONLY,
     BaselineKind.transformers: PLAIN_ONLY,
     BaselineKind.vllm: (refuse_vllm, refuse_folder, refuse_rounding, refuse_arrivals),
+    BaselineKind.accelerate: (refuse_resident, *PLAIN_ONLY),
+    BaselineKind.deepspeed_zero: (refuse_resident, *PLAIN_ONLY),
 }

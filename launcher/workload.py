@@ -14,11 +14,13 @@ RANDOM_PROMPT_TOKENS = 512
 
 
 class BaselineKind(str, Enum):
-    """What task=bench can measure beside this engine."""
+    """What task=bench can measure beside this engine; the last two beside layers that are streamed."""
 
     deepspeed = "deepspeed"
     transformers = "transformers"
     vllm = "vllm"
+    accelerate = "accelerate"
+    deepspeed_zero = "deepspeed_zero"
 
 
 @dataclass
@@ -57,7 +59,8 @@ class WorkloadConfig:
 
 @dataclass
 class BenchConfig:
-    # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm.
+    # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm; where
+    # layers are streamed accelerate, which holds the same layers on the card, and deepspeed_zero, which holds none.
     baselines: list[BaselineKind] = field(default_factory=list)
     # Also time a pass that checks trees of drafts, for each of these numbers of tokens; 1 is a step without drafts.
     # Trees are as deep as speculation.tree_depth.

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from launcher.baselines.accelerate import open_accelerate
 from launcher.baselines.deepspeed import open_deepspeed
+from launcher.baselines.deepspeed_zero import open_deepspeed_zero
 from launcher.baselines.measure import Baseline, measure
 from launcher.baselines.transformers import open_transformers
 from launcher.baselines.vllm import open_vllm
@@ -20,6 +22,8 @@ BASELINES: dict[BaselineKind, Callable[[Job, torch.device], Baseline]] = {
     BaselineKind.deepspeed: open_deepspeed,
     BaselineKind.transformers: open_transformers,
     BaselineKind.vllm: open_vllm,
+    BaselineKind.accelerate: open_accelerate,
+    BaselineKind.deepspeed_zero: open_deepspeed_zero,
 }
 
 

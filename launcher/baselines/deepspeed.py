@@ -13,9 +13,7 @@ from launcher.job import Job
 
 def open_deepspeed(job: Job, device: torch.device) -> Baseline:
     assert job.plan is not None and job.run.num_prompt_tokens is not None
-    if device.type == "cpu":
-        # Its own all-reduce for CPUs needs a compiler; without it gloo is used.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    spare_compiler(device)
     dtype = getattr(torch, job.plan.dtype)
     model = AutoModelForCausalLM.from_pretrained(job.model_folder, dtype=dtype)
     engine = deepspeed.init_inference(
@@ -26,3 +24,9 @@ def open_deepspeed(job: Job, device: torch.device) -> Baseline:
         max_out_tokens=job.run.num_prompt_tokens + job.run.workload.output_tokens,
     )
     return timed_generate(engine.module, device, engine.generate)
+
+
+def spare_compiler(device: torch.device) -> None:
+    """DeepSpeed's own all-reduce for CPUs needs one; without it gloo is used."""
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

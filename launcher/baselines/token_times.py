@@ -49,10 +49,10 @@ def timed_generate(model: PreTrainedModel, device: torch.device, generate: Any =
         assert output.shape[1] - ids.shape[1] == len(clock.times) == num_tokens, f"{output.shape=} of {ids.shape=}"
         return clock.times
 
-    return Baseline(answer, sum(local(tensor).nbytes for tensor in model.parameters()))
+    return Baseline(answer, sum(held_bytes(tensor) for tensor in model.parameters()))
 
 
-def local(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; a plain tensor is all there is."""
+def held_bytes(tensor: Any) -> int:
+    """This rank's part of a DTensor; a plain tensor is all there is, and nothing while its numbers lie elsewhere."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+    return 0 if part.is_meta else part.nbytes

@@ -103,6 +103,11 @@ class Engine:
         return self.decoder.streamer
 
     @property
+    def steps_keep_host(self) -> bool:
+        """Whether the host computes layers of a step, so that it has queued one only when most of it is done."""
+        return self.streamer is not None and bool(self.streamer.on_host)
+
+    @property
     def models(self) -> nn.ModuleList:
         """Those whose layers a step runs."""
         drafts = [] if self.speculator is None else self.speculator.drafter.models

@@ -162,6 +162,7 @@ class Generation:
 
     def go_on(self) -> bool:
         """Queues what comes next and takes what has arrived, but for the newest; False once nothing is left."""
+        self.look_first()
         queued = self.queue()
         while self.pending and (len(self.pending) > 1 or not queued):
             self.take(self.pending.popleft())
@@ -180,12 +181,18 @@ class Generation:
         parts = self.scheduler.next_parts()
         if parts:
             self.prefill(parts)
+            self.look_first()
         running = list(self.scheduler.running)
         if running:
             given = self.engine.step(running)
             self.pending.append(Pending.fetch(running, given, is_step=True, plan=self.engine.plan))
             self.scheduler.retire_sampled()
         return bool(parts or running)
+
+    def look_first(self) -> None:
+        """Takes all tokens before a step that keeps the host, which would see them a whole step late."""
+        while self.pending and self.engine.steps_keep_host:
+            self.take(self.pending.popleft())
 
     def take_arrivals(self) -> None:
         """Lets in the prompts that have come, and waits for the next where there is nothing else to do."""

@@ -33,7 +33,7 @@ def test_rows_of_the_card_come_back_multiplied_while_copies_go_on(zeros: bool) -
     """Each time other rows, and other numbers of them: what came before would show."""
     weight, link = random_weight(1024, 512, zeros=zeros), Link(DEVICE)
     layer, exact_weight = HostInt4Linear(weight), weight.dequantize(torch.float64).t()
-    for turn in range(200):
+    for turn in range(60):
         link.keep_busy()
         rows = torch.randn(turn % 9 + 1, 512).bfloat16()
         found = layer(rows.to(DEVICE))
@@ -127,6 +127,8 @@ def test_runs_with_layers_of_the_host(tmp_path: Path) -> None:
     assert offloads["eight"]["bytes_per_pass"] < 0.52 * offloads["eight"]["bytes_per_prompt_pass"]
     assert offloads["trial"]["trial"]["num_rows"] == 1
     for report in found.values():
-        predicted = sum(report["predicted"]["cards"][0]["lines"].values())
-        print(predicted, report["cards"][0]["peak_bytes"])
-        assert report["cards"][0]["peak_bytes"] <= predicted * 1.03
+        card, lines = report["cards"][0], report["predicted"]["cards"][0]["lines"]
+        print(json.dumps({"lines": lines, "peak": card["peak_bytes"], "memory": card["memory"]}))
+        # What torch holds: others may use the card beside.
+        torch_bytes = sum(size for part, size in lines.items() if part not in ("context", "communicator", "graphs"))
+        assert card["memory"]["allocated_peak_bytes"] <= 1.03 * torch_bytes
