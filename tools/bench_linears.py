@@ -87,7 +87,7 @@ def compile_all(names: list[str], row_counts: list[int]) -> None:
     compile_in_threads(
         (FORMATS[name], launch, False)
         for name, num_rows in product(names, row_counts)
-        for launch in launches(FORMATS[name], num_rows)
+        for launch in launches(FORMATS[name], num_rows, SHAPES[1][0][1])
     )
 
 
@@ -96,7 +96,7 @@ def tune(name: str, degrees: list[int], row_counts: list[int]) -> list[dict[str,
     found = []
     shapes = dict.fromkeys(shape for tp in degrees for shape in SHAPES[tp])
     for (num_out, num_in), num_rows in product(shapes, row_counts):
-        usable = [each for each in launches(FORMATS[name], num_rows) if takes(each, num_out)]
+        usable = [each for each in launches(FORMATS[name], num_rows, num_in) if takes(each, num_out)]
         times = [(time_calls(own_calls(name, num_out, num_in, each), num_rows, num_in), each) for each in usable]
         times.sort(key=lambda item: item[0])
         chosen_us = time_calls(own_calls(name, num_out, num_in), num_rows, num_in)

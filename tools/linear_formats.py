@@ -30,9 +30,9 @@ MAX_TILE_TOKENS = 128
 # What a thread takes, by its tiles of 16 outputs and 8 tokens (NVRTC 13, sm_80 to sm_90), none of it in memory.
 REGISTERS = ((4, 128), (8, 168), (12, 208), (16, 255))
 REGISTERS_OF_MULTIPROCESSOR = 65536
-# Rows of the kernels for few; tokens of a tile of warp groups, in eights; tiles of sums that registers hold, and what
-# shared memory there is.
-MAX_OWN_NARROW = 32
+# Rows below which warp groups are not tried; tokens of their tiles, in eights; tiles of sums that registers hold, and
+# what shared memory there is.
+MAX_NARROW_WGMMA = 32
 WGMMA_TOKEN_TILES = (8, 16)
 MAX_WGMMA_TILES = 256
 WGMMA_SHARED_BYTES = 227 * 1024
@@ -210,11 +210,11 @@ def compile_in_threads(every: Iterable[tuple[OwnFormat, AnyLaunch, bool]]) -> No
         list(pool.map(lambda each: compile_one(*each), set(every)))
 
 
-def launches(own: OwnFormat, num_rows: int) -> list[AnyLaunch]:
-    """Configurations worth a try for this many rows."""
+def launches(own: OwnFormat, num_rows: int, num_in: int) -> list[AnyLaunch]:
+    """Configurations worth a try for this many rows of so many inputs."""
     narrow = narrow_launches(own, num_rows) if num_rows <= max(w4a16.LAUNCHES) else []
     many = wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else []
-    return [*narrow, *many, *wgmma_launches(own, num_rows)]
+    return [*narrow, *many, *(wgmma_launches(own, num_rows, num_in) if num_rows > MAX_NARROW_WGMMA else [])]
 
 
 def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
@@ -238,9 +238,9 @@ def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
     return [each for each in found if 2 * each.stage_bytes(own.wide_layout().unit_bytes) <= WIDE_SHARED_BYTES]
 
 
-def wgmma_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
+def wgmma_launches(own: OwnFormat, num_rows: int, num_in: int) -> list[wide.Launch]:
     """Of warp groups, on a card that has them; with rings of 3 stages and of 4."""
-    if not num_rows > MAX_OWN_NARROW or wide.wgmma_problem(own.wide_layout(), torch.cuda.current_device()):
+    if wide.wgmma_problem(own.wide_layout(), num_in // UNIT_INPUTS, torch.cuda.current_device()):
         return []
     few, many = WGMMA_TOKEN_TILES
     token_tiles = few if num_rows <= few * ROWS_PER_TILE else many
@@ -259,11 +259,17 @@ def rounds_weights(own: OwnFormat, launch: AnyLaunch) -> bool:
     return isinstance(launch, wide.Launch) and launch.wgmma and (parts > 2 or (parts > 0 and launch.token_tiles > 8))
 
 
-def weight_of(own: OwnFormat, launch: AnyLaunch, weight: QuantizedWeight, packed: Packed) -> Tensor:
-    """[out, in] float64: what this launch multiplies by, sums aside."""
-    if rounds_weights(own, launch):
-        return own.dequantize(packed).double()
-    return rounded_codebook(weight).dequantize(torch.float64)
+@dataclass(frozen=True)
+class Expected:
+    """Products in float64 [m, out]: with the weight, and with the weight rounded to bf16 as it is dequantised."""
+
+    exact: Tensor
+    rounded: Tensor
+
+    @classmethod
+    def of(cls, own: OwnFormat, rows: Tensor, weight: QuantizedWeight, packed: Packed) -> Expected:
+        exact = rounded_codebook(weight).dequantize(torch.float64)
+        return cls(*(rows.double() @ each.t() for each in (exact, own.dequantize(packed).double())))
 
 
 def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
@@ -289,22 +295,27 @@ def check_format(name: str, shape: tuple[int, int]) -> None:
     assert ((dequantized.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
     for num_rows in CHECKED_ROWS:
         rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        expected, rounded = (rows.double() @ each.double().t() for each in (exact, dequantized))
-        for launch in launches(own, num_rows):
-            if isinstance(launch, Launch) and shape[0] // OUTPUTS_PER_TILE % launch.row_tiles:
-                continue
-            check_launch(name, launch, rows, packed, rounded if rounds_weights(own, launch) else expected)
+        expected = Expected.of(own, rows, weight, packed)
+        for launch in launches(own, num_rows, shape[1]):
+            if not isinstance(launch, Launch) or shape[0] // OUTPUTS_PER_TILE % launch.row_tiles == 0:
+                check_launch(name, launch, rows, packed, expected)
 
 
-def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, expected: Tensor) -> None:
+def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, expected: Expected) -> None:
     outputs = []
     for _ in range(2):
-        output = torch.full(expected.shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+        output = torch.full(expected.exact.shape, float("nan"), device="cuda", dtype=torch.bfloat16)
         workspace = torch.full((WIDE_WORKSPACE_BYTES // 4,), float("nan"), device="cuda")
         FORMATS[name].run(launch, rows, packed, output, workspace)
         outputs.append(output)
-    assert torch.equal(*outputs), f"{name} {launch} {tuple(expected.shape)}: two launches differ"
-    # Sums in float32 and the lost bits of scales are small beside the outputs' usual size.
-    allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
-    excess = ((outputs[0].double() - expected).abs() / allowed).max().item()
-    assert excess <= 1, f"{name} {launch} {tuple(expected.shape)}: {excess} of what is allowed"
+    assert torch.equal(*outputs), f"{name} {launch} {tuple(output.shape)}: two launches differ"
+    assert_close(outputs[0], expected, f"{name} {launch}", rounded=rounds_weights(FORMATS[name], launch))
+
+
+def assert_close(output: Tensor, expected: Expected, what: str, *, rounded: bool) -> None:
+    # Sums in float32, the lost bits of scales, and weights right between two numbers of bf16 that are rounded to the
+    # other one, are small beside the outputs' usual size.
+    product, lost = (expected.rounded, 4e-3) if rounded else (expected.exact, 2e-3)
+    allowed = product.abs() * 2**-8 + product.abs().mean() * lost
+    excess = ((output.double() - product).abs() / allowed).max().item()
+    assert excess <= 1, f"{what} {tuple(output.shape)}: {excess} of what is allowed"

@@ -1,7 +1,7 @@
 """Products of many rows with the packed weights of w4a16 and w8a16 (wide.cu): from 17 rows on, without dequantising.
 
 A weight is decoded once for up to 64 tokens, and the units of all output tiles are dealt evenly to the multiprocessors.
-On sm_90 wide_wgmma.cu takes the place of wide.cu for more than 32 rows, and decodes once for up to 128 tokens.
+On sm_90 wide_wgmma.cu takes the place of wide.cu for more than 48 rows, and decodes once for up to 128 tokens.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ LAUNCHES: dict[int, Launch] = {
     192: Launch(6, 2, 2, 2, 4, 2),
     256: Launch(8, 2, 4, 2, 4, 1),
 }
-# The same on sm_90; up to 32 rows warp groups gain nothing.
+# The same on sm_90; up to 48 rows warp groups gain nothing.
 WGMMA_LAUNCHES: dict[int, Launch] = {
-    **{rows: LAUNCHES[rows] for rows in (16, 24, 32)},
+    **{rows: LAUNCHES[rows] for rows in (16, 24, 32, 48)},
     64: Launch(8, 2, 8, 1, 4, 1, wgmma=True),
     128: Launch(16, 2, 8, 1, 4, 1, wgmma=True),
 }
@@ -148,15 +148,16 @@ def choose_launch(num_rows: int, launches: dict[int, Launch] = LAUNCHES) -> Laun
 
 def launches_for(layout: Layout, units: int, device_index: int) -> dict[int, Launch]:
     """For weights of `units` times 128 inputs: WGMMA_LAUNCHES where wide_wgmma.cu can be had and can read them."""
-    aligned = units * layout.scale_bytes % TENSOR_ALIGNMENT == 0
-    return WGMMA_LAUNCHES if aligned and wgmma_problem(layout, device_index) is None else LAUNCHES
+    return LAUNCHES if wgmma_problem(layout, units, device_index) else WGMMA_LAUNCHES
 
 
 @cache
-def wgmma_problem(layout: Layout, device_index: int) -> str | None:
-    """Why there is no wide_wgmma.cu on this card; None: there is."""
+def wgmma_problem(layout: Layout, units: int, device_index: int) -> str | None:
+    """Why wide_wgmma.cu cannot be had on this card, or cannot read such weights, in a few words; None: it can."""
     if torch.cuda.get_device_capability(device_index) != WGMMA_CAPABILITY:
         return "not a card of sm_90"
+    if units * layout.scale_bytes % TENSOR_ALIGNMENT:
+        return f"{units * layout.scale_bytes} bytes of scales in a row"
     return load_problem(compile_kernel, WGMMA_LAUNCHES[max(WGMMA_LAUNCHES)], layout, device_index)
 
 

@@ -8,7 +8,15 @@ import torch
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.kernels import choice, wide
 from parallel.kernels.held import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
-from tools.linear_formats import FORMATS, check_launch, launches, rounded_codebook, weight_of
+from tools.linear_formats import (
+    FORMATS,
+    Expected,
+    assert_close,
+    check_launch,
+    launches,
+    rounded_codebook,
+    rounds_weights,
+)
 
 pytestmark = pytest.mark.gpu
 # One that many blocks share, and one of odd numbers of tiles and units.
@@ -26,7 +34,7 @@ def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name:
             rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
             launch = own.choose(num_rows, shape)
             assert isinstance(launch, wide.Launch)
-            check_launch(name, launch, rows, packed, rows.double() @ weight_of(own, launch, weight, packed).t())
+            check_launch(name, launch, rows, packed, Expected.of(own, rows, weight, packed))
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["one launch", "launches of 256 rows"])
@@ -50,9 +58,8 @@ def test_a_linear_multiplies_many_rows_by_its_packed_weight(
     poison = [torch.full((size,), float("nan"), device="cuda") for size in (num_rows * num_out // 2, 6 * 2**20)]
     del poison
     output = layer(rows)
-    expected = rows.double() @ weight_of(own, launch, weight, own.pack(weight)).t()
-    allowed = expected.abs() * 2**-8 + expected.abs().mean() * 2e-3
-    assert ((output.double() - expected).abs() <= allowed).all()
+    expected = Expected.of(own, rows, weight, own.pack(weight))
+    assert_close(output, expected, name, rounded=rounds_weights(own, launch))
     assert torch.equal(layer(rows), output)
 
 
@@ -102,9 +109,9 @@ def test_every_configuration_that_may_be_tuned_agrees_with_float64() -> None:
     packed = own.pack(weight)
     for num_rows in (16, 21, 32, 41, 64, 90, 120, 190, 250):
         rows = torch.randn(num_rows, 2048, device="cuda", dtype=torch.bfloat16)
-        for launch in launches(own, num_rows):
+        expected = Expected.of(own, rows, weight, packed)
+        for launch in launches(own, num_rows, 2048):
             if isinstance(launch, wide.Launch):
-                expected = rows.double() @ weight_of(own, launch, weight, packed).t()
                 check_launch("w4-zeros", launch, rows, packed, expected)
 
 
