@@ -18,10 +18,9 @@ COPY_SHARE = 0.88
 LAYER_START_US = 18.0
 REST_START_US = 80.0
 PRODUCT_SHARE = 0.7
-# With weights as they are packed: assumed, next to products with plain ones. At most what an H200 reached, whose tensor
-# cores the kernel's instructions do not fill: 512 rows of a 70B at TP2 in 107.2 ms (results/LOG.md).
+# With weights as they are packed: an H200 has this share of its products with plain ones (512 rows of a 70B at TP2 in
+# 57.4 ms, results/LOG.md); of other cards it is assumed.
 FUSED_SHARE = PRODUCT_SHARE * 8 / 9
-MOST_FUSED_TFLOPS = 327.0
 # With their scales.
 PACKED_BITS = {"int4": 4.25, "int8": 8.25, "fp8": 8.25}
 PLAIN_BITS = 16
@@ -111,7 +110,7 @@ def packed_us_per_mb(facts: Facts, name: str, tokens: int) -> float:
 
 
 def fused_tflops(facts: Facts) -> float:
-    return min(facts.bf16_tflops * FUSED_SHARE, MOST_FUSED_TFLOPS)
+    return facts.bf16_tflops * FUSED_SHARE
 
 
 def multiply_us_per_mb(tokens: int, tflops: float) -> float:
