@@ -63,16 +63,12 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
         return results
 
 
-def fork_server(more: Sequence[str] = ()) -> ForkServerContext:
-    """Processes forked from one that has imported torch and DeepSpeed, for a CPU, and done nothing else.
-
-    Args:
-        more: modules that it imports, too, where it is not there yet.
-    """
+def fork_server() -> ForkServerContext:
+    """Processes forked from one that has imported torch and DeepSpeed, for a CPU, and done nothing else."""
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *more])
+    context.set_forkserver_preload(list(PRELOADED))
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:

@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from launcher.job import Job
 from tests.launcher import cli
 from tools.local_ranks import fork_server
-
-PRELOADED = ("launcher.cli", "launcher.rank", "launcher.tasks", "launcher.worker")
 
 
 class ForkedProcess:
@@ -29,9 +26,7 @@ class ForkedProcess:
     def __init__(self, args: Sequence[str], out: Path, err: Path, cwd: Path, env: dict[str, str]) -> None:
         # Threads that spin while they wait keep others from their work; torch is imported in the server.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        self.process: ForkServerProcess = fork_server(PRELOADED).Process(
-            target=run_command_line, args=(tuple(args), out, err, cwd, env)
-        )
+        self.process = fork_server().Process(target=run_command_line, args=(tuple(args), out, err, cwd, env))
         self.process.start()
 
     def poll(self) -> int | None:

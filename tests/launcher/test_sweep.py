@@ -1,4 +1,4 @@
-"""A sweep from the command line to its table and plots, and again after it lost a job. Real processes on the CPU."""
+"""A sweep from the command line to its table and plots, and again after it lost a job."""
 
 from __future__ import annotations
 
