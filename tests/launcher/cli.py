@@ -22,6 +22,7 @@ TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "-m", "launcher")
 SHORT = ("hardware=cpu", "workload.output_tokens=8", "engine.comm_share_steps=1")
 # Far above what a run takes on two busy cores, so that only one that hangs reaches it.
 LIMIT_SEC = 120.0
+POLL_SEC = 0.02
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -113,11 +114,13 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def wait_until(is_true: Callable[[], bool], what: str, timeout_sec: float = LIMIT_SEC) -> None:
+def wait_until(
+    is_true: Callable[[], bool], what: str, timeout_sec: float = LIMIT_SEC, *, poll_sec: float = POLL_SEC
+) -> None:
     end = time.monotonic() + timeout_sec
     while not is_true():
         assert time.monotonic() < end, f"waited {timeout_sec} s in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(poll_sec)
 
 
 def start_program(
