@@ -73,7 +73,7 @@ class Nursery:
             serve(theirs)
 
     def start_ranks(self, job: Job, job_file: Path) -> None:
-        """What launcher.start.start_ranks does through the elastic agent, which holds the ranks' store as well."""
+        """What launcher.start.start_ranks does; the store through which ranks find one another is here."""
         from torch.distributed import TCPStore
 
         from launcher.failures import RunFailed
