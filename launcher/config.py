@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from pathlib import PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -23,6 +22,10 @@ from launcher.hardware_config import HardwareConfig as HardwareConfig
 from launcher.hardware_config import HardwareKind as HardwareKind
 from launcher.hardware_config import LimitsConfig as LimitsConfig
 from launcher.hardware_config import PeerAccess as PeerAccess
+from launcher.model_choice import DraftModelConfig as DraftModelConfig
+from launcher.model_choice import DType as DType
+from launcher.model_choice import ModelConfig as ModelConfig
+from launcher.model_choice import WeightsKind as WeightsKind
 from launcher.model_facts import ModelFacts as ModelFacts
 from launcher.offload_config import OffloadConfig as OffloadConfig
 from launcher.offload_config import OffloadKind as OffloadKind
@@ -32,6 +35,9 @@ from launcher.predictions_config import PredictionsConfig as PredictionsConfig
 from launcher.quantize_kind import QuantizeKind as QuantizeKind
 from launcher.speculation import SpeculationConfig as SpeculationConfig
 from launcher.speculation import SpeculationKind as SpeculationKind
+from launcher.task_config import ProbeConfig as ProbeConfig
+from launcher.task_config import TaskConfig as TaskConfig
+from launcher.task_config import TaskKind as TaskKind
 from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
 from launcher.workload import BaselineKind as BaselineKind
 from launcher.workload import BenchConfig as BenchConfig
@@ -60,22 +66,6 @@ class ConfigError(ValueError):
     """Values that a user typed and that cannot be run; the message names the value, the rule and the knob."""
 
 
-class DType(str, Enum):
-    """Type of weights and activations; `auto` takes the checkpoint's own."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class WeightsKind(str, Enum):
-    """Where weights come from: the checkpoint's files, or made up: then only speed and memory mean anything."""
-
-    checkpoint = "checkpoint"
-    dummy = "dummy"
-
-
 class TopologyKind(str, Enum):
     auto = "auto"
     single = "single"
@@ -87,66 +77,9 @@ class TopologyKind(str, Enum):
     all = "all"
 
 
-class TaskKind(str, Enum):
-    generate = "generate"
-    plan = "plan"
-    probe = "probe"
-    calibrate = "calibrate"
-    bench = "bench"
-    predictions = "predictions"
-
-
-@dataclass
-class ModelConfig:
-    # What `path` is called on the command line.
-    key: ClassVar[str] = "model.path"
-    # A local folder, pkg://PACKAGE/FOLDER for what ships with a package, or a hub name such as org/name.
-    path: str = MISSING
-    dtype: DType = DType.auto
-    # `dummy`: random weights of the same layout, made on the cards; needs config.json only, or `shape`.
-    weights: WeightsKind = WeightsKind.checkpoint
-    # Round the linears of a bf16, fp16 or fp32 checkpoint to 4 or 8 bits while it loads: none, int4, int8 or fp8.
-    quantize: QuantizeKind = QuantizeKind.none
-    # Plans and dummy weights use this where the checkpoint itself is not on this machine.
-    shape: ModelFacts | None = None
-
-    @property
-    def name(self) -> str:
-        return PurePath(self.path).name
-
-    def problems(self) -> Iterator[str]:
-        if not self.path.strip():
-            yield "model.path is empty. Give a local folder or a hub name such as org/name."
-
-
-@dataclass
-class DraftModelConfig(ModelConfig):
-    key: ClassVar[str] = "speculation.draft_path"
-
-
 @dataclass
 class TopologyConfig:
     kind: TopologyKind = TopologyKind.auto
-
-
-@dataclass
-class TaskConfig:
-    kind: TaskKind = TaskKind.generate
-
-
-@dataclass
-class ProbeConfig:
-    """Sizes and repeats of task=probe; sizes grow by factors of four."""
-
-    min_bytes: int = 1024
-    max_bytes: int = 64 * 1024 * 1024
-    repeats: int = 50
-
-    def problems(self) -> Iterator[str]:
-        if not 4 <= self.min_bytes <= self.max_bytes:
-            yield f"probe.min_bytes={self.min_bytes} must be from 4 to probe.max_bytes={self.max_bytes}."
-        if self.repeats < 1:
-            yield f"probe.repeats={self.repeats} must be at least 1."
 
 
 @dataclass

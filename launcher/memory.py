@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
 from launcher.memory_layer import Layer, graphs_bytes
+from launcher.memory_process import process_lines
 from launcher.memory_streamed import linear_load, streamed_lines
+from launcher.memory_weights import held_linear_bits
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
-from launcher.units import MIB
 from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
@@ -17,27 +18,13 @@ from parallel.kernels.held import (
     held_bits,
     host_int4_bits,
     host_refusal,
-    stored_bits,
 )
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
-from parallel.transports.copy_layout import choose_layout
 
-# What a process takes before the first weight. CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200
-# with torch 2.11 (8B bf16, one rank: NVML's count less what torch had reserved). Python with torch and transformers on
-# the CPU: 409 MiB resident measured with torch 2.13, at one rank and at two (task=generate; task=bench, which also
-# profiles its steps, takes 46 MiB more).
-CONTEXT_BYTES = {"cuda": 701 * MIB, "cpu": 409 * MIB}
-# Buffers of the communicator on the card, measured on two H200 with NCCL 2.28: 382 MiB where it goes through host
-# memory, 838 MiB over NVLink.
-COMMUNICATOR_BYTES = {"nccl": 382 * MIB, "nccl over nvlink": 838 * MIB, "gloo": 0, "solo": 0}
 # Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
 # sums, and what is left out (tests/launcher/test_activations.py).
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
-# Bits of the weights that a quantised checkpoint leaves as they are, and the share of them from which they count:
-# smaller ones are group indices and symmetric zeros.
-PLAIN_BITS = 16
-LEAST_PLAIN = 0.01
 # Of what plain torch norms or rotates, at most; where it is not in float32, that too.
 PLAIN_TORCH_COPIES = 2
 # Of the keys or values that a prompt attends to: keys in order; values as they lie in pages, and in order.
@@ -61,7 +48,7 @@ class Demand:
     # As engine.kv_dtype: auto or fp8.
     kv_dtype: str
     device: str
-    # A key of COMMUNICATOR_BYTES.
+    # A key of memory_process.COMMUNICATOR_BYTES.
     transport: str
     batch_size: int
     prefill_chunk: int
@@ -112,17 +99,11 @@ class Demand:
         parts = self._part_bytes(self.shape.num_layers - self.num_streamed)
         if self.num_streamed:
             parts = tuple(part | {"embedding": part["embedding"] - self.host_embedding_bytes(part)} for part in parts)
-        base = {"context": CONTEXT_BYTES[self.device], "communicator": self._communicator()}
+        base = process_lines(self.device, self.transport, self.world_size)
         return tuple(
             base | {f"weights.{name}": size for name, size in part.items()} | streamed | self._draft_weights(rank)
             for rank, (part, streamed) in enumerate(zip(parts, streamed_lines(self), strict=True))
         )
-
-    def _communicator(self) -> int:
-        """What was measured; and between cards that go through host memory, where copies of messages are added up."""
-        copies = self.transport == "nccl" and self.world_size > 1
-        staging = choose_layout(self.world_size).staging_bytes if copies else 0
-        return COMMUNICATOR_BYTES[self.transport] + staging
 
     def sharing(self, layer_bytes: int) -> dict[str, int]:
         """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
@@ -224,13 +205,7 @@ class Demand:
 
     def _held_bits(self) -> float | None:
         """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
-        if self.shape.scheme is None:
-            return None
-        held = held_bits(self.shape.scheme, self.device, self.dtype, self.shape.hidden_size)
-        stored = stored_bits(self.shape.scheme, self.shape.hidden_size)
-        # What the checkpoint takes beyond its format is linears that it leaves as they are, in 16 bits.
-        plain = max(0.0, (self.shape.linear_bits - stored) / (PLAIN_BITS - stored))
-        return held + plain * (8 * DTYPE_BYTES[self.dtype] - held) if plain > LEAST_PLAIN else held
+        return held_linear_bits(self.shape, self.device, self.dtype)
 
     def kv_bytes_per_token(self) -> tuple[int, ...]:
         """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""

@@ -27,10 +27,11 @@ MODULES = {
 OUTSIDE_RANKS = [name for name in MODULES if name.startswith("launcher") and not name.startswith(IN_RANKS)]
 
 
-def imports(module: str, *, at_top: bool) -> set[str]:
+@cache
+def imports(module: str, *, at_top: bool) -> frozenset[str]:
     """What a module imports at its top level (what importing it loads), or anywhere; imports for types left out."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    return {name for node in walk(tree, at_top=at_top) for name in imported_names(module, node)}
+    return frozenset(name for node in walk(tree, at_top=at_top) for name in imported_names(module, node))
 
 
 def walk(node: ast.AST, *, at_top: bool) -> Iterator[ast.AST]:

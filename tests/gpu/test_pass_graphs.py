@@ -17,16 +17,15 @@ from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.merged import LayerMerger
-from parallel.engine.pages import pages_for
 from parallel.engine.pass_graphs import PassGraphs
-from parallel.engine.sequence import Sequence
 from parallel.kernels import grouping
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
+from tests.parallel.passes import parts_of
 from tests.parallel.ranks import build, demo_tokenizer, numbered
 from tests.parallel.small_models import DEMO
 
@@ -77,20 +76,12 @@ def pass_states(engine: Engine, parts: tuple[tuple[int, int], ...]) -> tuple[Ten
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
     ids = [torch.randint(3, 4000, (end,), generator=generator).tolist() for _, end in parts]
-    sequences = [Sequence(row, each, 1) for row, each in enumerate(ids)]
-    for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
-    pairs = list(zip(sequences, parts, strict=True))
-    before = [Part(sequence, 0, start) for sequence, (start, _) in pairs if start]
-    if before:
-        engine.hidden_states(before)
-    engine.communicator.barrier()
-    begin = time.perf_counter()
-    states = engine.hidden_states([Part(sequence, start, end) for sequence, (start, end) in pairs])
-    host_ms = (time.perf_counter() - begin) * 1e3
-    states = states.clone()
-    for sequence in sequences:
-        engine.pages.release(sequence.pages)
+    with parts_of(engine, ids, parts) as found:
+        engine.communicator.barrier()
+        begin = time.perf_counter()
+        states = engine.hidden_states(found)
+        host_ms = (time.perf_counter() - begin) * 1e3
+        states = states.clone()
     torch.cuda.synchronize()
     return states, host_ms
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "-m", "launcher")
 SHORT = ("hardware=cpu", "workload.output_tokens=8", "engine.comm_share_steps=1")
 # Far above what a run takes on two busy cores, so that only one that hangs reaches it.
 LIMIT_SEC = 120.0
+POLL_SEC = 0.02
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
@@ -69,11 +71,15 @@ def environment(env: dict[str, str] | None = None) -> dict[str, str]:
     return kept | {"OMP_WAIT_POLICY": "passive"} | (env or {})
 
 
+# (arguments, file for stdout, file for stderr, folder, environment) -> a subprocess.Popen, or what has its methods.
+StartProcess = Callable[[Sequence[str], Path, Path, Path, dict[str, str]], Any]
+
+
 @dataclass
 class Running:
     """A run that goes on while the test looks at it."""
 
-    process: subprocess.Popen[str]
+    process: Any
     folder: Path
 
     def processes(self) -> list[psutil.Process]:
@@ -108,18 +114,43 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def wait_until(is_true: Callable[[], bool], what: str, timeout_sec: float = LIMIT_SEC) -> None:
+def wait_until(
+    is_true: Callable[[], bool], what: str, timeout_sec: float = LIMIT_SEC, *, poll_sec: float = POLL_SEC
+) -> None:
     end = time.monotonic() + timeout_sec
     while not is_true():
         assert time.monotonic() < end, f"waited {timeout_sec} s in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(poll_sec)
+
+
+def start_program(
+    program: Sequence[str],
+    limits: Callable[[], None] | None,
+    args: Sequence[str],
+    out: Path,
+    err: Path,
+    cwd: Path,
+    env: dict[str, str],
+) -> subprocess.Popen[str]:
+    with out.open("w") as stdout, err.open("w") as stderr:
+        return subprocess.Popen(
+            [*program, *args],
+            stdout=stdout,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+            preexec_fn=limits,
+        )
 
 
 @contextmanager
 def started(
     *args: str,
     folder: Path,
-    launcher: Sequence[str] = PYTHON,
+    launcher: Sequence[str] | StartProcess = PYTHON,
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
     limits: Callable[[], None] | None = None,
@@ -129,23 +160,15 @@ def started(
 
     Args:
         args: the command line; one that sets hydra.run.dir itself has its way.
+        launcher: what comes before them, or what starts the process.
         limits: called in the new process before the program starts, for resource limits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = f"hydra.{'sweep' if sweep else 'run'}.dir="
     places = [] if any(arg.startswith(place) for arg in args) else [f"{place}{folder}"]
-    with Path(f"{folder}.stdout").open("w") as out, Path(f"{folder}.stderr").open("w") as err:
-        process = subprocess.Popen(
-            [*launcher, *args, *places],
-            stdout=out,
-            stderr=err,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=cwd or folder.parent,
-            env=environment(env),
-            start_new_session=True,
-            preexec_fn=limits,
-        )
+    start = launcher if callable(launcher) else partial(start_program, launcher, limits)
+    files = Path(f"{folder}.stdout"), Path(f"{folder}.stderr")
+    process = start([*args, *places], *files, cwd or folder.parent, environment(env))
     running = Running(process, folder)
     try:
         yield running

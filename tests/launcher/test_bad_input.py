@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from parallel.checkpoint.headers import LENGTH_BYTES
-from tests.launcher.cli import SHORT, TORCHRUN, Result, run, started, torchrun
+from tests.launcher import cli
+from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, torchrun
+from tests.launcher.forked import run, started
 from tests.launcher.models import WEIGHTS, change_weights, copy_demo
 
 GIB = 2**30
@@ -72,7 +74,7 @@ def test_cards_described_by_facts_do_not_run_but_plan(tmp_path: Path) -> None:
 
 def test_hub_model_without_a_network_names_the_variable(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    error = run(*SHORT, "model=llama3_1_8b", folder=tmp_path / "run", env=env).error
+    error = cli.run(*SHORT, "model=llama3_1_8b", folder=tmp_path / "run", env=env).error
     assert "HF_HUB_OFFLINE forbids a download" in error["message"]
     assert "model.path=FOLDER" in error["message"]
 
@@ -187,13 +189,14 @@ def results(folder: Path) -> dict[str, Result]:
         "longest": {"args": [f"prompts_file={folder / 'longest.jsonl'}"]},
         "chat": {"args": [f"prompts_file={folder / 'chat.jsonl'}"]},
         "disk": {"args": [f"prompts_file={folder / 'p.txt'}", "output_file=/dev/full"]},
-        "nan": {"args": [f"model.path={broken}", "gpus=2"]},
+        "nan": {"args": [f"model.path={broken}", "gpus=2"], "launcher": PYTHON},
         "nan-torchrun-of-two": {"args": [f"model.path={broken}", "gpus=2"], "launcher": torchrun(2)},
         "world size": {"args": ["gpus=2"], "launcher": torchrun(3)},
         "sweep": {"args": ["-m", "gpus=1,2"], "launcher": torchrun(2), "sweep": True},
     }
     if not ROOMY.args[0]:
-        options["memory"] = {"args": [f"model.path={make_huge(folder / 'huge')}"], "limits": limit_memory}
+        huge = make_huge(folder / "huge")
+        options["memory"] = {"args": [f"model.path={huge}"], "launcher": PYTHON, "limits": limit_memory}
     with ExitStack() as stack:
         running = {}
         for name, option in options.items():
@@ -264,7 +267,8 @@ def test_world_size_without_torchrun_is_refused(tmp_path: Path, launcher: tuple[
     """Torchrun sets its own, so that a leftover in the environment does no harm there."""
     env = {"WORLD_SIZE": "2", "RANK": "1"}
     if launcher is None:
-        error = run(*SHORT, "gpus=2", folder=tmp_path / "run", env=env).error
+        error = cli.run(*SHORT, "gpus=2", folder=tmp_path / "run", env=env).error
         assert "WORLD_SIZE=2 is set, but torchrun did not start this process" in error["message"]
     else:
-        assert run(*SHORT, "task=plan", "gpus=2", folder=tmp_path / "run", env=env, launcher=launcher).returncode == 0
+        result = cli.run(*SHORT, "task=plan", "gpus=2", folder=tmp_path / "run", env=env, launcher=launcher)
+        assert result.returncode == 0

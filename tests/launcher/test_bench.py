@@ -23,7 +23,7 @@ from launcher.hardware import read_inventory
 from launcher.job import Job
 from launcher.run import check_baselines
 from launcher.start import SIGNAL_EXIT_CODE, StartRanks
-from tests.launcher.cli import TORCHRUN, run
+from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 
 SMALL = (
@@ -35,7 +35,7 @@ ALL = "bench.baselines=[deepspeed,transformers,vllm]"
 
 @pytest.mark.slow
 def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Path) -> None:
-    result = run("gpus=2", *SMALL, ALL, "workload.num_requests=3", folder=tmp_path / "run", launcher=TORCHRUN)
+    result = run("gpus=2", *SMALL, ALL, "workload.num_requests=3", folder=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     report = result.report
     assert (report["task"], report["world_size"], report["max_context"]) == ("bench", 2, 1024)

@@ -28,7 +28,8 @@ from launcher.plan import GIB, Plan, demand_of
 from launcher.plan_text import describe
 from launcher.shape import TYPICAL_SCHEMES, quantized_shape
 from launcher.topology import place_ranks
-from tests.launcher.cli import SHORT, run
+from tests.launcher.cli import SHORT
+from tests.launcher.forked import run
 from tests.launcher.test_plan import (
     CPU,
     LLAMA_70B,

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.launcher.cli import SHORT, TORCHRUN, run, run_together
+from tests.launcher import cli
+from tests.launcher.cli import SHORT
+from tests.launcher.forked import run, run_together
 from tests.launcher.models import DEMO, WEIGHTS, copy_demo
 from tools.quantization import AWQ
 
@@ -52,7 +54,7 @@ def without_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dummy_weights_of_a_folder_run_on_two_ranks(without_weights: Path, tmp_path: Path) -> None:
-    result = run("gpus=2", *SHORT, DUMMY, f"model.path={without_weights}", folder=tmp_path / "run", launcher=TORCHRUN)
+    result = run("gpus=2", *SHORT, DUMMY, f"model.path={without_weights}", folder=tmp_path / "run")
     report = result.report
     assert result.returncode == 0, result.stderr
     assert (report["weights"], report["quantize"], report["world_size"]) == ("dummy", "none", 2)
@@ -80,7 +82,7 @@ def test_facts_run_without_a_folder(tmp_path: Path) -> None:
     prompts.write_text("a\nb\n")
     sizes = (f"prompts_file={prompts}", "workload.batch_size=2", "workload.prompt_tokens=9")
     args = (*SHORT, PLAIN, *FACTS, DUMMY, "model.quantize=int4", *sizes)
-    result = run("gpus=2", *args, folder=tmp_path / "run", launcher=TORCHRUN, env=OFFLINE)
+    result = run("gpus=2", *args, folder=tmp_path / "run", env=OFFLINE)
     report = result.report
     assert result.returncode == 0, result.stderr
     assert (report["model"], report["weights"], report["quantize"]) == ("has-this", "dummy", "int4")
@@ -91,13 +93,16 @@ def test_facts_run_without_a_folder(tmp_path: Path) -> None:
 
 
 def test_facts_without_dummy_weights_are_looked_for_on_the_hub(tmp_path: Path) -> None:
-    error = run(*SHORT, PLAIN, *FACTS, folder=tmp_path / "run", env=OFFLINE).error
+    error = cli.run(*SHORT, PLAIN, *FACTS, folder=tmp_path / "run", env=OFFLINE).error
     assert "nobody/has-this is not on this machine" in error["message"]
 
 
 def test_hub_name_without_facts_needs_its_config(tmp_path: Path) -> None:
     args = (*SHORT, DUMMY, "model=local", "model.path=nobody/has-this")
-    assert "nobody/has-this is not on this machine" in run(*args, folder=tmp_path / "run", env=OFFLINE).error["message"]
+    assert (
+        "nobody/has-this is not on this machine"
+        in cli.run(*args, folder=tmp_path / "run", env=OFFLINE).error["message"]
+    )
 
 
 def test_checkpoint_is_rounded_on_two_ranks(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tests.launcher.cli import SHORT, Result, run, run_together, started, texts
+from tests.launcher import cli
+from tests.launcher.cli import SHORT, Result, texts
+from tests.launcher.forked import run, run_together, started
 from tests.launcher.models import DEMO, TEMPLATE, change_json, copy_demo
 
 PROMPTS = ["def mean(values):\n", "import os\u2028", "class A:\n    def __init__(self", "é", "x = [", "for i in range("]
@@ -43,7 +45,7 @@ def whole(folder: Path, prompts: str) -> Result:
     """A run that nobody interrupted, two prompts at a time. Beside it another one, by the same seed, is killed."""
     with (
         started(*SAMPLED, prompts, "workload.batch_size=2", folder=folder / "whole") as whole,
-        started(*SAMPLED, prompts, f"output_file={folder / 'answers.jsonl'}", folder=folder / "killed") as killed,
+        cli.started(*SAMPLED, prompts, f"output_file={folder / 'answers.jsonl'}", folder=folder / "killed") as killed,
     ):
         killed.wait_for("../answers.jsonl", '"index": 1,')
         killed.process.kill()

@@ -18,7 +18,8 @@ from launcher.plan import GIB, KEPT_FREE, Plan
 from launcher.plan_text import describe
 from launcher.shape import TYPICAL_SCHEMES
 from parallel.engine.layout import ALIGNMENT
-from tests.launcher.cli import SHORT, run
+from tests.launcher.cli import SHORT
+from tests.launcher.forked import run
 from tests.launcher.test_plan import (
     CPU,
     LLAMA_8B,

@@ -9,7 +9,7 @@ import torch
 
 from launcher.baseline_runs import refusal
 from launcher.config import BaselineKind
-from tests.launcher.cli import run
+from tests.launcher.forked import run
 from tests.launcher.jobs import make_job
 
 BOTH = [BaselineKind.accelerate, BaselineKind.deepspeed_zero]

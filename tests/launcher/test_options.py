@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launcher.cli import run
+from tests.launcher.forked import run
 
 ARGUMENTS = ("task=plan", "topology=all", "hardware=rtx4090", "gpus=4", "model=llama3_3_70b_awq")
 PROMPT = "workload.prompt_tokens=512"

@@ -20,7 +20,8 @@ from launcher.timing.fit import Calibration
 from launcher.timing.load import Work
 from launcher.timing.store import save_calibration
 from parallel.engine.limits import EngineLimits
-from tests.launcher.cli import run, texts
+from tests.launcher.cli import texts
+from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.test_timing import Machine
 from tools.predictions import main

@@ -10,7 +10,7 @@ from launcher.model_config import read_model_config
 from launcher.shape import TYPICAL_SCHEMES, shape_from_checkpoint
 from parallel.checkpoint.formats.config import READERS
 from parallel.checkpoint.headers import read_checkpoint
-from tests.launcher.cli import run
+from tests.launcher.forked import run
 from tests.launcher.models import DEMO, change_json, copy_demo
 from tools.quantize_checkpoint import main as quantize
 

@@ -14,7 +14,8 @@ from launcher.config import ModelConfig
 from launcher.job import load_job
 from launcher.model_files import find_local_model
 from parallel.checkpoint.headers import read_checkpoint
-from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, run, started, torchrun
+from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, started, torchrun
+from tests.launcher.forked import run
 
 # What scripts rely on, from DESIGN.md.
 CONTRACT = {
@@ -92,7 +93,10 @@ def test_report_has_every_field_of_the_contract(report: dict[str, Any]) -> None:
 def test_what_was_measured_is_there_and_the_rest_is_null(report: dict[str, Any]) -> None:
     assert report["ttft_ms"] > 0
     assert 0 < report["tpot_ms"]["p50"] <= report["tpot_ms"]["p99"]
-    assert report["tokens_per_sec"] == pytest.approx(8e3 / (report["ttft_ms"] + 7 * report["tpot_ms"]["p50"]), rel=0.8)
+    # Of the seven tokens after the first, four took the median or more.
+    spent_ms = 8e3 / report["tokens_per_sec"]
+    assert report["ttft_ms"] + 4 * report["tpot_ms"]["p50"] <= 1.001 * spent_ms
+    assert spent_ms < 10 * (report["ttft_ms"] + 7 * report["tpot_ms"]["p99"])
     assert 0 <= report["comm_share"] < 1
     assert report["tokens_per_joule"] is None
     for card in report["cards"]:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, Running, command_line, started, torchrun, wait_until
+from tests.launcher.cli import LIMIT_SEC, PYTHON, SHORT, TORCHRUN, Result, Running, command_line, started, torchrun
 
 # It takes two seconds on a free machine. The elastic agent waits 30 for processes that do not end by themselves.
 GONE_SEC = 25.0
@@ -157,7 +157,10 @@ def end_runs(running: dict[str, Running]) -> dict[str, tuple[Result, float]]:
 
 def wait_until_gone(running: Running) -> float:
     """The time when the last process of a run is gone."""
-    wait_until(lambda: not running.processes(), f"the end of {[command_line(each) for each in running.processes()]}")
+    end = time.monotonic() + LIMIT_SEC
+    while left := running.processes():
+        psutil.wait_procs(left, timeout=end - time.monotonic())
+        assert time.monotonic() < end, f"waited in vain for the end of {[command_line(each) for each in left]}"
     return time.monotonic()
 
 

@@ -12,7 +12,7 @@ from launcher.plan import Plan, plan_run
 from launcher.shape import DTYPE_BYTES
 from launcher.topology import place_ranks
 from parallel.engine.limits import PAGE_SIZE
-from tests.launcher.cli import run, run_together
+from tests.launcher.forked import run, run_together
 from tests.launcher.models import change_json, copy_demo
 from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, cards_of, run_of
 from tests.parallel.draft_models import write_truncated

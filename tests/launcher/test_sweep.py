@@ -1,4 +1,4 @@
-"""A sweep from the command line to its table and plots, and again after it lost a job. Real processes on the CPU."""
+"""A sweep from the command line to its table and plots, and again after it lost a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from launcher.config import ConfigError, SamplingConfig
 from launcher.report import config_values
 from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
-from tests.launcher.cli import SHORT, Result, run
+from tests.launcher.cli import SHORT, Result
+from tests.launcher.forked import run
 from tests.launcher.jobs import make_run
 
 MARK = 12345.0

@@ -1,5 +1,5 @@
 // CUDA, and parallel/kernels/device.cuh, on threads of a CPU: one for each of a block's, meeting where a warp does.
-// Asynchronous copies arrive as early (EAGER) or as late as they may.
+// Asynchronous copies arrive as early or as late as they may, as copy_early says.
 #define DEVICE_CUH
 
 #include <pthread.h>
@@ -110,11 +110,13 @@ struct Copy { char* to; const void* from; int bytes; };
 static thread_local std::vector<Copy> started;
 static thread_local std::deque<std::vector<Copy>> committed;
 static char origin;
+static bool is_early;
+extern "C" void copy_early(int early) { is_early = early; }
 inline u32 shared_address(const void* memory) { return (u32)((const char*)memory - &origin); }
 template <int bytes = 16> inline void copy_async(u32 shared, const void* global) {
   char* to = &origin + (int32_t)shared;
   if ((uintptr_t)to % bytes || (uintptr_t)global % bytes) abort();
-  if (EAGER) memcpy(to, global, bytes);
+  if (is_early) memcpy(to, global, bytes);
   else started.push_back({to, global, bytes});
 }
 inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }

@@ -21,7 +21,7 @@ from parallel.transports import channel, copy_streams
 from parallel.transports.copies import CopiedHostMemory, CopyChannel
 from parallel.transports.copy_layout import COUNTS, CopyLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
-from parallel.transports.solo import Solo
+from tests.parallel.test_host_memory import Counting
 from tools.ranks_on_one_card import ordered_sum
 
 CPU = torch.device("cpu")
@@ -185,18 +185,6 @@ def test_the_limit_can_be_changed_and_ends_with_the_channel(driver: Driver) -> N
 def test_the_kernel_has_the_threads_that_it_is_given() -> None:
     text = (Path(copy_streams.__file__).parent / "host_memory_copies.cu").read_text(encoding="utf-8")
     assert re.findall(r"^#define THREADS (\d+)$", text, re.MULTILINE) == [str(copy_streams.THREADS)]
-
-
-class Counting(Solo):
-    world_size = 2
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.calls = 0
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        self.calls += 1
-        return tensor
 
 
 def test_whole_units_of_known_types_are_copied_and_nothing_that_is_captured(

@@ -21,15 +21,13 @@ from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.checkpoint.read import TensorSlice
 from parallel.communicator import Communicator
 from parallel.engine import limits
-from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, StopRules, generate
 from parallel.engine.speculation.speculator import Speculation
 from parallel.offload import disk_reads
-from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.disk_reads import DiskReads, Stamps
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
-from tests.parallel.ranks import CPU, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
+from tests.parallel.ranks import CPU, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, DEMO, prompts_of, write_model
+from tests.parallel.streamed import answers, demo_runs, disk_of, poisoned
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 M_MMAP_THRESHOLD = -3
@@ -37,41 +35,10 @@ M_MMAP_THRESHOLD = -3
 SETS = (((), (2,)), ((1, 3), (0,)), ((0, 3), (1, 4)), ((), (0, 1, 2, 3, 4)))
 
 
-def answers(engine: Engine, prompts: list[Prompt]) -> list[list[int]]:
-    return [answer.token_ids for answer in generate(engine, prompts, demo_tokenizer(), StopRules(12)).answers]
-
-
-def disk_of(engine: Engine) -> DiskLayers:
-    assert engine.streamer is not None and engine.streamer.disk is not None
-    return engine.streamer.disk
-
-
-def poisoned(engine: Engine) -> Engine:
-    """What is not read before it is used shows."""
-    assert engine.streamer is not None
-    engine.streamer.buffers.fill_(0xFF)
-    disk_of(engine).reads.ring.memory.fill_(0xFF)
-    return engine
-
-
-def demo_runs(communicator: Communicator, speculation: Speculation | None) -> list[list[list[int]]]:
-    """Answers of the resident model, then of each set: ragged prompts in chunks, more of them than rows."""
-    prompts = numbered(prompts_of("demo"))
-    settings = {"prefill_chunk": 7, "batch_size": 3, "speculation": speculation}
-    found = [answers(make_engine(communicator, DEMO, **settings), prompts)]
-    for streamed, on_disk in SETS:
-        engine = poisoned(make_engine(communicator, DEMO, streamed=streamed, on_disk=on_disk, **settings))
-        found.append(answers(engine, prompts))
-        # A second time, where the first passes left off.
-        assert answers(engine, prompts) == found[-1]
-        assert all(engine.model.model.layers[index].input_layernorm.weight.is_meta for index in on_disk)
-    return found
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("speculation", [None, Speculation("ngram", num_drafts=3)], ids=["plain", "ngram"])
 def test_layers_on_the_disk_answer_as_resident_ones(world_size: int, speculation: Speculation | None) -> None:
-    for resident, *others in run_on_ranks(demo_runs, world_size, speculation):
+    for resident, *others in run_on_ranks(demo_runs, world_size, speculation, SETS):
         assert len(set(map(tuple, resident))) == len(resident)
         assert others == [resident] * len(SETS)
 

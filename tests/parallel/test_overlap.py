@@ -15,10 +15,10 @@ from parallel.engine import limits, merged, overlap, paged_model
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence
 from parallel.engine.side_stream import SideStream, Sum
 from parallel.kernels.blocks import Block
+from tests.parallel.passes import parts_of
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
@@ -38,17 +38,8 @@ def pass_states(engine: Engine, parts: tuple[tuple[int, int], ...]) -> Tensor:
     """[tokens, hidden] of the parts of as many random prompts, which are in the cache up to the start of theirs."""
     generator = torch.Generator().manual_seed(len(parts))
     ids = [torch.randint(1, 900, (end,), generator=generator).tolist() for _, end in parts]
-    sequences = [Sequence(row, each, 1) for row, each in enumerate(ids)]
-    for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
-    pairs = list(zip(sequences, parts, strict=True))
-    before = [Part(sequence, 0, start) for sequence, (start, _) in pairs if start]
-    if before:
-        engine.hidden_states(before)
-    found = engine.hidden_states([Part(sequence, start, end) for sequence, (start, end) in pairs]).clone()
-    for sequence in sequences:
-        engine.pages.release(sequence.pages)
-    return found
+    with parts_of(engine, ids, parts) as found:
+        return engine.hidden_states(found).clone()
 
 
 def split_weights() -> None:

@@ -141,24 +141,33 @@ def test_truncated_model_is_right_now_and_then(drafts: dict[tuple[str, str], Pat
     assert 0 < acceptance.accepted < acceptance.drafted
 
 
-def test_repeated_text_is_looked_up(folders: dict[str, Path]) -> None:
+def check_lookup(speculation: Speculation, longest: int) -> None:
     """What follows a prompt that says everything three times; nothing in it comes twice but that."""
     plain = Case("demo", StopRules(30), repeats=3, max_context=256)
-    (greedy, _), (guessed, acceptance) = run_on_ranks(answer, 1, DEMO, [plain, replace(plain, speculation=NGRAM)])[0]
+    guess = replace(plain, speculation=speculation)
+    (greedy, _), (guessed, acceptance) = run_on_ranks(answer, 1, DEMO, [plain, guess])[0]
     assert guessed == greedy
     assert acceptance.accepted >= 5
-    assert max(acceptance.lengths) == NGRAM.num_drafts
+    assert max(acceptance.lengths) == longest
 
 
-@pytest.mark.parametrize("kind", ("ngram", "same"))
-def test_nothing_follows_an_end_of_sequence(kind: str, drafts: dict[tuple[str, str], Path]) -> None:
+def test_repeated_text_is_looked_up() -> None:
+    check_lookup(NGRAM, longest=NGRAM.num_drafts)
+
+
+def check_ends(speculation: Speculation, draft: Path | None) -> None:
     """EOS inside an accepted run: what was accepted behind it is dropped, and never counted."""
     plain = Case("demo", StopRules(60, frozenset({EOS, demo_tokenizer().token_to_id("x")}), texts=("\n\n",)))
-    guess = replace(plain, speculation=KINDS[kind], draft=drafts.get((kind, "demo")))
+    guess = replace(plain, speculation=speculation, draft=draft)
     (answers, _), (guessed, acceptance) = run_on_ranks(answer, 1, DEMO, [plain, guess])[0]
     assert guessed == answers
     assert {each.finish_reason for each in answers} > {"length"}
     assert acceptance.accepted + acceptance.lengths.total() == sum(len(each.token_ids) - 1 for each in answers)
+
+
+@pytest.mark.parametrize("kind", ("ngram", "same"))
+def test_nothing_follows_an_end_of_sequence(kind: str, drafts: dict[tuple[str, str], Path]) -> None:
+    check_ends(KINDS[kind], drafts.get((kind, "demo")))
 
 
 def timed_steps(communicator: Communicator, folder: Path, speculation: Speculation) -> list[list[float]]:

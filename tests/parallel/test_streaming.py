@@ -14,8 +14,6 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine import limits
-from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -24,45 +22,21 @@ from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
-from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
+from tests.parallel.ranks import CPU, build, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write_model
+from tests.parallel.streamed import answers, demo_runs, poisoned
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)
 TREE = Speculation("ngram", tree=TreePlan(10, 3, 1))
 # Of the five layers of the demo model: one, an even and an odd number, the ends, all.
-SETS = ((2,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4))
-
-
-def poisoned(engine: Engine) -> Engine:
-    """What is not copied before it is used shows."""
-    assert engine.streamer is not None
-    engine.streamer.buffers.fill_(0xFF)
-    return engine
-
-
-def answers(engine: Engine, prompts: list[Prompt]) -> list[list[int]]:
-    result: Result = generate(engine, prompts, demo_tokenizer(), StopRules(12))
-    return [answer.token_ids for answer in result.answers]
-
-
-def demo_runs(communicator: Communicator, speculation: Speculation | None) -> list[list[list[int]]]:
-    """Answers of the resident model, then of each set: ragged prompts in chunks, more of them than rows."""
-    prompts = numbered(prompts_of("demo"))
-    settings = {"prefill_chunk": 7, "batch_size": 3, "speculation": speculation}
-    found = [answers(make_engine(communicator, DEMO, **settings), prompts)]
-    for streamed in SETS:
-        engine = poisoned(make_engine(communicator, DEMO, streamed=streamed, **settings))
-        found.append(answers(engine, prompts))
-        # A second time, when the buffers hold what the first passes left.
-        assert answers(engine, prompts) == found[-1]
-    return found
+SETS = tuple((streamed, ()) for streamed in ((2,), (1, 3), (0, 2, 4), (0, 1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("speculation", [None, NGRAM, TREE], ids=["plain", "ngram", "tree"])
 def test_streamed_layers_answer_as_resident_ones(world_size: int, speculation: Speculation | None) -> None:
-    for resident, *streamed in run_on_ranks(demo_runs, world_size, speculation):
+    for resident, *streamed in run_on_ranks(demo_runs, world_size, speculation, SETS):
         assert len(set(map(tuple, resident))) == len(resident)
         assert streamed == [resident] * len(SETS)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +79,7 @@ def check(output: Tensor, gate_up: Tensor, rows: Tensor, weight: QuantizedWeight
 
 @needs_compiler
 @pytest.mark.parametrize("name", NARROW)
-def test_the_source_of_few_rows_activates_what_it_would_write(tmp_path: Path, name: str) -> None:
+def test_the_source_of_few_rows_activates_what_it_would_write(name: str) -> None:
     make, launch, num_rows = NARROW[name]
     weight = small(make())
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
@@ -89,8 +88,8 @@ def test_the_source_of_few_rows_activates_what_it_would_write(tmp_path: Path, na
         layer, layout = layer_and_layout(weight, swiglu=has_swiglu)
         file = f"w{weight.bits}a16"
         options = [option for option in layout.options if not option.startswith("-DBITS")]
-        options = [f"-DMULTIPLY={file}", "-DEAGER=0", *launch.options(), *options]
-        library = compile_source(tmp_path / str(has_swiglu), f"{file}.cu", options)
+        options = [f"-DMULTIPLY={file}", *launch.options(), *options]
+        library = compile_source(f"{file}.cu", options)
         num_out = weight.shape[0]
         output = torch.full((num_rows, num_out), float("nan"), dtype=torch.bfloat16)
         library.run_multiply(*buffers_of(layer), pointer(rows), pointer(output), num_out, NUM_IN, num_rows)
@@ -100,15 +99,15 @@ def test_the_source_of_few_rows_activates_what_it_would_write(tmp_path: Path, na
 
 @needs_compiler
 @pytest.mark.parametrize("name", WIDE)
-def test_the_source_of_many_rows_activates_what_it_would_write(tmp_path: Path, name: str) -> None:
+def test_the_source_of_many_rows_activates_what_it_would_write(name: str) -> None:
     make, launch, num_rows, num_blocks = WIDE[name]
     weight = small(make())
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
     outputs = []
     for has_swiglu in (False, True):
         layer, layout = layer_and_layout(weight, swiglu=has_swiglu)
-        options = ["-DRUN_WIDE", "-DEAGER=0", *launch.options(launch.stages), *layout.options]
-        library = compile_source(tmp_path / str(has_swiglu), "wide.cu", options)
+        options = ["-DRUN_WIDE", *launch.options(launch.stages), *layout.options]
+        library = compile_source("wide.cu", options)
         output = torch.full((num_rows, weight.shape[0]), float("nan"), dtype=torch.bfloat16)
         workspace = torch.full((2 * num_blocks * launch.part_bytes // 4,), float("nan"))
         tensors = [layer.packed, layer.scales, getattr(layer, "codebook", None), rows, output, workspace]

@@ -18,11 +18,10 @@ from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.token_tree import TokenTree
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
-from parallel.engine.step_timer import time_steps
 from tests.parallel.draft_models import write_truncated
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
-from tests.parallel.test_speculation import EOS, SAMPLED, Case, answer
+from tests.parallel.test_speculation import SAMPLED, Case, answer, check_ends, check_lookup, timed_steps
 
 # Of the third, all candidates are in the tree; of the last, masks have several words, the draft model's too.
 PLANS = {
@@ -117,30 +116,11 @@ def test_ranks_answer_as_one(name: str, world_size: int, folders: dict[str, Path
 
 
 def test_repeated_text_is_looked_up() -> None:
-    plain = Case("demo", StopRules(30), repeats=3, max_context=256)
-    (greedy, _), (guessed, acceptance) = run_on_ranks(answer, 1, DEMO, [plain, replace(plain, speculation=NGRAM)])[0]
-    assert guessed == greedy
-    assert acceptance.accepted >= 5
-    assert max(acceptance.lengths) == 4
+    check_lookup(NGRAM, longest=4)
 
 
 def test_nothing_follows_an_end_of_sequence() -> None:
-    plain = Case("demo", StopRules(60, frozenset({EOS, demo_tokenizer().token_to_id("x")}), texts=("\n\n",)))
-    guess = replace(plain, speculation=grown("whole"), draft=DEMO)
-    (answers, _), (guessed, acceptance) = run_on_ranks(answer, 1, DEMO, [plain, guess])[0]
-    assert guessed == answers
-    assert {each.finish_reason for each in answers} > {"length"}
-    assert acceptance.accepted + acceptance.lengths.total() == sum(len(each.token_ids) - 1 for each in answers)
-
-
-def timed_steps(communicator: Communicator, folder: Path, speculation: Speculation) -> list[list[float]]:
-    """Milliseconds of timed steps between two runs, whose answers must be equal."""
-    engine = make_engine(communicator, folder, speculation=speculation, draft=folder)
-    before = generate(engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9))
-    times = [time_steps(engine, contexts, 2, communicator) for contexts in ([64, 5, 17], [63], [2])]
-    after = generate(engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9))
-    assert before.answers == after.answers
-    return times
+    check_ends(grown("whole"), DEMO)
 
 
 @pytest.mark.parametrize("speculation", [NGRAM, grown("wide")], ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,14 +59,14 @@ CASES = {
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("eager", [False, True], ids=["late copies", "early copies"])
+@pytest.mark.parametrize("early", [False, True], ids=["late copies", "early copies"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_source_computes_what_float64_does_whichever_block_is_last(tmp_path: Path, name: str, eager: bool) -> None:
+def test_the_source_computes_what_float64_does_whichever_block_is_last(name: str, early: bool) -> None:
     make, launch, num_rows, num_blocks = CASES[name]
     weight = make()
     layer, layout = layer_and_layout(weight)
-    options = ["-DRUN_WIDE", f"-DEAGER={int(eager)}", *launch.options(launch.stages), *layout.options]
-    library = compile_source(tmp_path, "wide.cu", options)
+    options = ["-DRUN_WIDE", *launch.options(launch.stages), *layout.options]
+    library = compile_source("wide.cu", options, early=early)
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
     tiles, units = layer.packed.shape[:2]
 

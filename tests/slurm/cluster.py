@@ -26,8 +26,9 @@ ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 COMMAND_SEC = 30
 # SLURM gives this long between SIGTERM and SIGKILL; two ranks need about three seconds on two busy cores.
 KILL_WAIT_SEC = 30
+# Jobs need the cores more than questions about them do.
 POLL_SEC = 0.3
-RETRY_SEC = 5.0
+RETRY_SEC = 3.0
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -96,7 +97,7 @@ class Cluster:
             assert not found & set(ENDS) - set(states), found
             return found <= set(states)
 
-        wait_until(is_there, f"{states} of job {job}", timeout_sec)
+        wait_until(is_there, f"{states} of job {job}", timeout_sec, poll_sec=POLL_SEC)
 
     def start_requeued(self, job: str) -> None:
         """Waits for a job to have been requeued, and starts it without the two minutes that SLURM waits then."""
@@ -104,7 +105,6 @@ class Cluster:
 
         def has_started() -> bool:
             nonlocal next_try
-            time.sleep(POLL_SEC)
             found = self.run("scontrol", "show", "job", job)
             if "Restarts=0" in found or "JobState=PENDING" not in found:
                 return "Restarts=0" not in found and "JobState=COMPLETING" not in found
@@ -115,7 +115,7 @@ class Cluster:
                 next_try = time.monotonic() + RETRY_SEC
             return False
 
-        wait_until(has_started, f"job {job} to start again")
+        wait_until(has_started, f"job {job} to start again", poll_sec=POLL_SEC)
 
     def processes(self) -> list[psutil.Process]:
         """What runs in this cluster's jobs, and its daemons."""
@@ -184,7 +184,7 @@ def start_daemons(cluster: Cluster) -> None:
             return cluster.run("sinfo", "--noheader", "--format=%T").strip() == "idle"
         return False
 
-    wait_until(is_ready, "an idle node", COMMAND_SEC)
+    wait_until(is_ready, "an idle node", COMMAND_SEC, poll_sec=POLL_SEC)
 
 
 def start(cluster: Cluster, *command: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import POLL_SEC, Cluster
 
 # More than a run gets done before it is ended; and few, since other jobs run meanwhile.
 MANY, SOME = 2000, 120
@@ -123,7 +123,7 @@ def test_requeued_run_answers_the_rest(jobs: dict[str, Submitted]) -> None:
 def test_run_that_comes_to_its_time_limit_puts_itself_back_into_the_queue(jobs: dict[str, Submitted]) -> None:
     limited = jobs["limited"]
     wait_until(lambda: '"Interrupted"' in limited.log, "the end of the time limit")
-    wait_until(lambda: limited.cluster.states(limited.job) == ["PENDING"], "a requeued job")
+    wait_until(lambda: limited.cluster.states(limited.job) == ["PENDING"], "a requeued job", poll_sec=POLL_SEC)
     assert 1 <= len(limited.answers()) < MANY
     assert "ended by SIGTERM" in limited.log
     limited.cluster.run("scancel", limited.job)
