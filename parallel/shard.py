@@ -26,8 +26,9 @@ def share_process_group(device: torch.device) -> None:
     import deepspeed
     import deepspeed.comm
 
-    # It would compile its shared-memory collectives for the CPU, which needs a compiler and LOCAL_SIZE.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Unasked, it finds out which of its operators could be built, by compilers run for each, and then builds its
+    # shared-memory collectives for the CPU, which need LOCAL_SIZE too. It is to build none.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 

@@ -185,6 +185,7 @@ def test_ranks_on_cards_see_those_the_user_shows(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "8",
+        "DS_ACCELERATOR": "cuda",
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
     }
 
