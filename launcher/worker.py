@@ -1,6 +1,6 @@
 """What one rank does, from its job file to its results.
 
-Run by the elastic agent as `python -m launcher.worker JOB`, or called by a process that torchrun made a rank.
+Run as `python -m launcher.worker JOB` (launcher/rank_processes.py), or called by a process that torchrun made a rank.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import host
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
+from launcher.rank_processes import STORE_SOCKET
 from launcher.start import die_with_parent, end_process, rank_log
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 
 def main(job_file: Path) -> int:
@@ -60,9 +64,24 @@ def run_rank(job: Job) -> None:
     (run_dir / "ranks").mkdir(exist_ok=True)
     (run_dir / "ranks" / f"{rank}.pid").write_text(str(os.getpid()))
 
+    # Held to the end: it serves all ranks.
+    store = serve_store()
     run = run_task if job.baseline is None else run_baseline
     results = run(job, rank, EventWriter(run_dir, rank=rank))
+    del store
     write_results(run_dir, rank, results | {"host_peak_bytes": host.peak_bytes()})
+
+
+def serve_store() -> TCPStore | None:
+    """The store through which ranks find one another, on the socket that their parent has opened for it; None in ranks
+    that were given none: all but the first, and those of a torchrun, which has a store itself."""
+    number = os.environ.pop(STORE_SOCKET, None)
+    if number is None:
+        return None
+    with uncollected():
+        from torch._C._distributed_c10d import TCPStore
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=int(number))
 
 
 def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
