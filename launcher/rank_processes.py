@@ -56,13 +56,12 @@ def started_ranks(job: Job, job_file: Path) -> Iterator[Sequence[Process]]:
 def start_rank(job: Job, job_file: Path, rank: int, store: socket.socket) -> Process:
     """In a session of its own: what is typed at a terminal ends this process, which then ends the ranks."""
     environment = plain_environment() | rank_environment(rank, job.placement.world_size, store.getsockname()[1])
-    passed = () if rank else (store.fileno(),)
-    return subprocess.Popen(
-        [sys.executable, "-m", "launcher.worker", str(job_file)],
-        env=environment | {STORE_SOCKET: str(fileno) for fileno in passed},
-        pass_fds=passed,
-        start_new_session=True,
-    )
+    passed = []
+    if rank == 0:
+        passed = [store.fileno()]
+        environment[STORE_SOCKET] = str(store.fileno())
+    command = [sys.executable, "-m", "launcher.worker", str(job_file)]
+    return subprocess.Popen(command, env=environment, pass_fds=passed, start_new_session=True)
 
 
 def plain_environment() -> dict[str, str]:

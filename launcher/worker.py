@@ -5,14 +5,11 @@ Run as `python -m launcher.worker JOB` (launcher/rank_processes.py), or called b
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from launcher import host
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
+from launcher.rank_imports import begin_context, lean_imports
 from launcher.rank_processes import STORE_SOCKET
 from launcher.start import die_with_parent, end_process, rank_log
 
@@ -64,57 +62,48 @@ def run_rank(job: Job) -> None:
     (run_dir / "ranks").mkdir(exist_ok=True)
     (run_dir / "ranks" / f"{rank}.pid").write_text(str(os.getpid()))
 
-    # Held to the end: it serves all ranks.
-    store = serve_store()
     run = run_task if job.baseline is None else run_baseline
     results = run(job, rank, EventWriter(run_dir, rank=rank))
-    del store
     write_results(run_dir, rank, results | {"host_peak_bytes": host.peak_bytes()})
 
 
 def serve_store() -> TCPStore | None:
-    """The store through which ranks find one another, on the socket that their parent has opened for it; None in ranks
-    that were given none: all but the first, and those of a torchrun, which has a store itself."""
+    """The store through which ranks find one another, on the socket that their parent has opened for it: to be held
+    until they are done. None in ranks that were given none: all but the first, and those of a torchrun, which has one.
+    """
     number = os.environ.pop(STORE_SOCKET, None)
     if number is None:
         return None
-    with uncollected():
-        from torch._C._distributed_c10d import TCPStore
+    from torch._C._distributed_c10d import TCPStore
+
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=int(number))
 
 
 def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
-    with uncollected():
+    card = job.placement.cards[rank]
+    if card is not None:
+        begin_context(card)
+    with lean_imports():
+        store = serve_store()
         from launcher.rank import joined_rank
         from launcher.tasks import TASKS
 
     with joined_rank(job, rank, events) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()
+    del store
     return results
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """What is made inside stays: the collector of cycles does not look for garbage in it, nor later.
-
-    Modules are 650,000 objects, which it would go through again and again while they are imported: 0.7 of 3.3 s of a
-    core of a server (torch 2.13, transformers 5.23).
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def run_baseline(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
     """Joins no process group of ours: a baseline makes its own."""
+    store = serve_store()
     from launcher import baselines
 
-    return baselines.run_baseline(job, rank, events)
+    results = baselines.run_baseline(job, rank, events)
+    del store
+    return results
 
 
 def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:

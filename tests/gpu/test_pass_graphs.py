@@ -155,6 +155,7 @@ def late_recording(communicator: Communicator) -> tuple[int, list[tuple[int, boo
     graphs = engine.target.graphs
     assert graphs is not None
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(DEVICE)
     for size in graphs.passes:
         for start in (0, 64):

@@ -217,7 +217,9 @@ def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, m
 
 
 def test_whatever_ends_the_wait_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_file = write_rank(tmp_path, monkeypatch, "\n(folder / f'{rank}.pid').write_text(str(os.getpid()))\ntime.sleep(600)")
+    job_file = write_rank(
+        tmp_path, monkeypatch, "\n(folder / f'{rank}.pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    )
 
     def interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> NoReturn:
         while len(list(tmp_path.glob("*.pid"))) < 2:

@@ -40,10 +40,9 @@ def as_functions(calls: Iterable[Callable[[], None]], pool: object) -> list[Call
     return [partial(run, call) for call in calls]
 
 
-def put_pieces(
-    engine: Engine, *, halved_from: int = 5, is_fresh: bool = True, is_recorded: bool = True
-) -> None:
-    """Passes as graphs, recorded at once or as they come. Cut where there are as many rows, with weights in several blocks; whole prompts all at once, or not."""
+def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True, is_recorded: bool = True) -> None:
+    """Passes as graphs, recorded at once or as they come. Cut where there are as many rows, with weights in several
+    blocks; whole prompts all at once, or not."""
     pass_graphs.FRESH_GRAPHS = is_fresh
     limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
     overlap.num_ahead = lambda device, num_rows: 2
