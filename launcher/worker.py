@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ def serve_store() -> TCPStore | None:
 
 
 def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
+    startup = {"rank_started_sec": time.time() - job.started}
     card = job.placement.cards[rank]
     if card is not None:
         begin_context(card)
@@ -89,7 +91,8 @@ def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
         from launcher.rank import joined_rank
         from launcher.tasks import TASKS
 
-    with joined_rank(job, rank, events) as context:
+    startup["imported_sec"] = time.time() - job.started
+    with joined_rank(job, rank, events, startup) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()
     del store
