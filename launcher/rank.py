@@ -82,7 +82,10 @@ def describe_range(chosen: Range) -> dict[str, Any]:
 def joined_rank(
     job: Job, rank: int, events: EventWriter, startup: dict[str, float] | None = None
 ) -> Iterator[RankContext]:
-    """Joins the process group, opens the transport and tests it; leaves the group at the end. `startup`: steps so far."""
+    """Joins the process group, opens the transport and tests it; leaves the group at the end.
+
+    `startup`: the times of steps before, as RankContext has them.
+    """
     device = open_device(job, rank)
     join_process_group(job, device)
     try:
