@@ -132,7 +132,7 @@ def choose_start() -> StartRanks:
 
 
 def handle_signals() -> None:
-    """Signals that end a run raise, so that it ends in order; the elastic agent replaces this while ranks run."""
+    """Signals that end a run raise, so that it ends in order, the ranks first."""
 
     def stop(number: int, frame: object) -> NoReturn:
         ignore_signals()

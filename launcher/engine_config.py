@@ -74,7 +74,8 @@ class EngineConfig:
     # answers more of them a second.
     prefill_chunk_while_decoding: int = 512
     # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
-    # 1.2 MiB of card memory a layer for each of seven sizes. auto, on or off.
+    # 1.2 MiB of card memory a layer for each of seven sizes, and a moment when a size comes a second time. auto, on or
+    # off.
     prefill_graphs: PrefillGraphs = PrefillGraphs.auto
     # Products of up to so many rows are with 4- and 8-bit weights as they are packed; for more the weights are
     # dequantised first. null: as many as a trial at the start shows to be faster so, on this card; near the crossing

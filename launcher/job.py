@@ -75,6 +75,8 @@ def build_environment(job: Job) -> dict[str, str]:
     if job.placement.device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     else:
+        # DeepSpeed would try one accelerator's package after the other.
+        environment["DS_ACCELERATOR"] = "cuda"
         # The most there are. Streams that share one of the card's queues, eight by default, wait for one another:
         # products behind the sums that they are to hide.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"

@@ -79,12 +79,17 @@ def describe_range(chosen: Range) -> dict[str, Any]:
 
 
 @contextmanager
-def joined_rank(job: Job, rank: int, events: EventWriter) -> Iterator[RankContext]:
-    """Joins the process group, opens the transport and tests it; leaves the group at the end."""
+def joined_rank(
+    job: Job, rank: int, events: EventWriter, startup: dict[str, float] | None = None
+) -> Iterator[RankContext]:
+    """Joins the process group, opens the transport and tests it; leaves the group at the end.
+
+    `startup`: the times of steps before, as RankContext has them.
+    """
     device = open_device(job, rank)
     join_process_group(job, device)
     try:
-        context = RankContext(job, rank, device, Solo(device), (), events)
+        context = RankContext(job, rank, device, Solo(device), (), events, startup or {})
         context.reached("joined")
         choice = open_transport(job, device, context.abort)
         context.reached("links_tested")

@@ -1,6 +1,6 @@
 """What one rank does, from its job file to its results.
 
-Run by the elastic agent as `python -m launcher.worker JOB`, or called by a process that torchrun made a rank.
+Run as `python -m launcher.worker JOB` (launcher/rank_processes.py), or called by a process that torchrun made a rank.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import host
 from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
+from launcher.rank_imports import begin_context, lean_imports
+from launcher.rank_processes import STORE_SOCKET
 from launcher.start import die_with_parent, end_process, rank_log
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 
 def main(job_file: Path) -> int:
@@ -62,21 +68,45 @@ def run_rank(job: Job) -> None:
     write_results(run_dir, rank, results | {"host_peak_bytes": host.peak_bytes()})
 
 
-def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
-    from launcher.rank import joined_rank
-    from launcher.tasks import TASKS
+def serve_store() -> TCPStore | None:
+    """The store through which ranks find one another, on the socket that their parent has opened for it: to be held
+    until they are done. None in ranks that were given none: all but the first, and those of a torchrun, which has one.
+    """
+    number = os.environ.pop(STORE_SOCKET, None)
+    if number is None:
+        return None
+    from torch._C._distributed_c10d import TCPStore
 
-    with joined_rank(job, rank, events) as context:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=int(number))
+
+
+def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
+    startup = {"rank_started_sec": time.time() - job.started}
+    card = job.placement.cards[rank]
+    if card is not None:
+        begin_context(card)
+    with lean_imports():
+        store = serve_store()
+        from launcher.rank import joined_rank
+        from launcher.tasks import TASKS
+
+    startup["imported_sec"] = time.time() - job.started
+    with joined_rank(job, rank, events, startup) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()
+    del store
     return results
 
 
 def run_baseline(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
     """Joins no process group of ours: a baseline makes its own."""
+    store = serve_store()
     from launcher import baselines
 
-    return baselines.run_baseline(job, rank, events)
+    results = baselines.run_baseline(job, rank, events)
+    del store
+    return results
 
 
 def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:

@@ -26,8 +26,9 @@ def share_process_group(device: torch.device) -> None:
     import deepspeed
     import deepspeed.comm
 
-    # It would compile its shared-memory collectives for the CPU, which needs a compiler and LOCAL_SIZE.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Unasked, it finds out which of its operators could be built, by compilers run for each, and then builds its
+    # shared-memory collectives for the CPU, which need LOCAL_SIZE too. It is to build none.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.comm.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
@@ -72,9 +73,11 @@ def build_sharded_model(
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    # The dtype is named, or the config's own would win.
-    with init_empty_weights(include_buffers=False):
+    # The dtype is named, or the config's own would win. Weights on meta would be drawn one by one, for nothing: 0.2 of
+    # 0.6 s for 80 layers.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
     return model.eval()

@@ -104,6 +104,12 @@ def test_outside_ranks_nobody_uses_what_needs_torch_of_parallel(module: str) -> 
     assert {name for name in used if heavy_imports(name)} == set()
 
 
+@pytest.mark.parametrize("module", ["launcher.run", "launcher.start", "launcher.rank_processes", "launcher.telemetry"])
+def test_what_comes_before_ranks_start_uses_no_torch(module: str) -> None:
+    """Not even inside a function: they would wait a second or more for its import."""
+    assert not {package(name) for name in imports(module, at_top=False)} & set(HEAVY)
+
+
 PROGRAM = """
 import sys
 from launcher.__main__ import run

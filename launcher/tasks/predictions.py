@@ -76,6 +76,7 @@ def measure_group(
         return
     contexts = [replace(context, job=replace(job, run=point_run(job.run, each))) for each in points]
     engine = open_engine(contexts[0], plan, module)
+    engine.record_passes()
     about = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
     for point, own in zip(points, contexts, strict=True):
         measured = measure_point(own, engine, point, agree)

@@ -102,10 +102,14 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
 
 @contextmanager
 def swapped_graphs(engine: Engine, communicator: Communicator, num_tokens: int) -> Iterator[None]:
-    """Passes of so many tokens are captured anew where others than those of `communicator` would be replayed."""
+    """Passes of so many tokens are captured, so that no timed one is; anew where others than those of `communicator`
+    would be replayed."""
     before, graphs = engine.target, engine.target.graphs
-    if graphs is not None and num_tokens <= graphs.max_rows and communicator is not engine.communicator:
-        engine.target = replace(before, graphs=graphs.anew(num_tokens))
+    if graphs is not None and num_tokens <= graphs.max_rows:
+        if communicator is not engine.communicator:
+            graphs = graphs.anew(num_tokens)
+            engine.target = replace(before, graphs=graphs)
+        graphs.prepare(num_tokens)
     try:
         yield
     finally:

@@ -88,6 +88,17 @@ class Engine:
             return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
         return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
 
+    def record_passes(self, *, used: bool = False) -> None:
+        """Captures passes of prompts now, so that none of those to come is held up by it: of all sizes, or of those
+        `used` so far. Without sequences."""
+        graphs = self.target.graphs
+        if graphs is None:
+            return
+        if used:
+            graphs.record_used()
+        else:
+            graphs.prepare_all()
+
     @property
     def plan(self) -> TreePlan | None:
         """Of the trees of the last step, where they are chosen step by step."""

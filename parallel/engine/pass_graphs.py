@@ -1,7 +1,8 @@
 """Passes of prompts captured as CUDA graphs for some numbers of rows: whole (fresh_pass.py), and piece by piece.
 
 A layer of a pass takes the host 0.6 to 2 ms to queue launch by launch on a machine where a launch takes 13 us, which is
-longer than the card needs for its share of some hundred tokens; as a graph and its attention it takes a tenth.
+longer than the card needs for its share of some hundred tokens; as a graph and its attention it takes a tenth. To
+capture a size takes 0.9 s there, so a size is captured when it comes a second time.
 """
 
 from __future__ import annotations
@@ -29,20 +30,53 @@ FRESH_GRAPHS = True
 
 
 def capture_all(calls: Sequence[Callable[[], None]], pool: Any) -> list[Replay]:
-    """A graph of each; all are run once before, so that kernels are compiled and libraries set up."""
-    for call in calls:
-        call()
+    """A graph of each. All have been run, so that kernels are compiled and libraries set up; now they are not."""
     return [capture(call, pool, num_warm_ups=0).replay for call in calls]
 
 
+class Recorded:
+    """Calls that are run as they are the first time, and as what `record` made of them from the second on.
+
+    Ranks make the same passes in the same order, so all of them record the same at the same pass.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], None]], pool: Any, record: Record) -> None:
+        self.calls, self.pool, self.record = calls, pool, record
+        self.replays: list[Replay] = list(calls)
+        self.num_uses = 0
+
+    def use(self) -> list[Replay]:
+        """What runs them this time: each once, in order."""
+        if self.num_uses == 1:
+            self.replays = self.record(self.calls, self.pool)
+        self.num_uses += 1
+        return self.replays
+
+    def prepare(self) -> None:
+        """Records them now, and runs them before where they were not."""
+        if self.num_uses == 0:
+            for call in self.use():
+                call()
+        self.record_used()
+
+    def record_used(self) -> None:
+        """Records them now where they were run once."""
+        if self.num_uses == 1:
+            self.use()
+
+
 @dataclass(frozen=True)
-class Captured:
+class Pass:
     """Passes of one number of rows; `whole` does what `pieces` and attentions do, for prompts from their start."""
 
     buffers: PassBuffers
-    pieces: list[Replay]
+    pieces: Recorded
     fresh: FreshPass
-    whole: Replay | None
+    whole: Recorded | None
+
+    @property
+    def recorded(self) -> list[Recorded]:
+        return [self.pieces] if self.whole is None else [self.whole, self.pieces]
 
 
 class PassGraphs:
@@ -51,7 +85,7 @@ class PassGraphs:
     Args:
         sizes: numbers of rows that are captured; a pass of another runs the next larger.
         pool: of memory that graphs share.
-        record: makes what runs captured calls from now on.
+        record: makes what runs calls from now on, without running them.
     """
 
     def __init__(
@@ -69,9 +103,9 @@ class PassGraphs:
         self.bounds = torch.zeros(3, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
         why_not = refusal(decoder.num_heads, decoder.head_dim, self.buffers.residual.dtype, device)
         self.takes_fresh = FRESH_GRAPHS and (device.type == "cpu" or why_not is None)
-        # The largest first: the others fit into its memory.
-        with torch.inference_mode():
-            self.passes = {size: self._capture(size) for size in sorted(sizes, reverse=True)}
+        self.passes = {size: self._open(size) for size in sorted(sizes)}
+        # The others fit into its memory, whenever they are recorded.
+        self._prepare(self.passes[self.max_rows].recorded[:1])
 
     def run(self, tokens: Tensor, parts: Sequence[tuple[int, int]], attend: Attend) -> Tensor:
         """[tokens, hidden] of [3, tokens] ids, positions and slots, as of Decoder; overwritten by the next pass.
@@ -79,36 +113,60 @@ class PassGraphs:
         `parts`: where each part of a prompt starts and ends in it.
         """
         num_tokens = tokens.shape[1]
-        captured = self.passes[self.size_for(num_tokens)]
+        each = self.passes[self.size_for(num_tokens)]
         is_fresh = len(parts) <= MAX_PROMPTS and all(start == 0 for start, _ in parts)
-        if captured.whole is not None and is_fresh:
-            captured.fresh.put(tokens, [end for _, end in parts])
-            captured.whole()
+        if each.whole is not None and is_fresh:
+            each.fresh.put(tokens, [end for _, end in parts])
+            for run in each.whole.use():
+                run()
         else:
-            captured.buffers.put(tokens)
-            self._run_pieces(captured, num_tokens, attend)
-        return captured.buffers.residual[:num_tokens]
+            each.buffers.put(tokens)
+            self._run_pieces(each, num_tokens, attend)
+        return each.buffers.residual[:num_tokens]
 
     def size_for(self, num_tokens: int) -> int:
         """Rows of the graphs that take so many tokens."""
         return min(size for size in self.passes if size >= num_tokens)
 
+    def prepare(self, num_tokens: int) -> None:
+        """Records passes of so many tokens now. While no sequence is in the cache."""
+        self._prepare(self.passes[self.size_for(num_tokens)].recorded)
+
+    def prepare_all(self) -> None:
+        """Records all passes now, as `prepare`."""
+        for size in sorted(self.passes, reverse=True):
+            self.prepare(size)
+
+    def record_used(self) -> None:
+        """Records now what would be when its size comes again."""
+        for each in self.passes.values():
+            for recorded in each.recorded:
+                recorded.record_used()
+
     def anew(self, num_tokens: int) -> PassGraphs:
         """Of passes of so many tokens alone, with the communicator that layers talk through by now."""
         return PassGraphs(self.decoder, self.caches, (self.size_for(num_tokens),), self.pool, self.record)
 
-    def _capture(self, num_rows: int) -> Captured:
+    def _open(self, num_rows: int) -> Pass:
         pieces = Pieces(self.decoder, self.caches, self.buffers.first(num_rows))
-        replays = self.record([partial(pieces.run, place) for place in range(len(pieces))], self.pool)
+        calls = [partial(pieces.run, place) for place in range(len(pieces))]
         fresh = FreshPass(pieces, self.bounds)
-        whole = self.record([fresh.run], self.pool)[0] if self.takes_fresh else None
-        return Captured(pieces.buffers, replays, fresh, whole)
+        whole = Recorded([fresh.run], self.pool, self.record) if self.takes_fresh else None
+        return Pass(pieces.buffers, Recorded(calls, self.pool, self.record), fresh, whole)
 
-    def _run_pieces(self, captured: Captured, num_tokens: int, attend: Attend) -> None:
-        queries, attended = captured.buffers.queries[:num_tokens], captured.buffers.attended[:num_tokens]
-        first, *others = captured.pieces
+    @torch.inference_mode()
+    def _prepare(self, recorded: Sequence[Recorded]) -> None:
+        # The slots of the last pass may be those of other tokens by now; slot 0 is nobody's.
+        self.buffers.tokens.zero_()
+        self.bounds.zero_()
+        for each in recorded:
+            each.prepare()
+
+    def _run_pieces(self, each: Pass, num_tokens: int, attend: Attend) -> None:
+        queries, attended = each.buffers.queries[:num_tokens], each.buffers.attended[:num_tokens]
+        first, *others = each.pieces.use()
         first()
-        for replay, cache in zip(others, self.caches, strict=True):
+        for run, cache in zip(others, self.caches, strict=True):
             if self.decoder.num_heads:
                 attended.copy_(attend(queries, cache).flatten(1))
-            replay()
+            run()

@@ -164,7 +164,7 @@ def wait_for_nobody(communicator: HostMemory) -> None:
 
 
 def test_a_card_that_waits_does_not_keep_its_process(tmp_path: Path) -> None:
-    """Rank 0's card waits ten minutes; the process ends when it is killed, as the elastic agent would."""
+    """Rank 0's card waits ten minutes; the process ends when it is killed, as its parent would."""
     processes, connections = start_on_one_card(wait_for_nobody, 2, tmp_path, timeout_sec=30)
     receive_result(connections[0], 0)
     for process in processes:

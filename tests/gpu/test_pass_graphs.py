@@ -139,6 +139,37 @@ def test_answers_are_those_of_passes_launch_by_launch(tmp_path: Path) -> None:
     assert run_on_one_card(answers, 2, tmp_path / "again", True) == expected
 
 
+def late_recording(communicator: Communicator) -> tuple[int, list[tuple[int, bool, float, float]]]:
+    """How much more memory torch holds once all sizes are recorded than before, in bytes; of each size, whole prompts
+    and others, ms of the pass that records it, and of the next."""
+    engine, found = open_engine(communicator, "int4", is_graphed=True), []
+    graphs = engine.target.graphs
+    assert graphs is not None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(DEVICE)
+    for size in graphs.passes:
+        for start in (0, 64):
+            times = []
+            for _ in range(3):
+                communicator.barrier()
+                begin = time.perf_counter()
+                pass_states(engine, ((start, start + size),))
+                times.append((time.perf_counter() - begin) * 1e3)
+            found.append((size, start == 0, *times[1:]))
+    torch.cuda.empty_cache()
+    after = torch.cuda.memory_reserved(DEVICE)
+    communicator.barrier()
+    return after - before, found
+
+
+def test_passes_recorded_late_fit_into_the_memory_of_the_largest(tmp_path: Path) -> None:
+    for more, found in run_on_one_card(late_recording, 2, tmp_path):
+        print(f"{more / 2**20:.1f} MiB more", *found, sep="\n")
+        # Blocks of 2 MiB, which streams do not share.
+        assert more <= 32 * 2**20
+
+
 def sums_in_passes(communicator: Communicator) -> tuple[float, float]:
     """Whether a timed pass without all-reduces leaves them out: how much its result differs, and one with them."""
     engine, states = open_engine(communicator, "bfloat16", is_graphed=True), []

@@ -17,7 +17,7 @@ import pytest
 
 from tests.launcher.cli import LIMIT_SEC, PYTHON, SHORT, TORCHRUN, Result, Running, command_line, started, torchrun
 
-# It takes two seconds on a free machine. The elastic agent waits 30 for processes that do not end by themselves.
+# It takes two seconds on a free machine. Torchrun waits 30 for processes that do not end by themselves.
 GONE_SEC = 25.0
 SHM = Path("/dev/shm")
 # Minutes of work, so that a run ends only because it is ended.

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
 from torch.distributed import HashStore
 
-from launcher import torchrun
+from launcher import rank_processes, torchrun
 from launcher.cli import handle_signals
 from launcher.config import ConfigError, PeerAccess
 from launcher.failures import Failure, RunFailed, read_first_failure, write_first_failure
 from launcher.job import Job, build_environment, load_job, save_job
 from launcher.peers import GONE, GONE_OR_ZOMBIE, find_dead_peer, wait_for_dead_peer
 from launcher.prompts import Prompt
-from launcher.start import (
-    FORWARDED_SIGNALS,
-    find_cause,
-    interrupted,
-    plain_environment,
-    prepare_run_dir,
-    restored_signal_handlers,
-)
+from launcher.rank_processes import plain_environment, run_ranks
+from launcher.start import FORWARDED_SIGNALS, find_cause, interrupted, prepare_run_dir
 from tests.launcher.jobs import make_job, make_run
 
+# In place of launcher/worker.py.
+RANK = """
+import json, os, pathlib, signal, socket, subprocess, sys, time
+rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1]).parent
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+(folder / f"{rank}.env").write_text(json.dumps({name: os.environ[name] for name in names}))
+number, port = os.environ.get("LAUNCH70B_STORE_SOCKET"), int(os.environ["MASTER_PORT"])
+if number is not None:
+    time.sleep(0.2)
+    connection, _ = socket.socket(fileno=int(number)).accept()
+    connection.sendall(b"here")
+else:
+    with socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60) as connection:
+        (folder / f"{rank}.heard").write_bytes(connection.recv(4))
+"""
 COMPLAINT = Failure("RuntimeError", "Connection closed by peer", rank=0)
 
 
@@ -59,7 +72,7 @@ def test_rank_that_told_its_failure_is_the_cause(tmp_path: Path) -> None:
     assert find_cause(make_job(tmp_path), {0: 1, 1: 1}) == told
 
 
-def test_sigterm_is_how_the_agent_stops_peers_and_no_cause(tmp_path: Path) -> None:
+def test_sigterm_is_how_torchrun_stops_peers_and_no_cause(tmp_path: Path) -> None:
     told = Failure("CheckpointError", "bad file", rank=1)
     write_first_failure(tmp_path, told)
     assert find_cause(make_job(tmp_path), {0: -signal.SIGTERM, 1: 1}) == told
@@ -75,6 +88,16 @@ def test_signal_that_ended_the_run_is_named() -> None:
 
 
 # Peers, as a rank of torchrun's sees them
+
+
+@contextmanager
+def restored_signal_handlers() -> Iterator[None]:
+    before = {sig: signal.getsignal(sig) for sig in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def dead_process(run_dir: Path, rank: int) -> subprocess.Popen[bytes]:
@@ -140,6 +163,75 @@ def test_peer_that_told_its_failure_is_not_waited_for(tmp_path: Path) -> None:
     assert wait_for_dead_peer(make_job(tmp_path)) is None
 
 
+# Their processes
+
+
+def write_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, then: str = "") -> Path:
+    """The package of a launcher whose ranks do this; the file of their job."""
+    (folder / "launcher").mkdir()
+    (folder / "launcher" / "__init__.py").write_text("")
+    (folder / "launcher" / "worker.py").write_text(RANK + then)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder / "job.json"
+
+
+def test_ranks_know_their_places_and_find_the_first_before_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_file = write_rank(tmp_path, monkeypatch)
+    assert run_ranks(make_job(tmp_path), job_file) == {}
+    environments = [json.loads((tmp_path / f"{rank}.env").read_text()) for rank in range(2)]
+    port = environments[0]["MASTER_PORT"]
+    for rank, environment in enumerate(environments):
+        assert environment == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+    assert (tmp_path / "1.heard").read_bytes() == b"here"
+
+
+FAIL_ONE = """
+if rank == 1:
+    sys.exit(7)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(folder / "0.partial").write_text(f"{os.getpid()} {subprocess.Popen(['sleep', '600']).pid}")
+(folder / "0.partial").rename(folder / "0.pid")
+time.sleep(600)
+"""
+
+
+def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 does not end when it is asked to."""
+    monkeypatch.setattr(rank_processes, "GRACE_SEC", 0.3)
+    # Rank 1 leaves only once rank 0 is deaf.
+    wait = "\nwhile rank == 1 and not (folder / '0.pid').exists():\n    time.sleep(0.01)\n"
+    job_file = write_rank(tmp_path, monkeypatch, wait + FAIL_ONE)
+    assert run_ranks(make_job(tmp_path), job_file) == {1: 7}
+    for pid in (tmp_path / "0.pid").read_text().split():
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_whatever_ends_the_wait_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_file = write_rank(
+        tmp_path, monkeypatch, "\n(folder / f'{rank}.pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    )
+
+    def interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> NoReturn:
+        while len(list(tmp_path.glob("*.pid"))) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rank_processes, "wait_for_ranks", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(make_job(tmp_path), job_file)
+    assert not any(psutil.pid_exists(int(path.read_text())) for path in tmp_path.glob("*.pid"))
+
+
 # The run folder
 
 
@@ -185,6 +277,7 @@ def test_ranks_on_cards_see_those_the_user_shows(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "8",
+        "DS_ACCELERATOR": "cuda",
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
     }
 
@@ -195,26 +288,15 @@ def test_peer_access_off_reaches_nccl(tmp_path: Path) -> None:
     assert build_environment(make_job(tmp_path, cards=True, run=run)) == plain | {"NCCL_P2P_DISABLE": "1"}
 
 
-def test_torchruns_variables_are_hidden_from_ranks_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchruns_variables_are_hidden_from_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     torchruns = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
                  "TORCHELASTIC_RUN_ID", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "OMP_NUM_THREADS")  # fmt: skip
     for name in torchruns:
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("MY_RANK", "3")
-    before = dict(os.environ)
-    with pytest.raises(KeyError), plain_environment():
-        assert not set(torchruns) & set(os.environ)
-        assert os.environ["MY_RANK"] == "3"
-        raise KeyError
-    assert dict(os.environ) == before
-
-
-def test_signal_handlers_come_back() -> None:
-    before = {sig: signal.getsignal(sig) for sig in FORWARDED_SIGNALS}
-    with restored_signal_handlers():
-        for sig in FORWARDED_SIGNALS:
-            signal.signal(sig, signal.SIG_IGN)
-    assert {sig: signal.getsignal(sig) for sig in FORWARDED_SIGNALS} == before
+    environment = plain_environment()
+    assert not set(torchruns) & set(environment)
+    assert environment["MY_RANK"] == "3"
 
 
 def set_torchrun(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:

@@ -40,12 +40,15 @@ def as_functions(calls: Iterable[Callable[[], None]], pool: object) -> list[Call
     return [partial(run, call) for call in calls]
 
 
-def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True) -> None:
-    """Cut where there are as many rows, with weights in several blocks; whole prompts all at once, or not."""
+def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True, is_recorded: bool = True) -> None:
+    """Passes as graphs, recorded at once or as they come. Cut where there are as many rows, with weights in several
+    blocks; whole prompts all at once, or not."""
     pass_graphs.FRESH_GRAPHS = is_fresh
     limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
     overlap.num_ahead = lambda device, num_rows: 2
     graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
+    if is_recorded:
+        graphs.prepare_all()
     buffers = graphs.buffers
     for each in (buffers.residual, buffers.queries, buffers.attended):
         each.fill_(torch.nan)
@@ -137,6 +140,113 @@ def test_answers_do_not_depend_on_pieces(tmp_path: Path, name: str, speculation:
     found = run_on_ranks(answers_in_pieces, 2, folder, True, speculation)
     assert [answers for answers, _ in found] == [answers for answers, _ in whole]
     assert all({kind for kind, _ in ran} == {"Pieces", "FreshPass"} and len(ran) > 2 for _, ran in found), found
+
+
+def use_by_use(
+    communicator: Communicator, folder: Path, is_fresh: bool
+) -> tuple[list[tuple[int, ...]], list[Tensor], list[list[int]], bool]:
+    """A pass of one prompt, five times, that follows tokens in the cache or none; after each, how often calls were
+    recorded and recorded ones run. Its states; slots that passes wrote beside their own and page 0's; whether the
+    tokens of another prompt stayed as they were.
+    """
+    engine, counts, states, foreign = make_engine(communicator, folder), [], [], []
+    recorded = []
+
+    def record(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+        recorded.append(1)
+        return as_functions(calls, pool)
+
+    put_pieces(engine, is_recorded=False)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, record)
+    engine.target = replace(engine.target, graphs=graphs)
+    # What was recorded when it was made: passes of the most rows.
+    assert len(recorded) == 1 and not replayed
+    poison(engine)
+    other, start = Sequence(1, list(range(3, 15)), 1), 0 if is_fresh else 20
+    other.pages = engine.pages.allocate(1)
+    engine.hidden_states([Part(other, 0, 12)])
+    kept = [cache.keys[other.pages[0]].clone() for cache in engine.caches]
+    recorded.clear()
+    for _ in range(5):
+        sequence = Sequence(0, [7 + 5 * place % 90 for place in range(start + 6)], 1)
+        sequence.pages = engine.pages.allocate(1)
+        if start:
+            engine.hidden_states([Part(sequence, 0, start)])
+        for cache in engine.caches:
+            cache.keys[sequence.pages[0], :, start:] = torch.nan
+        replayed.clear()
+        before = len(recorded)
+        states.append(engine.hidden_states([Part(sequence, start, start + 6)]).clone())
+        counts.append((len(recorded) - before, len(replayed)))
+        own = {0, other.pages[0], sequence.pages[0]}
+        foreign.append([page for page in range(engine.limits.num_pages) if page not in own and touched(engine, page)])
+        engine.pages.release(sequence.pages)
+    stays = all(
+        torch.equal(cache.keys[other.pages[0]].nan_to_num(), each.nan_to_num())
+        for cache, each in zip(engine.caches, kept, strict=True)
+    )
+    return counts, states, foreign, stays
+
+
+def touched(engine: Engine, page: int) -> bool:
+    return any(not cache.keys[page].isnan().all() for cache in engine.caches)
+
+
+@pytest.mark.parametrize(("is_fresh", "num_calls"), [(True, 1), (False, 4)])
+def test_a_pass_is_recorded_at_its_second_use_and_changes_by_no_bit(
+    folders: dict[str, Path], is_fresh: bool, num_calls: int
+) -> None:
+    """While other sequences are in the cache."""
+    for counts, states, foreign, stays in run_on_ranks(use_by_use, 2, folders["llama"], is_fresh):
+        assert counts == [(0, 0), (1, num_calls), *[(0, num_calls)] * 3]
+        assert states[0].isfinite().all()
+        assert all(torch.equal(each, states[0]) for each in states)
+        assert foreign == [[]] * 5 and stays
+
+
+def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int], list[list[int]]]:
+    """How much is recorded in each run of a workload before and after `record_passes`, and in timed passes; answers."""
+    engine, recorded, counts, answers = make_engine(communicator, folder, max_context=192, batch_size=2), [], [], []
+
+    def record(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+        recorded.append(1)
+        return list(calls)
+
+    put_pieces(engine, is_recorded=False)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, record)
+    engine.target = replace(engine.target, graphs=graphs)
+    for number in range(3):
+        recorded.clear()
+        prompts = [[3 + (5 * number + 7 * row + place) % 90 for place in range(40)] for row in range(2)]
+        result = generate(engine, numbered(prompts), demo_tokenizer(), StopRules(5))
+        counts.append(len(recorded))
+        answers += [answer.token_ids for answer in result.answers]
+        if number == 0:
+            engine.record_passes(used=True)
+    for each in (communicator, ElidedAllReduce(communicator)):
+        with prepared_chunk(engine, [10], each) as run:
+            recorded.clear()
+            run()
+            run()
+            counts.append(len(recorded))
+    kept = [each.keys[1:].nan_to_num() for each in engine.caches]
+    engine.record_passes()
+    # Prompts that were read are still there to be read again.
+    assert all(torch.equal(each.keys[1:].nan_to_num(), old) for each, old in zip(engine.caches, kept, strict=True))
+    recorded.clear()
+    for length in (2, 7, 30, 64):
+        sequence = Sequence(0, list(range(3, 3 + length)), 1)
+        sequence.pages = engine.pages.allocate(1)
+        engine.hidden_states([Part(sequence, 0, length)])
+        engine.hidden_states([Part(sequence, 1, length)])
+        engine.pages.release(sequence.pages)
+    return [*counts, len(recorded)], answers
+
+
+def test_nothing_is_recorded_while_it_is_timed(folders: dict[str, Path]) -> None:
+    found = run_on_ranks(recorded_in_time, 2, folders["llama"])
+    (counts, answers), (_, others) = found
+    assert counts == [0, 0, 0, 0, 0, 0] and answers == others
 
 
 def timed_passes(communicator: Communicator, folder: Path) -> tuple[int, int, bool]:
