@@ -114,20 +114,6 @@ def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
     return torch.tensor(pages)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
 
 
-def gather_kv(kv: PagedKV, block_table: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first `length` tokens of the sequence with pages `block_table` [pages].
-
-    [length, kv_heads, head_dim] each, contiguous, in `dtype`.
-    """
-    pages = block_table[: pages_for(length)].long()
-
-    def gather(stored: Tensor) -> Tensor:
-        paged = as_bits(stored)[pages].view(stored.dtype).transpose(1, 2)
-        return paged.flatten(0, 1)[:length].to(dtype).contiguous()
-
-    return gather(kv.keys), gather(kv.values)
-
-
 def as_bits(stored: Tensor) -> Tensor:
     """fp8 as bytes, which every operator can index; the rest as it is."""
     return stored.view(torch.uint8) if stored.dtype == FP8 else stored

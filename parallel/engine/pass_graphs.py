@@ -68,7 +68,7 @@ class PassGraphs:
         device = self.buffers.residual.device
         self.bounds = torch.zeros(3, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
         why_not = refusal(decoder.num_heads, decoder.head_dim, self.buffers.residual.dtype, device)
-        self.takes_fresh = FRESH_GRAPHS and (device.type == "cpu" or why_not is None)
+        self.takes_fresh = FRESH_GRAPHS and why_not is None
         # The largest first: the others fit into its memory.
         with torch.inference_mode():
             self.passes = {size: self._capture(size) for size in sorted(sizes, reverse=True)}
