@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
-from launcher.memory_layer import Layer, graphs_bytes
+from launcher.memory_layer import Layer, graphs_bytes, prompt_keys_bytes
 from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
@@ -41,8 +41,6 @@ LEAST_PLAIN = 0.01
 # Of what plain torch norms or rotates, at most; where it is not in float32, that too.
 PLAIN_TORCH_COPIES = 2
 FLOAT32_BYTES = 4
-# Of a token and a KV head, where its keys are in the pages.
-ROW_BYTES = 8
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
 FP8_BYTES = 1
@@ -261,7 +259,7 @@ class Demand:
             "norm": plain * hidden,
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(prompt, max_context, keys),
+            "attention": 3 * tokens * queries * e + self._prompt_keys(rank, prompt, max_context),
             "logits": self._logits(rank, rows),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
@@ -269,7 +267,7 @@ class Demand:
             # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
             weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
             kept = half * (2 * qkv + 4 * queries) * e
-            steps["attention"] = kept + self._prompt_keys(half, max_context, keys) + weights
+            steps["attention"] = kept + self._prompt_keys(rank, half, max_context) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
@@ -296,15 +294,9 @@ class Demand:
             return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
         return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
 
-    def _prompt_keys(self, num_rows: int, max_context: int, keys: int) -> int:
-        """What so many tokens attend to (parallel/engine/part_attention.py): keys and values of some parts at a time,
-        `keys` numbers each, and where those of all are; plain torch has masks too, of booleans and of numbers."""
-        e, limits = DTYPE_BYTES[self.dtype], self._limits(max_context)
-        gathered = limits.gathered_keys * keys * (2 * e + (FP8_BYTES if self.kv_dtype == KVDType.fp8.value else 0))
-        places = min(self.batch_size, num_rows) * max_context * (keys // self.shape.head_dim) * ROW_BYTES
-        tokens = min(num_rows, max_context)
-        mask = tokens * max_context * (1 + e) if self.device == "cpu" and tokens < max_context else 0
-        return gathered + places + mask
+    def _prompt_keys(self, rank: int, num_rows: int, max_context: int) -> int:
+        kv_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
+        return prompt_keys_bytes(self._layer(rank), self.shape.head_dim, kv_bytes, num_rows, self._limits(max_context))
 
     def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
         """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and
