@@ -74,8 +74,8 @@ class EngineConfig:
     prefill_chunk: int = 2048
     # The same while answers are being written, each of which waits for the whole pass before its next token. auto: by
     # this machine's rates, as many as take with a step no longer than 100 ms, but not so few that prompts are read at
-    # less than two thirds of the full chunk's rate; 512 where rates are not known. Where nobody waits for single tokens,
-    # as large as prefill_chunk answers more of them a second.
+    # less than three quarters of the full chunk's rate; 512 where rates are not known. Where nobody waits for single
+    # tokens, as large as prefill_chunk answers more of them a second.
     prefill_chunk_while_decoding: int | str = AUTO
     # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
     # 1.2 MiB of card memory a layer for each of seven sizes. auto, on or off.

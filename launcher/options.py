@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from launcher.config import Aim, OffloadKind, RunConfig, TopologyKind
 from launcher.hardware import Inventory
-from launcher.plan import Plan, plan_run
+from launcher.plan import Plan
 from launcher.shape import ModelShape, quantized_shape
 from launcher.timing.find import plan_timed
 from launcher.timing.predict import Times

@@ -68,8 +68,8 @@ class Plan:
     tpot_floor_ms: float | None
     # None where all layers are on the cards.
     offload: OffloadPlan | None = None
-    # Tokens of prompt in a pass while answers are under way (None: as many as otherwise), and what these then wait for it
-    # and their own step, where rates tell.
+    # Tokens of prompt in a pass while answers are under way (None: as many as otherwise), and what a token then waits
+    # for it and its step, where rates tell.
     prefill_chunk_while_decoding: int | None = None
     longest_wait_ms: float | None = None
 

@@ -39,6 +39,7 @@ MEASURED_BY_RANKS = (
     "calibration",
     "outputs",
     "workload",
+    "requests",
     "prefill_tokens_per_sec",
     "spread",
     "bandwidth_share",

@@ -1,5 +1,4 @@
-"""Causal attention of neighbouring ranges of rows in one call; the device alone knows their bounds: a graph can have it.
-"""
+"""Causal attention of neighbouring ranges of rows at once, whose bounds the device alone knows: a graph can have it."""
 
 from __future__ import annotations
 
@@ -69,6 +68,6 @@ def rows_of(slots: Tensor, kv_heads: int) -> Tensor:
 
 
 def keys_at(kv: PagedKV, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of the tokens whose `rows` [n, kv_heads] `rows_of` has: [n, kv_heads, head_dim] each, in `dtype`."""
+    """Keys and values of the tokens with `rows` [n, kv_heads], as of rows_of: [n, kv_heads, head_dim], in `dtype`."""
     keys, values = (as_bits(stored).flatten(0, 2)[rows].view(stored.dtype).to(dtype) for stored in (kv.keys, kv.values))
     return keys, values

@@ -79,8 +79,13 @@ def worst_error(of: Pass, output: Tensor) -> float:
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "dtype", "kv", "allowed"),
-    [(4, 8, 128, BF16, BF16, 0.08), (2, 4, 64, BF16, FP8, 0.08), (8, 1, 128, F16, F16, 0.02), (1, 5, 80, BF16, BF16, 0.08)],
-)  # fmt: skip
+    [
+        (4, 8, 128, BF16, BF16, 0.08),
+        (2, 4, 64, BF16, FP8, 0.08),
+        (8, 1, 128, F16, F16, 0.02),
+        (1, 5, 80, BF16, BF16, 0.08),
+    ],
+)
 def test_many_at_once_are_as_right_as_one_by_one(
     name: str, kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, kv: torch.dtype, allowed: float
 ) -> None:
