@@ -13,7 +13,8 @@ from launcher.timing.rates import Rates
 # What a reader hardly notices between two tokens; answers of ten tokens a second are still faster than anyone reads.
 UNNOTICED_MS = 100.0
 # A pass reads and dequantises all weights, however few its tokens are. Where not even small ones are over in time, they
-# are no smaller than reads prompts at such a share of the full chunk's rate: with less, answers end later for it.
+# are no smaller than reads prompts at such a share of the full chunk's rate: results/LOG.md, "chunks of prompts beside
+# answers", has what smaller ones cost.
 LEAST_SHARE = 3 / 4
 SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 

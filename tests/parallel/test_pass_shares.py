@@ -62,11 +62,10 @@ def test_who_reuses_what_another_reads_waits_for_it() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_pass_is_full_and_all_are_read_whoever_comes(seed: int) -> None:
-    """While shorter prompts come without end, each prompt ends in at most twice the passes that it, and those before it,
-    take alone."""
+    """While shorter prompts come without end, a prompt ends in at most twice the passes that those up to it take."""
     draw, room = random.Random(seed), random.Random(seed).choice((1, 7, 64, 200))
     waiting = [EngineSequence(index, [0] * draw.randint(1, 600), 1, pages=[index]) for index in range(5)]
-    first, since = waiting[:], {each: 0 for each in waiting}
+    first, since = waiting[:], dict.fromkeys(waiting, 0)
     for number in range(1, 100_000):
         parts = share_pass(waiting, room)
         left = sum(len(each.prompt) - each.num_prefilled for each in waiting)
