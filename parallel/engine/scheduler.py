@@ -70,7 +70,7 @@ class Scheduler:
         return True
 
     def next_parts(self) -> list[Part]:
-        """What to prefill next. A pass is shorter where answers are under way: each waits for it before its next token."""
+        """What to prefill next: less where answers are under way, each of which waits for it before its next token."""
         return share_pass(self.prefilling, self.engine.limits.chunk(is_decoding=bool(self.running)))
 
     def start_running(self) -> list[Sequence]:
