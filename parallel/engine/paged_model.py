@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_cut
 from parallel.engine.overlap import run_in_halves
-from parallel.engine.pages import PagedKV, allocate_pages, slots_of
+from parallel.engine.pages import PagedKV, allocate_pages, positions_and_slots
 from parallel.engine.part_attention import attend_parts
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.rows import Rows, to_device
@@ -66,8 +66,7 @@ class PagedModel:
 def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
     """[3, tokens] int64: ids, positions and slots."""
     ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
-    positions = torch.cat([torch.arange(part.start, part.end) for part in parts])
-    slots = torch.cat([slots_of(part.sequence.pages, part.start, part.end) for part in parts])
+    positions, slots = positions_and_slots([(part.sequence.pages, part.start, part.end) for part in parts])
     return to_device(torch.stack([ids, positions, slots]), device)
 
 

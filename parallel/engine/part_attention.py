@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend
-from parallel.engine.pages import PagedKV, slots_of
+from parallel.engine.pages import PagedKV, positions_and_slots
 from parallel.engine.rows import to_device
 from parallel.engine.sequence import Part
 from parallel.kernels.paged_attention import prefill_attention
@@ -38,7 +38,7 @@ class Group:
     @classmethod
     def open(cls, parts: Sequence[Part], kv_heads: int, device: torch.device) -> Group:
         lengths, ends = [len(part) for part in parts], [part.end for part in parts]
-        slots = torch.cat([slots_of(part.sequence.pages, 0, part.end) for part in parts])
+        _, slots = positions_and_slots([(part.sequence.pages, 0, part.end) for part in parts])
         queries, keys = (
             to_device(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device) for each in (lengths, ends)
         )

@@ -14,6 +14,7 @@ from parallel.engine.pages import (
     allocate_pages,
     move_tokens,
     pages_for,
+    positions_and_slots,
     slots_of,
 )
 from parallel.kernels.ranges_attention import keys_at, rows_of
@@ -85,6 +86,16 @@ def test_a_slot_is_a_page_and_a_place_in_it() -> None:
     write_kv(kv, key, value, slots_of([3, 2], 64 + 5, 64 + 6))
     assert torch.equal(kv.keys[2, :, 5], key[0])
     assert torch.equal(kv.values[2, :, 5], value[0])
+
+
+def test_slots_of_many_sequences_follow_one_another() -> None:
+    """Ranges that begin and end anywhere, an empty one, and pages beyond their ends."""
+    ranges = [([3, 7, 2], 60, 130), ([5], 0, 1), ([9, 4], 64, 64), ([1, 8, 6], 127, 129)]
+    expected = [
+        (at, pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE) for pages, *ends in ranges for at in range(*ends)
+    ]
+    positions, slots = positions_and_slots(ranges)
+    assert list(zip(positions.tolist(), slots.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
