@@ -68,12 +68,28 @@ def with_spread(value: float | None, spread: dict[str, float] | None) -> str:
 
 
 def breakdown_tables(report: dict[str, Any]) -> list[Table | str]:
-    """The parts of a decode step, and of a pass of prompts, with what `other` is; or why there are none."""
+    """How requests over time were served; the parts of a decode step, and of a pass of prompts, with what `other` is,
+    or why there are none."""
     step, prefill = report["breakdown"], report["prefill_breakdown"]
     return [
+        *requests_text(report["requests"]),
         *parts_table("decode step", step, step_text(report)),
         *parts_table("prefill", prefill, prefill_text(prefill)),
     ]
+
+
+def requests_text(found: dict[str, Any]) -> list[str]:
+    """Nothing where requests did not come over time."""
+    if found["offered_per_sec"] is None:
+        return []
+    rates = f"{number(found['per_sec'])} of {number(found['offered_per_sec'])} requests/s answered"
+    waits = [
+        f"{name} {number(found[key]['p50'])} ms (p99 {number(found[key]['p99'])})"
+        for name, key in (("first token", "ttft_ms"), ("next", "itl_ms"), ("mean of an answer", "tpot_ms"))
+    ]
+    good = f"{percent(found['good_share'])}, {number(found['good_per_sec'])} a second, within "
+    good += f"{number(found['max_ttft_ms'])} ms and {number(found['max_tpot_ms'])} ms a token"
+    return ["; ".join([rates, *waits, good])]
 
 
 def parts_table(name: str, found: dict[str, Any], title: str) -> list[Table | str]:

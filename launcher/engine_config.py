@@ -9,6 +9,9 @@ from enum import Enum
 
 from parallel.kernels.held import MIN_FUSED_ROWS
 
+AUTO = "auto"
+# Tokens of prompt in a pass while answers wait for it, where nobody knows how long passes take.
+UNTIMED_CHUNK = 512
 # As many as anyone can use: noise is a function of a seed and of what is drawn, and takes any number.
 MAX_SEED = 2**32 - 1
 
@@ -69,10 +72,11 @@ class EngineConfig:
     kv_dtype: KVDType = KVDType.auto
     # Tokens of prompt that go through the model at a time; bounds the memory of activations.
     prefill_chunk: int = 2048
-    # The same while answers are being written, each of which waits for the whole pass before its next token: 512 tokens
-    # of a 70B took 123 ms on two H200, 2048 took 396. Where nobody waits for single tokens, as large as prefill_chunk
-    # answers more of them a second.
-    prefill_chunk_while_decoding: int = 512
+    # The same while answers are being written, each of which waits for the whole pass before its next token. auto: by
+    # this machine's rates, as many as take with a step no longer than 100 ms, but not so few that prompts are read at
+    # less than three quarters of the full chunk's rate; 512 where rates are not known. Where nobody waits for single
+    # tokens, as large as prefill_chunk answers more of them a second.
+    prefill_chunk_while_decoding: int | str = AUTO
     # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
     # 1.2 MiB of card memory a layer for each of seven sizes, and a moment when a size comes a second time. auto, on or
     # off.
@@ -91,12 +95,20 @@ class EngineConfig:
     # sequences say less than six tenths of the bytes, and answers are no longer those of one card.
     all_reduce_bits: int = 16
 
+    @property
+    def untimed_chunk(self) -> int:
+        """prefill_chunk_while_decoding, as far as that can be said without times."""
+        asked = self.prefill_chunk_while_decoding
+        return asked if isinstance(asked, int) else min(self.prefill_chunk, UNTIMED_CHUNK)
+
     def problems(self) -> Iterator[str]:
         if self.max_context is not None and self.max_context < 2:
             yield f"engine.max_context={self.max_context} must be at least 2: one token of prompt and one of answer."
-        for name in ("prefill_chunk", "prefill_chunk_while_decoding"):
-            if getattr(self, name) < 1:
-                yield f"engine.{name}={getattr(self, name)} must be at least 1."
+        if self.prefill_chunk < 1:
+            yield f"engine.prefill_chunk={self.prefill_chunk} must be at least 1."
+        asked = self.prefill_chunk_while_decoding
+        if asked != AUTO and not (isinstance(asked, int) and asked >= 1):
+            yield f"engine.prefill_chunk_while_decoding={asked} must be at least 1, or {AUTO}."
         if self.fused_prefill_rows is not None and self.fused_prefill_rows < MIN_FUSED_ROWS:
             yield (
                 f"engine.fused_prefill_rows={self.fused_prefill_rows} must be at least {MIN_FUSED_ROWS}, up to which "

@@ -7,9 +7,8 @@ from dataclasses import replace
 from launcher.config import RunConfig
 from launcher.grid import GridPoint, point_run
 from launcher.hardware import Inventory
-from launcher.plan import plan_run
 from launcher.shape import ModelShape
-from launcher.timing.find import predict_run
+from launcher.timing.find import plan_timed
 from launcher.topology import Placement, PlanError
 
 
@@ -34,9 +33,9 @@ def plan_point(
     """`point` with its plan and times, or with the reason to skip it."""
     own = point_run(run, point)
     try:
-        plan = plan_run(own, placement, shape, inventory)
+        plan, times = plan_timed(own, placement, shape, inventory)
     except PlanError as error:
         return replace(point, skipped=str(error).splitlines()[0])
     if plan.offload is not None:
         return replace(point, skipped="layers would be streamed from host memory. Use task=bench for this workload.")
-    return replace(point, plan=plan, times=predict_run(own, plan, shape, inventory))
+    return replace(point, plan=plan, times=times)

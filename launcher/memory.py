@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
-from launcher.memory_layer import Layer, graphs_bytes
+from launcher.memory_layer import Layer, graphs_bytes, prompt_keys_bytes
 from launcher.memory_process import process_lines
 from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.memory_weights import held_linear_bits
@@ -27,8 +27,6 @@ from parallel.partition import choose_grain, split_by_grain, split_by_heads
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
 # Of what plain torch norms or rotates, at most; where it is not in float32, that too.
 PLAIN_TORCH_COPIES = 2
-# Of the keys or values that a prompt attends to: keys in order; values as they lie in pages, and in order.
-GATHERED_COPIES = 3
 FLOAT32_BYTES = 4
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
@@ -200,8 +198,10 @@ class Demand:
         return max(plain, linear_load(shape, self.device, self.dtype, linear))
 
     def _kv_bytes(self, max_context: int, bytes_per_token: int) -> int:
-        limits = EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)
-        return limits.num_pages * PAGE_SIZE * bytes_per_token
+        return self._limits(max_context).num_pages * PAGE_SIZE * bytes_per_token
+
+    def _limits(self, max_context: int) -> EngineLimits:
+        return EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)
 
     def _held_bits(self) -> float | None:
         """What a quantised weight takes once it is packed for its kernel; None: as it is stored."""
@@ -234,7 +234,7 @@ class Demand:
             "norm": plain * hidden,
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(prompt, max_context, keys * e),
+            "attention": 3 * tokens * queries * e + self._prompt_keys(rank, prompt, max_context),
             "logits": self._logits(rank, rows),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
@@ -242,7 +242,7 @@ class Demand:
             # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
             weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
             kept = half * (2 * qkv + 4 * queries) * e
-            steps["attention"] = kept + self._prompt_keys(half, max_context, keys * e) + weights
+            steps["attention"] = kept + self._prompt_keys(rank, half, max_context) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
         return 3 * tokens * hidden * e + max(steps.values())
 
@@ -269,11 +269,9 @@ class Demand:
             return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
         return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
 
-    def _prompt_keys(self, num_rows: int, max_context: int, token_bytes: int) -> int:
-        """Keys and values that so many tokens attend to; plain torch has the mask too, of booleans and of numbers."""
-        tokens, element_bytes = min(num_rows, max_context), DTYPE_BYTES[self.dtype]
-        mask = tokens * max_context * (1 + element_bytes) if self.device == "cpu" and tokens < max_context else 0
-        return max_context * token_bytes * 2 + max(max_context * token_bytes * (GATHERED_COPIES - 2), mask)
+    def _prompt_keys(self, rank: int, num_rows: int, max_context: int) -> int:
+        kv_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
+        return prompt_keys_bytes(self._layer(rank), self.shape.head_dim, kv_bytes, num_rows, self._limits(max_context))
 
     def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
         """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.checkpoint.formats.scheme import Scheme
-from parallel.engine.limits import graphed_rows
+from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.kernels.held import product_bytes
 
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
@@ -69,3 +69,18 @@ def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_
     kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
     piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
     return GRAPHS_BYTES + kept + (piece if tokens else 0) + len(sizes) * num_layers * PASS_GRAPH_BYTES
+
+
+def prompt_keys_bytes(layer: Layer, head_dim: int, kv_bytes: int, num_rows: int, limits: EngineLimits) -> int:
+    """What so many tokens of prompts attend to: keys and values of some parts at a time, and where those of all are;
+    plain torch has masks too, of booleans and of numbers.
+
+    Written for parallel/engine/part_attention.py. `kv_bytes`: of a number in the cache; other numbers are converted.
+    """
+    e, max_context = layer.element_bytes, limits.max_context
+    converted = kv_bytes if kv_bytes != e else 0
+    gathered = limits.gathered_keys * layer.keys * (2 * e + converted)
+    places = min(limits.batch_size, num_rows) * max_context * (layer.keys // head_dim) * INT64_BYTES
+    tokens = min(num_rows, max_context)
+    mask = tokens * max_context * (1 + e) if layer.device == "cpu" and tokens < max_context else 0
+    return gathered + places + mask

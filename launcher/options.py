@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from launcher.config import Aim, OffloadKind, RunConfig, TopologyKind
 from launcher.hardware import Inventory
-from launcher.plan import Plan, plan_run
+from launcher.plan import Plan
 from launcher.shape import ModelShape, quantized_shape
-from launcher.timing.find import predict_run
+from launcher.timing.find import plan_timed
 from launcher.timing.predict import Times
 from launcher.topology import PlanError, place_ranks
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
@@ -75,10 +75,10 @@ def try_option(run: RunConfig, shape: ModelShape, inventory: Inventory, option: 
         # Among several cards, only what is on them is compared.
         run = replace(run, offload=replace(run.offload, enabled=OffloadKind.off))
     try:
-        plan = plan_run(run, place_ranks(run, option.world_size, inventory), shape, inventory)
+        plan, times = plan_timed(run, place_ranks(run, option.world_size, inventory), shape, inventory)
     except (PlanError, PartitionError) as error:
         return replace(option, reason=shorten(str(error)))
-    return with_times(option, plan, predict_run(run, plan, shape, inventory))
+    return with_times(option, plan, times)
 
 
 def with_times(option: Option, plan: Plan, times: Times | str) -> Option:

@@ -68,8 +68,10 @@ class Plan:
     tpot_floor_ms: float | None
     # None where all layers are on the cards.
     offload: OffloadPlan | None = None
-    # Tokens of prompt in a pass while answers are under way; None: as many as otherwise.
+    # Tokens of prompt in a pass while answers are under way (None: as many as otherwise), and what a token then waits
+    # for it and its step, where rates tell.
     prefill_chunk_while_decoding: int | None = None
+    longest_wait_ms: float | None = None
 
 
 def plan_run(
@@ -114,7 +116,7 @@ def plan_run(
         tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
         offload=offload,
         # A pass that streams layers costs the same for few tokens.
-        prefill_chunk_while_decoding=None if offload else run.engine.prefill_chunk_while_decoding,
+        prefill_chunk_while_decoding=None if offload else run.engine.untimed_chunk,
     )
 
 

@@ -29,8 +29,18 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         *([] if plan.offload is None else describe_host(plan.offload)),
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
+        *describe_chunk(plan),
         *describe_times(plan, times),
     ]
+
+
+def describe_chunk(plan: Plan) -> list[tuple[str, str]]:
+    """How prompts are read beside answers, and what these wait for it, where that is known."""
+    tokens = plan.prefill_chunk_while_decoding
+    if tokens is None or plan.longest_wait_ms is None:
+        return []
+    wait = f"{tokens:,} tokens a pass; a token waits up to {number(plan.longest_wait_ms)} ms for one, its step included"
+    return [("prompts beside answers, predicted", wait)]
 
 
 def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ MEASURED_BY_RANKS = (
     "calibration",
     "outputs",
     "workload",
+    "requests",
     "prefill_tokens_per_sec",
     "spread",
     "bandwidth_share",
@@ -123,7 +124,9 @@ def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
         "dtype": plan.dtype,
         "batch_size": plan.batch_size,
         "max_context": plan.max_context,
+        "prefill_chunk_while_decoding": plan.prefill_chunk_while_decoding,
         "predicted": {
+            "longest_wait_ms": plan.longest_wait_ms,
             "tpot_floor_ms": plan.tpot_floor_ms,
             "kv_tokens_that_fit": plan.kv_tokens_that_fit,
             "offload": None if plan.offload is None else asdict(plan.offload) | {"pass_ms": plan.offload.pass_ms},

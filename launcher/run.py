@@ -27,7 +27,7 @@ from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.start import StartRanks
 from launcher.telemetry import Telemetry
-from launcher.timing.find import keep_calibration, predict_run
+from launcher.timing.find import keep_calibration, plan_timed
 from launcher.topology import Placement, place_ranks, resolve_world_size
 from parallel.checkpoint.headers import read_checkpoint
 
@@ -197,8 +197,8 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
         disk_folder = find_disk_folder(run, model.folder)
         if run.hardware.kind != HardwareKind.facts:
             inventory = replace(inventory, disk_gb_per_sec=measure_disk(disk_folder))
-    plan = plan_run(run, job.placement, model.shape, inventory, draft=None if draft is None else draft.shape)
-    times = predict_run(run, plan, model.shape, inventory)
+    draft_shape = None if draft is None else draft.shape
+    plan, times = plan_timed(run, job.placement, model.shape, inventory, draft=draft_shape)
     print_plan(plan, model.shape, times)
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")

@@ -35,6 +35,10 @@ class WorkloadConfig:
     num_requests: int | None = None
     # Requests a second, at random times (Poisson, by sampling.seed); null: the next comes when one before it has ended.
     arrival_rate: float | None = None
+    # A request is answered in good time with its first token, and then a token on average, within these; MLPerf's
+    # limits of a served 70B.
+    max_ttft_ms: float = 2000.0
+    max_tpot_ms: float = 200.0
     # Measured runs; numbers are of all of them, with the spread between them.
     repeats: int = 3
     # Runs before them that are not measured.
@@ -47,12 +51,15 @@ class WorkloadConfig:
                 yield f"workload.{name}={value} must be at least 1."
         if self.arrival_rate is not None and not 0 < self.arrival_rate < math.inf:
             yield f"workload.arrival_rate={self.arrival_rate} must be above 0 requests a second, or null."
+        for name in ("max_ttft_ms", "max_tpot_ms"):
+            if not getattr(self, name) > 0:
+                yield f"workload.{name}={getattr(self, name)} must be above 0 milliseconds."
         if self.warm_up < 0:
             yield f"workload.warm_up={self.warm_up} must be 0 (none) or above."
 
     def bench_keys(self) -> list[str]:
         """Keys that were set and that only task=bench reads."""
-        names = ("num_requests", "arrival_rate", "repeats", "warm_up")
+        names = ("num_requests", "arrival_rate", "max_ttft_ms", "max_tpot_ms", "repeats", "warm_up")
         default = WorkloadConfig()
         return [f"workload.{name}" for name in names if getattr(self, name) != getattr(default, name)]
 

@@ -21,6 +21,7 @@ from launcher.tasks.measure import communication, kernels, memory
 from launcher.tasks.passes import time_passes
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
+from launcher.tasks.serving import serving
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
@@ -59,6 +60,7 @@ class Bench:
             result.acceptance,
             result.step_ms,
             result.plans,
+            result.requests,
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
@@ -115,6 +117,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "warm_up_sec": warm_up_sec,
         "startup": context.startup,
         **summarise(runs),
+        "requests": serving(runs, job.run.workload),
         "speculation": speculated(context, loaded, join_steps(runs), contexts, offload),
         "generated_tokens": sum(run.output_tokens for run in runs),
         "generation": span,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel.engine.generate import RequestTimes
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.timing import p99
@@ -30,6 +31,8 @@ class MeasuredRun:
     acceptance: Acceptance = field(default_factory=Acceptance)
     step_ms: list[float] = field(default_factory=list)
     plans: Counter[TreePlan] = field(default_factory=Counter)
+    # Of each answer, where they are told apart.
+    requests: list[RequestTimes] = field(default_factory=list)
 
     @property
     def tokens_per_sec(self) -> float:

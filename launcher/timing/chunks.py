@@ -68,7 +68,7 @@ def _queue_us(work: Work, parts: list[Part], rates: Rates, entry: ChunkRates) ->
 
 def _extra_us(work: Work, parts: list[Part], rates: Rates, name: str) -> float:
     """Of a layer, for what is not one prompt from its start. Where a pass begins within one, prompts cost what they do
-    in the largest chunks: passes of whole prompts are captured up to some size, all others attend to each by itself."""
+    in the largest chunks: passes of whole prompts are captured up to some size, all others launched one by one."""
     is_fresh = all(past == 0 for past, _ in parts)
     more_parts = _at(work, parts, getattr(rates.parts if is_fresh else rates.parts.largest, name)) * (len(parts) - 1)
     return more_parts + (0.0 if is_fresh else _at(work, parts, getattr(rates.past, name)))

@@ -9,11 +9,21 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.config import HardwareConfig, HardwareKind, PeerAccess, RunConfig, SpeculationKind, TransportKind
+from launcher.config import (
+    RANDOM_PROMPT_TOKENS,
+    HardwareConfig,
+    HardwareKind,
+    PeerAccess,
+    RunConfig,
+    SpeculationKind,
+    TransportKind,
+)
+from launcher.engine_config import AUTO
 from launcher.hardware import Inventory
 from launcher.job import Job
-from launcher.plan import Plan, demand_of
+from launcher.plan import Plan, demand_of, plan_run
 from launcher.shape import ModelShape
+from launcher.timing.chunk_choice import predict_chunk
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import Times, predict_times
@@ -22,6 +32,36 @@ from launcher.timing.rates import Rates
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from launcher.timing.work import work_of
 from launcher.topology import Placement
+
+
+def plan_timed(
+    run: RunConfig,
+    placement: Placement,
+    shape: ModelShape,
+    inventory: Inventory,
+    *,
+    draft: ModelShape | None = None,
+) -> tuple[Plan, Times | str]:
+    """As plan_run, with what times decide; and as predict_run."""
+    plan = with_chunk(run, plan_run(run, placement, shape, inventory, draft=draft), shape, inventory)
+    return plan, predict_run(run, plan, shape, inventory)
+
+
+def with_chunk(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Inventory) -> Plan:
+    """`plan` with the chunk of prompts while answers are written that suits the machine, where its rates are known and
+    engine.prefill_chunk_while_decoding leaves it open."""
+    is_open = run.engine.prefill_chunk_while_decoding == AUTO and plan.offload is None
+    rates = find_rates(run, plan.placement, inventory) if is_open and plan.placement.device == "cuda" else None
+    if rates is None:
+        return plan
+    context = (run.num_prompt_tokens or RANDOM_PROMPT_TOKENS) + run.workload.output_tokens // 2
+    sizes = {"prefill_chunk": run.engine.prefill_chunk, "batch_size": plan.batch_size, "context": context}
+    try:
+        found = predict_chunk(work_of(demand_of(run, plan.placement, shape, None)), rates, **sizes)
+    except ValueError:
+        # predict_run says why.
+        return plan
+    return replace(plan, prefill_chunk_while_decoding=found.tokens, longest_wait_ms=found.wait_ms)
 
 
 def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Inventory) -> Times | str:

@@ -15,7 +15,7 @@ from parallel.engine.decoder import Attend, Decoder
 from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV
 from parallel.engine.pieces import PassBuffers, Pieces
-from parallel.kernels.ranges_attention import keys_at, ranges_attention
+from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
 
 # Prompts of one pass; each costs some idle blocks of the attention kernel.
 MAX_PROMPTS = 16
@@ -60,9 +60,10 @@ class FreshPass:
 
 def attend_within(decoder: Decoder, slots: Tensor, query_bounds: Tensor, key_bounds: Tensor) -> Attend:
     """Attention to tokens of the pass, which are in `slots` by then."""
+    rows = rows_of(slots, decoder.num_kv_heads)
 
     def attend(query: Tensor, cache: PagedKV) -> Tensor:
-        keys, values = keys_at(cache, slots, query.dtype)
+        keys, values = keys_at(cache, rows, query.dtype)
         return ranges_attention(query, keys, values, query_bounds, key_bounds, decoder.scale)
 
     return attend

@@ -46,6 +46,15 @@ class Prompt:
     arrival_sec: float | None = None
 
 
+@dataclass(frozen=True)
+class RequestTimes:
+    """Of one answer: milliseconds from its prompt's arrival to its first token, and from one token to the next on
+    average; None where it has one."""
+
+    ttft_ms: float
+    tpot_ms: float | None
+
+
 @dataclass
 class Result:
     """Answers in prompt order.
@@ -53,7 +62,7 @@ class Result:
     `ttft_ms`: from each prompt's arrival (or its admission, where it has no time) to its first token on the host.
     `step_ms`: of each decode step, from the tokens before to its own on the host, with what was prefilled between them.
     `token_ms`: of each token of each answer but its first, from the one before it on the host, divided among the tokens
-    that the answer got in the step: without speculation all of it.
+    that the answer got in the step: without speculation all of it. `requests`: as answers end.
     Of `prompt_tokens` in all, `reused_tokens` were found in the cache. `acceptance` is of drafts; `plans`: for how many
     steps each tree was chosen, where they are chosen step by step.
     """
@@ -62,6 +71,7 @@ class Result:
     ttft_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     token_ms: list[float] = field(default_factory=list)
+    requests: list[RequestTimes] = field(default_factory=list)
     prompt_tokens: int = 0
     reused_tokens: int = 0
     acceptance: Acceptance = field(default_factory=Acceptance)
@@ -71,14 +81,21 @@ class Result:
 @dataclass
 class Opened:
     """An answer under way: its place in the result, what shows its text, since when its prompt waits for it, and when
-    its newest token was there."""
+    its first and its newest token were there."""
 
     row: int
     answer: Answer
     stream: TextStream
     room: int
     since: float | None = None
+    first: float = 0.0
     newest: float = 0.0
+
+    def times(self) -> RequestTimes:
+        assert self.since is not None, "admitted before its first token"
+        num_later = len(self.answer.token_ids) - 1
+        tpot_ms = (self.newest - self.first) * 1e3 / num_later if num_later else None
+        return RequestTimes((self.first - self.since) * 1e3, tpot_ms)
 
 
 def generate(
@@ -227,12 +244,15 @@ class Generation:
                 if not opened.answer.token_ids:
                     assert opened.since is not None, "admitted before its first token"
                     self.result.ttft_ms.append((now - opened.since) * 1e3)
+                    opened.first = now
                 taken = self.take_tokens(sequence, opened, given)
                 if pending.plan is not None:
                     self.engine.learn(pending.plan, given.nodes)
                 if pending.is_step:
                     self.result.token_ms += [(now - opened.newest) * 1e3 / taken] * taken
                 opened.newest = now
+                if opened.answer.finish_reason is not None:
+                    self.result.requests.append(opened.times())
 
     def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
         """Adds tokens to an answer up to its end; returns how many."""

@@ -20,6 +20,9 @@ GRAPHED_HALVED_ROWS = 257
 # Passes of up to the last of these are captured, for each of these numbers of rows; empty: none is. A pass of other
 # numbers runs the next larger graph. Above, a host is fast enough, and copies, which cannot be captured, carry sums.
 GRAPHED_ROWS: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
+# Tokens that parts of prompts attend to in one call, unless one has more. To gather so many and attend to them takes a
+# card about as long as a slow host needs for the four launches that a further call costs.
+GATHERED_KEYS = 8192
 # cuBLAS computes so many rows at a time.
 ROWS_PER_TILE = 128
 
@@ -66,6 +69,11 @@ class EngineLimits:
         if not is_decoding or self.prefill_chunk_while_decoding is None:
             return self.prefill_chunk
         return min(self.prefill_chunk, self.prefill_chunk_while_decoding)
+
+    @property
+    def gathered_keys(self) -> int:
+        """Tokens whose keys and values are gathered at a time."""
+        return max(self.max_context, min(GATHERED_KEYS, self.batch_size * self.max_context))
 
     @property
     def num_pages(self) -> int:

@@ -12,34 +12,28 @@ from transformers import PreTrainedModel
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_cut
 from parallel.engine.overlap import run_in_halves
-from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
+from parallel.engine.pages import PagedKV, allocate_pages, positions_and_slots
+from parallel.engine.part_attention import attend_parts
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.rows import Rows, to_device
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows
-from parallel.kernels.paged_attention import paged_attention, prefill_attention
+from parallel.kernels.paged_attention import paged_attention
+from parallel.kernels.ranges_attention import refusal
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.sharing import open_streamer
-
-
-@dataclass(frozen=True)
-class Part:
-    """Neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
-
-    sequence: Sequence
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
 class PagedModel:
     """A decoder and the pages of each of its layers. Models of one engine give a sequence the same page numbers.
 
-    `graphs`: passes of prompts that are captured.
+    `graphs`: passes of prompts that are captured. `max_keys`: tokens that parts of prompts attend to at once.
     """
 
     decoder: Decoder
     caches: list[PagedKV]
+    max_keys: int = 0
     graphs: PassGraphs | None = None
 
     def part_states(self, parts: Ordered[Part]) -> Tensor:
@@ -66,26 +60,13 @@ class PagedModel:
         return self.decoder(rows.inputs(), attend, self.caches)
 
     def _attend_parts(self, parts: Ordered[Part]) -> Attend:
-        device = self.caches[0].keys.device
-        tables = [to_device(torch.tensor(part.sequence.pages), device) for part in parts]
-
-        def attend_part(chunk: Tensor, cache: PagedKV, part: Part, table: Tensor) -> Tensor:
-            # What is gathered goes with this call, before the next part's is.
-            return prefill_attention(chunk, *gather_kv(cache, table, part.end, chunk.dtype), self.decoder.scale)
-
-        def attend(query: Tensor, cache: PagedKV) -> Tensor:
-            chunks = zip(query.split([part.end - part.start for part in parts]), parts, tables, strict=True)
-            attended = [attend_part(chunk, cache, part, table) for chunk, part, table in chunks]
-            return torch.cat(attended) if len(attended) > 1 else attended[0]
-
-        return attend
+        return attend_parts(parts, self.decoder.scale, self.max_keys)
 
 
 def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
     """[3, tokens] int64: ids, positions and slots."""
     ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
-    positions = torch.cat([torch.arange(part.start, part.end) for part in parts])
-    slots = torch.cat([slots_of(part.sequence.pages, part.start, part.end) for part in parts])
+    positions, slots = positions_and_slots([(part.sequence.pages, part.start, part.end) for part in parts])
     return to_device(torch.stack([ids, positions, slots]), device)
 
 
@@ -119,4 +100,7 @@ def open_paged(
     dtype = kv_dtype or model.lm_head.weight.dtype
     layers = list(dict.fromkeys(model.model.layers))
     pages = dict(zip(layers, allocate_pages(len(layers), limits.num_pages, *heads, dtype, device), strict=True))
-    return PagedModel(decoder, [pages[layer] for layer in model.model.layers])
+    takes_ranges = refusal(decoder.num_heads, decoder.head_dim, model.lm_head.weight.dtype, device) is None
+    return PagedModel(
+        decoder, [pages[layer] for layer in model.model.layers], limits.gathered_keys if takes_ranges else 0
+    )

@@ -102,7 +102,7 @@ class PassGraphs:
         device = self.buffers.residual.device
         self.bounds = torch.zeros(3, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
         why_not = refusal(decoder.num_heads, decoder.head_dim, self.buffers.residual.dtype, device)
-        self.takes_fresh = FRESH_GRAPHS and (device.type == "cpu" or why_not is None)
+        self.takes_fresh = FRESH_GRAPHS and why_not is None
         self.passes = {size: self._open(size) for size in sorted(sizes)}
         # The others fit into its memory, whenever they are recorded.
         self._prepare(self.passes[self.max_rows].recorded[:1])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
 from parallel.engine.pages import OutOfPagesError
+from parallel.engine.pass_shares import share_pass
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 
@@ -16,10 +17,10 @@ class Scheduler:
 
     - Ranks agree unasked: decisions depend on the prompts added, the limits and the tokens so far, never on time.
     - A sequence has all the pages that it may need before its first token is read, so none is ever thrown out again.
-    - None starves. Nobody overtakes: prompts are taken in, and read, in their order. The first that waits gets its row
-      and its pages as those before it end, and they end: with each pass of prompts, whose tokens `EngineLimits.chunk`
-      limits, every running sequence takes a step. The price is that a prompt that is short of pages, or long to read,
-      holds up shorter ones behind it; with `EngineLimits.num_pages` pages, whoever has a row has pages.
+    - None starves. Prompts are taken in in their order: the first that waits gets its row and its pages as those before
+      it end, and they end: with each pass of prompts, whose tokens `EngineLimits.chunk` limits, every running sequence
+      takes a step, and the oldest prompt has half of each pass (see share_pass). The price is that a prompt that is
+      short of pages holds up shorter ones behind it; with `EngineLimits.num_pages` pages, whoever has a row has pages.
     - A prompt reads what another before it has, or will have, put into shared pages (see PrefixCache) after that one.
     """
 
@@ -69,18 +70,8 @@ class Scheduler:
         return True
 
     def next_parts(self) -> list[Part]:
-        """What to prefill next: as much of the oldest prompts as one pass takes, none before an older one's end.
-
-        A pass is shorter where answers are under way: each of them waits for it before its next token.
-        """
-        room, parts = self.engine.limits.chunk(is_decoding=bool(self.running)), []
-        for sequence in self.prefilling:
-            start = sequence.num_prefilled
-            end = min(len(sequence.prompt), start + room)
-            if end > start:
-                parts.append(Part(sequence, start, end))
-                room -= end - start
-        return parts
+        """What to prefill next: less where answers are under way, each of which waits for it before its next token."""
+        return share_pass(self.prefilling, self.engine.limits.chunk(is_decoding=bool(self.running)))
 
     def start_running(self) -> list[Sequence]:
         """Moves on those whose prompt is in the cache; returns them."""

@@ -1,4 +1,4 @@
-"""One prompt on its way to an answer: what the engine needs to know of it."""
+"""One prompt on its way to an answer: what the engine needs to know of it, and of a part of it."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ class Sequence:
     def is_sampled(self) -> bool:
         """Whether every token that the answer may have has been computed."""
         return self.num_sampled >= self.max_tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start

@@ -1,4 +1,4 @@
-"""Causal attention of neighbouring ranges of rows, whose bounds the device alone knows: a graph can have it."""
+"""Causal attention of neighbouring ranges of rows at once, whose bounds the device alone knows: a graph can have it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ MAX_HEAD_DIM = 256
 
 
 def ranges_attention(
-    query: Tensor, keys: Tensor, values: Tensor, query_bounds: Tensor, key_bounds: Tensor, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    scale: float,
+    longest: tuple[int, int] | None = None,
 ) -> Tensor:
     """Each range of rows attends to the range of keys of its number, of which it is the last rows: as `query`.
 
     query [rows, heads, head_dim]; keys and values [length, kv_heads, head_dim] of its dtype. Bounds [ranges + 1] int32:
-    range n is from bound n to bound n + 1, and may be empty. Rows in no range come out undefined.
+    range n is from bound n to bound n + 1, and may be empty. Rows in no range come out undefined. `longest`: rows, and
+    keys, of a range at most, where the host knows; fewer blocks are launched for nothing.
     """
     if query.is_cuda:
-        lengths = len(query), len(keys)
+        most_rows, most_keys = longest or (len(query), len(keys))
+        # The kernel lays single rows out in another way, which empty ranges would break.
+        lengths = max(most_rows, 2), most_keys
         found = torch.ops.aten._flash_attention_forward(
             query, keys, values, query_bounds, key_bounds, *lengths, 0.0, True, False, scale=scale
         )
@@ -38,7 +47,9 @@ def ranges_attention(
 
 
 def refusal(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a card cannot do this, in a few words; None: it can."""
+    """Why a card cannot do this, in a few words; None: it can, and a CPU always."""
+    if device.type == "cpu":
+        return None
     checks = {
         "not on a card of sm_80 or later": has_tensor_cores(device),
         f"activations in {str(dtype).removeprefix('torch.')}": dtype in DTYPES,
@@ -49,8 +60,14 @@ def refusal(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device)
     return next((reason for reason, passed in checks.items() if not passed), None)
 
 
-def keys_at(kv: PagedKV, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of the tokens in `slots` [n]: [n, kv_heads, head_dim] each, in `dtype`."""
+def rows_of(slots: Tensor, kv_heads: int) -> Tensor:
+    """[n, kv_heads] int64: where among all rows of a layer's pages the tokens in `slots` [n] have their keys."""
     pages, places = slots // PAGE_SIZE, slots % PAGE_SIZE
-    keys, values = (as_bits(stored)[pages, :, places].view(stored.dtype).to(dtype) for stored in (kv.keys, kv.values))
+    heads = torch.arange(kv_heads, device=slots.device)
+    return (pages.unsqueeze(1) * kv_heads + heads) * PAGE_SIZE + places.unsqueeze(1)
+
+
+def keys_at(kv: PagedKV, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tokens with `rows` [n, kv_heads], as of rows_of: [n, kv_heads, head_dim], in `dtype`."""
+    keys, values = (as_bits(stored).flatten(0, 2)[rows].view(stored.dtype).to(dtype) for stored in (kv.keys, kv.values))
     return keys, values

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, as_bits, gather_kv, slots_of
+from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, as_bits, slots_of
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import choose_launch
 from parallel.kernels.fused import rotary_and_cache
+from parallel.kernels.ranges_attention import keys_at, rows_of
 from tests.parallel.paged import Case, gather, make_case, write_kv
 from tests.parallel.trees import TreeCase, make_tree_case
 
@@ -278,7 +279,7 @@ def test_pages_on_a_card_hold_what_is_written(dtype: torch.dtype) -> None:
     keys, values = torch.randn(2, 150, 2, 128, device="cuda").to(dtype).to(BF16)
     keys[7, 1, 3] = 1000
     write_kv(kv, keys, values, slots_of([4, 1, 3], 0, 150).cuda())
-    found = gather_kv(kv, torch.tensor([4, 1, 3], device="cuda", dtype=torch.int32), 150, BF16)
+    found = keys_at(kv, rows_of(slots_of([4, 1, 3], 0, 150).cuda(), 2), BF16)
     keys[7, 1, 3] = 448 if dtype == FP8 else 1000
     assert torch.equal(torch.stack(found), torch.stack([keys, values]))
     assert torch.equal(gather(kv.keys, torch.tensor([4, 1, 3]), 150).transpose(0, 1), keys.double())

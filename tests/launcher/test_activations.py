@@ -16,6 +16,8 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
+from parallel.engine.pages import FP8, allocate_pages, pages_for
+from parallel.engine.part_attention import attend_parts
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
@@ -121,6 +123,26 @@ def make_engine(
 @pytest.fixture(scope="module", params=(1, 2))
 def ranks(request: pytest.FixtureRequest) -> list[Measured]:
     return run_on_ranks(measure_all, request.param)
+
+
+@pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
+@pytest.mark.parametrize("max_context", (960, 9600))
+def test_what_parts_attend_to_takes_what_is_predicted(kv_dtype: str, max_context: int) -> None:
+    """Two tokens each of prompts of `max_context`, at once or one after the other; queries and masks are small."""
+    facts, num_parts = replace(FACTS, num_heads=8, num_kv_heads=8), 6
+    demand = Demand(shape_from_facts(facts), 1, 64, "bfloat16", kv_dtype, "cpu", "solo", num_parts, 2 * num_parts)
+    pages = pages_for(max_context)
+    dtype = FP8 if kv_dtype == "fp8" else torch.bfloat16
+    cache = allocate_pages(1, 1 + num_parts * pages, 8, facts.head_dim, dtype, CPU)[0]
+    parts = [
+        Part(Sequence(row, [], 1, pages=list(range(1 + row * pages, 1 + (row + 1) * pages))), end - 2, end)
+        for row, end in enumerate([max_context] * num_parts)
+    ]
+    query = torch.randn(2 * num_parts, 8, facts.head_dim).to(torch.bfloat16)
+    gathered = EngineLimits(max_context, num_parts, 2 * num_parts).gathered_keys
+    measured = peak_bytes(lambda: attend_parts(parts, 1.0, gathered)(query, cache))
+    predicted = demand._prompt_keys(0, 2 * num_parts, max_context)
+    assert 0.95 * measured <= predicted <= 1.3 * measured
 
 
 # Small ones are left out; plain torch need not copy what is in the right dtype or order already (a rank's only head).

@@ -117,6 +117,9 @@ def test_plan_may_be_of_a_run_with_files_or_of_a_bench() -> None:
         (["engine.max_context=1"], "engine.max_context=1 must be at least 2"),
         (["engine.prefill_chunk=0"], "engine.prefill_chunk=0 must be at least 1"),
         (["engine.prefill_chunk_while_decoding=0"], "engine.prefill_chunk_while_decoding=0 must be at least 1"),
+        (["engine.prefill_chunk_while_decoding=few"], "while_decoding=few must be at least 1, or auto"),
+        (["task=bench", "workload.max_ttft_ms=0"], "workload.max_ttft_ms=0.0 must be above 0 milliseconds"),
+        (["workload.max_tpot_ms=9"], "workload.max_tpot_ms is read by task=bench only"),
         (["engine.comm_share_steps=-1"], "engine.comm_share_steps=-1 must be 0 (do not measure) or above"),
         (["engine.all_reduce_bits=4"], "engine.all_reduce_bits=4 must be 16 (exact) or 8"),
         (["engine.all_reduce_bits=8", "engine.transport=nccl"], "engine.all_reduce_bits=8 goes through host memory"),
@@ -162,6 +165,8 @@ def test_broken_rule_names_value_and_knob(overrides: list[str], words: str) -> N
         "task=bench workload.warm_up=0 workload.repeats=1 workload.num_requests=1 workload.arrival_rate=0.01",
         "task=bench engine.max_context=640",
         "task=plan workload=serving",
+        "engine.prefill_chunk_while_decoding=auto",
+        "task=bench engine.prefill_chunk_while_decoding=64 workload.max_ttft_ms=500",
     ],
 )
 def test_value_on_the_edge_of_a_rule_is_accepted(override: str) -> None:

@@ -235,11 +235,12 @@ def test_plan_counts_a_draft_model_shard_by_shard() -> None:
 def test_plan_counts_the_rows_and_the_slots_of_trees() -> None:
     """Of a draft model as many rows as it goes on from; of both caches a page more, where the tree needs it."""
     tree = tree_of(64, 8, 8)
-    changes = {"workload__batch_size": 4, "engine__max_context": 1024, "engine__prefill_chunk": 1}
+    changes = {"workload__batch_size": 4, "engine__max_context": 256, "engine__prefill_chunk": 1}
+    changes["workload__output_tokens"] = 64
     chain, grown = plan(DRAFT, **changes), plan(tree, **changes)
     for before, after in zip(chain.cards, grown.cards, strict=True):
         for name in ("kv_cache", "draft.kv_cache"):
-            assert after.lines[name] * (1 + 4 * 16) == before.lines[name] * (1 + 4 * 17)
+            assert after.lines[name] * (1 + 4 * 4) == before.lines[name] * (1 + 4 * 5)
         # Greedy: this rank's logits, and they in float32.
         rows = 4 * (64 - 5)
         per_row = LLAMA_70B.vocab_size // 2 * (2 + 4) + 3 * LLAMA_70B.hidden_size * 2

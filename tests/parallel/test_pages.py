@@ -12,11 +12,12 @@ from parallel.engine.pages import (
     PageAllocator,
     PagedKV,
     allocate_pages,
-    gather_kv,
     move_tokens,
     pages_for,
+    positions_and_slots,
     slots_of,
 )
+from parallel.kernels.ranges_attention import keys_at, rows_of
 from tests.parallel.paged import write_kv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FP8]
@@ -72,7 +73,7 @@ def test_what_is_written_token_by_token_is_gathered(dtype: torch.dtype, length: 
     keys, values = torch.randn(2, length, 3, 16).to(dtype).float()
     for start, end in ((0, length // 2), (length // 2, length)):
         write_kv(kv, keys[start:end], values[start:end], slots_of(pages, start, end))
-    found = gather_kv(kv, torch.tensor([*pages, 10**6], dtype=torch.int32), length, torch.float32)
+    found = keys_at(kv, rows_of(slots_of(pages, 0, length), 3), torch.float32)
     assert all(tensor.is_contiguous() for tensor in found)
     torch.testing.assert_close(torch.stack(found), torch.stack([keys, values]), rtol=0, atol=0)
     # Nothing else was touched: every other slot still holds its poison.
@@ -85,6 +86,16 @@ def test_a_slot_is_a_page_and_a_place_in_it() -> None:
     write_kv(kv, key, value, slots_of([3, 2], 64 + 5, 64 + 6))
     assert torch.equal(kv.keys[2, :, 5], key[0])
     assert torch.equal(kv.values[2, :, 5], value[0])
+
+
+def test_slots_of_many_sequences_follow_one_another() -> None:
+    """Ranges that begin and end anywhere, an empty one, and pages beyond their ends."""
+    ranges = [([3, 7, 2], 60, 130), ([5], 0, 1), ([9, 4], 64, 64), ([1, 8, 6], 127, 129)]
+    expected = [
+        (at, pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE) for pages, *ends in ranges for at in range(*ends)
+    ]
+    positions, slots = positions_and_slots(ranges)
+    assert list(zip(positions.tolist(), slots.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
