@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -71,7 +72,10 @@ def cut_in_sections(tokens: Tokens, residual: Tensor, sizes: Sequence[int]) -> l
 
 
 class PassInSections:
-    """A pass layer by layer. What it asks for is queued at once."""
+    """A pass layer by layer. What it asks for is queued at once.
+
+    Maps, not generator expressions: they keep nothing of a section while the next one is computed.
+    """
 
     def __init__(self, decoder: Decoder, sections: Sequence[Section]) -> None:
         self.decoder, self.sections = decoder, sections
@@ -82,26 +86,30 @@ class PassInSections:
         num_rows = sum(len(section.residual) for section in self.sections)
         try:
             for layer, cache in zip(self.decoder.layers(num_rows), caches, strict=True):
-                attended = (
-                    attend(query, cache) if self.decoder.num_heads else query
-                    for attend, query in zip(attends, self.queries(layer, cache), strict=True)
-                )
-                self.after_attention(layer, (each.flatten(1) for each in attended))
+                attend_each = partial(self.attend, cache)
+                self.after_attention(layer, map(attend_each, attends, self.queries(layer, cache)))
             self.finish()
         finally:
             # Whatever was raised, memory that is still summed up must not be used again before that is done.
             self.side.join()
 
+    def attend(self, cache: PagedKV, attend: Attend, query: Tensor) -> Tensor:
+        """[tokens, local heads * head_dim]"""
+        return (attend(query, cache) if self.decoder.num_heads else query).flatten(1)
+
     def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
         """Of each section, once its keys and values are cached: [tokens, local heads, head_dim]."""
-        for section, normed in zip(self.sections, self.normed(layer.input_layernorm), strict=True):
-            yield self.decoder.rotated(layer, normed, section.tokens, cache)
+
+        def rotated(section: Section, normed: Tensor) -> Tensor:
+            return self.decoder.rotated(layer, normed, section.tokens, cache)
+
+        return map(rotated, self.sections, self.normed(layer.input_layernorm))
 
     def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
         """The rest of a layer, from [tokens, local heads * head_dim] of each section on."""
         self.start_sums(layer.self_attn.o_proj, attended)
-        normed = self.normed(layer.post_attention_layernorm)
-        self.start_sums(layer.mlp.down_proj, (swiglu(layer.mlp.gate_up, each) for each in normed))
+        activated = map(partial(swiglu, layer.mlp.gate_up), self.normed(layer.post_attention_layernorm))
+        self.start_sums(layer.mlp.down_proj, activated)
 
     def finish(self) -> None:
         for section in self.sections:
@@ -112,7 +120,7 @@ class PassInSections:
 
     def start_sums(self, linear: Any, inputs: Iterable[Tensor]) -> None:
         """Multiplies each section's input by a row-parallel linear, and starts its sum before the next is asked for."""
-        self.sum_updates(linear, (linear.multiply(rows) for rows in inputs))
+        self.sum_updates(linear, map(linear.multiply, inputs))
 
     def sum_updates(self, linear: Any, updates: Iterable[Tensor]) -> None:
         for section, update in zip(self.sections, updates, strict=True):

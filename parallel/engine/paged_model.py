@@ -89,7 +89,8 @@ def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
 
 def split_parts(parts: Ordered[Part], sections: Ordered[int]) -> list[list[Part]]:
     """Those of each section of so many tokens; a part with tokens in several is cut."""
-    found, left = [], list(parts)
+    found: list[list[Part]] = []
+    left = list(parts)
     for size in sections:
         found.append([])
         while size > 0:

@@ -111,10 +111,12 @@ def test_sections_give_what_the_whole_gives(folders: dict[str, Path], model: str
             )
 
 
-def answers_in_sections(communicator: Communicator, folder: Path, cut: Cut | None) -> tuple[list[list[int]], list[int]]:
-    """Tokens of answers to prompts that are read in small chunks beside decode steps, twice; sections of each pass.
+def answers_in_sections(
+    communicator: Communicator, folder: Path, cuts: tuple[Cut, ...]
+) -> list[tuple[list[list[int]], list[int]]]:
+    """For passes left whole, then for each cut: tokens of answers, and how many sections each pass had.
 
-    The second time their pages are in the cache.
+    Prompts are read in small chunks beside decode steps, twice: the second time their pages are in the cache.
     """
     counts: list[int] = []
     choose = limits.choose_sections
@@ -124,28 +126,28 @@ def answers_in_sections(communicator: Communicator, folder: Path, cut: Cut | Non
         return choose(*args)
 
     paged_model.choose_sections = counting
-    if cut is not None:
-        cut_passes(cut)
-    engine = make_engine(communicator, folder, max_context=192, prefill_chunk=16, batch_size=2)
-    prompts = [(prompt * 9)[: 70 + 5 * row] for row, prompt in enumerate(prompts_of("llama"))]
-    answers = [
-        answer.token_ids
-        for _ in range(2)
-        for answer in generate(engine, numbered(prompts), demo_tokenizer(), StopRules(9)).answers
-    ]
-    return answers, counts
+    prompts, found = numbered([(prompt * 9)[:70] for prompt in prompts_of("llama")[:2]]), []
+    for cut in (None, *cuts):
+        if cut is not None:
+            cut_passes(cut)
+        counts.clear()
+        engine = make_engine(communicator, folder, max_context=128, prefill_chunk=16, batch_size=2)
+        answers = [generate(engine, prompts, demo_tokenizer(), StopRules(9)).answers for _ in range(2)]
+        found.append(([answer.token_ids for each in answers for answer in each], list(counts)))
+    return found
 
 
 @pytest.mark.parametrize("name", ["w4a16 act order", "awq"])
 def test_answers_do_not_depend_on_sections(tmp_path: Path, name: str) -> None:
     """Of a quantised model, on two ranks."""
-    folder = write_pair(name, tmp_path) / "quantized"
-    whole = run_on_ranks(answers_in_sections, 2, folder, None)
-    assert all(set(counts) == {1} for _, counts in whole)
-    for cut in (Cut(2, dequantizes=True), Cut(3)):
-        found = run_on_ranks(answers_in_sections, 2, folder, cut)
-        assert [answers for answers, _ in found] == [answers for answers, _ in whole]
-        assert all(max(counts) == cut.sections and counts.count(cut.sections) >= 4 for _, counts in found)
+    cuts = Cut(2, dequantizes=True), Cut(3)
+    for (expected, whole), *others in run_on_ranks(
+        answers_in_sections, 2, write_pair(name, tmp_path) / "quantized", cuts
+    ):
+        assert set(whole) == {1}
+        for cut, (answers, counts) in zip(cuts, others, strict=True):
+            assert answers == expected
+            assert max(counts) == cut.sections and counts.count(cut.sections) >= 4, counts
 
 
 class Traced(SideStream):
