@@ -216,7 +216,7 @@ class Demand:
     def _activations(self, rank: int, max_context: int) -> int:
         """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
-        Written for parallel/engine/decoder.py, and overlap.py beside it; e is the size of an element in bytes. On a
+        Written for parallel/engine/decoder.py, overlap.py and halves.py; e is the size of an element in bytes. On a
         card norms, rotation and activation write nothing but their results; plain torch needs copies, in float32 but
         for the activation's.
         """

@@ -66,9 +66,9 @@ class Cut:
     rows_apart: int = 100
 
 
-def cut_passes(cut: Cut, min_rows: int = 2) -> None:
-    """Those of so many rows, at any row."""
-    limits.SECTIONS, limits.MOST_SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, 1),), cut.sections, 1
+def cut_passes(cut: Cut, min_rows: int = 2, rows_per_tile: int = 1) -> None:
+    """Those of so many rows, after any tile."""
+    limits.SECTIONS, limits.MOST_SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, 1),), cut.sections, rows_per_tile
     limits.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = min_rows
     Decoder.dequantizes = lambda self, num_rows: cut.dequantizes
     halves.num_ahead, halves.MIN_ROWS_APART = lambda device, num_rows: cut.num_ahead, cut.rows_apart
