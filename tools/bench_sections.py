@@ -23,7 +23,7 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, pieces
+from parallel.engine import limits, pieces, side_stream
 from parallel.engine.chunk_timer import time_chunks
 from parallel.engine.engine import Engine
 from parallel.engine.limits import MOST_SECTIONS, EngineLimits
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--sections", type=int, nargs="+", choices=numbers, default=list(numbers))
     parser.add_argument("--quantize", choices=("none", *QUANTIZE_SCHEMES), default="int4")
     parser.add_argument("--fused-rows", type=int, help="multiply up to so many by packed weights; else as linears do")
+    parser.add_argument("--spared", type=int, help="multiprocessors that products leave to sums; else as they do")
     parser.add_argument("--passes", type=int, default=5)
     args = parser.parse_args()
     if not is_started_by_torchrun() and torch.cuda.device_count() < args.cards:
@@ -87,6 +88,8 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     engine = open_engine(open_sums(rank), rank.device, FACTS, args.quantize, max(args.rows))
     if args.fused_rows:
         fuse(engine, args.fused_rows)
+    if args.spared is not None:
+        side_stream.BLOCKS = args.spared
     layers = list(engine.model.model.layers)
     scale = FACTS.num_layers / len(layers)
     say(rank, f"{FACTS.num_layers} layers by {len(layers)} on {torch.cuda.get_device_name(rank.device)}")

@@ -15,8 +15,8 @@ MAX_NODES = 256
 SAMPLED_ROWS = 64
 # Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
 # of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply. By the rates of an
-# H200, not measured, a 70B in 4 bits at TP2 takes 70, 70 and 72 ms for 512 rows in 2, 3 and 4 sections (in one 95), for
-# 1024 129, 119 and 121 (193), for 2048 264, 236 and 218 (379); by those of an RTX 4090 303, 308 and 318 for 512 (409),
+# H200, not measured, a 70B in 4 bits at TP2 takes 73, 73 and 75 ms for 512 rows in 2, 3 and 4 sections (in one 95), for
+# 1024 134, 122 and 124 (193), for 2048 276, 243 and 222 (379); by those of an RTX 4090 303, 308 and 318 for 512 (409),
 # 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
 SECTIONS = ((255, 1), (512, 2), (1536, 3))
 MOST_SECTIONS = 4

@@ -12,6 +12,7 @@ Why so: the sum of a section has the products of all others beside it, and the l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -25,6 +26,7 @@ from parallel.engine.merged import swiglu
 from parallel.engine.pages import PagedKV
 from parallel.engine.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, rms_norm
+from parallel.kernels.wide import sparing
 
 ALL = slice(None)
 
@@ -85,13 +87,19 @@ class PassInSections:
         """All layers; `attends`: that of each section."""
         num_rows = sum(len(section.residual) for section in self.sections)
         try:
-            for layer, cache in zip(self.decoder.layers(num_rows), caches, strict=True):
-                attend_each = partial(self.attend, cache)
-                self.after_attention(layer, map(attend_each, attends, self.queries(layer, cache)))
+            with self.beside_sums():
+                for layer, cache in zip(self.decoder.layers(num_rows), caches, strict=True):
+                    attend_each = partial(self.attend, cache)
+                    self.after_attention(layer, map(attend_each, attends, self.queries(layer, cache)))
             self.finish()
         finally:
             # Whatever was raised, memory that is still summed up must not be used again before that is done.
             self.side.join()
+
+    def beside_sums(self) -> AbstractContextManager[None]:
+        """Products that are started in this context leave sums the multiprocessors that they take."""
+        largest = max(section.residual.nbytes for section in self.sections)
+        return sparing(self.side.multiprocessors(self.decoder.communicator, largest))
 
     def attend(self, cache: PagedKV, attend: Attend, query: Tensor) -> Tensor:
         """[tokens, local heads * head_dim]"""

@@ -92,13 +92,14 @@ class Pieces:
 
     def _run_sections(self, place: int) -> None:
         """All sums that a piece starts, it waits for."""
-        buffers = self.buffers
-        run = open_pass(self.decoder, self.tokens, buffers.residual, self.sections)
-        if place > 0:
-            run.after_attention(self.layers[place - 1], (buffers.attended[each.rows] for each in run.sections))
-        if place < len(self.layers):
-            queries = run.queries(self.layers[place], self.caches[place])
-            for section, rows in zip(run.sections, queries, strict=True):
-                buffers.queries[section.rows] = rows
-        else:
-            run.finish()
+        run = open_pass(self.decoder, self.tokens, self.buffers.residual, self.sections)
+        with run.beside_sums():
+            if place > 0:
+                attended = (self.buffers.attended[each.rows] for each in run.sections)
+                run.after_attention(self.layers[place - 1], attended)
+            if place < len(self.layers):
+                queries = run.queries(self.layers[place], self.caches[place])
+                for section, rows in zip(run.sections, queries, strict=True):
+                    self.buffers.queries[section.rows] = rows
+            else:
+                run.finish()

@@ -20,7 +20,11 @@ from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
 from parallel.engine.sequence import Sequence
 from parallel.engine.side_stream import SideStream, Sum
+from parallel.kernels import wide
 from parallel.kernels.blocks import Block
+from parallel.transports.by_size import BySize
+from parallel.transports.copies import CopiedHostMemory
+from parallel.transports.two_step import TwoStepHostMemory
 from tests.parallel.passes import parts_of
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
@@ -211,6 +215,7 @@ def traced_sections(communicator: Communicator, folder: Path) -> list[str]:
 
 def traced_product(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def traced(layer: Any, rows: Tensor) -> Tensor:
+        assert wide.SPARED.get() == 7
         Traced.events.append(f"{len(rows)}")
         return multiply(layer, rows)
 
@@ -218,6 +223,10 @@ def traced_product(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class TracedRows(Traced):
+    def multiprocessors(self, communicator: Communicator, num_bytes: int) -> int:
+        """For 20 rows of 80 numbers."""
+        return 7 if num_bytes == 20 * 80 * 4 else 0
+
     def start_all_reduce(self, communicator: Communicator, tensor: Tensor) -> Sum:
         self.events.append(f"{len(tensor)}>")
         return SumOfRows(communicator.all_reduce(tensor), None)
@@ -281,6 +290,20 @@ class Counting(Around):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         self.sums += 1
         return self.inner.all_reduce(tensor)
+
+
+def test_products_leave_sums_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies take none, but in a graph others carry what they carry."""
+    copies, other = (object.__new__(kind) for kind in (CopiedHostMemory, TwoStepHostMemory))
+    both = object.__new__(BySize)
+    both.limits, both.communicators = [1000], [other, copies]
+    side = SideStream(torch.device("cpu"))
+    assert side.multiprocessors(other, 1) == 0
+    side.stream = object()
+    for is_captured, found in ((False, (16, 0, 0, 16)), (True, (16, 16, 16, 16))):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_captured: answer)
+        asked = ((both, 1000), (both, 1001), (copies, 1), (other, 10**9))
+        assert tuple(side.multiprocessors(*each) for each in asked) == found
 
 
 def test_ranks_agree_on_what_dequantises(folders: dict[str, Path]) -> None:
