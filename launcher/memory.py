@@ -11,7 +11,7 @@ from launcher.memory_process import process_lines
 from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.memory_weights import held_linear_bits
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_cut
+from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_sections
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
     HOST_INT4_PRODUCT_BYTES,
@@ -216,35 +216,39 @@ class Demand:
     def _activations(self, rank: int, max_context: int) -> int:
         """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
-        Written for parallel/engine/decoder.py, and overlap.py beside it; e is the size of an element in bytes. On a
+        Written for parallel/engine/decoder.py, overlap.py and halves.py; e is the size of an element in bytes. On a
         card norms, rotation and activation write nothing but their results; plain torch needs copies, in float32 but
         for the activation's.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
         prompt = min(self.prefill_chunk, self.batch_size * max_context)
         rows = self.batch_size * self.rows_per_sequence
-        # A step that checks drafts may have more rows than a pass of prompts.
-        tokens = max(prompt, rows)
+        packed = shape.scheme is not None
+        # A kernel that multiplies packed weights by so many rows takes less than this, which dequantises.
+        sections = choose_sections(prompt, self.world_size, lambda _: packed)
+        largest = max(sections)
+        # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
+        tokens = max(prompt if packed else largest, rows)
         layer = self._layer(rank)
         hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
         on_cpu = self.device == "cpu"
-        half = choose_cut(prompt, self.world_size)
-        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * (half or tokens) if on_cpu else 0
+        normed = largest if len(sections) > 1 else tokens
+        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * normed if on_cpu else 0
         steps = layer.linear_steps(tokens) | {
             "norm": plain * hidden,
             "rotation": tokens * (qkv + queries) * e + plain * queries,
             # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(rank, prompt, max_context),
+            "attention": 3 * tokens * queries * e + self._prompt_keys(rank, largest, max_context),
             "logits": self._logits(rank, rows),
             "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
         }
-        if half is not None:
+        if packed and len(sections) > 1:
             # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
             weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
-            kept = half * (2 * qkv + 4 * queries) * e
-            steps["attention"] = kept + self._prompt_keys(rank, half, max_context) + weights
+            kept = largest * (2 * qkv + 4 * queries) * e
+            steps["attention"] = kept + self._prompt_keys(rank, largest, max_context) + weights
         # The residual stream, the update that is added to it, and the norm of the sum.
-        return 3 * tokens * hidden * e + max(steps.values())
+        return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
 
     def _layer(self, rank: int) -> Layer:
         shape = self.shape

@@ -12,6 +12,8 @@ from parallel.kernels.held import product_bytes
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
 GRAPHS_BYTES = 55 * 1024**2
 # Of a layer's kernels in the graphs of one size of pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card.
+# That was for passes left whole, and for halves whose weights are dequantised block by block, some 120 kernels a layer
+# of a 70B with those of its piece. A section that multiplies by weights as they are has some 26, so that four have 104.
 PASS_GRAPH_BYTES = 1200 * 1024
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3

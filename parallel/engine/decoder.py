@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.merged import is_merged, local_sizes, merge_layer, swiglu
+from parallel.communicator import Communicator
+from parallel.engine.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
 from parallel.linear import Update
@@ -51,7 +53,10 @@ class Decoder:
         self.num_heads, self.num_kv_heads = (size // self.head_dim for size in local_sizes(model.model.layers[0]))
         self.scale = self.head_dim**-0.5
         self.num_layers = len(model.model.layers)
-        self.world_size: int = model.model.layers[0].self_attn.o_proj.communicator.world_size
+        self.communicator: Communicator = model.model.layers[0].self_attn.o_proj.communicator
+        self.world_size = self.communicator.world_size
+        # By numbers of rows; see `dequantizes`.
+        self.dequantizing: dict[int, bool] = {}
         for layer in model.model.layers:
             if not is_merged(layer):
                 merge_layer(layer)
@@ -75,6 +80,10 @@ class Decoder:
         """
         norm = layer.input_layernorm.weight
         normed = update.add_norm(residual, norm, self.eps) if update else rms_norm(residual, norm, self.eps)
+        return self.rotated(layer, normed, tokens, cache)
+
+    def rotated(self, layer: Any, normed: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
+        """From the norm on: caches keys and values, and returns the queries, [tokens, local heads, head_dim]."""
         if self.num_heads == 0:
             return normed.new_empty(len(normed), 0, self.head_dim)
         return self.rotate(layer.self_attn, layer.self_attn.qkv(normed), tokens, cache)
@@ -88,6 +97,18 @@ class Decoder:
         """In turn, for a pass of so many rows; each is ready until the next is asked for."""
         layers = self.model.model.layers
         return iter(layers) if self.streamer is None else self.streamer.through(layers, num_rows)
+
+    def dequantizes(self, num_rows: int) -> bool:
+        """Whether any rank makes numbers of some weight before it multiplies so many rows by it.
+
+        To be asked on all ranks: they answer alike, and wait for one another when they are asked for the first time.
+        """
+        if num_rows not in self.dequantizing:
+            linears = (linear for layer in self.model.model.layers for linear in linears_of(layer))
+            own = any(linear.dequantizes(num_rows) for linear in linears)
+            flag = torch.tensor([float(own)], device=self.model.lm_head.weight.device)
+            self.dequantizing[num_rows] = self.communicator.all_reduce(flag).item() > 0
+        return self.dequantizing[num_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, local vocabulary]"""

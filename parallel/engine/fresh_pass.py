@@ -1,19 +1,20 @@
 """A pass of whole prompts, or their first tokens, that needs nothing of the host: all that they attend to is in it.
 
-So it can be captured as one graph, in which half of the tokens attend while the sums of the others are on their way;
-between pieces (pieces.py) all sums are waited for.
+So it can be captured as one graph, in which some tokens attend while the sums of others are on their way; between
+pieces (pieces.py) all sums are waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.overlap import run_in_halves
 from parallel.engine.pages import PagedKV
+from parallel.engine.pass_order import run_pass
 from parallel.engine.pieces import PassBuffers, Pieces
 from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
 
@@ -24,12 +25,12 @@ MAX_PROMPTS = 16
 class FreshPass:
     """A pass over all rows of the buffers of `pieces`.
 
-    `bounds` [3, MAX_PROMPTS + 1] int32 has the ranges of prompts in the first half (or in all rows), those in the
-    second, and those of the keys of the latter.
+    `bounds` [MOST_SECTIONS, 2, MAX_PROMPTS + 1] int32 has, for each section, the ranges of prompts in its rows, and
+    those of their keys in all rows up to its end.
     """
 
     def __init__(self, pieces: Pieces, bounds: Tensor) -> None:
-        self.pieces, self.bounds = pieces, bounds
+        self.pieces, self.bounds = pieces, bounds[: len(pieces.sections)]
 
     @property
     def buffers(self) -> PassBuffers:
@@ -38,24 +39,18 @@ class FreshPass:
     def put(self, tokens: Tensor, lengths: Sequence[int]) -> None:
         """Takes [3, tokens] of prompts of so many tokens each."""
         self.buffers.put(tokens)
-        num_rows = len(self.buffers.residual)
-        bounds = prompt_bounds(lengths, self.pieces.cut or num_rows)
+        bounds = prompt_bounds(lengths, self.pieces.sections)
         if self.bounds.is_cuda:
             bounds = bounds.pin_memory()
         self.bounds.copy_(bounds, non_blocking=True)
 
     def run(self) -> None:
-        decoder, tokens, cut = self.pieces.decoder, self.pieces.tokens, self.pieces.cut
-        first, second, keys = self.bounds
-        if cut is None:
-            states = decoder(tokens, attend_within(decoder, tokens.slots, first, first), self.pieces.caches)
-        else:
-            attends = [
-                attend_within(decoder, tokens.slots[:cut], first, first),
-                attend_within(decoder, tokens.slots, second, keys),
-            ]
-            states = run_in_halves(decoder, tokens, cut, attends, self.pieces.caches)
-        self.buffers.residual.copy_(states)
+        decoder, tokens, sections = self.pieces.decoder, self.pieces.tokens, self.pieces.sections
+        attends = [
+            attend_within(decoder, tokens.slots[:end], *bounds)
+            for end, bounds in zip(accumulate(sections), self.bounds, strict=True)
+        ]
+        self.buffers.residual.copy_(run_pass(decoder, tokens, sections, attends, self.pieces.caches))
 
 
 def attend_within(decoder: Decoder, slots: Tensor, query_bounds: Tensor, key_bounds: Tensor) -> Attend:
@@ -69,9 +64,10 @@ def attend_within(decoder: Decoder, slots: Tensor, query_bounds: Tensor, key_bou
     return attend
 
 
-def prompt_bounds(lengths: Sequence[int], cut: int) -> Tensor:
-    """[3, MAX_PROMPTS + 1] int32, as FreshPass has them, of prompts one after the other, cut after `cut` rows."""
+def prompt_bounds(lengths: Sequence[int], sections: Sequence[int]) -> Tensor:
+    """[sections, 2, MAX_PROMPTS + 1] int32, as FreshPass has them, of prompts one after the other."""
     starts = torch.zeros(MAX_PROMPTS + 1, dtype=torch.int32)
     starts[1 : len(lengths) + 1] = torch.tensor(lengths)
     starts = starts.cumsum(0, dtype=torch.int32)
-    return torch.stack([starts.clamp(max=cut), starts.clamp(min=cut) - cut, starts])
+    rows = pairwise(accumulate(sections, initial=0))
+    return torch.stack([torch.stack([starts.clamp(start, end) - start, starts.clamp(max=end)]) for start, end in rows])

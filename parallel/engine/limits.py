@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Tokens of a page of the KV cache.
 PAGE_SIZE = 64
@@ -11,11 +13,18 @@ PAGE_SIZE = 64
 MAX_NODES = 256
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
-# A pass of so many rows goes in two halves where there are several ranks (parallel/engine/overlap.py). A smaller one is
-# over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200 took 315 ms for 2048 rows in
-# halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
+# Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
+# of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply. By the rates of an
+# H200, not measured, a 70B in 4 bits at TP2 takes 73, 73 and 75 ms for 512 rows in 2, 3 and 4 sections (in one 95), for
+# 1024 134, 122 and 124 (193), for 2048 276, 243 and 222 (379); by those of an RTX 4090 303, 308 and 318 for 512 (409),
+# 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
+SECTIONS = ((255, 1), (512, 2), (1536, 3))
+MOST_SECTIONS = 4
+# Where weights are dequantised, passes from so many rows on go in two halves, which share them (parallel/engine/
+# halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200
+# took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
 MIN_HALVED_ROWS = 1024
-# The same where passes are captured as graphs. Up to 256 rows, products need no dequantised weight, which halves share.
+# The same where passes are captured as graphs.
 GRAPHED_HALVED_ROWS = 257
 # Passes of up to the last of these are captured, for each of these numbers of rows; empty: none is. A pass of other
 # numbers runs the next larger graph. Above, a host is fast enough, and copies, which cannot be captured, carry sums.
@@ -27,12 +36,31 @@ GATHERED_KEYS = 8192
 ROWS_PER_TILE = 128
 
 
-def choose_cut(num_rows: int, world_size: int, min_rows: int | None = None) -> int | None:
-    """Rows of the first half of a pass; None where it is left whole: on one rank, and below `min_rows`."""
-    if world_size == 1 or num_rows < (MIN_HALVED_ROWS if min_rows is None else min_rows):
-        return None
+def choose_sections(
+    num_rows: int, world_size: int, dequantizes: Callable[[int], bool], min_halved: int | None = None
+) -> tuple[int, ...]:
+    """Rows of each section of a pass, one after the other; of all where it is left whole.
+
+    Args:
+        dequantizes: whether weights are dequantised for a product with so many rows.
+        min_halved: in place of MIN_HALVED_ROWS.
+    """
+    wanted = next((sections for most, sections in SECTIONS if num_rows <= most), MOST_SECTIONS)
+    if world_size == 1 or wanted == 1:
+        return (num_rows,)
+    sections = cut_evenly(num_rows, wanted)
+    if not dequantizes(max(sections)):
+        return sections
+    is_halved = num_rows >= (MIN_HALVED_ROWS if min_halved is None else min_halved)
+    return cut_evenly(num_rows, 2 if is_halved else 1)
+
+
+def cut_evenly(num_rows: int, num_sections: int) -> tuple[int, ...]:
+    """Whole tiles, but for the last rows; fewer sections where there are too few tiles."""
     num_tiles = math.ceil(num_rows / ROWS_PER_TILE)
-    return math.ceil(num_tiles / 2) * ROWS_PER_TILE
+    count = min(num_sections, num_tiles)
+    ends = [min(math.ceil(num_tiles * place / count) * ROWS_PER_TILE, num_rows) for place in range(1, count + 1)]
+    return tuple(end - start for start, end in pairwise((0, *ends)))
 
 
 def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:

@@ -161,6 +161,12 @@ def merge_layer(layer: Any) -> None:
             delattr(parent, name)
 
 
+def linears_of(layer: Any) -> tuple[Any, ...]:
+    """Of a merged decoder layer, all."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj
+
+
 def is_merged(layer: Any) -> bool:
     return hasattr(layer.self_attn, "qkv")
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import EngineLimits, choose_cut
-from parallel.engine.overlap import run_in_halves
+from parallel.engine.limits import EngineLimits, choose_sections
 from parallel.engine.pages import PagedKV, allocate_pages, positions_and_slots
 from parallel.engine.part_attention import attend_parts
 from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.pass_order import run_pass
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows
@@ -43,11 +43,9 @@ class PagedModel:
             places = [(part.start, part.end) for part in parts]
             return self.graphs.run(columns, places, self._attend_parts(parts))
         tokens = Tokens(*columns)
-        cut = choose_cut(len(tokens.ids), self.decoder.world_size)
-        if cut is None:
-            return self.decoder(tokens, self._attend_parts(parts), self.caches)
-        attends = [self._attend_parts(half) for half in split_parts(parts, cut)]
-        return run_in_halves(self.decoder, tokens, cut, attends, self.caches)
+        sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes)
+        attends = [self._attend_parts(each) for each in split_parts(parts, sections)]
+        return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
     def row_states(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
@@ -70,15 +68,19 @@ def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
     return to_device(torch.stack([ids, positions, slots]), device)
 
 
-def split_parts(parts: Ordered[Part], cut: int) -> tuple[list[Part], list[Part]]:
-    """The first `cut` tokens of `parts`, and the others; a part with tokens in both is cut in two."""
-    first, second = [], []
-    for part in parts:
-        middle = min(part.start + cut, part.end)
-        first += [replace(part, end=middle)] if middle > part.start else []
-        second += [replace(part, start=middle)] if middle < part.end else []
-        cut -= middle - part.start
-    return first, second
+def split_parts(parts: Ordered[Part], sections: Ordered[int]) -> list[list[Part]]:
+    """Those of each section of so many tokens; a part with tokens in several is cut."""
+    found: list[list[Part]] = []
+    left = list(parts)
+    for size in sections:
+        found.append([])
+        while size > 0:
+            part = left.pop(0)
+            middle = min(part.start + size, part.end)
+            found[-1].append(replace(part, end=middle))
+            left[:0] = [replace(part, start=middle)] if middle < part.end else []
+            size -= middle - part.start
+    return found
 
 
 def open_paged(

@@ -18,6 +18,7 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder
 from parallel.engine.fresh_pass import MAX_PROMPTS, FreshPass
 from parallel.engine.graphs import capture
+from parallel.engine.limits import MOST_SECTIONS
 from parallel.engine.pages import PagedKV
 from parallel.engine.pieces import PassBuffers, Pieces
 from parallel.kernels.ranges_attention import refusal
@@ -100,7 +101,7 @@ class PassGraphs:
         self.max_rows = max(sizes)
         self.buffers = PassBuffers.empty(decoder, self.max_rows)
         device = self.buffers.residual.device
-        self.bounds = torch.zeros(3, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
+        self.bounds = torch.zeros(MOST_SECTIONS, 2, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
         why_not = refusal(decoder.num_heads, decoder.head_dim, self.buffers.residual.dtype, device)
         self.takes_fresh = FRESH_GRAPHS and why_not is None
         self.passes = {size: self._open(size) for size in sorted(sizes)}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Decoder, Tokens
-from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_cut
-from parallel.engine.overlap import PassInHalves, cut_in_halves
+from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_sections
 from parallel.engine.pages import PagedKV
+from parallel.engine.pass_order import open_pass
 from parallel.linear import Update
 
 
@@ -64,7 +64,8 @@ class Pieces:
         self.decoder, self.caches, self.buffers = decoder, caches, buffers
         self.layers = list(decoder.model.model.layers)
         self.tokens = Tokens(*buffers.tokens)
-        self.cut = choose_cut(len(buffers.residual), decoder.world_size, GRAPHED_HALVED_ROWS)
+        num_rows = len(buffers.residual)
+        self.sections = choose_sections(num_rows, decoder.world_size, decoder.dequantizes, GRAPHED_HALVED_ROWS)
 
     def __len__(self) -> int:
         return len(self.layers) + 1
@@ -72,10 +73,10 @@ class Pieces:
     def run(self, place: int) -> None:
         if place == 0:
             self.buffers.residual.copy_(self.decoder.model.model.embed_tokens(self.tokens.ids))
-        if self.cut is None:
+        if len(self.sections) == 1:
             self._run_whole(place)
         else:
-            self._run_halves(place, self.cut)
+            self._run_sections(place)
 
     def _run_whole(self, place: int) -> None:
         decoder, buffers = self.decoder, self.buffers
@@ -89,15 +90,16 @@ class Pieces:
         elif update is not None:
             buffers.residual.add_(update.total())
 
-    def _run_halves(self, place: int, cut: int) -> None:
+    def _run_sections(self, place: int) -> None:
         """All sums that a piece starts, it waits for."""
-        buffers = self.buffers
-        run = PassInHalves(self.decoder, cut_in_halves(self.tokens, buffers.residual, cut))
-        if place > 0:
-            run.after_attention(self.layers[place - 1], (buffers.attended[half.rows] for half in run.halves))
-        if place < len(self.layers):
-            queries = run.queries(self.layers[place], self.caches[place])
-            for half, rows in zip(run.halves, queries, strict=True):
-                buffers.queries[half.rows] = rows
-        else:
-            run.finish()
+        run = open_pass(self.decoder, self.tokens, self.buffers.residual, self.sections)
+        with run.beside_sums():
+            if place > 0:
+                attended = (self.buffers.attended[each.rows] for each in run.sections)
+                run.after_attention(self.layers[place - 1], attended)
+            if place < len(self.layers):
+                queries = run.queries(self.layers[place], self.caches[place])
+                for section, rows in zip(run.sections, queries, strict=True):
+                    self.buffers.queries[section.rows] = rows
+            else:
+                run.finish()

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.transports.by_size import BySize
+from parallel.transports.copies import CopiedHostMemory
+from parallel.transports.two_step import BLOCKS
 
 # The card starts the blocks of these kernels first, whenever some of its multiprocessors become free.
 PRIORITY = -1
@@ -46,6 +49,15 @@ class SideStream:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             return Sum(communicator.all_reduce(tensor), self.stream.record_event())
+
+    def multiprocessors(self, communicator: Communicator, num_bytes: int) -> int:
+        """About how many an all-reduce of so many bytes keeps from what goes on beside it."""
+        if self.stream is None:
+            return 0
+        carrier = communicator.carrier(num_bytes) if isinstance(communicator, BySize) else communicator
+        # Copies leave them all but for their sums, whose blocks of a warp fit in beside any other.
+        is_copied = isinstance(carrier, CopiedHostMemory) and not torch.cuda.is_current_stream_capturing()
+        return 0 if is_copied else BLOCKS
 
     def join(self) -> None:
         """What is queued on the current stream from now on comes after all sums."""

@@ -37,7 +37,11 @@ class BySize(SeparateNorm):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         # By what all ranks know.
-        return self.communicators[bisect_left(self.limits, tensor.nbytes)].all_reduce(tensor)
+        return self.carrier(tensor.nbytes).all_reduce(tensor)
+
+    def carrier(self, num_bytes: int) -> Communicator:
+        """Of all-reduces of so many bytes."""
+        return self.communicators[bisect_left(self.limits, num_bytes)]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.gather.all_gather(tensor)

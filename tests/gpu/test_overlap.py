@@ -1,7 +1,8 @@
-"""Passes in two halves on a card, their sums on a second stream: what whole passes give, again and again."""
+"""Passes in sections or halves on a card, sums on a second stream: what whole passes give, again and again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.parallel.ranks import build
 from tests.parallel.small_models import DEMO
+from tests.parallel.test_overlap import Cut, cut_passes
 
 pytestmark = pytest.mark.gpu
 # Lengths of the prompts of each pass.
 PASSES = ((1000,), (513,), (300, 1, 400, 260), (2000,))
 NUM_REPEATS = 6
-HALVED_ROWS = 257
+ROWS_PER_TILE = 128
+HALVES = Cut(2, dequantizes=True, num_ahead=4, rows_apart=512)
+CUTS = (HALVES, Cut(2), Cut(3), Cut(4))
 
 
 def open_engine(communicator: Communicator, kind: str) -> Engine:
@@ -62,26 +66,37 @@ def pass_states(engine: Engine, lengths: tuple[int, ...]) -> Tensor:
     return states
 
 
-def errors(communicator: Communicator, kind: str) -> list[tuple[float, int]]:
-    """Of each pass: the error of halves beside the spread of the whole's numbers, and how many different results."""
+@dataclass(frozen=True)
+class Found:
+    """Of one cut of one pass: the error beside the spread of the whole's numbers, and how many different results."""
+
+    cut: Cut
+    lengths: tuple[int, ...]
+    error: float
+    num_different: int
+
+
+def compare(communicator: Communicator, kind: str) -> list[Found]:
     engine, found = open_engine(communicator, kind), []
     for lengths in PASSES:
-        limits.MIN_HALVED_ROWS = 10**9
+        cut_passes(CUTS[0], min_rows=10**9)
         whole = pass_states(engine, lengths)
-        limits.MIN_HALVED_ROWS = HALVED_ROWS
-        halved = [pass_states(engine, lengths) for _ in range(NUM_REPEATS)]
-        error = max(float((each - whole).float().std() / whole.float().std()) for each in halved)
-        found.append((error, sum(not torch.equal(each, halved[0]) for each in halved)))
+        for cut in CUTS:
+            cut_passes(cut, rows_per_tile=ROWS_PER_TILE)
+            states = [pass_states(engine, lengths) for _ in range(NUM_REPEATS)]
+            error = max(float((each - whole).float().std() / whole.float().std()) for each in states)
+            found.append(Found(cut, lengths, error, sum(not torch.equal(each, states[0]) for each in states)))
     communicator.barrier()
     return found
 
 
 @pytest.mark.parametrize(("kind", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03), ("int4", 0.03), ("int8", 0.03)])
-def test_halves_give_what_the_whole_gives(tmp_path: Path, kind: str, allowed: float) -> None:
+def test_sections_give_what_the_whole_gives(tmp_path: Path, kind: str, allowed: float) -> None:
     """In bf16 but for the rounding of products of other numbers of rows; the same bits every time."""
-    for found in run_on_one_card(errors, 2, tmp_path, kind):
-        print(kind, found)
-        assert all(error < allowed and different == 0 for error, different in found), found
+    for rank, found in enumerate(run_on_one_card(compare, 2, tmp_path, kind)):
+        for each in found if rank == 0 else ():
+            print(kind, each)
+        assert all(each.error < allowed and each.num_different == 0 for each in found), found
 
 
 class Slow(ElidedAllReduce):
@@ -92,23 +107,27 @@ class Slow(ElidedAllReduce):
         return tensor
 
 
-def profiled_pass(communicator: Communicator) -> tuple[list[Piece], int]:
-    """What two passes through five layers do, on the first rank; and the blocks of a down projection."""
+def profiled_pass(communicator: Communicator, cut: Cut) -> tuple[list[Piece], int]:
+    """What two passes through five layers do, on the first rank; and the sums of a layer."""
     if communicator.rank != 0:
         return [], 0
+    cut_passes(cut, rows_per_tile=ROWS_PER_TILE)
     engine = open_engine(communicator, "int4")
     with prepared_chunk(engine, [1024], Slow(communicator)) as run:
         run()
-        down = engine.model.model.layers[0].mlp.down_proj
-        return profile_steps(run, DEVICE, 1), len(down.blocks(torch.bfloat16))
+        blocks = engine.model.model.layers[0].mlp.down_proj.blocks(torch.bfloat16)
+        # Of halves two, one for each block of down but the last, and two.
+        num_sums = 2 + len(blocks) - 1 + 2 if cut.dequantizes else 2 * cut.sections
+        return profile_steps(run, DEVICE, 1), num_sums
 
 
-def test_products_run_beside_sums(tmp_path: Path) -> None:
-    pieces, num_blocks = run_on_one_card(profiled_pass, 2, tmp_path)[0]
+@pytest.mark.parametrize("cut", [HALVES, Cut(2), Cut(4)], ids=["halves", "two", "four"])
+def test_products_run_beside_sums(tmp_path: Path, cut: Cut) -> None:
+    pieces, num_sums = run_on_one_card(profiled_pass, 2, tmp_path, cut)[0]
     sums = [piece for piece in pieces if "spin" in piece.name.lower()]
     others = [piece for piece in pieces if piece not in sums]
-    # Of the embedding one; of each layer two, one for each block of down but the last, and two.
-    assert len(sums) == 2 * (1 + 5 * (2 + num_blocks - 1 + 2)), {piece.name for piece in pieces}
+    # And one of the embedding.
+    assert len(sums) == 2 * (1 + 5 * num_sums), {piece.name for piece in pieces}
     beside = [sum(each.start_us < other.start_us < each.start_us + each.us for other in others) for each in sums]
-    print("kernels that began during each sum:", beside)
+    print(cut, "kernels that began during each sum:", beside)
     assert sum(count > 0 for count in beside) >= 2 * 5 * 2

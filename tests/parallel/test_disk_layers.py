@@ -20,7 +20,6 @@ from parallel.checkpoint.headers import CheckpointError, read_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.checkpoint.read import TensorSlice
 from parallel.communicator import Communicator
-from parallel.engine import limits
 from parallel.engine.speculation.speculator import Speculation
 from parallel.offload import disk_reads
 from parallel.offload.disk_reads import DiskReads, Stamps
@@ -28,6 +27,7 @@ from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, DEMO, prompts_of, write_model
 from tests.parallel.streamed import answers, demo_runs, disk_of, poisoned
+from tests.parallel.test_overlap import Cut, cut_passes
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 M_MMAP_THRESHOLD = -3
@@ -74,17 +74,18 @@ def test_biases_and_norms_are_read_too(name: str, folders: dict[str, Path]) -> N
     assert torch.equal(resident, on_disk)
 
 
-def halved_states(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor]:
-    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE = 2, 1
+def cut_states(communicator: Communicator, folder: Path, cut: Cut) -> tuple[Tensor, Tensor]:
+    cut_passes(cut)
     engines = make_engine(communicator, folder), poisoned(make_engine(communicator, folder, on_disk=range(4)))
     resident, on_disk = (forced_logits(engine, prompts_of("llama"), FORCED) for engine in engines)
     return resident, on_disk
 
 
-def test_passes_in_halves_add_the_biases_of_layers_that_are_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
+def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Path, cut: Cut) -> None:
     sizes = COMMON | {"num_hidden_layers": 4}
     folder = write_model(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False), tmp_path)
-    for resident, on_disk in run_on_ranks(halved_states, 2, folder):
+    for resident, on_disk in run_on_ranks(cut_states, 2, folder, cut):
         assert torch.equal(resident, on_disk)
 
 

@@ -1,23 +1,30 @@
-"""Passes in two halves give what whole passes give, and each half's sum is started before the other goes on."""
+"""Passes in sections or halves give what whole passes give; each sum is started before the next section goes on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel import linear
-from parallel.communicator import Communicator
-from parallel.engine import limits, merged, overlap, paged_model
+from parallel.communicator import Around, Communicator
+from parallel.engine import halves, limits, merged, overlap, paged_model, pieces
+from parallel.engine.decoder import Decoder
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
 from parallel.engine.sequence import Sequence
 from parallel.engine.side_stream import SideStream, Sum
+from parallel.kernels import wide
 from parallel.kernels.blocks import Block
+from parallel.transports.by_size import BySize
+from parallel.transports.copies import CopiedHostMemory
+from parallel.transports.two_step import TwoStepHostMemory
 from tests.parallel.passes import parts_of
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
@@ -53,55 +60,98 @@ def split_weights() -> None:
     linear.whole = merged.whole = in_blocks
 
 
-def whole_and_halved(
-    communicator: Communicator, folder: Path, num_ahead: int, rows_apart: int
-) -> list[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Cut:
+    """How a pass is cut: in so many sections; or in halves, as if weights were dequantised."""
+
+    sections: int
+    dequantizes: bool = False
+    num_ahead: int = 1
+    rows_apart: int = 100
+
+
+def cut_passes(cut: Cut, min_rows: int = 2, rows_per_tile: int = 1) -> None:
+    """Those of so many rows, after any tile."""
+    limits.SECTIONS, limits.MOST_SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, 1),), cut.sections, rows_per_tile
+    limits.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = min_rows
+    Decoder.dequantizes = lambda self, num_rows: cut.dequantizes
+    halves.num_ahead, halves.MIN_ROWS_APART = lambda device, num_rows: cut.num_ahead, cut.rows_apart
+
+
+def whole_and_cut(communicator: Communicator, folder: Path, cuts: tuple[Cut, ...]) -> list[tuple[Tensor, Tensor]]:
     split_weights()
-    overlap.num_ahead, overlap.MIN_ROWS_APART = lambda device, num_rows: num_ahead, rows_apart
     engine = make_engine(communicator, folder)
     found = []
     for parts in PASSES:
-        limits.MIN_HALVED_ROWS = 10**9
         whole = pass_states(engine, parts)
-        for cache in engine.caches:
-            cache.keys.fill_(torch.nan)
-            cache.values.fill_(torch.nan)
-        limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE = 2, 1
-        found.append((whole, pass_states(engine, parts)))
+        for cut in cuts:
+            for cache in engine.caches:
+                cache.keys.fill_(torch.nan)
+                cache.values.fill_(torch.nan)
+            cut_passes(cut)
+            found.append((whole, pass_states(engine, parts)))
+        cut_passes(cut, min_rows=10**9)
     return found
 
 
+CUTS = {
+    2: (Cut(2), Cut(3), Cut(4), Cut(2, True, 1, 100), Cut(2, True, 4, 8)),
+    3: (Cut(3), Cut(7), Cut(2, True, 2, 1)),
+}
+
+
 @pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
-@pytest.mark.parametrize(("world_size", "num_ahead", "rows_apart"), [(2, 1, 100), (3, 2, 1), (2, 4, 8)])
-def test_halves_give_what_the_whole_gives(
-    folders: dict[str, Path], model: str, world_size: int, num_ahead: int, rows_apart: int
-) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sections_give_what_the_whole_gives(folders: dict[str, Path], model: str, world_size: int) -> None:
     """With two KV heads the third rank has none."""
-    for found in run_on_ranks(whole_and_halved, world_size, folders[model], num_ahead, rows_apart):
-        for whole, halved in found:
+    cuts = CUTS[world_size]
+    for found in run_on_ranks(whole_and_cut, world_size, folders[model], cuts):
+        assert len(found) == len(PASSES) * len(cuts)
+        for (whole, in_sections), cut in zip(found, cuts * len(PASSES), strict=True):
             assert whole.isfinite().all()
-            torch.testing.assert_close(halved, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+            allowed = 2e-5 * float(whole.abs().max())
+            torch.testing.assert_close(
+                in_sections, whole, rtol=0, atol=allowed, msg=lambda why, cut=cut: f"{cut} {why}"
+            )
 
 
-def halved_answers(communicator: Communicator, folder: Path, min_rows: int) -> tuple[list[list[int]], list[int]]:
-    """Tokens of answers to prompts that are read in small chunks beside decode steps; rows of the passes' halves."""
-    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, cuts = min_rows, 1, []
-    choose = limits.choose_cut
-    paged_model.choose_cut = lambda *sizes: (cuts.append(choose(*sizes)), cuts[-1])[1]
-    engine = make_engine(communicator, folder, prefill_chunk=16, batch_size=2)
-    result = generate(engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9))
-    return [answer.token_ids for answer in result.answers], [cut for cut in cuts if cut is not None]
+def answers_in_sections(
+    communicator: Communicator, folder: Path, cuts: tuple[Cut, ...]
+) -> list[tuple[list[list[int]], list[int]]]:
+    """For passes left whole, then for each cut: tokens of answers, and how many sections each pass had.
+
+    Prompts are read in small chunks beside decode steps, twice: the second time their pages are in the cache.
+    """
+    counts: list[int] = []
+    choose = limits.choose_sections
+
+    def counting(*args: Any) -> tuple[int, ...]:
+        counts.append(len(choose(*args)))
+        return choose(*args)
+
+    paged_model.choose_sections = counting
+    prompts, found = numbered([(prompt * 9)[:70] for prompt in prompts_of("llama")[:2]]), []
+    for cut in (None, *cuts):
+        if cut is not None:
+            cut_passes(cut)
+        counts.clear()
+        engine = make_engine(communicator, folder, max_context=128, prefill_chunk=16, batch_size=2)
+        answers = [generate(engine, prompts, demo_tokenizer(), StopRules(9)).answers for _ in range(2)]
+        found.append(([answer.token_ids for each in answers for answer in each], list(counts)))
+    return found
 
 
 @pytest.mark.parametrize("name", ["w4a16 act order", "awq"])
-def test_answers_do_not_depend_on_halves(tmp_path: Path, name: str) -> None:
+def test_answers_do_not_depend_on_sections(tmp_path: Path, name: str) -> None:
     """Of a quantised model, on two ranks."""
-    folder = write_pair(name, tmp_path) / "quantized"
-    whole = run_on_ranks(halved_answers, 2, folder, 10**9)
-    halved = run_on_ranks(halved_answers, 2, folder, 2)
-    assert [answers for answers, _ in halved] == [answers for answers, _ in whole]
-    assert all(cuts == [] for _, cuts in whole)
-    assert all(len(cuts) >= 4 for _, cuts in halved)
+    cuts = Cut(2, dequantizes=True), Cut(3)
+    for (expected, whole), *others in run_on_ranks(
+        answers_in_sections, 2, write_pair(name, tmp_path) / "quantized", cuts
+    ):
+        assert set(whole) == {1}
+        for cut, (answers, counts) in zip(cuts, others, strict=True):
+            assert answers == expected
+            assert max(counts) == cut.sections and counts.count(cut.sections) >= 4, counts
 
 
 class Traced(SideStream):
@@ -125,8 +175,8 @@ class TracedSum(Sum):
 
 def traced_pass(communicator: Communicator, folder: Path, rows_apart: int) -> list[str]:
     """Starts of sums, waits for them, and products with their rows, in a pass of two halves of 21 and 20."""
-    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE, overlap.side_stream = 2, 1, Traced
-    overlap.num_ahead, overlap.MIN_ROWS_APART = lambda device, num_rows: 2, rows_apart
+    overlap.side_stream = Traced
+    cut_passes(Cut(2, True, 2, rows_apart))
     split_weights()
     multiply = Block.multiply
 
@@ -153,19 +203,159 @@ def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, 
         assert found == [*layer, *others, *others, *first, *second, "join"]
 
 
+def traced_sections(communicator: Communicator, folder: Path) -> list[str]:
+    """Starts of sums, waits for them and products, with their rows, in a pass of sections of 20, 14 and 7."""
+    overlap.side_stream = TracedRows
+    paged_model.choose_sections = lambda *_: (20, 14, 7)
+    for owner, name in ((merged.MergedLinear, "forward"), (linear.ShardedLayer, "multiply")):
+        setattr(owner, name, traced_product(getattr(owner, name)))
+    pass_states(make_engine(communicator, folder), PASSES[0])
+    return Traced.events
+
+
+def traced_product(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def traced(layer: Any, rows: Tensor) -> Tensor:
+        assert wide.SPARED.get() == 7
+        Traced.events.append(f"{len(rows)}")
+        return multiply(layer, rows)
+
+    return traced
+
+
+class TracedRows(Traced):
+    def multiprocessors(self, communicator: Communicator, num_bytes: int) -> int:
+        """For 20 rows of 80 numbers."""
+        return 7 if num_bytes == 20 * 80 * 4 else 0
+
+    def start_all_reduce(self, communicator: Communicator, tensor: Tensor) -> Sum:
+        self.events.append(f"{len(tensor)}>")
+        return SumOfRows(communicator.all_reduce(tensor), None)
+
+
+class SumOfRows(Sum):
+    def wait(self) -> Tensor:
+        Traced.events.append(f"<{len(self.tensor)}")
+        return super().wait()
+
+
+def test_each_section_is_multiplied_while_others_are_summed_up(folders: dict[str, Path]) -> None:
+    first = [event for rows in (20, 14, 7) for event in (f"{rows}", f"{rows}", f"{rows}>")]
+    others = [event for rows in (20, 14, 7) for event in (f"<{rows}", f"{rows}", f"{rows}", f"{rows}>")]
+    found = run_on_ranks(traced_sections, 2, folders["llama"])[0]
+    assert found == [*first, *others, *others, *others, *others, *others, "<20", "<14", "<7", "join"]
+
+
+def interrupted(communicator: Communicator, folder: Path, cut: Cut) -> tuple[list[str], bool]:
+    """What side streams saw last of a pass that ends in its second layer; whether the next one is as it should be."""
+    engine = make_engine(communicator, folder)
+    cut_passes(cut)
+    before = pass_states(engine, PASSES[1])
+    attend, calls = paged_model.prefill_attention, []
+    overlap.side_stream = TracedRows
+
+    def failing(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 8:
+            raise RuntimeError("in the middle")
+        return attend(*args)
+
+    paged_model.prefill_attention = failing
+    with pytest.raises(RuntimeError, match="in the middle"):
+        pass_states(engine, PASSES[1])
+    events, paged_model.prefill_attention = list(Traced.events), attend
+    engine.reset()
+    return events, torch.equal(pass_states(engine, PASSES[1]), before)
+
+
+@pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
+def test_nothing_is_in_flight_after_an_error(folders: dict[str, Path], cut: Cut) -> None:
+    """Of four prompts in three sections seven parts attend."""
+    for events, is_right in run_on_ranks(interrupted, 2, folders["llama"], cut):
+        assert sum(event.endswith(">") for event in events) > sum(event.startswith("<") for event in events)
+        assert events.count("join") == 1 and events[-1] == "join" and is_right
+
+
+def asked(communicator: Communicator, folder: Path) -> tuple[list[bool], int]:
+    """Of 300, 20, 300 and 20 rows, of which one linear of the last rank dequantises 300; sums that this took."""
+    decoder = make_engine(communicator, folder).decoder
+    if communicator.rank == communicator.world_size - 1:
+        decoder.model.model.layers[1].mlp.down_proj.dequantizes = lambda num_rows: num_rows > 256
+    decoder.communicator = Counting(communicator)
+    return [decoder.dequantizes(rows) for rows in (300, 20, 300, 20)], decoder.communicator.sums
+
+
+class Counting(Around):
+    sums = 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.sums += 1
+        return self.inner.all_reduce(tensor)
+
+
+def test_products_leave_sums_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies take none, but in a graph others carry what they carry."""
+    copies, other = (object.__new__(kind) for kind in (CopiedHostMemory, TwoStepHostMemory))
+    both = object.__new__(BySize)
+    both.limits, both.communicators = [1000], [other, copies]
+    side = SideStream(torch.device("cpu"))
+    assert side.multiprocessors(other, 1) == 0
+    side.stream = object()
+    for is_captured, found in ((False, (16, 0, 0, 16)), (True, (16, 16, 16, 16))):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_captured: answer)
+        asked = ((both, 1000), (both, 1001), (copies, 1), (other, 10**9))
+        assert tuple(side.multiprocessors(*each) for each in asked) == found
+
+
+def test_ranks_agree_on_what_dequantises(folders: dict[str, Path]) -> None:
+    """Else they would sum up different rows."""
+    assert run_on_ranks(asked, 3, folders["llama"]) == [([True, False, True, False], 2)] * 3
+
+
 def test_parts_are_cut_at_any_token() -> None:
     sequences = [Sequence(index, [0] * 20, 1) for index in range(3)]
     parts = [Part(sequences[0], 3, 9), Part(sequences[1], 0, 1), Part(sequences[2], 5, 12)]
     places = [(part.sequence.index, at) for part in parts for at in range(part.start, part.end)]
-    for cut in range(len(places) + 1):
-        halves = split_parts(parts, cut)
-        found = [[(part.sequence.index, at) for part in half for at in range(part.start, part.end)] for half in halves]
-        assert found == [places[:cut], places[cut:]]
-        assert all(part.start < part.end for half in halves for part in half)
+    num = len(places)
+    for first, second in ((one, other) for one in range(num + 1) for other in range(num + 1 - one)):
+        sections = split_parts(parts, (first, second, num - first - second))
+        found = [
+            [(part.sequence.index, at) for part in section for at in range(part.start, part.end)]
+            for section in sections
+        ]
+        assert found == [places[:first], places[first : first + second], places[first + second :]]
+        assert all(part.start < part.end for section in sections for part in section)
 
 
-def test_halves_are_whole_tiles_and_about_equal() -> None:
-    assert [limits.choose_cut(rows, 2) for rows in (1, 1023, 1024, 1025, 1280, 1281, 2048)] == [
-        *(None, None, 512, 640, 640, 768, 1024)
-    ]
-    assert limits.choose_cut(2048, 1) is None
+def test_sections_are_whole_tiles_and_about_equal() -> None:
+    """Rows of a pass, and of its sections where weights stay packed, and where they are dequantised."""
+    expected = {
+        1: ((1,), (1,)),
+        255: ((255,), (255,)),
+        256: ((128, 128), (256,)),
+        512: ((256, 256), (512,)),
+        1023: ((384, 384, 255), (1023,)),
+        1025: ((384, 384, 257), (640, 385)),
+        1280: ((512, 384, 384), (640, 640)),
+        2048: ((512, 512, 512, 512), (1024, 1024)),
+    }
+    for num_rows, found in expected.items():
+        assert tuple(
+            limits.choose_sections(num_rows, 2, lambda _, answer=answer: answer) for answer in (False, True)
+        ) == (found)
+        assert limits.choose_sections(num_rows, 1, lambda _: False) == (num_rows,)
+    assert limits.choose_sections(512, 2, lambda _: True, 257) == (256, 256)
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 513, 2047])
+@pytest.mark.parametrize("num_sections", [1, 2, 3, 4, 5])
+def test_any_pass_is_cut_into_tiles(num_rows: int, num_sections: int) -> None:
+    found = limits.cut_evenly(num_rows, num_sections)
+    assert sum(found) == num_rows and len(found) == min(num_sections, -(-num_rows // 128))
+    assert all(rows % 128 == 0 for rows in found[:-1])
+    tiles = [-(-rows // 128) for rows in found]
+    assert max(tiles) - min(tiles) <= 1
+
+
+def test_the_largest_section_decides_whether_weights_are_dequantised() -> None:
+    assert limits.choose_sections(600, 2, lambda rows: rows > 255) == (600,)
+    assert limits.choose_sections(600, 2, lambda rows: rows > 256) == (256, 256, 88)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, overlap, pass_graphs, pieces
+from parallel.engine import limits, pass_graphs
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
+from parallel.engine.fresh_pass import prompt_bounds
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.pages import pages_for
 from parallel.engine.pass_graphs import PassGraphs
@@ -23,9 +24,10 @@ from parallel.engine.speculation.speculator import Speculation
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
-from tests.parallel.test_overlap import PASSES, pass_states, split_weights
+from tests.parallel.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
 
 SIZES = (4, 9, 16, 48, 64)
+SECTIONS = Cut(3)
 replayed: list[tuple[str, int]] = []
 
 
@@ -40,12 +42,13 @@ def as_functions(calls: Iterable[Callable[[], None]], pool: object) -> list[Call
     return [partial(run, call) for call in calls]
 
 
-def put_pieces(engine: Engine, *, halved_from: int = 5, is_fresh: bool = True, is_recorded: bool = True) -> None:
+def put_pieces(
+    engine: Engine, cut: Cut = SECTIONS, *, cut_from: int = 5, is_fresh: bool = True, is_recorded: bool = True
+) -> None:
     """Passes as graphs, recorded at once or as they come. Cut where there are as many rows, with weights in several
     blocks; whole prompts all at once, or not."""
     pass_graphs.FRESH_GRAPHS = is_fresh
-    limits.ROWS_PER_TILE, pieces.GRAPHED_HALVED_ROWS = 1, halved_from
-    overlap.num_ahead = lambda device, num_rows: 2
+    cut_passes(cut, cut_from)
     graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
     if is_recorded:
         graphs.prepare_all()
@@ -62,31 +65,52 @@ def poison(engine: Engine) -> None:
         cache.values.fill_(torch.nan)
 
 
+@dataclass(frozen=True)
+class Case:
+    """How passes of so many rows are cut, and whether whole prompts are one graph."""
+
+    cut: Cut
+    is_fresh: bool
+    cut_from: int = 5
+
+
+HALVES = Cut(2, dequantizes=True, num_ahead=2)
+CASES = {
+    1: (Case(SECTIONS, True),),
+    2: (
+        *(Case(Cut(sections), True) for sections in (2, 3, 4)),
+        *(Case(SECTIONS, False), Case(SECTIONS, False, cut_from=100)),
+        *(Case(HALVES, True), Case(HALVES, False)),
+    ),
+    3: (Case(Cut(4), False), Case(HALVES, False)),
+}
+
+
 def whole_and_pieces(
-    communicator: Communicator, folder: Path, halved_from: int, is_fresh: bool
-) -> list[tuple[Tensor, Tensor]]:
+    communicator: Communicator, folder: Path, cases: tuple[Case, ...]
+) -> list[list[tuple[Tensor, Tensor]]]:
     split_weights()
     engine = make_engine(communicator, folder)
-    whole = [pass_states(engine, parts) for parts in PASSES]
-    put_pieces(engine, halved_from=halved_from, is_fresh=is_fresh)
-    poison(engine)
-    found = [pass_states(engine, parts) for parts in PASSES]
-    assert {kind for kind, _ in replayed} == ({"Pieces", "FreshPass"} if is_fresh else {"Pieces"})
-    return list(zip(whole, found, strict=True))
+    whole, found = [pass_states(engine, parts) for parts in PASSES], []
+    for case in cases:
+        replayed.clear()
+        put_pieces(engine, case.cut, cut_from=case.cut_from, is_fresh=case.is_fresh)
+        poison(engine)
+        found.append(list(zip(whole, [pass_states(engine, parts) for parts in PASSES], strict=True)))
+        assert {kind for kind, _ in replayed} == ({"Pieces", "FreshPass"} if case.is_fresh else {"Pieces"})
+    return found
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_with_biases", "llama_with_two_kv_heads", "qwen3"])
-@pytest.mark.parametrize(
-    ("world_size", "halved_from", "is_fresh"), [(1, 5, True), (2, 100, False), (2, 5, True), (3, 5, False)]
-)
-def test_pieces_give_what_the_whole_gives(
-    folders: dict[str, Path], model: str, world_size: int, halved_from: int, is_fresh: bool
-) -> None:
-    """Whole passes and such in halves. With two KV heads the third rank has none."""
-    for found in run_on_ranks(whole_and_pieces, world_size, folders[model], halved_from, is_fresh):
-        for whole, in_pieces in found:
-            assert whole.isfinite().all()
-            torch.testing.assert_close(in_pieces, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+@pytest.mark.parametrize("world_size", CASES)
+def test_pieces_give_what_the_whole_gives(folders: dict[str, Path], model: str, world_size: int) -> None:
+    """Whole passes, and such in sections or halves. With two KV heads the third rank has none."""
+    cases = CASES[world_size]
+    for rank in run_on_ranks(whole_and_pieces, world_size, folders[model], cases):
+        for case, found in zip(cases, rank, strict=True):
+            for whole, in_pieces in found:
+                assert whole.isfinite().all()
+                assert in_pieces.sub(whole).abs().max() <= 2e-5 * whole.abs().max(), case
 
 
 def written_slots(communicator: Communicator, folder: Path) -> list[tuple[list[int], list[int]]]:
@@ -247,6 +271,20 @@ def test_nothing_is_recorded_while_it_is_timed(folders: dict[str, Path]) -> None
     found = run_on_ranks(recorded_in_time, 2, folders["llama"])
     (counts, answers), (_, others) = found
     assert counts == [0, 0, 0, 0, 0, 0] and answers == others
+
+
+def test_rows_of_a_section_see_what_is_before_them() -> None:
+    """And no keys that the section after them caches."""
+    lengths, sections = (4, 1, 9, 3), (6, 1, 7, 6)
+    prompts = [prompt for prompt, length in enumerate(lengths) for _ in range(length)]
+    for number, (queries, keys) in enumerate(prompt_bounds(lengths, sections).tolist()):
+        start = sum(sections[:number])
+        end = min(start + sections[number], len(prompts))
+        for prompt in range(len(lengths)):
+            rows = [start + row for row in range(queries[prompt], queries[prompt + 1])]
+            seen = list(range(keys[prompt], keys[prompt + 1]))
+            assert rows == [row for row in range(start, end) if prompts[row] == prompt]
+            assert seen == [row for row in range(end) if prompts[row] == prompt]
 
 
 def timed_passes(communicator: Communicator, folder: Path) -> tuple[int, int, bool]:

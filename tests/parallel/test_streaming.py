@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine import limits
 from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -25,6 +24,7 @@ from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, build, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write_model
 from tests.parallel.streamed import answers, demo_runs, poisoned
+from tests.parallel.test_overlap import Cut, cut_passes
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)
@@ -67,19 +67,20 @@ def test_biases_and_norms_travel_too(name: str, folders: dict[str, Path]) -> Non
     assert torch.equal(resident, streamed)
 
 
-def halved_states(communicator: Communicator, folder: Path) -> tuple[Tensor, Tensor]:
-    """Logits of the resident model and the streamed one, whose prompts go in two halves."""
-    limits.MIN_HALVED_ROWS, limits.ROWS_PER_TILE = 2, 1
+def cut_states(communicator: Communicator, folder: Path, cut: Cut) -> tuple[Tensor, Tensor]:
+    """Logits of the resident model and the streamed one, whose prompts are cut."""
+    cut_passes(cut)
     engines = make_engine(communicator, folder), poisoned(make_engine(communicator, folder, streamed=range(4)))
     resident, streamed = (forced_logits(engine, prompts_of("llama"), FORCED) for engine in engines)
     return resident, streamed
 
 
-def test_passes_in_halves_add_the_biases_of_layers_that_are_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
+def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Path, cut: Cut) -> None:
     """Those of down projections are added in the next layer, when a third one may lie in the place of theirs."""
     sizes = COMMON | {"num_hidden_layers": 4}
     folder = write_model(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False), tmp_path)
-    for resident, streamed in run_on_ranks(halved_states, 2, folder):
+    for resident, streamed in run_on_ranks(cut_states, 2, folder, cut):
         assert torch.equal(resident, streamed)
 
 

@@ -1,0 +1,40 @@
+"""Timed passes go the way that is asked for, and others as before."""
+
+from __future__ import annotations
+
+from launcher.config import ModelFacts
+from parallel.communicator import Communicator
+from parallel.engine import limits, overlap
+from parallel.engine.halves import PassInHalves
+from tests.parallel.ranks import CPU, run_on_ranks
+from tools.bench_sections import Way, open_engine, time_way
+
+FACTS = ModelFacts(256, 512, 80, 4, 2, 64, 512, 1024)
+WAYS = (Way(1, False, False), Way(2, True, False), Way(3, False, False))
+
+
+def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[bool, int]]], bool, bool]:
+    """Of each way, the passes that were made: whether in halves, and of how many sections."""
+    engine = open_engine(communicator, CPU, FACTS, quantize, 300)
+    made: set[tuple[bool, int]] = set()
+    init = overlap.PassInSections.__init__
+
+    def traced(run: overlap.PassInSections, decoder: object, sections: list[overlap.Section]) -> None:
+        made.add((isinstance(run, PassInHalves), len(sections)))
+        init(run, decoder, sections)
+
+    overlap.PassInSections.__init__ = traced
+    found, before, is_timed = [], (limits.SECTIONS, limits.MOST_SECTIONS, engine.decoder.dequantizing), True
+    for way in WAYS:
+        made.clear()
+        times = time_way(engine, communicator, 300, way, 1)
+        is_timed &= times.ms > 0 and times.without_sums_ms > 0
+        found.append(set(made))
+    return found, is_timed, before == (limits.SECTIONS, limits.MOST_SECTIONS, engine.decoder.dequantizing)
+
+
+def test_passes_go_the_way_that_is_timed() -> None:
+    for quantize in ("none", "int4"):
+        for found, is_timed, is_as_before in run_on_ranks(timed, 2, quantize):
+            assert found == [set(), {(True, 2)}, {(False, 3)}]
+            assert is_timed and is_as_before
