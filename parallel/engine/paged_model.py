@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_cut
 from parallel.engine.overlap import run_in_halves
-from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, slots_of
+from parallel.engine.pages import PagedKV, allocate_pages, gather_kv, pages_for, slots_of
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Sequence
 from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention, prefill_attention
+from parallel.offload.host_kv import HostKV
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.sharing import open_streamer
 
@@ -42,6 +44,15 @@ class PagedModel:
     caches: list[PagedKV]
     graphs: PassGraphs | None = None
 
+    @property
+    def stored(self) -> list[list[PagedKV]]:
+        """The layers' pages as they stay between passes; those that were allocated together in a list each."""
+        host_kv = self.decoder.host_kv
+        if host_kv is None:
+            return [self.caches]
+        here = [cache for index, cache in enumerate(self.caches) if index not in host_kv.places]
+        return [here, host_kv.stored] if here else [host_kv.stored]
+
     def part_states(self, parts: Ordered[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
         columns = part_tokens(parts, self.caches[0].keys.device)
@@ -49,21 +60,30 @@ class PagedModel:
             places = [(part.start, part.end) for part in parts]
             return self.graphs.run(columns, places, self._attend_parts(parts))
         tokens = Tokens(*columns)
+        if self.decoder.host_kv is not None:
+            self.decoder.host_kv.begin(past_pages(parts), tokens.slots)
         cut = choose_cut(len(tokens.ids), self.decoder.world_size)
         if cut is None:
             return self.decoder(tokens, self._attend_parts(parts), self.caches)
         attends = [self._attend_parts(half) for half in split_parts(parts, cut)]
         return run_in_halves(self.decoder, tokens, cut, attends, self.caches)
 
-    def row_states(self, rows: Rows | TreeRows) -> Tensor:
+    def row_states(self, rows: Rows | TreeRows, past: Iterable[int] = ()) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
-        their tree says."""
+        their tree says.
+
+        Args:
+            past: the pages in which the sequences have tokens, for pages in host memory.
+        """
+        inputs = rows.inputs()
+        if self.decoder.host_kv is not None:
+            self.decoder.host_kv.begin(past, inputs.slots)
         tables, lengths, tree = rows.sequence_tables(), rows.sequence_lengths(), rows.tree()
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
             return paged_attention(query, cache, tables, lengths, self.decoder.scale, tree)
 
-        return self.decoder(rows.inputs(), attend, self.caches)
+        return self.decoder(inputs, attend, self.caches)
 
     def _attend_parts(self, parts: Ordered[Part]) -> Attend:
         device = self.caches[0].keys.device
@@ -89,6 +109,11 @@ def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
     return to_device(torch.stack([ids, positions, slots]), device)
 
 
+def past_pages(parts: Ordered[Part]) -> list[int]:
+    """Those that have the tokens before each of `parts`."""
+    return [page for part in parts for page in part.sequence.pages[: pages_for(part.start)]]
+
+
 def split_parts(parts: Ordered[Part], cut: int) -> tuple[list[Part], list[Part]]:
     """The first `cut` tokens of `parts`, and the others; a part with tokens in both is cut in two."""
     first, second = [], []
@@ -109,14 +134,19 @@ def open_paged(
 ) -> PagedModel:
     """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default.
 
-    A layer that stands in the model more than once has its pages once.
+    A layer that stands in the model more than once has its pages once. `host_layers` may have those of its layers.
     """
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
     decoder = Decoder(model, limits.max_context, None if host_layers is None else open_streamer(host_layers))
-    heads = (decoder.num_kv_heads, decoder.head_dim)
     dtype = kv_dtype or model.lm_head.weight.dtype
-    layers = list(dict.fromkeys(model.model.layers))
-    pages = dict(zip(layers, allocate_pages(len(layers), limits.num_pages, *heads, dtype, device), strict=True))
-    return PagedModel(decoder, [pages[layer] for layer in model.model.layers])
+    size = (limits.num_pages, decoder.num_kv_heads, decoder.head_dim, dtype, device)
+    hosted = {}
+    if host_layers is not None and host_layers.with_kv and host_layers.streamed:
+        decoder.host_kv = HostKV(host_layers.streamed, *size)
+        hosted = decoder.host_kv.caches
+    layers = list(dict.fromkeys(layer for index, layer in enumerate(model.model.layers) if index not in hosted))
+    pages = dict(zip(layers, allocate_pages(len(layers), *size), strict=True))
+    caches = [hosted.get(index) or pages[layer] for index, layer in enumerate(model.model.layers)]
+    return PagedModel(decoder, caches)
