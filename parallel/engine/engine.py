@@ -191,8 +191,8 @@ class Engine:
         return self.decoder.logits(self.target.row_states(rows, self.past_pages()))
 
     def past_pages(self) -> list[int]:
-        """Those in which sequences with a row have tokens, where some lie in host memory; with speculation all of theirs,
-        as only the device knows how far they have come."""
+        """Those in which sequences with a row have tokens, where some lie in host memory; with speculation all of
+        theirs, as only the device knows how far they have come."""
         if self.decoder.host_kv is None:
             return []
         if self.speculator is not None:
