@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps
 from parallel.offload.copies import HostCopies
 from parallel.offload.host_kv import MAX_GAP, HostKV, page_ranges
+from parallel.offload.host_layers import HostLayers, SharedLayers
 from tests.parallel.ranks import CPU, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
-from tests.parallel.small_models import DEMO
+from tests.parallel.small_models import DEMO, write_model
+from tests.parallel.test_sharing import CONFIG, FORCED, PROMPTS, needs_layout, open_engine
 
 NGRAM = Speculation("ngram", num_drafts=3)
 TREE = Speculation("ngram", tree=TreePlan(10, 3, 1))
@@ -138,6 +141,20 @@ def test_logits_are_the_same_to_the_bit_and_hang_on_what_is_written_back() -> No
     # The shortest prompt is one chunk: its first logits need nothing of before.
     assert torch.equal(resident[0, 0], streamed[0, 0])
     assert not any(torch.equal(*each) for each in zip(resident[1], streamed[1], strict=True))
+
+
+def shared_logits(communicator: Communicator, folder: Path) -> list[Tensor]:
+    """Of three streamed layers the host computes one in steps; pages on the device, and with their layers."""
+    shared = SharedLayers((1,), max_rows=2)
+    layers = [HostLayers((0, 1, 3), CPU, shared, with_kv=with_kv) for with_kv in (False, True)]
+    engines = [open_engine(communicator, folder, each) for each in layers]
+    return [forced_logits(each, PROMPTS, FORCED) for each in (engines[0], poisoned(engines[1]))]
+
+
+@needs_layout
+def test_layers_that_the_host_computes_have_their_pages_there_too(tmp_path: Path) -> None:
+    on_device, hosted = run_on_ranks(shared_logits, 1, write_model(CONFIG, tmp_path))[0]
+    assert torch.equal(on_device, hosted)
 
 
 def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[int]], list[float]]:
