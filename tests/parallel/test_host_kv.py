@@ -22,6 +22,7 @@ from parallel.offload.host_layers import HostLayers, SharedLayers
 from tests.parallel.ranks import CPU, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, write_model
 from tests.parallel.test_sharing import CONFIG, FORCED, PROMPTS, needs_layout, open_engine
+from tests.parallel.test_streaming import Recorder
 
 NGRAM = Speculation("ngram", num_drafts=3)
 TREE = Speculation("ngram", tree=TreePlan(10, 3, 1))
@@ -240,3 +241,24 @@ def test_tokens_of_any_width_go_to_the_host_and_come_back(kv_heads: int, head_di
         if place in host_kv.places:
             found = torch.stack([host_kv.caches[place].keys, host_kv.caches[place].values]).view(torch.uint8)
             assert torch.equal(found, wanted[host_kv.places[place]])
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
+def test_copies_follow_the_last_use_and_are_waited_for(num_layers: int) -> None:
+    """Over two passes: what a pass brings is queued after all before it, and nothing is brought for the next."""
+    host_kv, recorder = HostKV(range(num_layers), 4, 1, 8, torch.float32, CPU), Recorder()
+    host_kv.copies = recorder
+    for _ in range(2):
+        host_kv.begin([1, 2], torch.tensor([70]))
+        for _ in host_kv.through([torch.nn.Identity() for _ in range(num_layers + 1)]):
+            recorder.calls.append(("layer", len(recorder.calls)))
+    calls = [(name, buffer) for name, buffer in recorder.calls if name != "layer"]
+    begun = [(name, buffer) for buffer in range(min(2, num_layers)) for name in ("used", "copy")]
+    turns = [(name, place % 2) for place in range(num_layers) for name in ("wait", "used", "copy")]
+    # The last two have no other after them.
+    kept = [call for at, call in enumerate(turns) if call[0] != "copy" or at // 3 + 2 < num_layers]
+    assert calls == 2 * (begun + kept)
+    places = [at for at, (name, _) in enumerate(recorder.calls) if name == "layer"]
+    hosted = [at for at in places if recorder.calls[at - 1][0] == "wait"]
+    assert len(hosted) == 2 * num_layers
+    assert all(at + 1 < len(recorder.calls) and recorder.calls[at + 1][0] == "used" for at in hosted)
