@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from launcher.config import RunConfig
 from launcher.hardware import Inventory
 from launcher.memory import Demand
@@ -11,6 +13,7 @@ from launcher.plan_refusal import refuse_memory
 from launcher.shape import ModelShape
 from launcher.topology import PlanError
 from parallel.engine.limits import PAGE_SIZE
+from parallel.offload.spread import NUM_STAGED
 
 DEFAULT_MAX_CONTEXT = 8192
 # Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
@@ -43,7 +46,11 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
     if on_host < most:
         return max(on_host // PAGE_SIZE * PAGE_SIZE, needed), "what host memory has room for (offload.kv=host)."
     if most < wanted:
-        return max(most // PAGE_SIZE * PAGE_SIZE, needed), "what fits beside the weights, with a little kept free."
+        more = replace(demand, kv_on_host=True).num_kv_hosted - demand.num_kv_hosted > NUM_STAGED
+        hint = "; offload.kv=host has room for more" if more else ""
+        return max(
+            most // PAGE_SIZE * PAGE_SIZE, needed
+        ), f"what fits beside the weights, with a little kept free{hint}."
     if wanted == limit:
         return wanted, f"{limit_reason}."
     return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."

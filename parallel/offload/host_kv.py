@@ -28,6 +28,7 @@ from parallel.offload.spread import NUM_STAGED
 # Pages between two that are wanted which come with them: a copy takes the host some 10 us to queue, in which the link
 # brings two pages of a 70B's keys (131 kB at 25 GB/s).
 MAX_GAP = 2
+FEWER_TOKENS = "keep fewer keys and values there (engine.max_context, workload.batch_size, or offload.kv=card)"
 # What tokens are moved as: the widest numbers of which a head's keys are a multiple, whatever they hold.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +54,7 @@ class HostKV:
         shape = (len(layers), 2, num_pages, kv_heads, PAGE_SIZE, head_dim)
         self.num_bytes = math.prod(shape) * dtype.itemsize
         # A rank without KV heads has none.
-        self.buffer = HostBuffer(max(1, self.num_bytes), device)
+        self.buffer = HostBuffer(max(1, self.num_bytes), device, FEWER_TOKENS)
         seen = card_view(self.buffer, device) if device.type == "cuda" else self.buffer.memory
         pages, seen_pages = (memory[: self.num_bytes].view(dtype).view(shape) for memory in (self.buffer.memory, seen))
         self.staging = torch.zeros(min(NUM_STAGED, len(layers)), *shape[1:], dtype=dtype, device=device)

@@ -99,6 +99,10 @@ def test_refusal_names_the_knob_where_it_helps() -> None:
     assert knob in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 832))
     streamed(plan(AWQ_4, cards_of(1), **of_batch(HOSTED, 16, 832)))
     assert "offload.kv" not in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 4096))
+    # All layers are streamed, and still it does not fit.
+    assert "keeps those of 80 layers in host memory" in refused(
+        AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112)
+    )
     knob = "offload.enabled=on with offload.kv=host, which streams "
     roomy = replace(cards_of(1), host_memory_bytes=512 * GIB)
     message = refused(LLAMA_8B, roomy, **of_batch(OffloadConfig(), 4, 65536))
@@ -107,6 +111,13 @@ def test_refusal_names_the_knob_where_it_helps() -> None:
     decided = plan(LLAMA_8B, roomy, **of_batch(OffloadConfig(OffloadKind.on, kv=KVPlace.host), 4, 65536))
     # A little is kept free there.
     assert num <= len(streamed(decided).streamed_layers) <= num + 1
+
+
+def test_context_that_had_to_be_cut_names_the_knob() -> None:
+    for offload, named in ((HALF, True), (HOSTED, False)):
+        decided = plan(AWQ_4, cards_of(1), offload=offload, workload__batch_size=8)
+        assert decided.max_context < 8192
+        assert ("offload.kv=host has room for more" in decided.max_context_reason) == named
 
 
 def test_fewer_layers_are_streamed_where_their_tokens_go_with_them() -> None:
