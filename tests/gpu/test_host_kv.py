@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.merged import LayerMerger
 from parallel.engine.pages import FP8, PAGE_SIZE
 from parallel.engine.speculation.speculator import Speculation
 from parallel.offload.copies import CardCopies
@@ -30,7 +32,7 @@ from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.launcher.cli import run_together
 from tests.parallel.ranks import build, demo_tokenizer, numbered
 from tests.parallel.small_models import DEMO
-from tests.parallel.test_host_kv import NGRAM, TREE, prompts_of_pages
+from tests.parallel.test_host_kv import GROWN, NGRAM, TREE, prompts_of_pages
 
 pytestmark = pytest.mark.gpu
 
@@ -55,9 +57,13 @@ def answers(
     *,
     with_kv: bool,
 ) -> list[list[int]]:
-    """Three rows for six prompts of up to three pages, in chunks that end within pages."""
+    """Three rows for seven prompts of up to three pages, in chunks that end within pages."""
     model, layers = build(communicator, DEMO, torch.bfloat16), HostLayers(streamed, DEVICE, with_kv=with_kv)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, on_placed=HostLoader(model.module, layers))
+    if speculation is not None and speculation.kind == "draft":
+        draft = build(communicator, DEMO, torch.bfloat16)
+        load_checkpoint(draft, read_checkpoint(DEMO), DEVICE, on_placed=LayerMerger(draft.module))
+        speculation = replace(speculation, draft=draft.module)
     limits = EngineLimits(max_context=192, batch_size=3, prefill_chunk=45)
     engine = Engine(
         model.module, communicator, DEVICE, limits, kv_dtype=kv_dtype, speculation=speculation, host_layers=layers
@@ -76,6 +82,7 @@ KINDS: dict[str, tuple[Speculation | None, torch.dtype | None]] = {
     "fp8": (None, FP8),
     "ngram": (NGRAM, None),
     "tree": (TREE, None),
+    "grown": (GROWN, None),
 }
 
 
