@@ -104,7 +104,7 @@ def _kv_on_host(demand: Demand, budgets: tuple[int, ...], max_context: int) -> I
     """Keys and values beside their layers, where some of these are in host memory already."""
     hosted = replace(demand, kv_on_host=True)
     if demand.device == "cuda" and hosted.num_kv_hosted > demand.num_kv_hosted and fits(hosted, budgets, max_context):
-        yield f"offload.kv=host, which keeps those of {hosted.num_kv_hosted} layers in host memory"
+        yield f"offload.kv=host, which keeps keys and values of {hosted.num_kv_hosted} layers in host memory"
 
 
 def _sequences(demand: Demand, max_context: int) -> str:

@@ -95,12 +95,12 @@ def test_host_memory_that_does_not_suffice_is_told_with_what_would() -> None:
 
 def test_refusal_names_the_knob_where_it_helps() -> None:
     """Also where nothing would be streamed yet; not where it would not do."""
-    knob = "offload.kv=host, which keeps those of 40 layers in host memory"
+    knob = "offload.kv=host, which keeps keys and values of 40 layers in host memory"
     assert knob in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 832))
     streamed(plan(AWQ_4, cards_of(1), **of_batch(HOSTED, 16, 832)))
     assert "offload.kv" not in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 4096))
     # All layers are streamed, and still it does not fit.
-    assert "keeps those of 80 layers in host memory" in refused(
+    assert "keeps keys and values of 80 layers in host memory" in refused(
         AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112)
     )
     knob = "offload.enabled=on with offload.kv=host, which streams "
