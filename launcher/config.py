@@ -27,6 +27,7 @@ from launcher.model_choice import DType as DType
 from launcher.model_choice import ModelConfig as ModelConfig
 from launcher.model_choice import WeightsKind as WeightsKind
 from launcher.model_facts import ModelFacts as ModelFacts
+from launcher.offload_config import KVPlace as KVPlace
 from launcher.offload_config import OffloadConfig as OffloadConfig
 from launcher.offload_config import OffloadKind as OffloadKind
 from launcher.plan_config import Aim as Aim

@@ -156,6 +156,8 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     if offload is None:
         return []
     amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a step at {number(offload['gb_per_sec'])} GB/s"
+    if offload["kv_bytes_per_pass"]:
+        amount_text += f" ({offload['kv_bytes_per_pass'] / 1e9:.3g} of them keys and values)"
     rows = [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
     if offload["host_layers"]:
         number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
+from launcher.memory_kv import kv_lines
 from launcher.memory_layer import Layer, graphs_bytes, prompt_keys_bytes
 from launcher.memory_process import process_lines
 from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.memory_weights import held_linear_bits
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.engine.limits import PAGE_SIZE, SAMPLED_ROWS, EngineLimits, choose_sections
+from parallel.engine.limits import SAMPLED_ROWS, EngineLimits, choose_sections
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
     HOST_INT4_PRODUCT_BYTES,
@@ -66,6 +67,8 @@ class Demand:
     num_on_disk: int = 0
     # Whether the host may compute some of these itself, if it can.
     may_share: bool = False
+    # Whether keys and values of those in host memory lie there too.
+    kv_on_host: bool = False
 
     @property
     def host_computes(self) -> bool:
@@ -78,6 +81,11 @@ class Demand:
     @property
     def num_disk(self) -> int:
         return min(self.num_on_disk, self.num_streamed)
+
+    @property
+    def num_kv_hosted(self) -> int:
+        """Layers whose keys and values lie in host memory."""
+        return self.num_streamed - self.num_disk if self.kv_on_host else 0
 
     @property
     def draft(self) -> Demand | None:
@@ -145,34 +153,34 @@ class Demand:
         return {"draft.weights": sum(size for name, size in lines.items() if name.startswith("weights."))}
 
     def lines(self, max_context: int) -> tuple[dict[str, int], ...]:
-        """All lines for sequences of up to `max_context` tokens: the fixed ones, those of drafts, kv_cache,
+        """All lines for sequences of up to `max_context` tokens: the fixed ones, those of drafts, of keys and values,
         activations, graphs and load.
 
         Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
         """
         return tuple(
-            fixed | self._speculation(rank, max_context) | self._varying(rank, max_context, kv_bytes)
-            for rank, (fixed, kv_bytes) in enumerate(zip(self.fixed_lines(), self.kv_bytes_per_token(), strict=True))
+            fixed | self._speculation(rank, max_context) | self._varying(rank, max_context)
+            for rank, fixed in enumerate(self.fixed_lines())
         )
 
     def _speculation(self, rank: int, max_context: int) -> dict[str, int]:
         """What drafts take beside the weights of their model: its cache, and all tokens of all sequences."""
         draft, cache = self.draft, {}
         if draft is not None:
-            cache = {"draft.kv_cache": self._kv_bytes(max_context, draft.kv_bytes_per_token()[rank])}
+            cache = {"draft.kv_cache": kv_lines(draft, rank, max_context)["kv_cache"]}
         tokens = self.batch_size * (max_context + 1) * TOKEN_BYTES
         return cache | ({"draft.tokens": tokens} if self.rows_per_sequence > 1 else {})
 
-    def _varying(self, rank: int, max_context: int, kv_bytes: int) -> dict[str, int]:
+    def _varying(self, rank: int, max_context: int) -> dict[str, int]:
         draft = self.draft
         models = (self,) if draft is None else (self, draft)
-        kv_cache = self._kv_bytes(max_context, kv_bytes)
+        cache = kv_lines(self, rank, max_context)
         activations = max(each._activations(rank, max_context) for each in models)
-        load = max(0, max(each._load(rank) for each in models) - kv_cache - activations)
+        load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
         # Steps with streamed layers are not captured.
         is_captured = self.device == "cuda" and not self.num_streamed
         graphs = {"graphs": self._graphs(rank)} if is_captured else {}
-        return {"kv_cache": kv_cache, "activations": activations} | graphs | ({"load": load} if load else {})
+        return cache | {"activations": activations} | graphs | ({"load": load} if load else {})
 
     def _graphs(self, rank: int) -> int:
         layer, num_layers = self._layer(rank), self.shape.num_layers
@@ -196,9 +204,6 @@ class Demand:
             staged = NUM_STAGED if self.num_streamed > self.num_disk else 0
             plain = max(plain, hosted - staged * self.layer_bytes()[rank])
         return max(plain, linear_load(shape, self.device, self.dtype, linear))
-
-    def _kv_bytes(self, max_context: int, bytes_per_token: int) -> int:
-        return self._limits(max_context).num_pages * PAGE_SIZE * bytes_per_token
 
     def _limits(self, max_context: int) -> EngineLimits:
         return EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)

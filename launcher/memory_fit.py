@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from launcher.memory import Demand
 
 
@@ -21,10 +23,15 @@ def fits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> bool:
 
 def largest_context(demand: Demand, budgets: tuple[int, ...], limit: int) -> int:
     """The most tokens, up to `limit`, that fit on every rank; 0 where none do. No sum shrinks as the context grows."""
+    return largest(lambda tokens: fits(demand, budgets, tokens), limit)
+
+
+def largest(is_possible: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that is possible, as all below it are; 0 where none is."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(demand, budgets, middle):
+        if is_possible(middle):
             low = middle
         else:
             high = middle - 1

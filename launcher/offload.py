@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.config import RunConfig, WeightsKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits
+from launcher.memory_kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory_streamed import disk_bytes, ring_bytes
 from launcher.offload_config import OffloadKind
 from launcher.offload_disk import (
@@ -17,6 +18,7 @@ from launcher.offload_disk import (
     disk_rate,
     fewest_on_disk,
     free_host_bytes,
+    largest_host_context,
     needed_host_bytes,
     pack_ms,
     places,
@@ -29,6 +31,8 @@ from parallel.kernels.held import host_refusal
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.
 COPY_GB_PER_SEC = {3: 12.4, 4: 25.0, 5: 55.0}
 FULL_LANES = 16
+# One token of prompt and one of answer.
+MIN_CONTEXT = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class OffloadPlan:
     disk_rate: DiskRate | None = None
     # What a card takes to pack the layers from the disk, predicted; None where that cannot be told.
     pack_ms: float | None = None
+    # On each rank, of keys and values in host memory: all, and of a token, which every pass copies that attends to it.
+    # 0 where they are on the card.
+    kv_host_bytes: tuple[int, ...] = ()
+    kv_bytes_per_token: tuple[int, ...] = ()
 
     @property
     def pass_ms(self) -> float | None:
@@ -68,6 +76,12 @@ class OffloadPlan:
                 return None
             times_ms.append((num_bytes + num_read) / (rate * 1e9) * 1e3)
         return max(times_ms)
+
+    @property
+    def kv_token_ms(self) -> float:
+        """What the slowest link takes for each token that a pass attends to; 0 where it is not known."""
+        rates = zip(self.kv_bytes_per_token, self.copy_gb_per_sec, strict=False)
+        return max((size / (rate * 1e9) * 1e3 for size, rate in rates if rate), default=0.0)
 
     @property
     def disk_ms(self) -> float | None:
@@ -126,7 +140,9 @@ MUST_STREAM: dict[OffloadKind, Callable[[Demand, tuple[int, ...], int], bool]] =
 }
 
 
-def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> OffloadPlan | None:
+def plan_offload(
+    run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int
+) -> OffloadPlan | None:
     """What `demand.num_streamed` layers in host memory and on the disk mean; None where there are none.
 
     Raises:
@@ -136,9 +152,10 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
         return None
     check_shared(run, demand)
     host_bytes, free_bytes = demand.host_bytes(), free_host_bytes(run, inventory)
-    if free_bytes is not None and needed_host_bytes(demand) > free_bytes:
-        remedies = _disk_remedies(run, demand, inventory)
-        raise refuse_host_memory(demand, budgets, inventory, needed_host_bytes(demand), free_bytes, remedies)
+    needed = needed_host_bytes(demand, max_context)
+    if free_bytes is not None and needed > free_bytes:
+        remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(run, demand, inventory)
+        raise refuse_host_memory(demand, budgets, inventory, max_context, needed, free_bytes, remedies)
     if demand.num_disk and run.model.weights == WeightsKind.dummy:
         raise PlanError(
             f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
@@ -151,11 +168,13 @@ def plan_offload(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inven
         resident_layers=demand.shape.num_layers - demand.num_streamed,
         reason=_reason(run, demand),
         host_bytes=host_bytes,
-        needed_host_bytes=needed_host_bytes(demand),
+        needed_host_bytes=needed,
         free_host_bytes=free_bytes,
         pass_bytes=tuple(len(on_host) * size for size in demand.layer_bytes()),
         copy_gb_per_sec=tuple(map(copy_gb_per_sec, cards)) or (None,) * len(host_bytes),
         host_may_compute=demand.host_computes,
+        kv_host_bytes=host_kv_bytes(demand, max_context) if demand.num_kv_hosted else (0,) * demand.world_size,
+        kv_bytes_per_token=host_kv_bytes_per_token(demand),
         **(_disk_part(run, demand, inventory, on_disk) if on_disk else {}),
     )
 
@@ -183,7 +202,23 @@ def _disk_part(run: RunConfig, demand: Demand, inventory: Inventory, on_disk: tu
     }
 
 
+def _kv_remedies(
+    run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int
+) -> list[str]:
+    """Fewer tokens there, or none."""
+    if not demand.num_kv_hosted:
+        return []
+    most = largest_host_context(run, demand, inventory, max_context)
+    shorter = [f"sequences of up to {most} tokens (engine.max_context={most})"] if most >= MIN_CONTEXT else []
+    on_card, free_bytes = replace(demand, kv_on_host=False), free_host_bytes(run, inventory)
+    if free_bytes is None or needed_host_bytes(on_card) > free_bytes or not fits(on_card, budgets, max_context):
+        return shorter
+    return [*shorter, "offload.kv=card"]
+
+
 def _disk_remedies(run: RunConfig, demand: Demand, inventory: Inventory) -> list[str]:
+    if demand.kv_on_host:
+        return []
     least = fewest_on_disk(run, demand, inventory)
     if least is None or run.model.weights == WeightsKind.dummy:
         return []

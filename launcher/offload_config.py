@@ -15,6 +15,13 @@ class OffloadKind(str, Enum):
     off = "off"
 
 
+class KVPlace(str, Enum):
+    """Where keys and values of layers in host memory lie: on the card all the time, or with their layers."""
+
+    card = "card"
+    host = "host"
+
+
 @dataclass
 class OffloadConfig:
     # Stream layers that do not fit from host memory, each ahead of its use, in every pass: auto, on or off.
@@ -24,6 +31,9 @@ class OffloadConfig:
     # Of the others, layers of 4 bits that the host computes itself in decode steps: so many at most; null: as many as a
     # trial at the start shows to be fastest, so that answers may differ from one start to the next.
     host_layers: int | None = 0
+    # Where keys and values of layers in host memory lie: card, or host, from where they come for their attention in
+    # every pass. That leaves room on the card for several times as many tokens, and brings all that a pass attends to.
+    kv: KVPlace = KVPlace.card
     # Where layers are read from in every pass that host memory does not hold either: `checkpoint`, the model's own
     # files, or a folder with a copy of them on a faster disk. Nothing is written. Null: such a run is refused.
     disk: str | None = None
@@ -33,6 +43,7 @@ class OffloadConfig:
     def problems(self) -> Iterator[str]:
         if self.host_layers is not None and self.host_layers < 0:
             yield f"offload.host_layers={self.host_layers} must be 0 or above."
+        yield from self._kv_problems()
         yield from self._disk_problems()
         if self.resident_layers is None:
             return
@@ -42,6 +53,17 @@ class OffloadConfig:
             yield (
                 f"offload.resident_layers={self.resident_layers} streams all other layers, but offload.enabled=off. "
                 "Leave one of them out."
+            )
+
+    def _kv_problems(self) -> Iterator[str]:
+        if self.kv == KVPlace.card:
+            return
+        if self.enabled == OffloadKind.off:
+            yield "offload.kv=host is for layers in host memory, but offload.enabled=off. Leave one of them out."
+        if self.disk is not None:
+            yield (
+                f"offload.kv=host takes more host memory, but offload.disk={self.disk} is for hosts with too little "
+                "even for layers. Leave one of them out."
             )
 
     def _disk_problems(self) -> Iterator[str]:

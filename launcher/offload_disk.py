@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from launcher.config import RunConfig, TaskKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
+from launcher.memory_fit import largest
+from launcher.memory_kv import host_kv_bytes
 from launcher.memory_streamed import ring_bytes
 from launcher.units import GIB
 from parallel.kernels.held import predict_kernel
@@ -55,9 +57,19 @@ def fewest_on_disk(run: RunConfig, streamed: Demand, inventory: Inventory) -> De
     return next(fitting, None)
 
 
-def needed_host_bytes(demand: Demand) -> int:
-    """Of all ranks: layers, embedding, the buffers of what is read from the disk, and all else."""
-    return sum(demand.host_bytes()) + sum(ring_bytes(demand)) + demand.world_size * HOST_BYTES_PER_RANK
+def needed_host_bytes(demand: Demand, max_context: int = 0) -> int:
+    """Of all ranks: layers, embedding, keys and values of sequences of `max_context` tokens where they lie there, the
+    buffers of what is read from the disk, and all else."""
+    kept = sum(demand.host_bytes()) + sum(host_kv_bytes(demand, max_context))
+    return kept + sum(ring_bytes(demand)) + demand.world_size * HOST_BYTES_PER_RANK
+
+
+def largest_host_context(run: RunConfig, demand: Demand, inventory: Inventory, limit: int) -> int:
+    """The most tokens of a sequence, up to `limit`, for whose keys and values there is host memory."""
+    free_bytes = free_host_bytes(run, inventory)
+    if free_bytes is None or demand.num_kv_hosted == 0:
+        return limit
+    return largest(lambda tokens: needed_host_bytes(demand, tokens) <= free_bytes, limit)
 
 
 def free_host_bytes(run: RunConfig, inventory: Inventory) -> int | None:

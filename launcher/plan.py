@@ -13,20 +13,16 @@ from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
-from launcher.memory_fit import fits, largest_context
+from launcher.memory_kv import counted_bytes_per_token, host_kv_bytes_per_token
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
-from launcher.offload_disk import place_layers
-from launcher.plan_refusal import refuse_memory
+from launcher.offload_config import KVPlace
+from launcher.offload_disk import free_host_bytes, needed_host_bytes, place_layers
+from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit, needed_tokens
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from launcher.units import GIB, MIB
-from parallel.engine.limits import PAGE_SIZE
 from parallel.partition import choose_grain
 
-DEFAULT_MAX_CONTEXT = 8192
-# Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
-# 70B on one H200, results/one_card_h200_202611.md).
-KEPT_FREE = 0.02
 # The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
 # (capacities in public PyTorch out-of-memory messages).
 DRIVER_RESERVED_BYTES = 400 * MIB
@@ -58,9 +54,9 @@ class Plan:
     max_context: int
     max_context_reason: str
     batch_size: int
-    # Of the rank that holds most, for one sequence.
+    # Of the rank that holds most, for one sequence, wherever they lie.
     kv_bytes_per_token: int
-    # Tokens of all sequences together that the memory left beside the other lines could hold.
+    # Tokens of all sequences together that the memory left beside the other lines could hold, and that of the host.
     kv_tokens_that_fit: int
     cards: tuple[CardPlan, ...]
     # Reading the weights of a token once, at the card's published memory bandwidth, or copying those that are streamed,
@@ -99,8 +95,8 @@ def plan_run(
     demand = replace(demand, captures_passes=captures_passes(run, placement, inventory))
     budgets = _budgets(run, world_size, inventory)
     demand = _stream_layers(run, demand, budgets, inventory)
-    offload = plan_offload(run, demand, budgets, inventory)
-    max_context, max_context_reason = _choose_context(run, demand, budgets, inventory)
+    max_context, max_context_reason = choose_context(run, demand, budgets, inventory)
+    offload = plan_offload(run, demand, budgets, inventory, max_context)
     cards = _plan_cards(demand, budgets, max_context, placement)
     return Plan(
         placement=placement,
@@ -111,7 +107,7 @@ def plan_run(
         max_context_reason=max_context_reason,
         batch_size=demand.batch_size,
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
-        kv_tokens_that_fit=_kv_tokens_that_fit(demand, cards),
+        kv_tokens_that_fit=_kv_tokens_that_fit(run, demand, cards, inventory),
         cards=cards,
         tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
         offload=offload,
@@ -151,21 +147,17 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
         may_share=run.offload.host_layers != 0,
+        kv_on_host=run.offload.kv == KVPlace.host,
     )
 
 
 def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
     """`demand` with as many layers in host memory, and on the disk, as the run must have there."""
     limit, _ = context_limit(demand.shape, demand.draft_shape)
-    needed = run.engine.max_context or _needed_tokens(run)
+    needed = run.engine.max_context or needed_tokens(run)
     wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
     place = partial(place_layers, run, demand, inventory)
     return place(choose_num_streamed(run, demand, budgets, needed, wanted, KEPT_FREE, place))
-
-
-def _needed_tokens(run: RunConfig) -> int:
-    """Of a sequence, prompt and answer, where the prompts are not known yet at least."""
-    return (run.num_prompt_tokens or 1) + run.workload.output_tokens
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
@@ -222,47 +214,6 @@ def _known(*sizes: int) -> Iterable[int]:
     return (size for size in sizes if size)
 
 
-def _choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
-    """Tokens of a sequence and a sentence that says why so many."""
-    limit, limit_reason = context_limit(demand.shape, demand.draft_shape)
-    needed = _needed_tokens(run)
-    asked = run.engine.max_context
-    if asked is not None:
-        _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
-        if not fits(demand, budgets, asked):
-            raise refuse_memory(demand, budgets, inventory, asked, "engine.max_context")
-        return asked, "engine.max_context was set."
-    knobs = "workload.prompt_tokens + workload.output_tokens"
-    workload = f"{knobs} = {needed}"
-    _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
-    wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    if not fits(demand, budgets, needed):
-        raise refuse_memory(demand, budgets, inventory, needed, knobs)
-    most = largest_context(demand, tuple(round(budget * (1 - KEPT_FREE)) for budget in budgets), wanted)
-    if most < wanted:
-        return max(most // PAGE_SIZE * PAGE_SIZE, needed), "what fits beside the weights, with a little kept free."
-    if wanted == limit:
-        return wanted, f"{limit_reason}."
-    return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
-
-
-def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[int, str]:
-    """The most tokens the model takes here, beside a draft model where there is one, and what sets that limit."""
-    limit, reason = shape.max_positions, f"the model's limit of {shape.max_positions} positions"
-    if shape.sliding_window is not None:
-        # Full attention equals a sliding window up to the window's size.
-        limit = shape.sliding_window
-        reason = f"the model's sliding window of {limit} tokens (attention is full here)"
-    if draft is not None and draft.max_positions < limit:
-        limit, reason = draft.max_positions, f"the draft model's limit of {draft.max_positions} positions"
-    return limit, reason
-
-
-def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:
-    if tokens > limit:
-        raise PlanError(f"{what} exceeds {limit_reason}. {remedy}")
-
-
 def _plan_cards(
     demand: Demand, budgets: tuple[int, ...], max_context: int, placement: Placement
 ) -> tuple[CardPlan, ...]:
@@ -274,12 +225,16 @@ def _plan_cards(
     )
 
 
-def _kv_tokens_that_fit(demand: Demand, cards: tuple[CardPlan, ...]) -> int:
-    names = ("kv_cache", "draft.kv_cache")
+def _kv_tokens_that_fit(run: RunConfig, demand: Demand, cards: tuple[CardPlan, ...], inventory: Inventory) -> int:
+    names = ("kv_cache", "kv_staging", "host_kv", "draft.kv_cache")
     left = (card.budget_bytes - card.predicted_bytes + sum(card.lines.get(name, 0) for name in names) for card in cards)
     models = (demand,) if demand.draft is None else (demand, demand.draft)
-    per_token = [sum(sizes) for sizes in zip(*(each.kv_bytes_per_token() for each in models), strict=True)]
-    return min(size // each for size, each in zip(left, per_token, strict=True))
+    per_token = [sum(sizes) for sizes in zip(*map(counted_bytes_per_token, models), strict=True)]
+    fitting = [size // each for size, each in zip(left, per_token, strict=True)]
+    on_host, free_bytes = sum(host_kv_bytes_per_token(demand)), free_host_bytes(run, inventory)
+    if on_host and free_bytes is not None:
+        fitting.append((free_bytes - needed_host_bytes(demand)) // on_host)
+    return min(fitting)
 
 
 def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...], offload: OffloadPlan | None) -> float | None:

@@ -9,6 +9,7 @@ from launcher.config import MAX_CARDS, KVDType
 from launcher.hardware import Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, group_lines, largest_context
+from launcher.memory_kv import host_kv_bytes
 from launcher.memory_streamed import ring_bytes
 from launcher.shape import quantized_shape
 from launcher.topology import PlanError
@@ -29,12 +30,13 @@ def refuse_memory(
     fixed = demand.fixed_lines()
     weights_fit = all(sum(lines.values()) <= budget for lines, budget in zip(fixed, budgets, strict=True))
     if weights_fit:
-        what = f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size} do"
+        what = f"{_sequences(demand, max_context)} do"
         remedies = [*_smaller_runs(demand, budgets, max_context, knobs)]
     else:
         what = f"the weights in {_format(demand)} do"
         remedies = []
     remedies += [*_other_runs(demand, budgets, inventory, max_context), *_streaming(demand, budgets, max_context)]
+    remedies += _kv_on_host(demand, budgets, max_context)
     lines = demand.lines(max_context) if weights_fit else fixed
     sizes = [_rank_text(rank, lines[rank], budgets[rank], inventory) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
@@ -45,15 +47,16 @@ def refuse_host_memory(
     demand: Demand,
     budgets: tuple[int, ...],
     inventory: Inventory,
+    max_context: int,
     needed_bytes: int,
     free_bytes: int,
-    disk_remedies: Sequence[str],
+    own_remedies: Sequence[str],
 ) -> PlanError:
     """The error for a run whose streamed layers do not fit into host memory.
 
     Args:
         needed_bytes: of host memory, for the layers and all else of the ranks.
-        disk_remedies: settings by which more layers lie on the disk.
+        own_remedies: settings by which less lies there.
     """
     num_hosted, num_layers = demand.num_streamed - demand.num_disk, demand.shape.num_layers
     if num_hosted:
@@ -65,7 +68,10 @@ def refuse_host_memory(
         parts = f"{sum(demand.host_bytes()) / GIB:.2f} GiB for the embedding"
     if demand.num_disk:
         parts += f" and {sum(ring_bytes(demand)) / GIB:.2f} to read others ahead"
-    remedies = [*_other_runs(demand, budgets, inventory, 1), *disk_remedies, "more free host memory"]
+    if demand.num_kv_hosted:
+        kv_bytes = sum(host_kv_bytes(demand, max_context))
+        parts += f", {kv_bytes / GIB:.2f} for keys and values of {_sequences(demand, max_context)}"
+    remedies = [*_other_runs(demand, budgets, inventory, 1), *own_remedies, "more free host memory"]
     is_free = free_bytes in (inventory.host_memory_bytes, inventory.host_free_bytes)
     state = "are free" if is_free else "may be used (limits.host_memory_gib)"
     return PlanError(
@@ -85,10 +91,24 @@ def _streaming(demand: Demand, budgets: tuple[int, ...], max_context: int) -> It
     num_layers = demand.shape.num_layers
     if demand.num_streamed or demand.device == "cpu":
         return
-    for num in range(1, num_layers + 1):
-        if fits(replace(demand, num_streamed=num), budgets, max_context):
-            yield f"offload.enabled=on, which streams {num} of {num_layers} layers from host memory in every pass"
-            return
+    for kv_on_host in sorted({demand.kv_on_host, True}):
+        for num in range(1, num_layers + 1):
+            if fits(replace(demand, num_streamed=num, kv_on_host=kv_on_host), budgets, max_context):
+                with_kv = " with offload.kv=host" if kv_on_host > demand.kv_on_host else ""
+                what = f"streams {num} of {num_layers} layers from host memory in every pass"
+                yield f"offload.enabled=on{with_kv}, which {what}"
+                return
+
+
+def _kv_on_host(demand: Demand, budgets: tuple[int, ...], max_context: int) -> Iterator[str]:
+    """Keys and values beside their layers, where some of these are in host memory already."""
+    hosted = replace(demand, kv_on_host=True)
+    if demand.device == "cuda" and hosted.num_kv_hosted > demand.num_kv_hosted and fits(hosted, budgets, max_context):
+        yield f"offload.kv=host, which keeps keys and values of {hosted.num_kv_hosted} layers in host memory"
+
+
+def _sequences(demand: Demand, max_context: int) -> str:
+    return f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size}"
 
 
 def _smaller_runs(demand: Demand, budgets: tuple[int, ...], max_context: int, knobs: str) -> Iterator[str]:

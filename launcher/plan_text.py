@@ -9,7 +9,7 @@ from launcher.offload import OffloadPlan
 from launcher.plan import Plan
 from launcher.shape import ModelShape
 from launcher.timing.predict import Times
-from launcher.units import GIB, MIB
+from launcher.units import GIB, KIB, MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 
 
@@ -26,8 +26,9 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         *([] if plan.offload is None else [("streamed layers, predicted", streamed_text(plan.offload))]),
         *([] if plan.offload is None else describe_disk(plan.offload)),
+        *([] if plan.offload is None else describe_kv(plan.offload)),
         *([] if plan.offload is None else describe_host(plan.offload)),
-        ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / 1024:.4g} KiB on the fullest rank"),
+        ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / KIB:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
         *describe_chunk(plan),
         *describe_times(plan, times),
@@ -72,6 +73,16 @@ def streamed_text(offload: OffloadPlan) -> str:
     if offload.host_may_compute:
         text += ", less in steps where the host is fast enough to compute some of them"
     return f"{text}: {offload.reason}"
+
+
+def describe_kv(offload: OffloadPlan) -> list[tuple[str, str]]:
+    """Keys and values in host memory, where some are there."""
+    if not any(offload.kv_host_bytes):
+        return []
+    gib, kib = sum(offload.kv_host_bytes) / GIB, max(offload.kv_bytes_per_token) / KIB
+    text = f"{gib:.2f} GiB, of {len(offload.streamed_layers)} layers; a pass brings {kib:.4g} KiB a token it attends to"
+    text += f", {number(offload.kv_token_ms * 1e3)} ms a thousand of them" if offload.kv_token_ms else ""
+    return [("KV in host memory, predicted", text)]
 
 
 def describe_host(offload: OffloadPlan) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from launcher.config import RunConfig
 from launcher.failures import Failure
 from launcher.hardware import Inventory
 from launcher.job import Job
+from launcher.offload import OffloadPlan
 from launcher.plan import Plan
 from launcher.telemetry import CardUsage, Telemetry
 from launcher.timing.predict import Times
@@ -129,11 +130,15 @@ def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
             "longest_wait_ms": plan.longest_wait_ms,
             "tpot_floor_ms": plan.tpot_floor_ms,
             "kv_tokens_that_fit": plan.kv_tokens_that_fit,
-            "offload": None if plan.offload is None else asdict(plan.offload) | {"pass_ms": plan.offload.pass_ms},
+            "offload": None if plan.offload is None else planned_offload(plan.offload),
             "cards": cards,
             **predicted_times(times),
         },
     }
+
+
+def planned_offload(offload: OffloadPlan) -> dict[str, Any]:
+    return asdict(offload) | {"pass_ms": offload.pass_ms, "kv_token_ms": offload.kv_token_ms}
 
 
 def predicted_times(times: Times | str | None) -> dict[str, Any]:

@@ -82,9 +82,23 @@ def token_bytes(engine: Engine, caches: Sequence[PagedKV]) -> int:
     return cache_bytes(caches) // (engine.limits.num_pages * PAGE_SIZE)
 
 
-def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) -> dict[str, Any] | None:
-    """What decode steps copy from host memory, and how fast a step of `step_ms` (0: none) brings it; None where nothing
-    is streamed.
+def link_bytes(engine: Engine, num_rows: int, num_tokens: int) -> int:
+    """What a pass of so many rows, of sequences with so many tokens, copies from host memory."""
+    weights = 0 if engine.streamer is None else engine.streamer.pass_bytes(num_rows)
+    return weights + kv_link_bytes(engine, num_tokens)
+
+
+def kv_link_bytes(engine: Engine, num_tokens: int) -> int:
+    """Of that, keys and values."""
+    host_kv = engine.decoder.host_kv
+    return 0 if host_kv is None else host_kv.pass_bytes(num_tokens)
+
+
+def streaming(
+    engine: Engine, contexts: Sequence[int], step_ms: float, copy_bytes_per_sec: float | None
+) -> dict[str, Any] | None:
+    """What decode steps of sequences with `contexts` tokens copy from host memory, and how fast a step of `step_ms` (0:
+    none) brings it; None where nothing is streamed.
 
     Args:
         copy_bytes_per_sec: of plain copies from pinned memory; None on a CPU.
@@ -93,7 +107,7 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
     if streamer is None:
         return None
     disk, shared = streamer.disk, streamer.host_layers.shared
-    num_bytes = streamer.pass_bytes(step_rows(engine))
+    num_bytes, kv_bytes = link_bytes(engine, step_rows(engine), sum(contexts)), kv_link_bytes(engine, sum(contexts))
     rate = num_bytes / step_ms * 1e3 if step_ms else None
     return {
         "resident_layers": engine.decoder.num_layers - len(streamer.layers) - (len(disk.indices) if disk else 0),
@@ -102,6 +116,7 @@ def streaming(engine: Engine, step_ms: float, copy_bytes_per_sec: float | None) 
         "host_rows": shared.max_rows,
         "trial": None if shared.rates is None else shared.rates.report(),
         "bytes_per_pass": num_bytes,
+        "kv_bytes_per_pass": kv_bytes,
         "bytes_per_prompt_pass": streamer.host_layers.streamed_bytes,
         "host_bytes": streamer.host_layers.num_bytes,
         "staging_bytes": streamer.buffers.nbytes,

@@ -106,7 +106,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
     step_ms = step["decode_step_ms"]["measured"]
-    offload = streaming(bench.engine, step_ms, pinned_copy)
+    offload = streaming(bench.engine, contexts, step_ms, pinned_copy)
     streamed_ms = None if offload is None else offload["floor_ms"]
     return {
         "transport": context.transport_summary(),

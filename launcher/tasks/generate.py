@@ -60,7 +60,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     ended = time.time()
     check_same_tokens(context, result.answers)
     contexts = longest_contexts(token_ids, result)
-    offload = streaming(loaded.engine, statistics.median(result.step_ms or [0.0]), pinned_copy)
+    offload = streaming(loaded.engine, contexts, statistics.median(result.step_ms or [0.0]), pinned_copy)
     steps = Steps(result.acceptance, result.step_ms, result.plans)
     return {
         "transport": context.transport_summary(),

@@ -65,14 +65,17 @@ def kernels(engine: Engine) -> dict[str, Any]:
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:
     """Bytes that this rank holds, as the allocator counts them (null on a CPU, which has no such count)."""
     on_card, drafter = device.type == "cuda", engine.speculator and engine.speculator.drafter
-    streamer = engine.streamer
+    streamer, host_kv = engine.streamer, engine.decoder.host_kv
+    hosted_kv = 0 if host_kv is None else host_kv.num_bytes
     on_host = 0 if streamer is None else streamer.host_layers.num_bytes
     on_disk = 0 if streamer is None or streamer.disk is None else streamer.disk.packed_bytes
     return {
         "weights_bytes": weights_bytes(engine.model) - on_host - on_disk,
         "host_weights_bytes": on_host,
         "staging_bytes": 0 if streamer is None else streamer.buffers.nbytes,
-        "kv_cache_bytes": cache_bytes(engine.caches),
+        "kv_cache_bytes": sum(map(cache_bytes, engine.target.stored)) - hosted_kv,
+        "kv_staging_bytes": 0 if host_kv is None else host_kv.staging.nbytes,
+        "host_kv_bytes": hosted_kv,
         "draft_weights_bytes": sum(map(weights_bytes, drafter.models)) if drafter else 0,
         "draft_kv_cache_bytes": cache_bytes(drafter.caches) if drafter else 0,
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(device) if on_card else None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.rank import RankContext
+from launcher.tasks.bandwidth import link_bytes
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.pass_timer import PlanCost, time_plan
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -26,7 +27,8 @@ def time_passes(
     for plan in run.timed_trees:
         context.communicator.barrier()
         cost = time_plan(engine, plan, contexts, num_steps, context.communicator)
-        link = over_the_link(engine, plan.size * len(contexts), cost.pass_ms, copy_bytes_per_sec)
+        num_bytes = link_bytes(engine, plan.size * len(contexts), sum(contexts))
+        link = over_the_link(num_bytes, cost.pass_ms, copy_bytes_per_sec)
         rows.append(pass_row(plan, cost) | link | assumed(plan, cost, len(contexts), run.bench.acceptance))
         context.events.progress("timing passes", len(rows), len(run.timed_trees), "sizes")
     return rows
@@ -44,10 +46,9 @@ def pass_row(plan: TreePlan, cost: PlanCost) -> dict[str, Any]:
     }
 
 
-def over_the_link(engine: Engine, num_rows: int, pass_ms: float, copy_bytes_per_sec: float | None) -> dict[str, Any]:
-    """What a pass of so many rows copies from host memory (0: nothing), and the time in which a plain copy would, over
-    that of the pass."""
-    num_bytes = 0 if engine.streamer is None else engine.streamer.pass_bytes(num_rows)
+def over_the_link(num_bytes: int, pass_ms: float, copy_bytes_per_sec: float | None) -> dict[str, Any]:
+    """What a pass copies from host memory (0: nothing), and the time in which a plain copy would, over that of the
+    pass."""
     floor_ms = num_bytes / copy_bytes_per_sec * 1e3 if num_bytes and copy_bytes_per_sec else None
     return {
         "link_bytes": num_bytes,

@@ -26,7 +26,7 @@ from launcher.shape import ModelShape
 from launcher.timing.chunk_choice import predict_chunk
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
-from launcher.timing.predict import Times, predict_times
+from launcher.timing.predict import Copies, Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import Rates
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
@@ -88,11 +88,12 @@ def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> T
         run.engine.prefill_chunk,
         plan.prefill_chunk_while_decoding or run.engine.prefill_chunk,
     )
-    pass_ms = 0.0 if plan.offload is None else plan.offload.pass_ms
+    pass_ms, kv_token_ms = (0.0, 0.0) if plan.offload is None else (plan.offload.pass_ms, plan.offload.kv_token_ms)
     if pass_ms is None:
         return "layers are streamed over a link that is not known"
+    copies = Copies(pass_ms, kv_token_ms)
     try:
-        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, pass_ms)
+        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, copies)
     except ValueError as error:
         return str(error)
 

@@ -46,11 +46,23 @@ LIMITS = {
 }
 
 
-def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0) -> Times:
-    """The steps of `load`, in the middle of its answers.
+@dataclass(frozen=True)
+class Copies:
+    """Milliseconds that copies of a pass take while it computes: streamed layers, and for each token that it attends
+    to, keys and values from host memory."""
 
-    Args:
-        pass_ms: what streamed layers take to be copied, which goes on while the others compute.
+    pass_ms: float = 0.0
+    kv_token_ms: float = 0.0
+
+    def ms(self, num_tokens: float) -> float:
+        return self.pass_ms + self.kv_token_ms * num_tokens
+
+
+NO_COPIES = Copies()
+
+
+def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_COPIES) -> Times:
+    """The steps of `load`, in the middle of its answers.
 
     Raises:
         ValueError: the rates know nothing of the format.
@@ -58,17 +70,18 @@ def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0
     if work.format not in rates.decode:
         raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.decode)}")
     parts = decode_parts(work, load.batch_size, read_tokens(load), rates)
-    if pass_ms:
-        parts["copies"] = max(0.0, pass_ms - sum(parts.values()))
+    copied_ms = copies.ms(read_tokens(load))
+    if copied_ms:
+        parts["copies"] = max(0.0, copied_ms - sum(parts.values()))
     tpot_ms = sum(parts.values())
-    answers, prefill_only = (answer(work, each, rates, pass_ms) for each in (load, load.prompts_only))
+    answers, prefill_only = (answer(work, each, rates, copies) for each in (load, load.prompts_only))
     tokens_per_sec = load.batch_size * load.output_tokens / answers.end_ms * 1e3
     return Times(
         source=rates.source,
         assumptions=rates.assumptions,
         tpot_ms=tpot_ms,
         parts_ms=parts,
-        floor_ms=max(step_bytes(work, load) / rates.copy_gb_per_sec / 1e6, pass_ms),
+        floor_ms=max(step_bytes(work, load) / rates.copy_gb_per_sec / 1e6, copied_ms),
         comm_share=parts["all_reduce"] / tpot_ms,
         limit=LIMITS[max(parts, key=lambda name: parts[name])],
         tokens_per_sec=tokens_per_sec,
@@ -79,8 +92,8 @@ def predict_times(work: Work, load: Workload, rates: Rates, pass_ms: float = 0.0
     )
 
 
-def answer(work: Work, load: Workload, rates: Rates, pass_ms: float) -> Answers:
-    """The passes of `load`; each that is streamed to takes `pass_ms` or more."""
+def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
+    """The passes of `load`; each takes as long as its copies or more, and writes back what it reads of prompts."""
     table, tokens = rates.decode[work.format], load.prompt_tokens + load.output_tokens // 2
 
     @cache
@@ -88,11 +101,12 @@ def answer(work: Work, load: Workload, rates: Rates, pass_ms: float) -> Answers:
         # Steps are captured for some numbers of rows, those that are timed.
         num_rows = min((size for size in table if size >= num_running), default=load.batch_size)
         parts = decode_parts(work, min(num_rows, load.batch_size), num_running * tokens, rates)
-        return max(sum(parts.values()), pass_ms)
+        return max(sum(parts.values()), copies.ms(num_running * tokens))
 
     def cost(parts: list[Part]) -> PassCost:
         found = chunk_cost(work, parts, rates)
-        return replace(found, card=max(found.card, pass_ms))
+        past, written_ms = sum(past for past, _ in parts), copies.kv_token_ms * sum(num for _, num in parts)
+        return replace(found, card=max(found.card + written_ms, copies.ms(past)))
 
     return run_through(load, cost, step_ms)
 

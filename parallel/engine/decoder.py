@@ -20,6 +20,7 @@ from parallel.engine.merged import is_merged, linears_of, local_sizes, merge_lay
 from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
 from parallel.linear import Update
+from parallel.offload.host_kv import HostKV
 from parallel.offload.streamer import Streamer
 
 # query [tokens, local heads, head_dim], the layer's cache -> the same shape
@@ -41,9 +42,13 @@ class Tokens:
 class Decoder:
     """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone.
 
+    `host_kv`: has the keys and values of layers whose lie in host memory, where some do.
+
     Args:
         streamer: has the layers that lie in host memory, where some do.
     """
+
+    host_kv: HostKV | None = None
 
     def __init__(self, model: PreTrainedModel, max_context: int, streamer: Streamer | None = None) -> None:
         config = model.config
@@ -96,7 +101,8 @@ class Decoder:
     def layers(self, num_rows: int) -> Iterator[Any]:
         """In turn, for a pass of so many rows; each is ready until the next is asked for."""
         layers = self.model.model.layers
-        return iter(layers) if self.streamer is None else self.streamer.through(layers, num_rows)
+        passing = iter(layers) if self.streamer is None else self.streamer.through(layers, num_rows)
+        return passing if self.host_kv is None else self.host_kv.through(passing)
 
     def dequantizes(self, num_rows: int) -> bool:
         """Whether any rank makes numbers of some weight before it multiplies so many rows by it.

@@ -19,7 +19,7 @@ from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
-from parallel.engine.pages import PageAllocator
+from parallel.engine.pages import PageAllocator, pages_for
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
@@ -199,7 +199,16 @@ class Engine:
 
     def row_logits(self, rows: Rows | TreeRows) -> Tensor:
         """[rows, local vocabulary]"""
-        return self.decoder.logits(self.target.row_states(rows))
+        return self.decoder.logits(self.target.row_states(rows, self.past_pages()))
+
+    def past_pages(self) -> list[int]:
+        """Those in which sequences with a row have tokens, where some lie in host memory; with speculation all of
+        theirs, as only the device knows how far they have come."""
+        if self.decoder.host_kv is None:
+            return []
+        if self.speculator is not None:
+            return [page for sequence in self.order for page in sequence.pages]
+        return [page for each in self.order for page in each.pages[: pages_for(each.next_position)]]
 
     def arrange(self, sequences: Ordered[Sequence]) -> None:
         """Gives each sequence its row; its newest token comes from the row it had, or from the end of its prefill."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_sections
-from parallel.engine.pages import PagedKV, allocate_pages, positions_and_slots
+from parallel.engine.pages import PagedKV, allocate_pages, pages_for, positions_and_slots
 from parallel.engine.part_attention import attend_parts
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.pass_order import run_pass
@@ -20,6 +21,7 @@ from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention
 from parallel.kernels.ranges_attention import refusal
+from parallel.offload.host_kv import HostKV
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.sharing import open_streamer
 
@@ -36,6 +38,15 @@ class PagedModel:
     max_keys: int = 0
     graphs: PassGraphs | None = None
 
+    @property
+    def stored(self) -> list[list[PagedKV]]:
+        """The layers' pages as they stay between passes; those that were allocated together in a list each."""
+        host_kv = self.decoder.host_kv
+        if host_kv is None:
+            return [self.caches]
+        here = [cache for index, cache in enumerate(self.caches) if index not in host_kv.places]
+        return [here, host_kv.stored] if here else [host_kv.stored]
+
     def part_states(self, parts: Ordered[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
         columns = part_tokens(parts, self.caches[0].keys.device)
@@ -43,19 +54,29 @@ class PagedModel:
             places = [(part.start, part.end) for part in parts]
             return self.graphs.run(columns, places, self._attend_parts(parts))
         tokens = Tokens(*columns)
+        if self.decoder.host_kv is not None:
+            self.decoder.host_kv.begin(past_pages(parts), tokens.slots)
         sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes)
         attends = [self._attend_parts(each) for each in split_parts(parts, sections)]
         return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
-    def row_states(self, rows: Rows | TreeRows) -> Tensor:
+
+    def row_states(self, rows: Rows | TreeRows, past: Iterable[int] = ()) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
-        their tree says."""
+        their tree says.
+
+        Args:
+            past: the pages in which the sequences have tokens, for pages in host memory.
+        """
+        inputs = rows.inputs()
+        if self.decoder.host_kv is not None:
+            self.decoder.host_kv.begin(past, inputs.slots)
         tables, lengths, tree = rows.sequence_tables(), rows.sequence_lengths(), rows.tree()
 
         def attend(query: Tensor, cache: PagedKV) -> Tensor:
             return paged_attention(query, cache, tables, lengths, self.decoder.scale, tree)
 
-        return self.decoder(rows.inputs(), attend, self.caches)
+        return self.decoder(inputs, attend, self.caches)
 
     def _attend_parts(self, parts: Ordered[Part]) -> Attend:
         return attend_parts(parts, self.decoder.scale, self.max_keys)
@@ -66,6 +87,11 @@ def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
     ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
     positions, slots = positions_and_slots([(part.sequence.pages, part.start, part.end) for part in parts])
     return to_device(torch.stack([ids, positions, slots]), device)
+
+
+def past_pages(parts: Ordered[Part]) -> list[int]:
+    """Those that have the tokens before each of `parts`."""
+    return [page for part in parts for page in part.sequence.pages[: pages_for(part.start)]]
 
 
 def split_parts(parts: Ordered[Part], sections: Ordered[int]) -> list[list[Part]]:
@@ -92,17 +118,20 @@ def open_paged(
 ) -> PagedModel:
     """Takes over a loaded model (see Decoder) and allocates its pages, in the model's own dtype by default.
 
-    A layer that stands in the model more than once has its pages once.
+    A layer that stands in the model more than once has its pages once. `host_layers` may have those of its layers.
     """
     if device.type == "cuda":
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
     decoder = Decoder(model, limits.max_context, None if host_layers is None else open_streamer(host_layers))
-    heads = (decoder.num_kv_heads, decoder.head_dim)
     dtype = kv_dtype or model.lm_head.weight.dtype
-    layers = list(dict.fromkeys(model.model.layers))
-    pages = dict(zip(layers, allocate_pages(len(layers), limits.num_pages, *heads, dtype, device), strict=True))
+    size = (limits.num_pages, decoder.num_kv_heads, decoder.head_dim, dtype, device)
+    hosted = {}
+    if host_layers is not None and host_layers.with_kv and host_layers.streamed:
+        decoder.host_kv = HostKV(host_layers.streamed, *size)
+        hosted = decoder.host_kv.caches
+    layers = list(dict.fromkeys(layer for index, layer in enumerate(model.model.layers) if index not in hosted))
+    pages = dict(zip(layers, allocate_pages(len(layers), *size), strict=True))
+    caches = [hosted.get(index) or pages[layer] for index, layer in enumerate(model.model.layers)]
     takes_ranges = refusal(decoder.num_heads, decoder.head_dim, model.lm_head.weight.dtype, device) is None
-    return PagedModel(
-        decoder, [pages[layer] for layer in model.model.layers], limits.gathered_keys if takes_ranges else 0
-    )
+    return PagedModel(decoder, caches, limits.gathered_keys if takes_ranges else 0)

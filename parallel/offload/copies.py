@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+# What is copied, and where to.
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
 
 class CopyQueue(Protocol):
     """Copies into numbered buffers, in order, beside what computes on the current stream."""
 
-    def copy(self, source: Tensor, target: Tensor, buffer: int) -> None:
-        """Queues a copy into `buffer`, after what the last `mark_used` of it covers."""
+    def copy(self, pairs: Pairs, buffer: int) -> None:
+        """Queues copies into `buffer`, after what the last `mark_used` of it covers."""
         ...
 
     def wait_copied(self, buffer: int) -> None:
-        """What is queued to compute from here on follows the last copy into `buffer`."""
+        """What is queued to compute from here on follows the last copies into `buffer`."""
         ...
 
     def mark_used(self, buffer: int) -> None:
@@ -32,10 +36,11 @@ class CardCopies:
         self.stream = torch.cuda.Stream(device)
         self.copied, self.used = ([torch.cuda.Event() for _ in range(num_buffers)] for _ in range(2))
 
-    def copy(self, source: Tensor, target: Tensor, buffer: int) -> None:
+    def copy(self, pairs: Pairs, buffer: int) -> None:
         self.stream.wait_event(self.used[buffer])
         with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
             self.copied[buffer].record(self.stream)
 
     def wait_copied(self, buffer: int) -> None:
@@ -48,8 +53,9 @@ class CardCopies:
 class HostCopies:
     """On a CPU, where everything is done once it is called."""
 
-    def copy(self, source: Tensor, target: Tensor, buffer: int) -> None:
-        target.copy_(source)
+    def copy(self, pairs: Pairs, buffer: int) -> None:
+        for source, target in pairs:
+            target.copy_(source)
 
     def wait_copied(self, buffer: int) -> None:
         """It was done at once."""

@@ -54,6 +54,7 @@ class HostLayers:
 
     Args:
         shared: what of them the host computes itself in passes of few rows (see sharing.py).
+        with_kv: keys and values of those in host memory lie there too (see host_kv.py).
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class HostLayers:
         device: torch.device,
         shared: SharedLayers = NOTHING_SHARED,
         disk: DiskLayers | None = None,
+        *,
+        with_kv: bool = False,
     ) -> None:
         self.streamed, self.device, self.shared = tuple(sorted(streamed)), device, shared
-        self.disk = disk
+        self.disk, self.with_kv = disk, with_kv
         self.host_memory = HostMemory(len(self.streamed), device)
         self.kept: dict[int, HostLayer] = {}
         self.embedding: HostEmbedding | None = None

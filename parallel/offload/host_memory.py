@@ -20,15 +20,20 @@ REGISTER_FLAGS = 0x01 | 0x02  # cudaHostRegisterPortable, cudaHostRegisterMapped
 # Buffers made ready while layers load: to find, clear and lock 454 MB of pages took 57 ms on one core, in huge pages 25
 # to 37 (two vCPUs of a cloud server).
 NUM_AHEAD = 2
+FEWER_LAYERS = "stream fewer layers (offload.resident_layers)"
 
 
 class HostBuffer:
-    """`memory`: [num_bytes] uint8, whose pages stay where they are for as long as the buffer lives."""
+    """`memory`: [num_bytes] uint8, whose pages stay where they are for as long as the buffer lives.
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    Args:
+        less: how to need less, for the error where the driver refuses.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, less: str = FEWER_LAYERS) -> None:
         self.memory = map_pages(num_bytes)
         if device.type == "cuda":
-            register(self.memory, device)
+            register(self.memory, device, less)
             # Not at the end of the process, which frees all at once.
             weakref.finalize(self, unregister, self.memory, device).atexit = False
 
@@ -41,7 +46,7 @@ def map_pages(num_bytes: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
 
 
-def register(memory: Tensor, device: torch.device) -> None:
+def register(memory: Tensor, device: torch.device, less: str) -> None:
     """Locks the pages, for any thread.
 
     Raises:
@@ -52,7 +57,7 @@ def register(memory: Tensor, device: torch.device) -> None:
     if int(error) != 0:
         raise RuntimeError(
             f"cannot pin {memory.nbytes} bytes of host memory ({error}). Free some of it, raise the limit of locked "
-            "memory (ulimit -l), or stream fewer layers (offload.resident_layers)."
+            f"memory (ulimit -l), or {less}."
         )
 
 

@@ -94,8 +94,7 @@ class Streamer:
         return (place + number) % len(self.layers)
 
     def fetch(self, place: int, buffer: int) -> None:
-        source = self.layers[place].memory
-        self.copies.copy(source, self.staged(place, buffer), buffer)
+        self.copies.copy([(self.layers[place].memory, self.staged(place, buffer))], buffer)
         self.ahead.append((place, buffer))
 
     def staged(self, place: int, buffer: int) -> Tensor:

@@ -12,7 +12,7 @@ from launcher.timing.chunks import PassCost, chunk_cost
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
 from launcher.timing.load import Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
-from launcher.timing.predict import Times, predict_times
+from launcher.timing.predict import Copies, Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import MB, Line, fit_line, interpolate
 
@@ -172,14 +172,14 @@ def test_the_largest_part_is_the_limit() -> None:
 def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
     rates = fit_rates(machine.calibration())
     free = predict_times(WIDE, LOAD, rates)
-    hidden, waiting = (predict_times(WIDE, LOAD, rates, factor * free.tpot_ms) for factor in (0.5, 3.0))
+    hidden, waiting = (predict_times(WIDE, LOAD, rates, Copies(factor * free.tpot_ms)) for factor in (0.5, 3.0))
     assert hidden.tpot_ms == pytest.approx(free.tpot_ms)
     assert waiting.tpot_ms == pytest.approx(3 * free.tpot_ms)
     assert waiting.parts_ms["copies"] == pytest.approx(2 * free.tpot_ms)
     assert waiting.floor_ms == pytest.approx(waiting.tpot_ms) and "host" in waiting.limit
     # A chunk of prompts streams the layers once.
     chunk_ms = machine.chunk_ms(WIDE, 2048, num_parts=4)
-    prefill = predict_times(WIDE, replace(LOAD, batch_size=4), rates, 2 * chunk_ms)
+    prefill = predict_times(WIDE, replace(LOAD, batch_size=4), rates, Copies(2 * chunk_ms))
     assert prefill.ttft_ms == pytest.approx(2 * chunk_ms + machine.lead / 1e3, rel=1e-6)
 
 

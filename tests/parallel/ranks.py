@@ -84,11 +84,13 @@ def make_engine(
     streamed: Sequence[int] = (),
     on_disk: Sequence[int] = (),
     quantize: Scheme | None = None,
+    with_kv: bool = False,
 ) -> Engine:
-    """`draft`: the folder of a draft model, for a `speculation` that needs one. `streamed`: layers in host memory."""
+    """`draft`: the folder of a draft model, for a `speculation` that needs one. `streamed`: layers in host memory;
+    `with_kv`: and their keys and values."""
     limits = EngineLimits(max_context, batch_size, prefill_chunk)
     disk = DiskLayers(on_disk, CPU) if on_disk else None
-    host_layers = HostLayers(streamed, CPU, disk=disk) if streamed or on_disk else None
+    host_layers = HostLayers(streamed, CPU, disk=disk, with_kv=with_kv) if streamed or on_disk else None
     if speculation is not None and draft is not None:
         speculation = replace(speculation, draft=load(communicator, draft, dtype))
     return Engine(

@@ -17,6 +17,7 @@ from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps
+from parallel.offload.copies import Pairs
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
@@ -164,9 +165,10 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    def copy(self, source: Tensor, target: Tensor, buffer: int) -> None:
+    def copy(self, pairs: Pairs, buffer: int) -> None:
         self.calls.append(("copy", buffer))
-        target.copy_(source)
+        for source, target in pairs:
+            target.copy_(source)
 
     def wait_copied(self, buffer: int) -> None:
         self.calls.append(("wait", buffer))

@@ -36,12 +36,12 @@ class AutoSpeculator:
         drafters: Mapping[TreePlan, TreeDrafter],
         limits: EngineLimits,
         sampler: Sampler,
-        caches: Ordered[PagedKV],
+        stored: Ordered[Ordered[PagedKV]],
         device: torch.device,
     ) -> None:
         self.history = History.empty(limits.batch_size, limits.max_context, device)
         self.trees = {
-            plan: TreeSpeculator(drafter, plan, limits, sampler, caches, device, self.history)
+            plan: TreeSpeculator(drafter, plan, limits, sampler, stored, device, self.history)
             for plan, drafter in drafters.items()
         }
         self.policy = Policy(tuple(drafters))

@@ -53,7 +53,7 @@ def open_speculator(
         "draft": lambda: draft_trees(*draft(), plans),
     }
     drafters = choose(trees, speculation.kind)()
-    others = (limits, sampler, target.caches, device)
+    others = (limits, sampler, target.stored, device)
     if speculation.tree is not None:
         return TreeSpeculator(drafters[0], speculation.tree, *others)
     return AutoSpeculator(dict(zip(plans, drafters, strict=True)), *others)

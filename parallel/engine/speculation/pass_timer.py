@@ -67,7 +67,7 @@ def pass_rows(engine: Engine, plan: TreePlan, drafter: TreeDrafter) -> Callable[
     """A step of the engine's first rows, so many, with trees of `drafter`."""
     if plan.size == 1:
         return engine.plain_rows
-    speculator = TreeSpeculator(drafter, plan, engine.limits, engine.sampler, engine.target.caches, engine.device)
+    speculator = TreeSpeculator(drafter, plan, engine.limits, engine.sampler, engine.target.stored, engine.device)
     return lambda num_rows: speculator.step(engine.rows.first(num_rows), engine.row_logits)
 
 

@@ -49,8 +49,8 @@ class TreeDrafter(Protocol):
 
 
 class TreeSpeculator:
-    """As Speculator, with trees: in `given` places are those in the tree, whose depth is the most drafts. `caches` are
-    the model's; `history`: shared with others, where there are any."""
+    """As Speculator, with trees: in `given` places are those in the tree, whose depth is the most drafts. `stored`: the
+    model's pages, see PagedModel; `history`: shared with others, where there are any."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class TreeSpeculator:
         plan: TreePlan,
         limits: EngineLimits,
         sampler: Sampler,
-        caches: Ordered[PagedKV],
+        stored: Ordered[Ordered[PagedKV]],
         device: torch.device,
         history: History | None = None,
     ) -> None:
-        self.drafter, self.plan, self.sampler, self.caches = drafter, plan, sampler, caches
+        self.drafter, self.plan, self.sampler, self.stored = drafter, plan, sampler, stored
         self.num_drafts, self.rows_per_sequence = plan.depth, plan.size
         self.history = history or History.empty(limits.batch_size, limits.max_context, device)
         self.given = torch.zeros(limits.batch_size, 2 + 2 * plan.depth, dtype=torch.int64, device=device)
@@ -103,14 +103,17 @@ class TreeSpeculator:
         nodes = path[:, 1:]
         depths = torch.arange(1, 1 + self.plan.depth, device=path.device).expand_as(nodes)
         is_kept = depths < counts.unsqueeze(1)
-        self._move(self.caches, rows, nodes, depths, is_kept)
+        self._move(self.stored, rows, nodes, depths, is_kept)
         if self.drafter.caches:
             places = tree.places.gather(1, nodes)
             # What the draft model does not have is the branch's last, which it takes in next.
-            self._move(self.drafter.caches, rows, places, depths, is_kept & (places > 0))
+            self._move([self.drafter.caches], rows, places, depths, is_kept & (places > 0))
 
-    def _move(self, caches: Ordered[PagedKV], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor) -> None:
+    def _move(
+        self, stored: Ordered[Ordered[PagedKV]], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor
+    ) -> None:
         """Both in slots after the newest token's."""
         newest = newest_places(rows)[0].unsqueeze(1)
         sources, targets = (slots_at(rows.block_table, newest + each) * is_kept for each in (places, depths))
-        move_tokens(caches, sources.flatten(), targets.flatten())
+        for caches in stored:
+            move_tokens(caches, sources.flatten(), targets.flatten())
