@@ -7,7 +7,8 @@ capture a size takes 0.9 s there, so a size is captured when it comes a second t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,26 +45,27 @@ class Recorded:
     def __init__(self, calls: Sequence[Callable[[], None]], pool: Any, record: Record) -> None:
         self.calls, self.pool, self.record = calls, pool, record
         self.replays: list[Replay] = list(calls)
-        self.num_uses = 0
+        self.was_run = self.is_recorded = False
 
-    def use(self) -> list[Replay]:
-        """What runs them this time: each once, in order."""
-        if self.num_uses == 1:
-            self.replays = self.record(self.calls, self.pool)
-        self.num_uses += 1
-        return self.replays
+    @contextmanager
+    def use(self) -> Iterator[list[Replay]]:
+        """What runs them this time: each once, in order. One that is broken off does not count."""
+        self.record_used()
+        yield self.replays
+        self.was_run = True
 
     def prepare(self) -> None:
         """Records them now, and runs them before where they were not."""
-        if self.num_uses == 0:
-            for call in self.use():
-                call()
+        if not self.was_run:
+            with self.use() as calls:
+                for call in calls:
+                    call()
         self.record_used()
 
     def record_used(self) -> None:
-        """Records them now where they were run once."""
-        if self.num_uses == 1:
-            self.use()
+        """Records them now where they were run."""
+        if self.was_run and not self.is_recorded:
+            self.replays, self.is_recorded = self.record(self.calls, self.pool), True
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class PassGraphs:
         is_fresh = len(parts) <= MAX_PROMPTS and all(start == 0 for start, _ in parts)
         if each.whole is not None and is_fresh:
             each.fresh.put(tokens, [end for _, end in parts])
-            for run in each.whole.use():
+            with each.whole.use() as (run,):
                 run()
         else:
             each.buffers.put(tokens)
@@ -165,9 +167,9 @@ class PassGraphs:
 
     def _run_pieces(self, each: Pass, num_tokens: int, attend: Attend) -> None:
         queries, attended = each.buffers.queries[:num_tokens], each.buffers.attended[:num_tokens]
-        first, *others = each.pieces.use()
-        first()
-        for run, cache in zip(others, self.caches, strict=True):
-            if self.decoder.num_heads:
-                attended.copy_(attend(queries, cache).flatten(1))
-            run()
+        with each.pieces.use() as (first, *others):
+            first()
+            for run, cache in zip(others, self.caches, strict=True):
+                if self.decoder.num_heads:
+                    attended.copy_(attend(queries, cache).flatten(1))
+                run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from parallel.engine.engine import Engine, Part
 from parallel.engine.fresh_pass import prompt_bounds
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.pages import pages_for
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.pass_graphs import PassGraphs, Recorded
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from tests.parallel.quantized_models import write_pair
@@ -226,6 +227,25 @@ def test_a_pass_is_recorded_at_its_second_use_and_changes_by_no_bit(
         assert states[0].isfinite().all()
         assert all(torch.equal(each, states[0]) for each in states)
         assert foreign == [[]] * 5 and stays
+
+
+def test_calls_that_were_broken_off_are_not_recorded_yet() -> None:
+    """Their kernels may not be there."""
+    ran: list[str] = []
+
+    def call() -> None:
+        ran.append("call")
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+
+    def record(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+        return [partial(ran.append, "replay")]
+
+    recorded = Recorded([call], None, record)
+    for is_broken in (True, False, False, False):
+        with pytest.raises(KeyboardInterrupt) if is_broken else nullcontext(), recorded.use() as (run,):
+            run()
+    assert ran == ["call", "call", "replay", "replay"]
 
 
 def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int], list[list[int]]]:
