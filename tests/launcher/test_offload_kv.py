@@ -15,7 +15,8 @@ from launcher.plan_text import describe
 from launcher.timing.fit import fit_rates
 from launcher.timing.predict import Copies, predict_times, read_tokens
 from parallel.engine.limits import PAGE_SIZE
-from tests.launcher.cli import SHORT, run
+from tests.launcher.cli import SHORT
+from tests.launcher.forked import run
 from tests.launcher.test_offload import AWQ_4, streamed
 from tests.launcher.test_plan import LLAMA_8B, NO_TIMES, cards_of, plan, refused, run_of
 from tests.launcher.test_timing import LOAD, WIDE, Machine

@@ -69,17 +69,18 @@ def write_script(folder: Path, *arguments: str) -> Path:
 def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
     """Submitted together, for they mostly wait. Each has come to an end that its test then looks at."""
     folder = tmp_path_factory.mktemp("scripts")
+    requeued = submit(cluster, folder / "requeue", "gpus=1", num_prompts=SOME)
     limited = submit(cluster, folder / "limit", "gpus=1", "--time=5", "--signal-sec=55", num_prompts=MANY)
     cancelled = submit(cluster, folder / "cancel", "gpus=2", num_prompts=MANY)
-    requeued = submit(cluster, folder / "requeue", "gpus=1", num_prompts=SOME)
     array = submit(cluster, folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2)
+    # The shortest first, while there is something left to do.
+    requeued.wait_for_answers()
+    cluster.run("scontrol", "requeue", requeued.job)
     limited.wait_for_answers()
     # A minute from its start, of which the warning takes most. SLURM looks at limits twice a minute.
     cluster.run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=1")
     cancelled.wait_for_answers()
     cluster.run("scancel", cancelled.job)
-    requeued.wait_for_answers()
-    cluster.run("scontrol", "requeue", requeued.job)
     cluster.start_requeued(requeued.job)
     cluster.wait(cancelled.job, "CANCELLED")
     cluster.wait(array.job, "COMPLETED")

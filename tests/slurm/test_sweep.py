@@ -45,14 +45,7 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def memory(cluster: Cluster, running: tuple[Running, Running]) -> str:
-    """What SLURM was asked for, by squeue, of a job that runs."""
-    (name,) = names(running[1], 1)
-    return cluster.run("squeue", "--noheader", "--format=%m %C %b", f"--jobs={name}").strip()
-
-
-@pytest.fixture(scope="module")
-def told(cluster: Cluster, running: tuple[Running, Running], memory: str) -> list[str]:
+def told(cluster: Cluster, running: tuple[Running, Running]) -> list[str]:
     """The jobs of the sweep of two; job 0 was told that its time is up, as SLURM does a minute before."""
     sweep, _ = running
     sweep.wait_for("0/outputs.jsonl", "\n")
@@ -62,7 +55,14 @@ def told(cluster: Cluster, running: tuple[Running, Running], memory: str) -> lis
 
 
 @pytest.fixture(scope="module")
-def ended(cluster: Cluster, running: tuple[Running, Running], told: list[str]) -> Sweep:
+def memory(cluster: Cluster, running: tuple[Running, Running], told: list[str]) -> str:
+    """What SLURM was asked for, by squeue, of a job that runs."""
+    (name,) = names(running[1], 1)
+    return cluster.run("squeue", "--noheader", "--format=%m %C %b", f"--jobs={name}").strip()
+
+
+@pytest.fixture(scope="module")
+def ended(cluster: Cluster, running: tuple[Running, Running], memory: str) -> Sweep:
     """The sweep that a signal ended, once its job had written answers."""
     _, sweep = running
     sweep.wait_for("0/outputs.jsonl", "\n")
