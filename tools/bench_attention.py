@@ -4,7 +4,7 @@ For each number of KV heads a rank has (8, 4 and 2 at TP 1, 2 and 4), context, b
 layer, keys and values read once over that time, and the share of the copy bandwidth measured in the same run. Calls
 cycle through more layers than the L2 cache holds, in a CUDA graph, with shuffled pages and page tables for 8192 tokens
 or more, as an engine has them. Rows of a sequence that check drafts are timed too, and what a row each would take.
---variants compares kinds of launches among the kernels around them, in under 40 s (attention_variants.py).
+--variants compares launches among the kernels around them, from sm_90 on, in under 40 s (attention_variants.py).
 --tune times launches of other warps, rings and splits instead (TP2, under a minute), written 4x6/33: warps, units of a
 ring, splits. The last line on stdout is JSON.
 """
@@ -29,8 +29,8 @@ from parallel.kernels.attention_launch import (
     MAX_SPLITS,
     TILE,
     Launch,
-    choose_launch,
-    choose_splits,
+    in_clusters,
+    takes_clusters,
     unit_bytes,
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
@@ -154,7 +154,7 @@ def time_case(tp: int, dtype: str, batch: int, context: int, copy_gb_per_sec: fl
         "kv_dtype": dtype,
         "batch": batch,
         "context": context,
-        "splits": chosen(step, KV_HEADS[tp])[1],
+        "splits": chosen(step)[1],
         "us": us,
         "gb_per_sec": gb_per_sec,
         "share_of_copy": gb_per_sec / copy_gb_per_sec,
@@ -179,7 +179,7 @@ def tune_case(dtype: str, batch: int, context: int) -> dict[str, Any]:
     """The best launch at TP2 and the one that is chosen, with the microseconds of all that were tried."""
     kv_heads = KV_HEADS[2]
     step = Step(kv_heads, DTYPES[dtype], batch, context)
-    present = chosen(step, kv_heads)
+    present = chosen(step)
     tried = dict.fromkeys((present, *candidates(step, kv_heads)))
     us = {each: time_graph(step.launched(*each)) for each in tried}
     best = min(us, key=lambda each: us[each])
@@ -194,18 +194,17 @@ def text_of(choice: tuple[Launch, int]) -> str:
     return f"{launch.warps}x{launch.depth}/{splits}"
 
 
-def chosen(step: Step, kv_heads: int) -> tuple[Launch, int]:
+def chosen(step: Step) -> tuple[Launch, int]:
     """What `paged_attention` takes for one row a sequence."""
-    launch = choose_launch(HEAD_DIM, GROUP, step.query.dtype, step.layers[0].keys.dtype)
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    pairs = len(step.lengths) * kv_heads
-    return launch, choose_splits(pairs, step.block_table.shape[1] * PAGE_SIZE, multiprocessors, launch.warps)
+    return own.choose(step.query, step.layers[0].keys, len(step.lengths), step.block_table.shape[1] * PAGE_SIZE)
 
 
 def candidates(step: Step, kv_heads: int) -> list[tuple[Launch, int]]:
-    present, _ = chosen(step, kv_heads)
+    present, _ = chosen(step)
     unit = unit_bytes(HEAD_DIM, kv_fp8=present.kv_fp8)
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    card = torch.cuda.get_device_properties(0)
+    multiprocessors = card.multi_processor_count
+    clusters = takes_clusters(card.major, card.shared_memory_per_multiprocessor)
     found = []
     for warps, ring, blocks in product((4, 8), RINGS, BLOCKS):
         depth = min(2 * MAX_DEPTH, ring * 1024 // warps // unit)
@@ -213,7 +212,8 @@ def candidates(step: Step, kv_heads: int) -> list[tuple[Launch, int]]:
         splits = max(1, min(most, int(blocks * multiprocessors / len(step.lengths) / kv_heads)))
         # Two units in flight beside the one that is multiplied.
         if depth >= 3:
-            found.append((replace(present, warps=warps, depth=depth), splits))
+            launch = replace(present, warps=warps, depth=depth)
+            found.append(in_clusters(launch, splits) if clusters else (launch, splits))
     return found
 
 

@@ -1,6 +1,6 @@
 // Instructions of paged_attention.cu that C++ has no name for. tests/parallel/emulated_attention.h has the same in C++.
 //
-// Defined by the host: QUERY_F16, KV_FP8, CLUSTER and EARLY, as there.
+// Defined by the host: QUERY_F16, KV_FP8 and CLUSTER, as there.
 
 #ifndef ATTENTION_CUH
 #define ATTENTION_CUH
@@ -91,10 +91,6 @@ __device__ __forceinline__ void unpack_e4m3(u32 four, u32& low, u32& high) {
   low = moved[0];
   high = moved[1];
 #endif
-}
-
-__device__ __forceinline__ void begin() {
-  if (!EARLY) wait_for_predecessors();
 }
 
 // What kernels before the one right ahead wrote, and no kernel since: read from L2, since the first level may have what

@@ -16,8 +16,8 @@ TILE = 16
 MAX_SPLITS = 64
 # Blocks that add up their splits in shared memory: what every card of sm_90 or later takes.
 MAX_CLUSTER = 8
-# Whether those of sm_90 do.
-CLUSTERS = False
+# Shared memory of a multiprocessor that holds the rings and what others of the cluster store: not that of an RTX 5090.
+CLUSTER_ROOM_BYTES = 128 * 1024
 # Sequences times KV heads times passes of one launch.
 MAX_COUNTERS = 16384
 # Of 8 query heads: what registers hold of sums and products.
@@ -46,7 +46,6 @@ class Launch:
     depth: int
     # Splits that are added up in shared memory: a power of two; above 1 only from sm_90 on.
     cluster: int = 1
-    early: bool = True
 
     @property
     def unit_bytes(self) -> int:
@@ -75,7 +74,6 @@ class Launch:
             "KV_FP8": int(self.kv_fp8),
             "CLUSTER": self.cluster,
             "MAX_GROUPS": MAX_SPLITS // MAX_CLUSTER,
-            "EARLY": int(self.early),
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -114,6 +112,11 @@ def choose_splits(pairs: int, max_tokens: int, multiprocessors: int, warps: int)
     """
     wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors // max(1, pairs)
     return max(1, min(wanted, -(-max_tokens // (TILE * warps)), MAX_SPLITS))
+
+
+def takes_clusters(major: int, shared_bytes: int) -> bool:
+    """Whether a card of this capability, with so much shared memory on a multiprocessor, runs blocks in clusters."""
+    return major >= 9 and shared_bytes >= CLUSTER_ROOM_BYTES
 
 
 def in_clusters(launch: Launch, num_splits: int) -> tuple[Launch, int]:

@@ -21,7 +21,7 @@
 // Defined by the host: HEAD_DIM (64, 128), PAGE_SIZE (a multiple of 16), NT (tiles of 8 columns), WARPS, DEPTH (units
 // of a warp's ring), BLOCKS (for a multiprocessor), MAX_SPLITS (32, 64), MAX_COUNTERS, MAX_WORDS (of a mask, with 64
 // bits each), TREE, QUERY_F16 (0: bf16), KV_FP8 (0: as the query; 1: e4m3, multiplied in fp16, which holds every e4m3
-// number), CLUSTER (1, or from sm_90 on 2, 4, 8), MAX_GROUPS (clusters of a pass), EARLY (0: nothing before the wait).
+// number), CLUSTER (1, or from sm_90 on 2, 4, 8), MAX_GROUPS (clusters of a pass).
 //
 // Layouts:
 //   keys, values  [pages][KV heads][PAGE_SIZE][HEAD_DIM]
@@ -48,7 +48,6 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
                 const int* __restrict__ block_table, const int* __restrict__ lengths, const int* __restrict__ starts,
                 const u64* __restrict__ masks, u16* out, float* partial, float* maxima_sums, float scale_log2,
                 int query_stride, int table_stride, int max_pages, int kv_heads, int group, int rows, int words) {
-  begin();
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
   // The same in all lanes, as the compiler cannot know by itself.
   const int warp = __shfl_sync(FULL, (int)threadIdx.x >> 5, 0);
@@ -103,17 +102,15 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
     fetch(is_values ? values : keys, i, slot);
   };
 #pragma unroll 1
-  for (int unit = 0; EARLY && unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
+  for (int unit = 0; unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
 #if CLUSTER > 1
   SHARED_IN_CLUSTER(Shares, shares);
   if (threadIdx.x == 0) shares.expect();
 #endif
   const int first_new_token = known;
-  const int first_new = EARLY && STARTS_EARLY ? max(0, divide_up(max(0, known) / TILE - first_tile, tile_step)) : count;
+  const int first_new = STARTS_EARLY ? max(0, divide_up(max(0, known) / TILE - first_tile, tile_step)) : count;
   wait_for_predecessors();
   known = length;
-#pragma unroll 1
-  for (int unit = 0; !EARLY && unit < DEPTH - 1; unit++) fetch_unit(unit % 2, unit / 2, unit);
 
   auto row_of = [&](int column) { return TREE ? (first_column + column) / group : 0; };
   // Of a column, in query heads.
@@ -203,7 +200,7 @@ paged_attention(const u16* __restrict__ query, const u8* __restrict__ keys, cons
   };
 #pragma unroll 1
   for (int i = 0;; i++) {
-    if (!EARLY || i + (DEPTH - 1) / 2 >= count) let_successor_start();
+    if (i + (DEPTH - 1) / 2 >= count) let_successor_start();
     if (i >= count) break;
     float scores[NT][2][4] = {};
     multiply_keys(scores, turn((DEPTH - 1) % 2, i + (DEPTH - 1) / 2), query_part, g, c);

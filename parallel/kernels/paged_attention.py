@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
 from parallel.kernels.attention_launch import (
-    CLUSTERS,
     MAX_COUNTERS,
     PARAMETERS,
     Launch,
@@ -25,6 +24,7 @@ from parallel.kernels.attention_launch import (
     choose_splits,
     in_clusters,
     num_passes,
+    takes_clusters,
 )
 from parallel.kernels.attention_reference import MAX_NODES, TreeMask, attend_gathered
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
@@ -75,14 +75,21 @@ def attend(
         return attend_gathered(query, keys, values, block_table[:, : pages_for(longest)], lengths, scale, *tree)
     if refusal(query, keys) is not None:
         return attend_gathered(query, keys, values, block_table, lengths, scale, *tree)
-    columns = len(query) // len(lengths) * (query.shape[1] // keys.shape[1])
-    launch = choose_launch(query.shape[2], columns, query.dtype, keys.dtype, tree=starts is not None)
-    pairs = len(lengths) * keys.shape[1] * num_passes(columns)
-    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    num_splits = choose_splits(pairs, block_table.shape[1] * PAGE_SIZE, multiprocessors, launch.warps)
-    if CLUSTERS and torch.cuda.get_device_capability(query.device) >= (9, 0):
-        launch, num_splits = in_clusters(launch, num_splits)
-    return run_kernel(launch, num_splits, query, keys, values, block_table, lengths, scale, *tree)
+    choice = choose(query, keys, len(lengths), block_table.shape[1] * PAGE_SIZE, tree=starts is not None)
+    return run_kernel(*choice, query, keys, values, block_table, lengths, scale, *tree)
+
+
+def choose(query: Tensor, keys: Tensor, sequences: int, max_tokens: int, *, tree: bool = False) -> tuple[Launch, int]:
+    """The launch that `attend` takes for these, and its splits."""
+    kv_heads = keys.shape[1]
+    columns = len(query) // sequences * (query.shape[1] // kv_heads)
+    launch = choose_launch(query.shape[2], columns, query.dtype, keys.dtype, tree=tree)
+    card = torch.cuda.get_device_properties(query.device)
+    pairs = sequences * kv_heads * num_passes(columns)
+    num_splits = choose_splits(pairs, max_tokens, card.multi_processor_count, launch.warps)
+    if takes_clusters(card.major, card.shared_memory_per_multiprocessor):
+        return in_clusters(launch, num_splits)
+    return launch, num_splits
 
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:

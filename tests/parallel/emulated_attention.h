@@ -112,7 +112,6 @@ inline void wait_for_predecessors() {
   if (threadIdx.x == 0) query_there.arrive(), keys_there.arrive(), values_there.arrive();
   __syncthreads();
 }
-inline void begin() {}
 inline int load_kept(const int* from) { return *from; }
 inline void let_successor_start() {}
 template <class T> inline T load_fresh(const T* from) { return *from; }

@@ -8,6 +8,7 @@ import torch
 from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import (
+    CLUSTER_ROOM_BYTES,
     MAX_CLUSTER,
     MAX_SPLITS,
     TILE,
@@ -15,6 +16,7 @@ from parallel.kernels.attention_launch import (
     choose_splits,
     in_clusters,
     num_passes,
+    takes_clusters,
 )
 from parallel.kernels.attention_reference import TreeMask
 from parallel.kernels.node_bits import chain_masks
@@ -113,6 +115,14 @@ def test_splits_fill_clusters_and_their_groups(splits: int) -> None:
     assert whole // launch.cluster <= (MAX_SPLITS // MAX_CLUSTER if launch.cluster == MAX_CLUSTER else 1)
 
 
+# Capability, and KiB of shared memory on a multiprocessor: RTX 4090, A100, H100, RTX 5090, B200.
+@pytest.mark.parametrize(
+    ("major", "kib", "takes"), [(8, 100, False), (8, 164, False), (9, 228, True), (12, 100, False), (10, 228, True)]
+)
+def test_clusters_run_where_there_is_room(major: int, kib: int, takes: bool) -> None:
+    assert takes_clusters(major, kib * 1024) == takes
+
+
 @pytest.mark.parametrize("head_dim", own.HEAD_DIMS)
 @pytest.mark.parametrize("columns", [1, 8, 9, 16, 24, 40, 64, 512, 1024])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8])
@@ -122,6 +132,9 @@ def test_every_launch_fits_a_4090(head_dim: int, columns: int, kv_dtype: torch.d
     static = 2 * launch.warps * launch.column_tiles * 8 * 4 + 64 * 8 + 16
     assert launch.shared_bytes() + static <= 99 * 1024
     assert launch.depth >= 3
+    # In a cluster, also sums, and pairs of each block and column; a KiB is the system's.
+    shares = launch.column_tiles * 8 * (head_dim * 4 + MAX_CLUSTER * 8) + 8
+    assert launch.shared_bytes() + static + shares + 1024 <= CLUSTER_ROOM_BYTES
     # Sums of the warps take the place of the rings.
     assert launch.shared_bytes() >= launch.warps * launch.column_tiles * 8 * head_dim * 4
     # All columns have a pass, and no pass is without any.
