@@ -11,3 +11,5 @@ local_ranks.PRELOADED += (
     "launcher.worker",
     "tests.frozen",
 )
+# Several runs share the cores: threads that spin while they wait keep others from their work.
+local_ranks.ENVIRONMENT["OMP_WAIT_POLICY"] = "passive"

@@ -24,8 +24,6 @@ class ForkedProcess:
     """The launcher as a child of the fork server; in the place of a subprocess.Popen."""
 
     def __init__(self, args: Sequence[str], out: Path, err: Path, cwd: Path, env: dict[str, str]) -> None:
-        # Threads that spin while they wait keep others from their work; torch is imported in the server.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self.process = fork_server().Process(target=run_command_line, args=(tuple(args), out, err, cwd, env))
         self.process.start()
 
