@@ -14,11 +14,11 @@ MAX_NODES = 256
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
 # Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
-# of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply. By the rates of an
-# H200, not measured, a 70B in 4 bits at TP2 takes 73, 73 and 75 ms for 512 rows in 2, 3 and 4 sections (in one 95), for
-# 1024 134, 122 and 124 (193), for 2048 276, 243 and 222 (379); by those of an RTX 4090 303, 308 and 318 for 512 (409),
-# 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
-SECTIONS = ((255, 1), (512, 2), (1536, 3))
+# of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in 4
+# bits took, as graphs, 112.7 ms for 512 rows in one, 101.5, 106.7 and 107.5 in 2, 3 and 4, and 220, 175, 188 and 202 for
+# 1024 (results/LOG.md). By the rates of an RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and
+# 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
+SECTIONS = ((255, 1), (4096, 2))
 MOST_SECTIONS = 4
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them (parallel/engine/
 # halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200
@@ -48,9 +48,9 @@ def choose_sections(
     wanted = next((sections for most, sections in SECTIONS if num_rows <= most), MOST_SECTIONS)
     if world_size == 1 or wanted == 1:
         return (num_rows,)
-    sections = cut_evenly(num_rows, wanted)
-    if not dequantizes(max(sections)):
-        return sections
+    # Of the whole pass: what is dequantised is so once for all of its sections.
+    if not dequantizes(num_rows):
+        return cut_evenly(num_rows, wanted)
     is_halved = num_rows >= (MIN_HALVED_ROWS if min_halved is None else min_halved)
     return cut_evenly(num_rows, 2 if is_halved else 1)
 

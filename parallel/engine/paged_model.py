@@ -60,7 +60,6 @@ class PagedModel:
         attends = [self._attend_parts(each) for each in split_parts(parts, sections)]
         return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
-
     def row_states(self, rows: Rows | TreeRows, past: Iterable[int] = ()) -> Tensor:
         """[rows, hidden] of each row's token, which is cached. Rows of one sequence see each other by position, or as
         their tree says.

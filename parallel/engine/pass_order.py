@@ -25,5 +25,5 @@ def run_pass(
 
 def open_pass(decoder: Decoder, tokens: Tokens, residual: Tensor, sizes: Sequence[int]) -> PassInSections:
     """In sections of so many tokens, which are two where weights have to be dequantised for them."""
-    kind = PassInHalves if decoder.dequantizes(max(sizes)) else PassInSections
+    kind = PassInHalves if decoder.dequantizes(sum(sizes)) else PassInSections
     return kind(decoder, cut_in_sections(tokens, residual, sizes))

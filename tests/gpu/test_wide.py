@@ -77,7 +77,9 @@ def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str, fused
         before = torch.cuda.memory_allocated()
         output = layer(rows)
         taken = torch.cuda.max_memory_allocated() - before - output.nbytes
-        assert taken <= product_bytes(scheme, "cuda", "bfloat16", 2, num_rows, 8192 * 4096)
+        # cuBLAS takes a mebibyte for itself.
+        is_dequantized = layer.dequantizes(num_rows)
+        assert taken <= product_bytes(scheme, "cuda", "bfloat16", 2, num_rows, 8192 * 4096) + is_dequantized * 2**20
 
 
 @pytest.mark.parametrize("num_rows", [40, 200])

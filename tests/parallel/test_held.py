@@ -33,7 +33,7 @@ def test_predicted_bits_are_those_that_our_kernels_hold(
     assert held * 8 / (SHAPE[0] * SHAPE[1]) == held_bits(scheme, "cuda", "bfloat16", SHAPE[1])
     # Up to 8 rows take nothing, up to 256 may leave parts of sums; of more the card decides whether they do, or
     # dequantise the weight, some of it at a time, into the result alone.
-    for numel, most in ((1000, WIDE_WORKSPACE_BYTES), (2**24, 2**25), (2**26, 2 * DEQUANTIZED_AT_A_TIME)):
+    for numel, most in ((1000, WIDE_WORKSPACE_BYTES), (2**25, 2**26), (2**26, 2 * DEQUANTIZED_AT_A_TIME)):
         taken = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, numel) for rows in (1, 8, 9, 256, 257, 9999)}
         assert taken == {1: 0, 8: 0, 9: WIDE_WORKSPACE_BYTES, 256: WIDE_WORKSPACE_BYTES, 257: most, 9999: most}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel import linear
 from parallel.communicator import Around, Communicator
-from parallel.engine import halves, limits, merged, overlap, paged_model, pieces
+from parallel.engine import halves, limits, merged, overlap, paged_model, part_attention, pieces
 from parallel.engine.decoder import Decoder
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
@@ -250,7 +250,7 @@ def interrupted(communicator: Communicator, folder: Path, cut: Cut) -> tuple[lis
     engine = make_engine(communicator, folder)
     cut_passes(cut)
     before = pass_states(engine, PASSES[1])
-    attend, calls = paged_model.prefill_attention, []
+    attend, calls = part_attention.prefill_attention, []
     overlap.side_stream = TracedRows
 
     def failing(*args: Any) -> Tensor:
@@ -259,10 +259,10 @@ def interrupted(communicator: Communicator, folder: Path, cut: Cut) -> tuple[lis
             raise RuntimeError("in the middle")
         return attend(*args)
 
-    paged_model.prefill_attention = failing
+    part_attention.prefill_attention = failing
     with pytest.raises(RuntimeError, match="in the middle"):
         pass_states(engine, PASSES[1])
-    events, paged_model.prefill_attention = list(Traced.events), attend
+    events, part_attention.prefill_attention = list(Traced.events), attend
     engine.reset()
     return events, torch.equal(pass_states(engine, PASSES[1]), before)
 
@@ -333,10 +333,10 @@ def test_sections_are_whole_tiles_and_about_equal() -> None:
         255: ((255,), (255,)),
         256: ((128, 128), (256,)),
         512: ((256, 256), (512,)),
-        1023: ((384, 384, 255), (1023,)),
-        1025: ((384, 384, 257), (640, 385)),
-        1280: ((512, 384, 384), (640, 640)),
-        2048: ((512, 512, 512, 512), (1024, 1024)),
+        1023: ((512, 511), (1023,)),
+        1025: ((640, 385), (640, 385)),
+        4096: ((2048, 2048), (2048, 2048)),
+        8192: ((2048, 2048, 2048, 2048), (4096, 4096)),
     }
     for num_rows, found in expected.items():
         assert tuple(
@@ -356,6 +356,6 @@ def test_any_pass_is_cut_into_tiles(num_rows: int, num_sections: int) -> None:
     assert max(tiles) - min(tiles) <= 1
 
 
-def test_the_largest_section_decides_whether_weights_are_dequantised() -> None:
-    assert limits.choose_sections(600, 2, lambda rows: rows > 255) == (600,)
-    assert limits.choose_sections(600, 2, lambda rows: rows > 256) == (256, 256, 88)
+def test_the_whole_pass_decides_whether_weights_are_dequantised() -> None:
+    assert limits.choose_sections(600, 2, lambda rows: rows > 599) == (600,)
+    assert limits.choose_sections(600, 2, lambda rows: rows > 600) == (384, 216)
