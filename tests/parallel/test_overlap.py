@@ -250,26 +250,26 @@ def interrupted(communicator: Communicator, folder: Path, cut: Cut) -> tuple[lis
     engine = make_engine(communicator, folder)
     cut_passes(cut)
     before = pass_states(engine, PASSES[1])
-    attend, calls = part_attention.prefill_attention, []
+    attend, calls = part_attention.Group.attend, []
     overlap.side_stream = TracedRows
 
     def failing(*args: Any) -> Tensor:
         calls.append(args)
-        if len(calls) == 8:
+        if len(calls) == cut.sections + 2:
             raise RuntimeError("in the middle")
         return attend(*args)
 
-    part_attention.prefill_attention = failing
+    part_attention.Group.attend = failing
     with pytest.raises(RuntimeError, match="in the middle"):
         pass_states(engine, PASSES[1])
-    events, part_attention.prefill_attention = list(Traced.events), attend
+    events, part_attention.Group.attend = list(Traced.events), attend
     engine.reset()
     return events, torch.equal(pass_states(engine, PASSES[1]), before)
 
 
 @pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
 def test_nothing_is_in_flight_after_an_error(folders: dict[str, Path], cut: Cut) -> None:
-    """Of four prompts in three sections seven parts attend."""
+    """The parts of a section attend at once; its second one's do not, in the second layer."""
     for events, is_right in run_on_ranks(interrupted, 2, folders["llama"], cut):
         assert sum(event.endswith(">") for event in events) > sum(event.startswith("<") for event in events)
         assert events.count("join") == 1 and events[-1] == "join" and is_right
