@@ -89,7 +89,7 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     if args.fused_rows:
         fuse(engine, args.fused_rows)
     if args.spared is not None:
-        side_stream.BLOCKS = args.spared
+        side_stream.blocks_for = lambda num_bytes: args.spared
     layers = list(engine.model.model.layers)
     scale = FACTS.num_layers / len(layers)
     say(rank, f"{FACTS.num_layers} layers by {len(layers)} on {torch.cuda.get_device_name(rank.device)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import CopiedHostMemory
-from parallel.transports.two_step import BLOCKS
+from parallel.transports.two_step import blocks_for
 
 # The card starts the blocks of these kernels first, whenever some of its multiprocessors become free.
 PRIORITY = -1
@@ -57,7 +57,7 @@ class SideStream:
         carrier = communicator.carrier(num_bytes) if isinstance(communicator, BySize) else communicator
         # Copies leave them all but for their sums, whose blocks of a warp fit in beside any other.
         is_copied = isinstance(carrier, CopiedHostMemory) and not torch.cuda.is_current_stream_capturing()
-        return 0 if is_copied else BLOCKS
+        return 0 if is_copied else blocks_for(num_bytes)
 
     def join(self) -> None:
         """What is queued on the current stream from now on comes after all sums."""

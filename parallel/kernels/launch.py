@@ -24,6 +24,8 @@ from parallel.kernels.binaries import read_or_compile
 # Whether kernels that wait for those before them by themselves (programmatic.cuh) start early where they can; looked at
 # when a graph is captured.
 ENABLED = True
+# Shared memory that a block gets without being asked for.
+UNTOLD_SHARED_BYTES = 48 * 1024
 # What such a source has in it.
 WAIT = "wait_for_predecessors();"
 # cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 1; a CUlaunchAttribute, its value in 64 bytes.
@@ -107,8 +109,8 @@ def load_kernel(
     binary = read_or_compile(source, name, options, architecture(major, minor))
     with torch.cuda.device(device_index):
         loaded = cast(dict[str, Any], cuda_utils._cuda_load_module(binary, [name]))
-        # Above 48 KB a kernel must be told beforehand.
-        loaded[name].set_shared_memory_config(shared_bytes)
+        # Above 48 KiB a kernel must be told beforehand. What it declares by itself counts too, and is not known here.
+        loaded[name].set_shared_memory_config(max(shared_bytes, UNTOLD_SHARED_BYTES) if shared_bytes else 0)
     waits = major >= 9 and WAIT in source
     return Kernel(loaded[name].func.value, parameters, device_index, shared_bytes, waits=waits)
 

@@ -204,7 +204,8 @@ def test_large_layers_answer_as_with_pages_on_the_card_in_the_memory_that_was_pl
             assert measured[f"{name}_bytes"] == planned.get(name, 0)
     assert memory[1]["host_kv_bytes"] == hosted["predicted"]["offload"]["kv_host_bytes"][0]
     saved, planned = (before - after for before, after in (
-        [each["allocated_peak_bytes"] for each in memory], [sum(each.values()) for each in lines]
+        # What a load takes beyond all else is not taken at the same time.
+        [each["allocated_peak_bytes"] for each in memory], [sum(each.values()) - each.get("load", 0) for each in lines]
     ))  # fmt: skip
     print(json.dumps({"saved": saved, "planned": planned, "memory": memory, "lines": lines}))
     assert saved == pytest.approx(planned, rel=0.05)

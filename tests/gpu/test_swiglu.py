@@ -82,7 +82,7 @@ def test_one_kernel_gives_bit_for_bit_what_two_give_and_what_float64_does(name: 
             if rounds_weights(own, launch):
                 # Some weights, which lie right between two numbers of bf16, to the other one.
                 gate, up = Expected.of(own, rows, weight, packed).rounded.chunk(2, dim=1)
-                lost = 1e-2
+                lost = 3e-2
             # Gate, up, silu and the product are each rounded to bf16.
             allowed = (F.silu(gate) * up).abs() * 2**-5 + up.abs() * gate.abs().clamp(max=1) * 2**-6 + lost
             assert ((found.double() - F.silu(gate) * up).abs() <= allowed).all(), f"{num_rows} of {num_out} x {num_in}"
