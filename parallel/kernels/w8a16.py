@@ -1,6 +1,6 @@
 """W8A16 on our own kernels: int8 or float8 (e4m3) weights, bf16 activations, sm_80 and later.
 
-What w8a16.cu reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 16
+What w8a16.cu reads is what must be read: a byte a weight and 4 a scale of 128 inputs, or of all, once for up to 8
 rows. More rows go through wide.py; for so many that it is faster, the weight is dequantised.
 Both decode exactly; the cards' own float8 arithmetic is not used, so that sm_80 and sm_86 run the same code.
 """

@@ -1,4 +1,4 @@
-"""Products of many rows with the packed weights of w4a16 and w8a16 (wide.cu): from 17 rows on, without dequantising.
+"""Products of many rows with the packed weights of w4a16 and w8a16 (wide.cu): from 9 or 17 rows on.
 
 A weight is decoded once for up to 64 tokens, and the units of all output tiles are dealt evenly to the multiprocessors.
 On sm_90 wide_wgmma.cu takes the place of wide.cu for more than 48 rows, and decodes once for up to 128 tokens.
