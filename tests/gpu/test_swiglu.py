@@ -29,7 +29,7 @@ from tools.linear_formats import (
 
 pytestmark = pytest.mark.gpu
 # [gates and ups, inputs]: of Llama-70B at TP2, of Qwen-72B at TP2 (924 tiles of each), and few tiles and odd units.
-SHAPES = ((28672, 1024), (29568, 512), (2080, 384), (32, 128))
+SHAPES = ((28672, 1024), (29568, 512), (2080, 384), (32, 256))
 NUM_ROWS = (1, 3, 8, 9, 16, 17, 32, 47, 64, 100, 256)
 
 
