@@ -2,34 +2,19 @@
 //
 // A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
 // outputs by all tokens of the tile (wgmma.cuh): while the tensor cores work through 64 inputs, the warps decode the weights
-// of the next, and swap those of the 64 after. One thread fills a ring of STAGES units of 128 inputs by bulk copies. A stage has the tokens' first 64
-// inputs, their second, the weights of all row tiles, then their scales; of gates and ups, first those of all gates.
+// of the next, and swap those of the 64 after. All come through a ring of units of 128 inputs (wide_ring.cuh).
 //
 // SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, as dequantize_packed.cu does;
 // otherwise exact sums of a group are, which takes as many registers again as a warp has outputs.
 //
-// Defined by the host: NT, RT, OUT_WARPS (4, 8 or 12), STAGES, BLOCKS (on a multiprocessor), SWIGLU (0 or 1, then with an
-// even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
+// Defined by the host: NT (8 or 16), RT, OUT_WARPS (4, 8 or 12), STAGES, BLOCKS (on a multiprocessor), SWIGLU (0 or 1, then
+// with an even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
 
 #define TOKEN_WARPS 1
 #include "wide_tiles.cuh"
-#include "bulk_copies.cuh"
 #include "wgmma.cuh"
+#include "wide_ring.cuh"
 
-// 64 inputs of all tokens.
-#define HALF_BYTES (TOKENS * 128)
-#define WEIGHTS_AT (2 * HALF_BYTES)
-#define SCALES_AT (WEIGHTS_AT + ROW_TILES * WEIGHT_BYTES)
-// Of a row tile: 40 bytes are copied as 48, since copies begin at multiples of 16.
-#define SCALE_BYTES (PARTS * GROUP_BYTES)
-#define SCALE_STEP ((SCALE_BYTES + 15) / 16 * 16)
-// Of all row tiles, of the ups behind the gates: boxes begin at multiples of 128.
-#define SCALES_BYTES ((ROW_TILES >> SWIGLU) * SCALE_STEP)
-#define SCALES_ROOM ((SCALES_BYTES + 127) / 128 * 128)
-#define COPIED_BYTES (SCALES_AT + (1 + SWIGLU) * SCALES_BYTES)
-#define STAGE_BYTES ((SCALES_AT + (1 + SWIGLU) * SCALES_ROOM + 1023) / 1024 * 1024)
-// Boxes of weights and of scales are in pieces of 8 bytes.
-#define PIECE 8
 #define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
 #if BITS == 4
 #define SHORT_SCALES (SCALE_BITS != 32 && !HALF)
@@ -38,64 +23,6 @@
 #endif
 #define OUTPUT_UNIT (SCALED ? 1.0f : UNIT)
 static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
-
-struct Barriers {
-  u32 address;
-  __device__ __forceinline__ u32 full(int slot) const { return address + slot * 16; }
-  __device__ __forceinline__ u32 empty(int slot) const { return address + slot * 16 + 8; }
-};
-
-// A place in the ring; `parity` of the phase in which its stage is filled.
-struct Slot {
-  int index = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void step() {
-    if (++index == STAGES) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// What is copied: X [rows, inputs], and by row tile all weights and all scales.
-struct Maps {
-  const TensorMap *tokens, *weights, *scales;
-};
-
-// Fills the ring, a unit at a time, over the end of a tile too. One thread's work.
-struct Filler {
-  Maps maps;
-  u32 ring;
-  Barriers barriers;
-  int left, num_tiles, units, num_rows;
-  // Of the next unit.
-  int unit;
-  Place place;
-  Slot slot;
-
-  __device__ __forceinline__ void fill() {
-    if (left == 0) return;
-    const u32 stage = ring + slot.index * STAGE_BYTES, full = barriers.full(slot.index);
-    await_phase(barriers.empty(slot.index), slot.parity ^ 1);
-    arrive_and_announce(full, COPIED_BYTES);
-    copy_box(stage, maps.tokens, unit * 128, place.token, full);
-    copy_box(stage + HALF_BYTES, maps.tokens, unit * 128 + 64, place.token, full);
-#pragma unroll
-    for (int i = 0; i < 1 + SWIGLU; i++) {
-      // Of gates and ups, the first tile of each.
-      const int tile = (place.tile >> SWIGLU) + i * (num_tiles >> 1), share = ROW_TILES >> SWIGLU;
-      copy_box(stage + WEIGHTS_AT + i * share * WEIGHT_BYTES, maps.weights, unit * (WEIGHT_BYTES / PIECE), tile, full);
-      if (PARTS)
-        copy_box(stage + SCALES_AT + i * SCALES_ROOM, maps.scales, unit * SCALE_BYTES / 16 * 16 / PIECE, tile, full);
-    }
-    left--;
-    slot.step();
-    if (++unit == units) {
-      unit = 0;
-      place.step(num_rows);
-    }
-  }
-};
 
 // A scale in two numbers of bf16, each twice: what it is rounded down to, and the rest.
 struct Factor {
