@@ -24,7 +24,8 @@ from torch import Tensor
 
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
-from tools.linear_formats import CHECKED_ROWS, FORMATS, AnyLaunch, Packed, check_format, compile_in_threads, launches
+from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
+from tools.linear_launches import CHECKED_ROWS, check_format, launches
 
 NUM_LAYERS = 80
 # [out, in] of one rank: q/k/v, o, gate/up, down.

@@ -19,7 +19,8 @@ from torch import Tensor
 from parallel.kernels.fused import silu_mul
 from parallel.kernels.held import MAX_NARROW_ROWS
 from tools.bench_linears import NUM_LAYERS, SHAPES, Call, cycle, own_calls, takes, time_calls
-from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads, narrow_launches
+from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
+from tools.linear_launches import narrow_launches
 
 NUM_ROWS = (1, 8, 16, 32, 64)
 # In a graph, so that its start is small beside them.

@@ -5,39 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS, WIDE_WORKSPACE_BYTES
-from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch, choose_launch
+from parallel.kernels.held import UNIT_INPUTS, WIDE_WORKSPACE_BYTES
+from parallel.kernels.tiles import OUTPUTS_PER_TILE, Launch, choose_launch
 from parallel.quantized import QuantizedWeight
 
 # The table of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix E.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
-# Of both kernels, and of every tile of the second, none of them full.
-CHECKED_ROWS = (1, 3, 8, 9, 16, 23, 31, 47, 64, 95, 100, 129, 256)
 AnyLaunch = Launch | wide.Launch
 # NaN in e4m3, with its sign: no checkpoint that loads has one.
 E4M3_NAN = (0x7F, 0xFF)
-# Tokens of a tile of the kernel for many rows, in eights; tiles of more do not fit beside their weights.
-TOKEN_TILES = (2, 3, 4, 6, 8, 12, 16)
-MAX_TILE_TOKENS = 128
-# What a thread takes, by its tiles of 16 outputs and 8 tokens (NVRTC 13, sm_80 to sm_90), none of it in memory.
-REGISTERS = ((4, 128), (8, 168), (12, 208), (16, 255))
-REGISTERS_OF_MULTIPROCESSOR = 65536
-# Rows below which warp groups are not tried; tokens of their tiles, in eights; tiles of sums that registers hold, and
-# what shared memory there is.
-MAX_NARROW_WGMMA = 32
-WGMMA_TOKEN_TILES = (8, 16)
-MAX_WGMMA_TILES = 256
-WGMMA_SHARED_BYTES = 227 * 1024
-# An RTX 4090 gives a block so much.
-WIDE_SHARED_BYTES = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -210,49 +193,6 @@ def compile_in_threads(every: Iterable[tuple[OwnFormat, AnyLaunch, bool]]) -> No
         list(pool.map(lambda each: compile_one(*each), set(every)))
 
 
-def launches(own: OwnFormat, num_rows: int, num_in: int) -> list[AnyLaunch]:
-    """Configurations worth a try for this many rows of so many inputs."""
-    narrow = narrow_launches(own, num_rows) if num_rows <= max(w4a16.LAUNCHES) else []
-    many = wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else []
-    return [*narrow, *many, *(wgmma_launches(own, num_rows, num_in) if num_rows > MAX_NARROW_WGMMA else [])]
-
-
-def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
-    tiles = next(tiles for tiles in (1, 2) if num_rows <= tiles * ROWS_PER_TILE)
-    every = [Launch(tiles, *option) for option in product((1, 2, 4), (2, 4, 8, 16), (2, 4, 8))]
-    return [each for each in every if each.shared_bytes(own.wide_layout().unit_bytes) <= MAX_SHARED_BYTES]
-
-
-def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
-    """Tiles of as few tokens as hold the rows, of 128 to 256 threads, with rings of 2 stages and of 4."""
-    most = -(-num_rows // -(-num_rows // MAX_TILE_TOKENS))
-    token_tiles = next(tiles for tiles in TOKEN_TILES if most <= tiles * ROWS_PER_TILE)
-    found = []
-    for row_tiles, out_warps, token_warps, stages in product((2, 4), (2, 4, 8), (1, 2, 4), (2, 4)):
-        in_warp, threads = token_tiles // token_warps, 32 * out_warps * token_warps
-        registers = next((most for size, most in REGISTERS if row_tiles * in_warp <= size), None)
-        if token_tiles % token_warps or in_warp < 2 or not 128 <= threads <= 256 or registers is None:
-            continue
-        blocks = REGISTERS_OF_MULTIPROCESSOR // (registers * threads)
-        found.append(wide.Launch(in_warp, row_tiles, out_warps, token_warps, stages, blocks))
-    return [each for each in found if 2 * each.stage_bytes(own.wide_layout().unit_bytes) <= WIDE_SHARED_BYTES]
-
-
-def wgmma_launches(own: OwnFormat, num_rows: int, num_in: int) -> list[wide.Launch]:
-    """Of warp groups, on a card that has them; with rings of 3 stages and of 4."""
-    if wide.wgmma_problem(own.wide_layout(), num_in // UNIT_INPUTS, torch.cuda.current_device()):
-        return []
-    few, many = WGMMA_TOKEN_TILES
-    token_tiles = few if num_rows <= few * ROWS_PER_TILE else many
-    found = [
-        wide.Launch(token_tiles, row_tiles, out_warps, 1, stages, blocks, wgmma=True)
-        for row_tiles, (out_warps, blocks), stages in product((1, 2), ((4, 2), (8, 1), (12, 1)), (3, 4))
-        if row_tiles * token_tiles * out_warps * blocks <= MAX_WGMMA_TILES
-    ]
-    unit_bytes = own.wide_layout().unit_bytes
-    return [each for each in found if each.shared_bytes(3, unit_bytes) <= WGMMA_SHARED_BYTES // each.blocks]
-
-
 def rounds_weights(own: OwnFormat, launch: AnyLaunch) -> bool:
     """Whether the kernel multiplies by weights that are rounded to bf16, as SCALED in wide_wgmma.cu says."""
     parts = UNIT_INPUTS // own.group_size if own.group_size else 0
@@ -277,28 +217,6 @@ def rounded_codebook(weight: QuantizedWeight) -> QuantizedWeight:
     if weight.codebook is None:
         return weight
     return replace(weight, codebook=weight.codebook.bfloat16().float())
-
-
-def check_format(name: str, shape: tuple[int, int]) -> None:
-    """Every launch of a format against float64 on fresh values, the output filled with NaN beforehand.
-
-    Raises:
-        AssertionError: an output is off by more than its own rounding to bf16.
-    """
-    own = FORMATS[name]
-    weight = rounded_codebook(own.random_weight(*shape))
-    exact = weight.dequantize(torch.float64)
-    packed = own.pack(weight)
-    dequantized = own.dequantize(packed)
-    assert torch.equal(dequantized, own.unpack(packed).bfloat16()), f"{name} {shape}: dequantised to other numbers"
-    # Half a unit in the last place of bf16, and the lost bits of a scale.
-    assert ((dequantized.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-16)).all(), f"{name} {shape}"
-    for num_rows in CHECKED_ROWS:
-        rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        expected = Expected.of(own, rows, weight, packed)
-        for launch in launches(own, num_rows, shape[1]):
-            if not isinstance(launch, Launch) or shape[0] // OUTPUTS_PER_TILE % launch.row_tiles == 0:
-                check_launch(name, launch, rows, packed, expected)
 
 
 def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, expected: Expected) -> None:

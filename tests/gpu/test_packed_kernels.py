@@ -9,7 +9,8 @@ from parallel.kernels import choice, merge
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight
 from tools.bench_linears import CHECKED_SHAPES
-from tools.linear_formats import FORMATS, check_format, rounded_codebook
+from tools.linear_formats import FORMATS, rounded_codebook
+from tools.linear_launches import check_format
 
 pytestmark = pytest.mark.gpu
 

@@ -22,10 +22,10 @@ from tools.linear_formats import (
     OwnFormat,
     Packed,
     compile_in_threads,
-    launches,
     rounded_codebook,
     rounds_weights,
 )
+from tools.linear_launches import launches
 
 pytestmark = pytest.mark.gpu
 # [gates and ups, inputs]: of Llama-70B at TP2, of Qwen-72B at TP2 (924 tiles of each), and few tiles and odd units.

@@ -13,10 +13,10 @@ from tools.linear_formats import (
     Expected,
     assert_close,
     check_launch,
-    launches,
     rounded_codebook,
     rounds_weights,
 )
+from tools.linear_launches import launches
 
 pytestmark = pytest.mark.gpu
 # One that many blocks share, and one of odd numbers of tiles and units.
