@@ -42,7 +42,7 @@ class Tokens:
 class Decoder:
     """A loaded model, ready to run. Its q, k, v, gate and up projections are merged: transformers' forward is gone.
 
-    `host_kv`: has the keys and values of layers whose lie in host memory, where some do.
+    `host_kv`: has the keys and values of those layers whose own lie in host memory, where some do.
 
     Args:
         streamer: has the layers that lie in host memory, where some do.

@@ -132,5 +132,5 @@ def open_paged(
     layers = list(dict.fromkeys(layer for index, layer in enumerate(model.model.layers) if index not in hosted))
     pages = dict(zip(layers, allocate_pages(len(layers), *size), strict=True))
     caches = [hosted.get(index) or pages[layer] for index, layer in enumerate(model.model.layers)]
-    takes_ranges = refusal(decoder.num_heads, decoder.head_dim, model.lm_head.weight.dtype, device) is None
+    takes_ranges = refusal(decoder.head_dim, model.lm_head.weight.dtype, device) is None
     return PagedModel(decoder, caches, limits.gathered_keys if takes_ranges else 0)

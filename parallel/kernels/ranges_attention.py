@@ -46,8 +46,12 @@ def ranges_attention(
     return output
 
 
-def refusal(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a card cannot do this, in a few words; None: it can, and a CPU always."""
+def refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a card cannot do this, in a few words; None: it can, and a CPU always.
+
+    Whatever heads a rank has, or none: where ranks took different ways, one would replay sums that another queues, which
+    may go by other transports.
+    """
     if device.type == "cpu":
         return None
     checks = {
@@ -55,7 +59,6 @@ def refusal(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device)
         f"activations in {str(dtype).removeprefix('torch.')}": dtype in DTYPES,
         f"heads of {head_dim}": head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0,
         "torch without flash attention": torch.backends.cuda.is_flash_attention_available(),
-        "no heads": heads > 0,
     }
     return next((reason for reason, passed in checks.items() if not passed), None)
 
