@@ -108,11 +108,6 @@ class PageAllocator:
             self._free.append(page)
 
 
-def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
-    """Slots of the tokens at positions start to end - 1 of a sequence with these pages: [end - start] int64, CPU."""
-    return positions_and_slots([(pages, start, end)])[1]
-
-
 def positions_and_slots(ranges: Sequence[tuple[Sequence[int], int, int]]) -> tuple[Tensor, Tensor]:
     """Of sequences with these pages, one after the other, the positions start to end - 1, and their slots.
 

@@ -49,8 +49,8 @@ def ranges_attention(
 def refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a card cannot do this, in a few words; None: it can, and a CPU always.
 
-    Whatever heads a rank has, or none: where ranks took different ways, one would replay sums that another queues, which
-    may go by other transports.
+    Whatever heads a rank has, or none: where ranks took different ways, one would replay sums that another queues,
+    which may go by other transports.
     """
     if device.type == "cpu":
         return None

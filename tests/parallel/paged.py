@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits
+from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits, positions_and_slots
 
 # Where a page table has no page: reading there is out of bounds.
 NO_PAGE = 2**30
@@ -84,6 +85,11 @@ def make_case(
     query = torch.randn(len(lengths), kv_heads * (group + 2), head_dim, device=device).to(dtype)[:, : kv_heads * group]
     table, tokens = table.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
     return Case(query * 1.5, PagedKV(keys, values), table, tokens, head_dim**-0.5)
+
+
+def slots_of(pages: Sequence[int], start: int, end: int) -> Tensor:
+    """Slots of the tokens at positions start to end - 1 of a sequence with these pages: [end - start] int64, CPU."""
+    return positions_and_slots([(pages, start, end)])[1]
 
 
 def write_kv(kv: PagedKV, key: Tensor, value: Tensor, slots: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result, StopRules, generate
-from parallel.engine.pages import PAGE_SIZE, slots_of
+from parallel.engine.pages import PAGE_SIZE
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.auto import AutoSpeculator
@@ -24,6 +24,7 @@ from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 from parallel.engine.speculation.tune import tune
 from tests.parallel.draft_models import write_truncated
+from tests.parallel.paged import slots_of
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, prefill_whole, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
 from tests.parallel.test_speculation import SAMPLED

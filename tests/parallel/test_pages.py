@@ -15,10 +15,9 @@ from parallel.engine.pages import (
     move_tokens,
     pages_for,
     positions_and_slots,
-    slots_of,
 )
 from parallel.kernels.ranges_attention import keys_at, rows_of
-from tests.parallel.paged import write_kv
+from tests.parallel.paged import slots_of, write_kv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FP8]
 
