@@ -12,7 +12,16 @@ from launcher.baselines.measure import Baseline
 from launcher.config import WeightsKind
 from launcher.job import Job
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    # With it none of its workers would serve their store.
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 
 
 def open_vllm(job: Job, device: torch.device) -> Baseline:
