@@ -20,12 +20,21 @@ from launcher.job import Job
 HOST = "127.0.0.1"
 # The socket of this number is what rank 0 is to serve the store of all ranks on (launcher/worker.py).
 STORE_SOCKET = "LAUNCH70B_STORE_SOCKET"
+# The id of the process that started a rank, without which it is not to run (launcher/worker.py).
+PARENT = "LAUNCH70B_PARENT"
 POLL_SEC = 0.02
 # A rank that was asked to end has so long before it is killed.
 GRACE_SEC = 10.0
 # Of a torchrun that started this process: not for the ranks that it starts.
-HIDDEN_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "GROUP_", "ROLE_", "LOCAL_")
-HIDDEN_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+HIDDEN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_")
+HIDDEN_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)
 
 Process = subprocess.Popen[bytes]
 
@@ -56,6 +65,7 @@ def started_ranks(job: Job, job_file: Path) -> Iterator[Sequence[Process]]:
 def start_rank(job: Job, job_file: Path, rank: int, store: socket.socket) -> Process:
     """In a session of its own: what is typed at a terminal ends this process, which then ends the ranks."""
     environment = plain_environment() | rank_environment(rank, job.placement.world_size, store.getsockname()[1])
+    environment[PARENT] = str(os.getpid())
     passed = []
     if rank == 0:
         passed = [store.fileno()]
@@ -93,8 +103,11 @@ def wait_for_ranks(processes: Sequence[Process]) -> dict[int, int]:
 
 
 def stop_ranks(processes: Sequence[Process]) -> None:
-    """Ends those that still run, with what they have started."""
+    """Ends those that still run, with what they have started, and what those that ended badly have left."""
     running = [process for process in processes if process.poll() is None]
+    for process in processes:
+        if process.returncode:
+            send(process, signal.SIGKILL)
     for process in running:
         send(process, signal.SIGTERM)
     end = time.monotonic() + GRACE_SEC

@@ -19,7 +19,7 @@ from launcher.events import EventWriter
 from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job, build_environment, load_job
 from launcher.rank_imports import begin_context, lean_imports
-from launcher.rank_processes import STORE_SOCKET
+from launcher.rank_processes import PARENT, STORE_SOCKET
 from launcher.start import die_with_parent, end_process, rank_log
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 def main(job_file: Path) -> int:
     """A rank that is a process of its own: ends with its parent, writes its own log, returns the exit code."""
     die_with_parent(signal.SIGKILL)
+    if has_lost_parent():
+        return 1
     # A rank blocked in a collective cannot run Python's handler; the default action ends it at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
@@ -41,6 +43,11 @@ def main(job_file: Path) -> int:
         traceback.print_exc()
         write_first_failure(job_file.parent, describe_exception(error, rank, str(log)))
         return 1
+
+
+def has_lost_parent() -> bool:
+    """Whether the parent ended before `die_with_parent` was called, which then does nothing."""
+    return os.environ.pop(PARENT, str(os.getppid())) != str(os.getppid())
 
 
 def redirect_output(log: Path) -> None:

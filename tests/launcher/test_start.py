@@ -216,6 +216,31 @@ def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, m
         assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
+LEAVE_ONE = """
+(folder / "0.pid").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_rank_has_started_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_file = write_rank(tmp_path, monkeypatch, "\nif rank:\n    time.sleep(600)" + LEAVE_ONE)
+    assert run_ranks(make_job(tmp_path), job_file) == {0: -signal.SIGKILL}
+    left = int((tmp_path / "0.pid").read_text())
+    end = time.monotonic() + 10
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_rank_whose_parent_was_gone_before_it_began_does_nothing(tmp_path: Path) -> None:
+    """Linux tells only ranks that have asked by then."""
+    (tmp_path / "logs").mkdir()
+    environment = {**os.environ, "RANK": "0", rank_processes.PARENT: str(os.getpid() + 1)}
+    command = [sys.executable, "-m", "launcher.worker", str(tmp_path / "job.json")]
+    assert subprocess.run(command, env=environment, check=False, timeout=60).returncode == 1
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
 def test_whatever_ends_the_wait_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job_file = write_rank(
         tmp_path, monkeypatch, "\n(folder / f'{rank}.pid').write_text(str(os.getpid()))\ntime.sleep(600)"
@@ -293,10 +318,12 @@ def test_torchruns_variables_are_hidden_from_ranks(monkeypatch: pytest.MonkeyPat
                  "TORCHELASTIC_RUN_ID", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "OMP_NUM_THREADS")  # fmt: skip
     for name in torchruns:
         monkeypatch.setenv(name, "7")
-    monkeypatch.setenv("MY_RANK", "3")
+    of_user = {"MY_RANK": "3", "NCCL_DEBUG": "INFO", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "CUDA_VISIBLE_DEVICES": "1,0"}
+    for name, value in of_user.items():
+        monkeypatch.setenv(name, value)
     environment = plain_environment()
     assert not set(torchruns) & set(environment)
-    assert environment["MY_RANK"] == "3"
+    assert of_user.items() <= environment.items()
 
 
 def set_torchrun(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
