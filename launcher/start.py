@@ -90,15 +90,16 @@ def find_cause(job: Job, exit_codes: dict[int, int]) -> Failure:
 def rank_death(job: Job, rank: int, exit_code: int | None) -> Failure:
     """A rank that ended without saying why; `exit_code` is None where only its parent knows it."""
     how = "died" if exit_code is None else f"exited with code {exit_code}"
-    hint = "The end of its log may say more."
+    log = rank_log(Path(job.run_dir), rank)
+    hint = "The end of its log may say more." if log.exists() else "It had no log yet; what it printed is above."
     if exit_code is not None and exit_code < 0:
         how = f"was killed by {signal.Signals(-exit_code).name}"
     if exit_code in (None, -signal.SIGKILL):
         hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
     card, name = job.placement.cards[rank], job.placement.names[rank]
     where = name if card is None else f"card {card}, {name}"
-    log = str(rank_log(Path(job.run_dir), rank))
-    return Failure("RankDied", f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}", hint, rank, log)
+    message = f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}"
+    return Failure("RankDied", message, hint, rank, str(log))
 
 
 def interrupted(sig: int) -> Failure:

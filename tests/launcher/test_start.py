@@ -81,6 +81,10 @@ def test_sigterm_is_how_torchrun_stops_peers_and_no_cause(tmp_path: Path) -> Non
 def test_rank_that_ended_without_a_word_is_named_with_its_exit_code(tmp_path: Path) -> None:
     failure = find_cause(make_job(tmp_path), {2: 1, 1: 7})
     assert failure.message.startswith("rank 1 (CPU) exited with code 7; every rank was stopped. Log: ")
+    assert failure.hint == "It had no log yet; what it printed is above."
+    prepare_run_dir(tmp_path)
+    (tmp_path / "logs" / "rank1.log").write_text("")
+    assert find_cause(make_job(tmp_path), {1: 7}).hint == "The end of its log may say more."
 
 
 def test_signal_that_ended_the_run_is_named() -> None:
