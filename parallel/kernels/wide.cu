@@ -134,8 +134,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
   const int out_warp = (threadIdx.x >> 5) % OUT_WARPS, token_warp = (threadIdx.x >> 5) / OUT_WARPS;
   const u32 address = shared_address(memory);
   DECODER(decoder);
-  const int num_places = (num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS);
-  const Deal deal = {units, num_places * units, (int)gridDim.x};
+  const Deal deal(num_tiles, units, num_rows);
   const int end = deal.begin(blockIdx.x + 1);
   int work = deal.begin(blockIdx.x);
 

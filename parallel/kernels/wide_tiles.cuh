@@ -28,6 +28,10 @@ __device__ u32 arrivals[MAX_TILES];
 // How the units of all tiles are dealt to the blocks.
 struct Deal {
   int units, total, blocks;
+  __device__ __forceinline__ Deal(int num_tiles, int units, int num_rows)
+      : units(units),
+        total((num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS) * units),
+        blocks(gridDim.x) {}
   __device__ __forceinline__ int begin(int block) const { return (int)((long long)total * block / blocks); }
   __device__ __forceinline__ int block_of(int work) const { return (int)(((work + 1LL) * blocks - 1) / total); }
 };

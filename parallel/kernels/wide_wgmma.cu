@@ -207,8 +207,7 @@ wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMa
   }
   __syncthreads();
   DECODER(decoder);
-  const int num_places = (num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS);
-  const Deal deal = {units, num_places * units, (int)gridDim.x};
+  const Deal deal(num_tiles, units, num_rows);
   const int end = deal.begin(blockIdx.x + 1);
   int work = deal.begin(blockIdx.x);
 
