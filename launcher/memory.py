@@ -205,7 +205,8 @@ class Demand:
             plain = max(plain, hosted - staged * self.layer_bytes()[rank])
         return max(plain, linear_load(shape, self.device, self.dtype, linear))
 
-    def _limits(self, max_context: int) -> EngineLimits:
+    def limits(self, max_context: int) -> EngineLimits:
+        """As far as they say what is allocated."""
         return EngineLimits(max_context, self.batch_size, self.prefill_chunk, num_ahead=self.num_ahead)
 
     def _held_bits(self) -> float | None:
@@ -280,7 +281,7 @@ class Demand:
 
     def _prompt_keys(self, rank: int, num_rows: int, max_context: int) -> int:
         kv_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
-        return prompt_keys_bytes(self._layer(rank), self.shape.head_dim, kv_bytes, num_rows, self._limits(max_context))
+        return prompt_keys_bytes(self._layer(rank), self.shape.head_dim, kv_bytes, num_rows, self.limits(max_context))
 
     def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
         """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and

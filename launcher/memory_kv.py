@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
+from parallel.engine.limits import PAGE_SIZE
 from parallel.offload.spread import NUM_STAGED
 
 if TYPE_CHECKING:
@@ -46,6 +46,5 @@ def host_kv_bytes(demand: Demand, max_context: int) -> tuple[int, ...]:
 
 def layer_kv_bytes(demand: Demand, max_context: int) -> tuple[int, ...]:
     """The pages of one layer on each rank."""
-    limits = EngineLimits(max_context, demand.batch_size, demand.prefill_chunk, num_ahead=demand.num_ahead)
-    num_slots = limits.num_pages * PAGE_SIZE
+    num_slots = demand.limits(max_context).num_pages * PAGE_SIZE
     return tuple(size // demand.shape.num_layers * num_slots for size in demand.kv_bytes_per_token())
