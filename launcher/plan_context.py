@@ -43,14 +43,13 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
         raise refuse_memory(demand, budgets, inventory, needed, knobs)
     most = largest_context(demand, tuple(round(budget * (1 - KEPT_FREE)) for budget in budgets), wanted)
     on_host = largest_host_context(run, demand, inventory, most)
+    in_pages = max(on_host // PAGE_SIZE * PAGE_SIZE, needed)
     if on_host < most:
-        return max(on_host // PAGE_SIZE * PAGE_SIZE, needed), "what host memory has room for (offload.kv=host)."
+        return in_pages, "what host memory has room for (offload.kv=host)."
     if most < wanted:
         more = replace(demand, kv_on_host=True).num_kv_hosted - demand.num_kv_hosted > NUM_STAGED
         hint = "; offload.kv=host has room for more" if more else ""
-        return max(
-            most // PAGE_SIZE * PAGE_SIZE, needed
-        ), f"what fits beside the weights, with a little kept free{hint}."
+        return in_pages, f"what fits beside the weights, with a little kept free{hint}."
     if wanted == limit:
         return wanted, f"{limit_reason}."
     return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
