@@ -59,4 +59,6 @@ def test_exact_sums_are_not_taken_for_rounded_ones() -> None:
 
 
 def problem_of_exact(communicator: Communicator) -> str:
+    # Of eight numbers all may by chance be as near to their rounded ones as is allowed: not of these.
+    torch.manual_seed(1)
     return find_wrong_rounded_sums(communicator, torch.device("cpu"))
