@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -189,9 +190,10 @@ class Model:
         self.words: NDArray[np.uint64] = np.frombuffer(region.memory, dtype=np.uint64)
         self.layout, self.rank, self.num_slots, self.epoch = layout, rank, num_slots, 0
 
-    def gather(self, message: bytes, pause: float = 0.0) -> list[bytes]:
+    def gather(self, message: bytes, between: Callable[[], object] = lambda: None) -> list[bytes]:
+        """`between`: what happens after this rank has written and before it reads."""
         count = self.write(message)
-        time.sleep(pause)
+        between()
         return [self._read(rank, count)[: len(message)] for rank in range(self.layout.world_size)]
 
     def write(self, message: bytes) -> int:
@@ -208,7 +210,7 @@ class Model:
         return self.layout.slot(rank, self.epoch % self.num_slots) // 8
 
     def _read(self, rank: int, count: int) -> bytes:
-        start, end = self._start(rank), time.monotonic() + 20
+        start, end = self._start(rank), time.monotonic() + 100
         while True:
             found = self.words[start : start + count].copy()
             epochs = found >> np.uint64(32)
@@ -230,7 +232,7 @@ def exchange(communicator: Communicator, num_calls: int) -> int:
         size = shared.choice((1, 7, 8, 100, 2040, SMALL))
         messages = [random.Random(100 * call + rank).randbytes(size) for rank in range(layout.world_size)]
         pause = own.choice((0, 0, 0, 0.001))
-        right += model.gather(messages[communicator.rank], pause) == messages
+        right += model.gather(messages[communicator.rank], lambda pause=pause: time.sleep(pause)) == messages
     return right
 
 
@@ -240,15 +242,18 @@ def test_two_slots_carry_every_message(world_size: int) -> None:
 
 
 def run_ahead(communicator: Communicator, num_slots: int) -> str:
-    """Rank 0 is slow to read; its peer, which has all it needs, already writes the next call."""
+    """Rank 0 does not read until its peer, which has all it needs, has written the next call."""
     layout = Layout(communicator.world_size, SMALL)
     model = Model(share_region(communicator, CPU, layout.num_bytes), layout, communicator.rank, num_slots)
+    if communicator.rank == 1:
+        model.gather(b"first")
+        model.write(b"second")
+        communicator.barrier()
+        return "fine"
     try:
-        model.gather(b"first", pause=0.5 if communicator.rank == 0 else 0.0)
+        model.gather(b"first", communicator.barrier)
     except Overrun as error:
         return str(error)
-    if communicator.rank == 1:
-        model.write(b"second")
     return "fine"
 
 

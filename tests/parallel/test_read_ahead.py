@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,10 +148,20 @@ def test_later_tensors_are_read_before_the_first_is_taken(file: Path, monkeypatc
 def test_seconds_of_waiting_are_counted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy, wanted = Spy(monkeypatch), matrices(file)
     spy.go.clear()
+    now = 50.0
+
+    def look() -> float:
+        """The caller looks before it waits for bytes and after that: they come, and it is 3 s later."""
+        nonlocal now
+        if spy.go.is_set():
+            now += 3.0
+        spy.go.set()
+        return now
+
+    monkeypatch.setattr(read_ahead, "time", SimpleNamespace(perf_counter=look))
     with ReadAhead(wanted, CPU) as reader:
-        threading.Timer(0.2, spy.go.set).start()
         reader.take(wanted[0])
-        assert reader.wait_sec > 0.1
+        assert reader.wait_sec == 3.0
 
 
 def readers() -> list[str]:
