@@ -173,7 +173,8 @@ def anonymous_growth(communicator: Communicator, folder: Path, on_disk: range) -
     process, samples, done = psutil.Process(), [0], threading.Event()
 
     def anonymous() -> int:
-        return int(process.memory_info().rss - process.memory_info().shared)
+        memory = process.memory_info()
+        return int(memory.rss - memory.shared)
 
     def sample() -> None:
         while not done.wait(0.001):
@@ -184,6 +185,7 @@ def anonymous_growth(communicator: Communicator, folder: Path, on_disk: range) -
     thread = threading.Thread(target=sample)
     thread.start()
     answers(engine, numbered([[5, 6, 7]]))
+    samples.append(anonymous() - before)
     done.set()
     thread.join()
     return max(samples), disk_of(engine).packed_bytes // len(on_disk)
@@ -204,6 +206,8 @@ def stored_layers(folder: Path, num_layers: int) -> tuple[dict[str, Tensor], lis
     shapes = {"a": (40, 3000), "b": (7,), "c": (300, 64), "d": (1,)}
     tensors = {f"{i}.{name}": torch.randn(shape) for i in range(num_layers) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
+    # The clock of files may stand still for 10 ms: what changes this one soon must change its time, too.
+    os.utime(folder / "model.safetensors", (0, 0))
     entries = read_checkpoint(folder).tensors
     cuts = {"a": (slice(3, 31),), "b": (), "c": (slice(None), slice(11, 50)), "d": ()}
     return tensors, [
@@ -240,7 +244,7 @@ def test_the_next_layer_is_read_while_one_is_used(tmp_path: Path, monkeypatch: p
     reads.start(0)
     check_layer(reads, layers[0], tensors)
     for _, _, future in reads.reading:
-        future.result(timeout=10)
+        future.result(timeout=60)
     assert [chunk for chunk, _, _ in reads.reading] == reads.layers[1]
     # What was read is used, whatever the file has become.
     overwrite(tmp_path / "model.safetensors")

@@ -74,7 +74,10 @@ def check_times(result: Result, speculator: Speculator | None) -> None:
         # A token waits for its step, and for what came between that and its answer's token before.
         tokens, steps = set(result.token_ms), set(result.step_ms)
         assert bool(tokens) == bool(steps)
-        assert not tokens or (min(tokens) >= min(steps) and max(tokens) >= max(steps) and tokens & steps)
+        assert not tokens or (min(tokens) >= min(steps) and tokens & steps)
+        # Where all ends are foreseen, no step is in vain: else the longest may have given no token.
+        is_foreseen = {each.finish_reason for each in result.answers} <= {"length", "context"}
+        assert not (tokens and is_foreseen) or max(tokens) >= max(steps)
 
 
 @pytest.fixture(scope="module")
