@@ -107,10 +107,15 @@ def sampled_memory() -> Iterator[dict[str, int]]:
     """The highest values of `process_memory` while the body runs, complete once it has ended."""
     peak, stop = process_memory(), threading.Event()
 
+    def look() -> None:
+        for name, value in process_memory().items():
+            peak[name] = max(peak[name], value)
+
     def sample() -> None:
         while not stop.wait(SAMPLE_SEC):
-            for name, value in process_memory().items():
-                peak[name] = max(peak[name], value)
+            look()
+        # What the body ends with counts however seldom this thread had a turn.
+        look()
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

@@ -116,7 +116,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 @contextlib.contextmanager
-def opened(world_size: int, timeout_sec: float = 20, first_count: int = 0) -> Iterator[list[CopyChannel]]:
+def opened(world_size: int, timeout_sec: float = 100, first_count: int = 0) -> Iterator[list[CopyChannel]]:
     """A channel a rank, whose flags have been raised `first_count` times before."""
     layout = LAYOUTS[world_size]
     descriptor = create_memory(layout.num_bytes)
@@ -178,7 +178,7 @@ def test_a_missing_rank_is_an_error_on_all_and_nobody_waits_for_ever(driver: Dri
 def test_the_limit_can_be_changed_and_ends_with_the_channel(driver: Driver) -> None:
     with opened(2) as channels:
         channels[0].timeout_sec = 7.0
-        assert (channels[0].watch.timeout_sec, channels[0].timeout_sec, channels[1].timeout_sec) == (7.0, 7.0, 20)
+        assert (channels[0].watch.timeout_sec, channels[0].timeout_sec, channels[1].timeout_sec) == (7.0, 7.0, 100)
     assert not any(each.watch.thread.is_alive() for each in channels)
 
 

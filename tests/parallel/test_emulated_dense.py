@@ -41,7 +41,7 @@ class Ranks:
         self, sources: list[Tensor], targets: list[Tensor], *, blocks: int, threads: int, only: int | None = None
     ) -> None:
         first, last = (0, self.world_size - 1) if only is None else (only, only)
-        sizes = (sources[0].nbytes, SLOT_TILES, first, last, 20_000 if only is None else 200, blocks, threads)
+        sizes = (sources[0].nbytes, SLOT_TILES, first, last, 100_000 if only is None else 200, blocks, threads)
         self.library.run(
             sources[0].element_size(), pointers(sources), pointers(targets), pointer(self.states), pointer(self.region),
             *sizes,

@@ -44,7 +44,7 @@ class Ranks:
             *(pointers(case.updates), pointers(case.residuals), pointer(case.weight), pointers(case.outputs)),
             *(pointer(self.states), pointers(self.sums), pointer(self.region)),
             *(rows, hidden_size // 8, self.layout.slot_lines, row_blocks, ctypes.c_float(EPS), first, last),
-            *(20_000 if only is None else 200, row_threads(hidden_size) // row_blocks),
+            *(100_000 if only is None else 200, row_threads(hidden_size) // row_blocks),
         )
 
 

@@ -224,4 +224,5 @@ def test_memory_is_the_model_and_the_buffers(tmp_path: Path) -> None:
     write_large_model(tmp_path / "large")
     ((bytes_read, peak_bytes),) = run_on_ranks(load_and_watch, 1, tmp_path / "large", 32 * MIB)
     assert bytes_read > 300e6
-    assert bytes_read < peak_bytes < bytes_read + (32 + 16) * MIB
+    # The model at the least, which is there when all are sampled once more.
+    assert 0.99 * bytes_read < peak_bytes < bytes_read + (32 + 16) * MIB
