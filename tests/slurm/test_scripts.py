@@ -16,7 +16,7 @@ from tests.slurm.cluster import POLL_SEC, Cluster
 
 # More than a run gets done before it is ended, for which SLURM may take most of a minute on a free machine; and few,
 # since other jobs run meanwhile, but still seconds of work.
-MANY, SOME = 10000, 300
+MANY, SOME = 10000, 200
 PROMPT = "import os\n"
 ANSWERS = "outputs.jsonl"
 # A model that needs cards, by facts: nothing of it is here.
