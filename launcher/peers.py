@@ -15,7 +15,7 @@ from launcher.start import rank_death
 GONE = ("gone",)
 GONE_OR_ZOMBIE = (*GONE, psutil.STATUS_ZOMBIE)
 # From the end of its connections to its end as a process; large ones take their time.
-DYING_SEC = 2.0
+DYING_SEC = 10.0
 
 
 def wait_for_dead_peer(job: Job) -> Failure | None:

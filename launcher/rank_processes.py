@@ -45,7 +45,9 @@ def run_ranks(job: Job, job_file: Path) -> dict[int, int]:
     Returns the exit codes of those that failed by themselves; negative: the signal that killed it.
     """
     with started_ranks(job, job_file) as processes:
-        return wait_for_ranks(processes)
+        failed = wait_for_ranks(processes)
+        # A rank that is killed loses its connections first: one that complains of that may have ended before it.
+        return failed | stop_ranks(processes)
 
 
 @contextlib.contextmanager
@@ -102,21 +104,27 @@ def wait_for_ranks(processes: Sequence[Process]) -> dict[int, int]:
         time.sleep(POLL_SEC)
 
 
-def stop_ranks(processes: Sequence[Process]) -> None:
-    """Ends those that still run, with what they have started, and what those that ended badly have left."""
-    running = [process for process in processes if process.poll() is None]
+def stop_ranks(processes: Sequence[Process]) -> dict[int, int]:
+    """Ends those that still run, with what they have started, and what those that ended badly have left.
+
+    Returns the exit codes of those that another signal than this process's had killed meanwhile.
+    """
+    running = {rank: process for rank, process in enumerate(processes) if process.poll() is None}
     for process in processes:
         if process.returncode:
             send(process, signal.SIGKILL)
-    for process in running:
+    for process in running.values():
         send(process, signal.SIGTERM)
-    end = time.monotonic() + GRACE_SEC
-    for process in running:
+    end, killed = time.monotonic() + GRACE_SEC, {}
+    for rank, process in running.items():
         try:
-            process.wait(max(0.0, end - time.monotonic()))
+            code = process.wait(max(0.0, end - time.monotonic()))
+            if code < 0 and code != -signal.SIGTERM:
+                killed[rank] = code
         except subprocess.TimeoutExpired:
             send(process, signal.SIGKILL)
             process.wait()
+    return killed
 
 
 def send(process: Process, sig: signal.Signals) -> None:

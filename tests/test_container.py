@@ -59,7 +59,7 @@ def test_it_does_not_run_as_root() -> None:
 
 @pytest.mark.parametrize("words", words_of("RUN"))
 def test_shell_commands_are_whole_and_leave_nothing_behind(words: str) -> None:
-    checked = subprocess.run(["sh", "-n", "-c", words], capture_output=True, text=True, timeout=30)
+    checked = subprocess.run(["sh", "-n", "-c", words], capture_output=True, text=True, timeout=60)
     assert (checked.returncode, checked.stderr) == (0, "")
     # One that fails must fail the build.
     assert ";" not in words and "|" not in words

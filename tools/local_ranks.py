@@ -20,6 +20,8 @@ from typing import Any
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 # Imported once, in the server that ranks are forked from: a start takes milliseconds instead of seconds.
 PRELOADED = ("torch", "transformers", "deepspeed", "deepspeed.comm", "parallel.checkpoint.load", "parallel.shard")
+# So much longer than the caller of ranks their collectives wait: who hangs is told, not what it does to the others.
+COLLECTIVE_SEC = 60.0
 
 
 class RankError(RuntimeError):
@@ -47,7 +49,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
-                job = (theirs, function, rank, world_size, Path(folder) / "store", timeout_sec, args)
+                limit_sec = timeout_sec + COLLECTIVE_SEC
+                job = (theirs, function, rank, world_size, Path(folder) / "store", limit_sec, args)
                 processes.append(context.Process(target=rank_main, args=job, daemon=True))
                 processes[-1].start()
                 theirs.close()

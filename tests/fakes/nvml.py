@@ -146,7 +146,7 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: FakeCard) -> types.SimpleNamespace:
         self.num_reads += 1
-        self.free_to_answer.wait(20)
+        self.free_to_answer.wait(120)
         if self.trouble is not None and self.num_reads > self.trouble_after:
             raise self.trouble
         used = value(handle.used_bytes)

@@ -87,7 +87,10 @@ class Running:
         return [process for process in psutil.process_iter() if str(self.folder) in " ".join(command_line(process))]
 
     def rank(self, rank: int) -> psutil.Process:
-        return psutil.Process(int((self.folder / "ranks" / f"{rank}.pid").read_text()))
+        """A rank that has begun to announce itself."""
+        file = self.folder / "ranks" / f"{rank}.pid"
+        wait_until(lambda: file.read_text() != "", f"a number in {file}")
+        return psutil.Process(int(file.read_text()))
 
     def wait_for(self, path: str, text: str = "") -> None:
         """Returns when a file of the run folder is there and holds `text`."""

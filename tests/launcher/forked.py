@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,10 +21,22 @@ from tools.local_ranks import fork_server
 
 
 class ForkedProcess:
-    """The launcher as a child of the fork server; in the place of a subprocess.Popen."""
+    """The launcher as a child of the fork server; in the place of a subprocess.Popen.
 
-    def __init__(self, args: Sequence[str], out: Path, err: Path, cwd: Path, env: dict[str, str]) -> None:
-        self.process = fork_server().Process(target=run_command_line, args=(tuple(args), out, err, cwd, env))
+    `before`: a function of a module, called in it and so known to its ranks, before anything else.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        out: Path,
+        err: Path,
+        cwd: Path,
+        env: dict[str, str],
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.process = fork_server().Process(target=run_command_line, args=(tuple(args), out, err, cwd, env, before))
         self.process.start()
 
     def poll(self) -> int | None:
@@ -46,7 +58,9 @@ run = partial(cli.run, launcher=ForkedProcess)
 run_together = partial(cli.run_together, launcher=ForkedProcess)
 
 
-def run_command_line(args: tuple[str, ...], out: Path, err: Path, cwd: Path, env: dict[str, str]) -> None:
+def run_command_line(
+    args: tuple[str, ...], out: Path, err: Path, cwd: Path, env: dict[str, str], before: Callable[[], None] | None
+) -> None:
     """What `python -m launcher` does, with ranks that are forked."""
     from launcher import __main__
     from launcher import cli as command_line
@@ -58,6 +72,8 @@ def run_command_line(args: tuple[str, ...], out: Path, err: Path, cwd: Path, env
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["launcher", *args]
+    if before is not None:
+        before()
     command_line.start_ranks = Nursery().start_ranks
     end_process(__main__.run())
 

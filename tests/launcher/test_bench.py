@@ -42,7 +42,9 @@ def test_two_ranks_and_baselines_are_measured_on_the_same_requests(tmp_path: Pat
     assert report["workload"]["prompt_tokens"] == 24
     # Two runs of three answers of full length.
     assert report["generated_tokens"] == 2 * 3 * 5
-    assert 0 < report["comm_share"] < 1
+    # One step of each kind, of which a busy machine may hold up either.
+    step_ms = report["decode_step_ms"]
+    assert report["comm_share"] == max(0.0, 1 - step_ms["without_all_reduce"] / step_ms["measured"]) < 1
     assert (report["bandwidth_share"], report["bandwidth"]["copy_gb_per_sec"]) == (None, None)
     # All weights but the embedding, 1 MiB a rank; 26 tokens of two sequences: in 5 layers 2 KV heads of 64 a rank.
     weights = report["cards"][0]["memory"]["weights_bytes"] - 2**20

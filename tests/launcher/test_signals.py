@@ -17,11 +17,12 @@ import pytest
 
 from tests.launcher.cli import LIMIT_SEC, PYTHON, SHORT, TORCHRUN, Result, Running, command_line, started, torchrun
 
-# It takes two seconds on a free machine. Torchrun waits 30 for processes that do not end by themselves.
-GONE_SEC = 25.0
+# What torchrun says where it kills processes that it has asked to end, and how long it waits for them before: much
+# longer than they take on a busy machine. Older versions wait for 30 s whatever is set.
+FORCED, PATIENCE = "forcefully exiting", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}
 SHM = Path("/dev/shm")
-# Minutes of work, so that a run ends only because it is ended.
-NUM_PROMPTS = 1000
+# Minutes of work even for one rank on a free machine, so that a run ends only because it is ended.
+NUM_PROMPTS = 5000
 ANSWERING = ("outputs.jsonl", "\n")
 STARTING = ("ranks/1.pid", "")
 
@@ -39,7 +40,6 @@ class Ending:
 @dataclass(frozen=True)
 class Outcome:
     result: Result
-    gone_sec: float
     folder: Path
     # Of the whole group.
     shared_memory: set[Path]
@@ -137,31 +137,40 @@ def end_group(names: list[str], folder: Path) -> dict[str, Outcome]:
             ending = ENDINGS[name]
             args = (*ending.args, *SHORT, f"prompts_file={folder / 'prompts.txt'}")
             place = {"folder": folder / str(number), "sweep": "-m" in args}
-            running[name] = stack.enter_context(started(*args, launcher=ending.launcher, **place))
+            running[name] = stack.enter_context(started(*args, launcher=ending.launcher, env=PATIENCE, **place))
         ends = end_runs({name: running[name] for name in names if ENDINGS[name].when == STARTING})
         ends |= end_runs({name: running[name] for name in names if ENDINGS[name].when != STARTING})
-    left = shared_memory() - shared_memory_before
-    return {name: Outcome(*end, running[name].folder, left) for name, end in ends.items()}
+    left = forgotten_since(shared_memory_before)
+    return {name: Outcome(end, running[name].folder, left) for name, end in ends.items()}
 
 
-def end_runs(running: dict[str, Running]) -> dict[str, tuple[Result, float]]:
-    """Ends runs that all have come to their point; the result of each, and the time until its last process was gone."""
+def end_runs(running: dict[str, Running]) -> dict[str, Result]:
+    """Ends runs that all have come to their point; the result of each, of which no process is left."""
     for name, each in running.items():
         each.wait_for(*ENDINGS[name].when)
-    starts = {}
     for name, each in running.items():
-        starts[name] = time.monotonic()
         ENDINGS[name].end(each)
-    return {name: (each.finish(), wait_until_gone(each) - starts[name]) for name, each in running.items()}
+    results = {name: each.finish() for name, each in running.items()}
+    for each in running.values():
+        wait_until_gone(each)
+    return results
 
 
-def wait_until_gone(running: Running) -> float:
-    """The time when the last process of a run is gone."""
+def wait_until_gone(running: Running) -> None:
     end = time.monotonic() + LIMIT_SEC
     while left := running.processes():
-        psutil.wait_procs(left, timeout=end - time.monotonic())
         assert time.monotonic() < end, f"waited in vain for the end of {[command_line(each) for each in left]}"
-    return time.monotonic()
+        psutil.wait_procs(left, timeout=1)
+
+
+def forgotten_since(before: set[Path]) -> set[Path]:
+    """Shared memory that stays: what another test has there, or is just about to remove, goes."""
+    left = shared_memory() - before
+    end = time.monotonic() + LIMIT_SEC / 2
+    while left and time.monotonic() < end:
+        time.sleep(0.5)
+        left &= shared_memory()
+    return left
 
 
 def shared_memory() -> set[Path]:
@@ -169,7 +178,8 @@ def shared_memory() -> set[Path]:
     if not SHM.is_dir():
         return set()
     files = set(SHM.rglob("*"))
-    return files - {Path(name) for process in psutil.process_iter() for name in files_of(process)}
+    held = {Path(name) for process in psutil.process_iter() for name in files_of(process)}
+    return {file for file in files - held if file.exists()}
 
 
 def files_of(process: psutil.Process) -> set[str]:
@@ -181,11 +191,11 @@ def files_of(process: psutil.Process) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ENDINGS)
-def test_all_processes_of_the_run_end_soon_and_the_exit_code_says_so(
+def test_all_processes_of_the_run_end_by_themselves_and_the_exit_code_says_so(
     ended: Callable[[str], Outcome], name: str
 ) -> None:
     outcome = ended(name)
-    assert outcome.gone_sec < GONE_SEC
+    assert FORCED not in outcome.result.stderr
     assert outcome.result.returncode != 0
 
 

@@ -26,6 +26,7 @@ from launcher.peers import GONE, GONE_OR_ZOMBIE, find_dead_peer, wait_for_dead_p
 from launcher.prompts import Prompt
 from launcher.rank_processes import plain_environment, run_ranks
 from launcher.start import FORWARDED_SIGNALS, find_cause, interrupted, prepare_run_dir
+from tests.launcher.cli import wait_until
 from tests.launcher.jobs import make_job, make_run
 
 # In place of launcher/worker.py.
@@ -209,6 +210,18 @@ time.sleep(600)
 """
 
 
+def wait_until_ended(pid: int) -> None:
+    """A process that was killed goes a moment later, and one that nobody waits for stays as a zombie."""
+
+    def has_ended() -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(has_ended, f"the end of process {pid}")
+
+
 def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 does not end when it is asked to."""
     monkeypatch.setattr(rank_processes, "GRACE_SEC", 0.3)
@@ -217,7 +230,26 @@ def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, m
     job_file = write_rank(tmp_path, monkeypatch, wait + FAIL_ONE)
     assert run_ranks(make_job(tmp_path), job_file) == {1: 7}
     for pid in (tmp_path / "0.pid").read_text().split():
-        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+        wait_until_ended(int(pid))
+
+
+COMPLAIN_FIRST = """
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, die)
+(folder / f"{rank}.pid").write_text("")
+while rank or not (folder / "1.pid").exists():
+    time.sleep(0.01)
+sys.exit(1)
+"""
+
+
+def test_rank_that_was_dying_when_another_complained_of_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1, which a signal kills, ends after rank 0, which lost its connection."""
+    job_file = write_rank(tmp_path, monkeypatch, COMPLAIN_FIRST)
+    assert run_ranks(make_job(tmp_path), job_file) == {0: 1, 1: -signal.SIGKILL}
 
 
 LEAVE_ONE = """
@@ -229,11 +261,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_what_a_killed_rank_has_started_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job_file = write_rank(tmp_path, monkeypatch, "\nif rank:\n    time.sleep(600)" + LEAVE_ONE)
     assert run_ranks(make_job(tmp_path), job_file) == {0: -signal.SIGKILL}
-    left = int((tmp_path / "0.pid").read_text())
-    end = time.monotonic() + 10
-    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until_ended(int((tmp_path / "0.pid").read_text()))
 
 
 def test_rank_whose_parent_was_gone_before_it_began_does_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import stat
@@ -22,10 +23,12 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NUM_CARDS = 4
 # States that a job stays in.
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-# Far above what a request to an idle controller takes.
-COMMAND_SEC = 30
+# Far above what a request to an idle controller takes, or its start.
+COMMAND_SEC = 90
 # SLURM gives this long between SIGTERM and SIGKILL; two ranks need about three seconds on two busy cores.
-KILL_WAIT_SEC = 30
+KILL_WAIT_SEC = 60
+# Below those that Linux gives to whoever asks for any: such a one may be taken before a daemon listens on it.
+PORTS = range(15000, 30000)
 # Jobs need the cores more than questions about them do.
 POLL_SEC = 0.3
 RETRY_SEC = 3.0
@@ -165,10 +168,14 @@ def write_config(folder: Path) -> None:
 
 
 def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        for each in (first, second):
-            each.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
+    """Two at random: other tests may start a cluster at the same time."""
+    first, second, *_ = filter(is_free, random.SystemRandom().sample(PORTS, 100))
+    return first, second
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) != 0
 
 
 def start_daemons(cluster: Cluster) -> None:

@@ -14,8 +14,9 @@ import pytest
 from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
 from tests.slurm.cluster import POLL_SEC, Cluster
 
-# More than a run gets done before it is ended; and few, since other jobs run meanwhile.
-MANY, SOME = 2000, 120
+# More than a run gets done before it is ended, for which SLURM may take most of a minute on a free machine; and few,
+# since other jobs run meanwhile, but still seconds of work.
+MANY, SOME = 10000, 200
 PROMPT = "import os\n"
 ANSWERS = "outputs.jsonl"
 # A model that needs cards, by facts: nothing of it is here.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from parallel.checkpoint.headers import read_checkpoint
+from tests.launcher.cli import wait_until
 from tools.bench_load import main, process_memory, sampled_memory
 
 DEMO = Path(__file__).parents[2] / "launcher" / "models" / "demo"
@@ -41,7 +42,9 @@ def test_sampled_peak_sees_memory_that_is_gone_again() -> None:
         block = mmap.mmap(-1, 128 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for _ in range(128):
             block.write(b"x" * MIB)
-        time.sleep(0.1)
+        wait_until(lambda: peak["RssAnon"] - before > 120 * MIB, "a sample")
         block.close()
+        # One more is taken after it.
+        time.sleep(0.1)
     assert peak["RssAnon"] - before > 120 * MIB
     assert process_memory()["RssAnon"] - before < 20 * MIB

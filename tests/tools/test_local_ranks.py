@@ -5,11 +5,13 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection, wait
 
 import pytest
 import torch
 
 from parallel.communicator import Communicator
+from tools import local_ranks
 from tools.local_ranks import RankError, run_on_ranks
 
 
@@ -38,21 +40,19 @@ def test_results_come_in_rank_order(world_size: int, name: str) -> None:
 def fail_on_one(communicator: Communicator) -> None:
     if communicator.rank == 1:
         raise KeyError("what went wrong")
-    time.sleep(60)
+    time.sleep(600)
 
 
-def test_error_of_a_rank_is_raised_at_once_with_its_traceback() -> None:
-    start = time.monotonic()
+def test_error_of_a_rank_is_raised_with_its_traceback_whatever_the_others_do() -> None:
     with pytest.raises(RankError, match=r"(?s)rank 1 failed:.*in fail_on_one.*KeyError: 'what went wrong'"):
-        run_on_ranks(fail_on_one, 2)
-    assert time.monotonic() - start < 20
+        run_on_ranks(fail_on_one, 2, timeout_sec=180)
     assert multiprocessing.active_children() == []
 
 
 def die_on_one(communicator: Communicator) -> None:
     if communicator.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_death_of_a_rank_is_told() -> None:
@@ -66,7 +66,14 @@ def hang_on_one(communicator: Communicator) -> None:
         threading.Event().wait()
 
 
-def test_hang_is_ended_and_names_who_did_not_answer() -> None:
+def test_hang_is_ended_and_names_who_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the caller is held up for a second before it looks."""
+
+    def wait_late(connections: list[Connection], timeout_sec: float) -> list[object]:
+        time.sleep(timeout_sec + 1)
+        return list(wait(connections, 0))
+
+    monkeypatch.setattr(local_ranks, "wait", wait_late)
     with pytest.raises(TimeoutError, match=r"no answer within 1 s from ranks \[.*1\]"):
         run_on_ranks(hang_on_one, 2, timeout_sec=1)
     assert multiprocessing.active_children() == []

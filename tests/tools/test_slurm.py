@@ -42,7 +42,7 @@ def arguments_of(script: str, folder: Path, **variables: str) -> list[str]:
     record.chmod(0o755)
     env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", **variables}
     text = script.replace(f"\n{sys.executable} ", f"\n{record} ")
-    done = subprocess.run(["bash", "-c", text], env=env, cwd=folder, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", text], env=env, cwd=folder, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done
     found: list[str] = json.loads(done.stdout)
     return found
