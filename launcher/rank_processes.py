@@ -25,6 +25,8 @@ PARENT = "LAUNCH70B_PARENT"
 POLL_SEC = 0.02
 # A rank that was asked to end has so long before it is killed.
 GRACE_SEC = 10.0
+# How ranks end that lose a peer or are asked to end: what killed them was not the first to fail.
+CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 # Of a torchrun that started this process: not for the ranks that it starts.
 HIDDEN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_")
 HIDDEN_NAMES = (
@@ -107,7 +109,7 @@ def wait_for_ranks(processes: Sequence[Process]) -> dict[int, int]:
 def stop_ranks(processes: Sequence[Process]) -> dict[int, int]:
     """Ends those that still run, with what they have started, and what those that ended badly have left.
 
-    Returns the exit codes of those that another signal than this process's had killed meanwhile.
+    Returns the exit codes of those that had been killed meanwhile, and not by what others did.
     """
     running = {rank: process for rank, process in enumerate(processes) if process.poll() is None}
     for process in processes:
@@ -119,7 +121,7 @@ def stop_ranks(processes: Sequence[Process]) -> dict[int, int]:
     for rank, process in running.items():
         try:
             code = process.wait(max(0.0, end - time.monotonic()))
-            if code < 0 and code != -signal.SIGTERM:
+            if code < 0 and code not in CONSEQUENCES:
                 killed[rank] = code
         except subprocess.TimeoutExpired:
             send(process, signal.SIGKILL)

@@ -235,21 +235,24 @@ def test_rank_that_fails_ends_the_others_with_all_they_started(tmp_path: Path, m
 
 COMPLAIN_FIRST = """
 def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), {sig})
 signal.signal(signal.SIGTERM, die)
-(folder / f"{rank}.pid").write_text("")
+(folder / f"{{rank}}.pid").write_text("")
 while rank or not (folder / "1.pid").exists():
     time.sleep(0.01)
 sys.exit(1)
 """
 
 
+@pytest.mark.parametrize(
+    ("sig", "told"), [(signal.SIGKILL, {0: 1, 1: -signal.SIGKILL}), (signal.SIGABRT, {0: 1})], ids=["killed", "aborted"]
+)
 def test_rank_that_was_dying_when_another_complained_of_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sig: signal.Signals, told: dict[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1, which a signal kills, ends after rank 0, which lost its connection."""
-    job_file = write_rank(tmp_path, monkeypatch, COMPLAIN_FIRST)
-    assert run_ranks(make_job(tmp_path), job_file) == {0: 1, 1: -signal.SIGKILL}
+    """Rank 1, which a signal kills, ends after rank 0, which lost its connection; what loses a peer aborts."""
+    job_file = write_rank(tmp_path, monkeypatch, COMPLAIN_FIRST.format(sig=int(sig)))
+    assert run_ranks(make_job(tmp_path), job_file) == told
 
 
 LEAVE_ONE = """
