@@ -28,12 +28,6 @@ def kv_layers(demand: Demand) -> dict[str, int]:
     return lines
 
 
-def counted_bytes_per_token(demand: Demand) -> tuple[int, ...]:
-    """What a token of a sequence takes of a rank's budget."""
-    num_layers = sum(kv_layers(demand).values())
-    return tuple(size // demand.shape.num_layers * num_layers for size in demand.kv_bytes_per_token())
-
-
 def host_kv_bytes_per_token(demand: Demand) -> tuple[int, ...]:
     """What it takes of host memory on each rank, and brings to the card in every pass that attends to it."""
     return tuple(size // demand.shape.num_layers * demand.num_kv_hosted for size in demand.kv_bytes_per_token())

@@ -13,10 +13,10 @@ from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
-from launcher.memory_kv import counted_bytes_per_token, host_kv_bytes_per_token
+from launcher.memory_fit import largest_context
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
 from launcher.offload_config import KVPlace
-from launcher.offload_disk import free_host_bytes, needed_host_bytes, place_layers
+from launcher.offload_disk import largest_host_context, place_layers
 from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit, needed_tokens
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
@@ -56,7 +56,7 @@ class Plan:
     batch_size: int
     # Of the rank that holds most, for one sequence, wherever they lie.
     kv_bytes_per_token: int
-    # Tokens of all sequences together that the memory left beside the other lines could hold, and that of the host.
+    # Tokens of all sequences together for which there is room, with what grows beside their keys and values.
     kv_tokens_that_fit: int
     cards: tuple[CardPlan, ...]
     # Reading the weights of a token once, at the card's published memory bandwidth, or copying those that are streamed,
@@ -107,7 +107,7 @@ def plan_run(
         max_context_reason=max_context_reason,
         batch_size=demand.batch_size,
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
-        kv_tokens_that_fit=_kv_tokens_that_fit(run, demand, cards, inventory),
+        kv_tokens_that_fit=_kv_tokens_that_fit(run, demand, budgets, inventory),
         cards=cards,
         tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
         offload=offload,
@@ -225,16 +225,10 @@ def _plan_cards(
     )
 
 
-def _kv_tokens_that_fit(run: RunConfig, demand: Demand, cards: tuple[CardPlan, ...], inventory: Inventory) -> int:
-    names = ("kv_cache", "kv_staging", "host_kv", "draft.kv_cache")
-    left = (card.budget_bytes - card.predicted_bytes + sum(card.lines.get(name, 0) for name in names) for card in cards)
-    models = (demand,) if demand.draft is None else (demand, demand.draft)
-    per_token = [sum(sizes) for sizes in zip(*map(counted_bytes_per_token, models), strict=True)]
-    fitting = [size // each for size, each in zip(left, per_token, strict=True)]
-    on_host, free_bytes = sum(host_kv_bytes_per_token(demand)), free_host_bytes(run, inventory)
-    if on_host and free_bytes is not None:
-        fitting.append((free_bytes - needed_host_bytes(demand)) // on_host)
-    return min(fitting)
+def _kv_tokens_that_fit(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> int:
+    """Of all sequences, each with the most that it could have if only memory set a limit."""
+    most = largest_context(demand, budgets, max(budgets))
+    return demand.batch_size * largest_host_context(run, demand, inventory, most)
 
 
 def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...], offload: OffloadPlan | None) -> float | None:

@@ -65,10 +65,11 @@ def test_ranks_have_their_heads_there() -> None:
 
 
 def test_tokens_that_fit_are_those_that_host_memory_holds_too() -> None:
-    """Page 0, which is nobody's, counts."""
+    """In whole pages; page 0, which is nobody's, counts."""
     sizes = [with_room(room) for room in (GIB, GIB // 2, 100 * GIB)]
     more, few, most = (plan(AWQ_4, each, **of_batch(HOSTED, 1, 64)).kv_tokens_that_fit for each in sizes)
-    assert [each + PAGE_SIZE for each in (few, more)] == [GIB // 2 // (40 * TOKEN_BYTES), GIB // (40 * TOKEN_BYTES)]
+    page_bytes = 40 * TOKEN_BYTES * PAGE_SIZE
+    assert [each + PAGE_SIZE for each in (few, more)] == [room // page_bytes * PAGE_SIZE for room in (GIB // 2, GIB)]
     assert more < most
 
 

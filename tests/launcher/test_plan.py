@@ -355,13 +355,19 @@ def test_smaller_prefill_chunks_take_less() -> None:
     assert small < large
 
 
-def test_tokens_that_fit_fill_the_budget_beside_the_other_lines() -> None:
-    decided = plan(LLAMA_70B_AWQ, cards_of(2), 2)
-    card = decided.cards[0]
-    left_bytes = card.budget_bytes - (card.predicted_bytes - card.lines["kv_cache"])
-    assert (
-        left_bytes - decided.kv_bytes_per_token < decided.kv_tokens_that_fit * decided.kv_bytes_per_token <= left_bytes
-    )
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("shape", "world_size"), [(LLAMA_70B_AWQ, 2), (LLAMA_8B, 1)])
+def test_tokens_that_fit_are_those_of_the_longest_sequences(
+    shape: ModelShape, world_size: int, batch_size: int
+) -> None:
+    """Asked for, they fit, and a page more does not: activations and places in the cache grow with them."""
+    changes = {"workload__batch_size": batch_size, "workload__output_tokens": 1}
+    cards = cards_of(world_size)
+    tokens, left = divmod(plan(shape, cards, world_size, **changes).kv_tokens_that_fit, batch_size)
+    assert left == 0
+    longest = plan(shape, cards, world_size, engine__max_context=tokens, **changes)
+    assert longest.kv_tokens_that_fit == batch_size * tokens
+    assert f"up to {tokens} tokens" in refused(shape, cards, world_size, engine__max_context=tokens + 64, **changes)
 
 
 def test_time_floor_reads_all_weights_but_the_embedding() -> None:
