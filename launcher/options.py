@@ -46,17 +46,26 @@ RANKS: dict[Aim, Callable[[Option], float]] = {
 }
 
 
-def rank_options(run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int) -> list[Option]:
-    """All options on `num_cards` cards, the best first; those that do not fit are last."""
-    options = list(find_options(run, shape, inventory, num_cards))
+def rank_options(
+    run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int, draft: ModelShape | None = None
+) -> list[Option]:
+    """All options on `num_cards` cards, the best first; those that do not fit are last.
+
+    Args:
+        draft: of the model that guesses, where one does.
+    """
+    options = list(find_options(run, shape, inventory, num_cards, draft))
     rank = RANKS[run.plan.aim]
     return sorted(options, key=lambda option: (not option.fits, rank(option)))
 
 
-def find_options(run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int) -> Iterator[Option]:
+def find_options(
+    run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int, draft: ModelShape | None
+) -> Iterator[Option]:
     for world_size in range(1, num_cards + 1):
         for name, variant in variants(shape).items():
-            yield try_option(run, variant, inventory, Option(world_size, num_cards // world_size, name, fits=False))
+            option = Option(world_size, num_cards // world_size, name, fits=False)
+            yield try_option(run, variant, inventory, option, draft)
 
 
 def variants(shape: ModelShape) -> dict[str, ModelShape]:
@@ -69,13 +78,15 @@ def variants(shape: ModelShape) -> dict[str, ModelShape]:
     return given | {PLAIN: plain} | {name: quantized_shape(plain, name) for name in QUANTIZE_SCHEMES}
 
 
-def try_option(run: RunConfig, shape: ModelShape, inventory: Inventory, option: Option) -> Option:
+def try_option(
+    run: RunConfig, shape: ModelShape, inventory: Inventory, option: Option, draft: ModelShape | None
+) -> Option:
     run = replace(run, gpus=option.world_size, topology=replace(run.topology, kind=TopologyKind.auto))
     if option.world_size * option.replicas > 1 and run.offload.enabled == OffloadKind.auto:
         # Among several cards, only what is on them is compared.
         run = replace(run, offload=replace(run.offload, enabled=OffloadKind.off))
     try:
-        plan, times = plan_timed(run, place_ranks(run, option.world_size, inventory), shape, inventory)
+        plan, times = plan_timed(run, place_ranks(run, option.world_size, inventory), shape, inventory, draft=draft)
     except (PlanError, PartitionError) as error:
         return replace(option, reason=shorten(str(error)))
     return with_times(option, plan, times)

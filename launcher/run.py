@@ -98,7 +98,8 @@ def compare_options(run: RunConfig, run_dir: Path, num_cards: int) -> dict[str, 
     auto = replace(run, topology=replace(run.topology, kind=TopologyKind.auto))
     placement = place_ranks(auto, num_cards, inventory)
     model = find_model(run, lambda shape: None)
-    options = rank_options(run, model.shape, inventory, num_cards)
+    draft = find_draft(run, model.shape, model.folder)
+    options = rank_options(run, model.shape, inventory, num_cards, None if draft is None else draft.shape)
     print_options(options, run.plan.aim)
     found = {
         "model": run.model.name,

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
+from launcher.config import SpeculationConfig, SpeculationKind
+from launcher.options import rank_options
+from launcher.plan import plan_run
+from launcher.topology import place_ranks
 from tests.launcher.forked import run
+from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B_AWQ, cards_of, run_of
 
 ARGUMENTS = ("task=plan", "topology=all", "hardware=rtx4090", "gpus=4", "model=llama3_3_70b_awq")
 PROMPT = "workload.prompt_tokens=512"
@@ -64,3 +69,17 @@ def test_another_aim_is_another_order(tmp_path: Path) -> None:
 def test_only_a_plan_compares(tmp_path: Path) -> None:
     result = run("topology=all", "hardware=cpu", folder=tmp_path)
     assert result.returncode != 0 and "topology=all compares ways to run, but task=generate" in result.stderr
+
+
+def test_a_draft_model_takes_its_room_in_every_copy(tmp_path: Path) -> None:
+    """As in the plan of such a run; a draft model that cannot be found is told."""
+    asked = run_of(speculation=SpeculationConfig(SpeculationKind.draft, draft_path="org/small"))
+    cards = cards_of(4)
+    found = rank_options(asked, LLAMA_70B_AWQ, cards, 4, LLAMA_8B)
+    four = next(each for each in found if (each.world_size, each.format) == (4, "awq"))
+    single = plan_run(asked, place_ranks(asked, 4, cards), LLAMA_70B_AWQ, cards, draft=LLAMA_8B)
+    assert four.predicted_bytes == max(card.predicted_bytes for card in single.cards)
+    assert four.kv_tokens == single.kv_tokens_that_fit
+    missing = f"speculation.draft_path={tmp_path / 'nothing'}"
+    result = run(*ARGUMENTS, PROMPT, "speculation.kind=draft", missing, folder=tmp_path)
+    assert result.returncode != 0 and "speculation.draft_path" in result.stderr
