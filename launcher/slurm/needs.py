@@ -145,9 +145,10 @@ def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan
 def memory_beside_cards(num_ranks: int, plan: Plan | None) -> tuple[int, str]:
     """GiB, and why."""
     offload = None if plan is None else plan.offload
-    streamed = 0.0 if offload is None else (sum(offload.host_bytes) + sum(offload.ring_bytes)) / GIB
+    streamed = 0.0 if offload is None else sum((*offload.host_bytes, *offload.ring_bytes, *offload.kv_host_bytes)) / GIB
+    what = "streamed layers" + (", their keys and values" if offload is not None and any(offload.kv_host_bytes) else "")
     why = f"estimated, {RANK_GIB} GiB a rank and {PARENT_GIB} for their parent"
-    why += f"; predicted, {streamed:.2f} GiB of streamed layers." if streamed else "; the model is on the cards."
+    why += f"; predicted, {streamed:.2f} GiB of {what}." if streamed else "; the model is on the cards."
     return RANK_GIB * num_ranks + PARENT_GIB + math.ceil(streamed), why
 
 

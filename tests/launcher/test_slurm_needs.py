@@ -84,6 +84,15 @@ def test_layers_that_are_streamed_take_host_memory() -> None:
     assert "GiB of streamed layers" in found.why["memory"]
 
 
+def test_keys_and_values_in_host_memory_are_counted() -> None:
+    """Of all layers, 8 sequences of 4096 tokens and a page: 320 KiB a token, 10.02 GiB."""
+    long = ("model=llama3_3_70b_awq", "model.weights=dummy", "gpus=1", "task=bench", "offload.resident_layers=0")
+    long += ("workload.batch_size=8", "engine.max_context=4096")
+    on_card, on_host = (find_needs(composed(*long, f"offload.kv={place}")) for place in ("card", "host"))
+    assert 10 <= on_host.memory_gib - on_card.memory_gib <= 11
+    assert "GiB of streamed layers, their keys and values" in on_host.why["memory"]
+
+
 def test_probe_needs_no_model() -> None:
     assert find_needs(composed("task=probe", "gpus=4")).num_cards == 4
 
