@@ -133,6 +133,11 @@ class RunConfig:
         return self.workload.prompt_tokens or default
 
     @property
+    def needed_tokens(self) -> int:
+        """Of a sequence, prompt and answer, where the prompts are not known yet at least."""
+        return (self.num_prompt_tokens or 1) + self.workload.output_tokens
+
+    @property
     def timed_trees(self) -> list[TreePlan]:
         """What task=bench times passes of, beside its workload."""
         return [self.speculation.tree_of(size) for size in self.bench.tree_sizes]
@@ -166,10 +171,9 @@ class RunConfig:
             yield f"topology=all compares ways to run, but task={self.task.kind.value} runs one. Use task=plan."
         yield from self._task_problems()
         max_context = self.engine.max_context
-        needed = (self.num_prompt_tokens or 1) + self.workload.output_tokens
-        if max_context is not None and needed > max_context:
+        if max_context is not None and self.needed_tokens > max_context:
             yield (
-                f"workload.prompt_tokens + workload.output_tokens = {needed} exceeds engine.max_context="
+                f"workload.prompt_tokens + workload.output_tokens = {self.needed_tokens} exceeds engine.max_context="
                 f"{max_context}. Raise engine.max_context or lower workload.output_tokens."
             )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from launcher.config import RunConfig, WeightsKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
-from launcher.memory_fit import fits
+from launcher.memory_fit import fits, largest
 from launcher.memory_kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory_streamed import disk_bytes, ring_bytes
 from launcher.offload_config import OffloadKind
@@ -18,12 +19,15 @@ from launcher.offload_disk import (
     disk_rate,
     fewest_on_disk,
     free_host_bytes,
+    has_host_room,
     largest_host_context,
     needed_host_bytes,
     pack_ms,
+    place_layers,
     places,
 )
 from launcher.plan_refusal import refuse_host_memory
+from launcher.plan_remedies import Refused, shorter_sequences
 from launcher.topology import PlanError
 from parallel.kernels.held import host_refusal
 
@@ -93,16 +97,16 @@ def choose_num_streamed(
     run: RunConfig,
     demand: Demand,
     budgets: tuple[int, ...],
+    inventory: Inventory,
     needed: int,
     wanted: int,
     kept_free: float,
-    place: Callable[[int], Demand],
 ) -> int:
     """How many layers to stream: none where the run fits without, or may not; else the fewest that make it fit.
 
     Args:
-        place: `demand` with so many streamed layers.
-        needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for.
+        needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for, as far as host
+            memory has room for the layers.
         kept_free: share of each budget that stays unused.
 
     Raises:
@@ -116,8 +120,10 @@ def choose_num_streamed(
     if not MUST_STREAM[run.offload.enabled](demand, budgets, needed):
         return 0
     room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
-    fitting = (num for num in range(1, num_layers) if fits(place(num), room, wanted))
-    return next(fitting, num_layers)
+    place = partial(place_layers, run, demand, inventory)
+    wished = next((num for num in range(1, num_layers) if fits(place(num), room, wanted)), num_layers)
+    possible = largest(lambda num: has_host_room(run, place(num), inventory), wished)
+    return possible if possible and fits(place(possible), budgets, needed) else wished
 
 
 def weights_exceed(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
@@ -155,7 +161,8 @@ def plan_offload(
     needed = needed_host_bytes(demand, max_context)
     if free_bytes is not None and needed > free_bytes:
         remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(run, demand, inventory)
-        raise refuse_host_memory(demand, budgets, inventory, max_context, needed, free_bytes, remedies)
+        refused = Refused(run, demand, budgets, inventory, run.engine.max_context or run.needed_tokens)
+        raise refuse_host_memory(refused, max_context, needed, free_bytes, remedies)
     if demand.num_disk and run.model.weights == WeightsKind.dummy:
         raise PlanError(
             f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
@@ -209,11 +216,10 @@ def _kv_remedies(
     if not demand.num_kv_hosted:
         return []
     most = largest_host_context(run, demand, inventory, max_context)
-    shorter = [f"sequences of up to {most} tokens (engine.max_context={most})"] if most >= MIN_CONTEXT else []
-    on_card, free_bytes = replace(demand, kv_on_host=False), free_host_bytes(run, inventory)
-    if free_bytes is None or needed_host_bytes(on_card) > free_bytes or not fits(on_card, budgets, max_context):
-        return shorter
-    return [*shorter, "offload.kv=card"]
+    shorter = [shorter_sequences(run, most)] if most >= MIN_CONTEXT else []
+    on_card = replace(demand, kv_on_host=False)
+    is_possible = has_host_room(run, on_card, inventory) and fits(on_card, budgets, max_context)
+    return [*shorter, "offload.kv=card"] if is_possible else shorter
 
 
 def _disk_remedies(run: RunConfig, demand: Demand, inventory: Inventory) -> list[str]:

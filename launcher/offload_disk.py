@@ -51,10 +51,8 @@ def place_layers(run: RunConfig, demand: Demand, inventory: Inventory, num_strea
 
 def fewest_on_disk(run: RunConfig, streamed: Demand, inventory: Inventory) -> Demand | None:
     """With the others in host memory; None where that does not even hold what layers on the disk need."""
-    free_bytes = free_host_bytes(run, inventory)
     candidates = (replace(streamed, num_on_disk=num) for num in range(streamed.num_streamed + 1))
-    fitting = (each for each in candidates if free_bytes is None or needed_host_bytes(each) <= free_bytes)
-    return next(fitting, None)
+    return next((each for each in candidates if has_host_room(run, each, inventory)), None)
 
 
 def needed_host_bytes(demand: Demand, max_context: int = 0) -> int:
@@ -64,12 +62,17 @@ def needed_host_bytes(demand: Demand, max_context: int = 0) -> int:
     return kept + sum(ring_bytes(demand)) + demand.world_size * HOST_BYTES_PER_RANK
 
 
+def has_host_room(run: RunConfig, demand: Demand, inventory: Inventory, max_context: int = 0) -> bool:
+    """Whether host memory suffices for what is streamed, as far as it is known."""
+    free_bytes = free_host_bytes(run, inventory)
+    return demand.num_streamed == 0 or free_bytes is None or needed_host_bytes(demand, max_context) <= free_bytes
+
+
 def largest_host_context(run: RunConfig, demand: Demand, inventory: Inventory, limit: int) -> int:
     """The most tokens of a sequence, up to `limit`, for whose keys and values there is host memory."""
-    free_bytes = free_host_bytes(run, inventory)
-    if free_bytes is None or demand.num_kv_hosted == 0:
+    if demand.num_kv_hosted == 0:
         return limit
-    return largest(lambda tokens: needed_host_bytes(demand, tokens) <= free_bytes, limit)
+    return largest(lambda tokens: has_host_room(run, demand, inventory, tokens), limit)
 
 
 def free_host_bytes(run: RunConfig, inventory: Inventory) -> int | None:

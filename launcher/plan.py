@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from launcher.config import DType, RunConfig, TaskKind, TopologyKind
 from launcher.engine_config import PrefillGraphs
@@ -17,7 +16,7 @@ from launcher.memory_fit import largest_context
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
 from launcher.offload_config import KVPlace
 from launcher.offload_disk import largest_host_context, place_layers
-from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit, needed_tokens
+from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from launcher.units import GIB, MIB
@@ -154,10 +153,10 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
 def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
     """`demand` with as many layers in host memory, and on the disk, as the run must have there."""
     limit, _ = context_limit(demand.shape, demand.draft_shape)
-    needed = run.engine.max_context or needed_tokens(run)
+    needed = run.engine.max_context or run.needed_tokens
     wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    place = partial(place_layers, run, demand, inventory)
-    return place(choose_num_streamed(run, demand, budgets, needed, wanted, KEPT_FREE, place))
+    num_streamed = choose_num_streamed(run, demand, budgets, inventory, needed, wanted, KEPT_FREE)
+    return place_layers(run, demand, inventory, num_streamed)
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:

@@ -10,6 +10,7 @@ from launcher.memory import Demand
 from launcher.memory_fit import fits, largest_context
 from launcher.offload_disk import largest_host_context
 from launcher.plan_refusal import refuse_memory
+from launcher.plan_remedies import Refused
 from launcher.shape import ModelShape
 from launcher.topology import PlanError
 from parallel.engine.limits import PAGE_SIZE
@@ -28,19 +29,18 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
         PlanError: those that were asked for exceed the model's limit, or do not fit the cards.
     """
     limit, limit_reason = context_limit(demand.shape, demand.draft_shape)
-    needed = needed_tokens(run)
+    needed = run.needed_tokens
     asked = run.engine.max_context
     if asked is not None:
         _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
         if not fits(demand, budgets, asked):
-            raise refuse_memory(demand, budgets, inventory, asked, "engine.max_context")
+            raise refuse_memory(Refused(run, demand, budgets, inventory, asked))
         return asked, "engine.max_context was set."
-    knobs = "workload.prompt_tokens + workload.output_tokens"
-    workload = f"{knobs} = {needed}"
+    workload = f"workload.prompt_tokens + workload.output_tokens = {needed}"
     _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
     wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
     if not fits(demand, budgets, needed):
-        raise refuse_memory(demand, budgets, inventory, needed, knobs)
+        raise refuse_memory(Refused(run, demand, budgets, inventory, needed))
     most = largest_context(demand, tuple(round(budget * (1 - KEPT_FREE)) for budget in budgets), wanted)
     on_host = largest_host_context(run, demand, inventory, most)
     in_pages = max(on_host // PAGE_SIZE * PAGE_SIZE, needed)
@@ -70,8 +70,3 @@ def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[i
 def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:
     if tokens > limit:
         raise PlanError(f"{what} exceeds {limit_reason}. {remedy}")
-
-
-def needed_tokens(run: RunConfig) -> int:
-    """Of a sequence, prompt and answer, where the prompts are not known yet at least."""
-    return (run.num_prompt_tokens or 1) + run.workload.output_tokens

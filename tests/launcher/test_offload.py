@@ -75,14 +75,27 @@ def test_what_fits_is_not_streamed() -> None:
 
 
 def test_several_cards_stream_where_that_was_asked_for() -> None:
-    """Each its shard; and the refusal names the way."""
-    assert "offload.enabled=on, which streams " in refused(LLAMA_70B, cards_of(2), 2)
+    """Each its shard; and the refusal names the way where host memory is large enough for it."""
     inventory = replace(cards_of(2), host_memory_bytes=128 * GIB)
+    assert "offload.enabled=on, which streams " in refused(LLAMA_70B, inventory, 2)
+    assert "offload.enabled" not in refused(LLAMA_70B, cards_of(2), 2)
     decided = plan(LLAMA_70B, inventory, 2, **ON)
     offload = streamed(decided)
     assert len(offload.host_bytes) == 2
     assert decided.tpot_floor_ms == pytest.approx(max(offload.pass_bytes) / 25e9 * 1e3)
     assert "offload" not in refused(LLAMA_70B, CPU)
+
+
+def test_host_memory_decides_how_many_layers_make_room_for_more_than_is_needed() -> None:
+    """For contexts of 8192 more layers would be streamed than it holds; the workload's own need fewer."""
+    changes = {"workload__batch_size": 4}
+    roomy, tight = (plan(AWQ_4, replace(cards_of(1), host_memory_bytes=room * GIB), **changes) for room in (64, 27))
+    assert roomy.max_context == 8192 and 640 <= tight.max_context < 8192
+    assert len(streamed(tight).streamed_layers) < len(streamed(roomy).streamed_layers)
+    # The most: another layer would not have room.
+    offload = streamed(tight)
+    layer_bytes = offload.pass_bytes[0] / len(offload.streamed_layers)
+    assert 0 <= 27 * GIB - offload.needed_host_bytes < layer_bytes
 
 
 def test_off_refuses_and_names_the_way() -> None:
@@ -109,19 +122,20 @@ def test_resident_layers_are_as_asked() -> None:
 
 
 def test_host_memory_that_does_not_suffice_is_told_with_both_sizes() -> None:
-    needed = streamed(plan(AWQ_4, cards_of(1))).host_bytes[0] + HOST_BYTES_PER_RANK
+    half: dict[str, Any] = {"offload": OffloadConfig(resident_layers=40)}
+    needed = streamed(plan(AWQ_4, cards_of(1), **half)).host_bytes[0] + HOST_BYTES_PER_RANK
     small = replace(cards_of(1), host_memory_bytes=32 * GIB, host_free_bytes=needed - 1)
     # A plan is about the machine, a run about what is free.
-    streamed(plan(AWQ_4, small))
-    message = refused(AWQ_4, small, task=TaskConfig(TaskKind.generate))
+    streamed(plan(AWQ_4, small, **half))
+    message = refused(AWQ_4, small, task=TaskConfig(TaskKind.generate), **half)
     for part in (
         f"{needed / GIB:.2f}",
         "of 32.00 are free",
-        "What would fit: gpus=2 with 2 such cards; or offload.disk=checkpoint, which reads some ",
+        "What would fit: gpus=2 with 2 such cards without offload.resident_layers; or offload.disk=checkpoint, which reads some ",
         "or more free host memory",
     ):
         assert part in message
-    streamed(plan(AWQ_4, replace(small, host_free_bytes=needed), task=TaskConfig(TaskKind.generate)))
+    streamed(plan(AWQ_4, replace(small, host_free_bytes=needed), task=TaskConfig(TaskKind.generate), **half))
 
 
 def test_host_memory_of_another_machine_is_not_checked() -> None:

@@ -102,11 +102,11 @@ def test_refusal_names_the_knob_where_it_helps() -> None:
     streamed(plan(AWQ_4, cards_of(1), **of_batch(HOSTED, 16, 832)))
     assert "offload.kv" not in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 4096))
     # All layers are streamed, and still it does not fit.
-    assert "keeps keys and values of 80 layers in host memory" in refused(
-        AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112)
-    )
+    all_there, roomy = "keeps keys and values of 80 layers", replace(cards_of(1), host_memory_bytes=512 * GIB)
+    assert all_there in refused(AWQ_4, roomy, **of_batch(OffloadConfig(), 40, 2112))
+    # Nor does host memory of 64 GiB hold them.
+    assert all_there not in refused(AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112))
     knob = "offload.enabled=on with offload.kv=host, which streams "
-    roomy = replace(cards_of(1), host_memory_bytes=512 * GIB)
     message = refused(LLAMA_8B, roomy, **of_batch(OffloadConfig(), 4, 65536))
     assert knob in message
     num = int(message.partition(knob)[2].split()[0])
