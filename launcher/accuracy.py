@@ -22,6 +22,8 @@ def point_row(point: GridPoint, output_tokens: int, measured: Row | None) -> Row
     """What is written of a point; `measured` is None where it was skipped."""
     times = point.times
     predicted = predicted_row(times) if isinstance(times, Times) else None
+    if predicted is not None and point.plan is not None:
+        predicted["tpot_floor_ms"] = point.plan.tpot_floor_ms
     return {
         "batch_size": point.batch_size,
         "prompt_tokens": point.prompt_tokens,

@@ -43,7 +43,9 @@ def _cell(row: Row, name: str) -> str:
 
 def _bound(row: Row) -> list[str]:
     predicted = row["predicted"] or {}
-    return [number(predicted.get("floor_ms")), predicted.get("limit") or row["no_times_because"] or UNKNOWN]
+    # Rows of before have a floor at the speed of a copy.
+    floor_ms = predicted.get("tpot_floor_ms", predicted.get("floor_ms"))
+    return [number(floor_ms), predicted.get("limit") or row["no_times_because"] or UNKNOWN]
 
 
 def percent_of(error: float | None) -> str:

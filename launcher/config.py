@@ -138,6 +138,11 @@ class RunConfig:
         return (self.num_prompt_tokens or 1) + self.workload.output_tokens
 
     @property
+    def attended_tokens(self) -> int:
+        """That all sequences of a step attend to together, half way through their answers."""
+        return self.workload.batch_size * ((self.num_prompt_tokens or 1) + self.workload.output_tokens // 2)
+
+    @property
     def timed_trees(self) -> list[TreePlan]:
         """What task=bench times passes of, beside its workload."""
         return [self.speculation.tree_of(size) for size in self.bench.tree_sizes]

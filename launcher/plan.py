@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from launcher.config import DType, RunConfig, TaskKind, TopologyKind
+from launcher.config import DType, RunConfig, SpeculationKind, TaskKind, TopologyKind
 from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
@@ -58,8 +58,9 @@ class Plan:
     # Tokens of all sequences together for which there is room, with what grows beside their keys and values.
     kv_tokens_that_fit: int
     cards: tuple[CardPlan, ...]
-    # Reading the weights of a token once, at the card's published memory bandwidth, or copying those that are streamed,
-    # which goes on meanwhile; None where a speed is unknown.
+    # The least that a step of the workload takes, whatever the program: reading each byte of weights, keys and values
+    # once at the card's published memory bandwidth, or copying what is streamed, which goes on meanwhile. None where a
+    # speed is unknown or a step may do otherwise: drafts give it several tokens, and the host may compute layers.
     tpot_floor_ms: float | None
     # None where all layers are on the cards.
     offload: OffloadPlan | None = None
@@ -108,7 +109,7 @@ def plan_run(
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
         kv_tokens_that_fit=_kv_tokens_that_fit(run, demand, budgets, inventory),
         cards=cards,
-        tpot_floor_ms=_tpot_floor_ms(demand, inventory.cards[:world_size], offload),
+        tpot_floor_ms=_tpot_floor_ms(run, demand, inventory.cards[:world_size], offload),
         offload=offload,
         # A pass that streams layers costs the same for few tokens.
         prefill_chunk_while_decoding=None if offload else run.engine.untimed_chunk,
@@ -230,20 +231,26 @@ def _kv_tokens_that_fit(run: RunConfig, demand: Demand, budgets: tuple[int, ...]
     return demand.batch_size * largest_host_context(run, demand, inventory, most)
 
 
-def _tpot_floor_ms(demand: Demand, cards: tuple[Card, ...], offload: OffloadPlan | None) -> float | None:
-    """Every token reads all weights but the embedding, of which it reads one row; a tied head is read as the head.
+def _tpot_floor_ms(
+    run: RunConfig, demand: Demand, cards: tuple[Card, ...], offload: OffloadPlan | None
+) -> float | None:
+    """Every step reads all weights but the embedding, of which it reads few rows; a tied head is read as the head.
 
     What is streamed is copied at the same time, to be read as all else.
     """
+    if run.speculation.kind != SpeculationKind.none or (offload is not None and offload.host_may_compute):
+        return None
+    num_tokens = run.attended_tokens
     times_ms = []
-    for card, lines in zip(cards, replace(demand, num_streamed=0).fixed_lines(), strict=False):
+    resident = replace(demand, num_streamed=0)
+    for card, lines, token_bytes in zip(cards, resident.fixed_lines(), demand.kv_bytes_per_token(), strict=False):
         unread = () if demand.shape.tied_embeddings else ("weights.embedding",)
         num_bytes = sum(size for name, size in lines.items() if name.startswith("weights.") and name not in unread)
         if card.memory_gb_per_sec is None:
             return None
-        times_ms.append(num_bytes / (card.memory_gb_per_sec * 1e9) * 1e3)
+        times_ms.append((num_bytes + token_bytes * num_tokens) / (card.memory_gb_per_sec * 1e9) * 1e3)
     if offload is not None:
         if offload.pass_ms is None:
             return None
-        times_ms.append(offload.pass_ms)
+        times_ms.append(offload.pass_ms + offload.kv_token_ms * num_tokens)
     return max(times_ms, default=None)

@@ -47,12 +47,10 @@ def describe_chunk(plan: Plan) -> list[tuple[str, str]]:
 def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
     """The workload's times with what holds them and what they rest on, or why there are none."""
     if not isinstance(times, Times):
-        floor = (
-            "unknown: no memory bandwidth" if plan.tpot_floor_ms is None else f"{number(plan.tpot_floor_ms)} ms or more"
-        )
-        return [("time a token at batch 1, predicted", floor), ("other times, predicted", f"none: {times}.")]
-    batch = f"batch {plan.batch_size}"
-    token = f"{times.tpot_ms:.3g} ms at {batch}; copying its bytes alone would take {times.floor_ms:.3g} ms"
+        least = [] if plan.tpot_floor_ms is None else [("time a token, predicted", floor_text(plan.tpot_floor_ms))]
+        return [*least, ("times, predicted", f"none: {times}.")]
+    token = f"{times.tpot_ms:.3g} ms at batch {plan.batch_size}"
+    token += "" if plan.tpot_floor_ms is None else f"; {floor_text(plan.tpot_floor_ms)}"
     talk = f"; communication is {times.comm_share:.0%} of it" if plan.placement.world_size > 1 else ""
     return [
         ("time to first token, predicted", f"{number(times.ttft_ms)} ms"),
@@ -61,6 +59,10 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
         ("output, predicted", f"{number(times.tokens_per_sec)} tokens/s, prefill included"),
         ("predicted from", "; ".join((times.source, *times.assumptions)) + "."),
     ]
+
+
+def floor_text(floor_ms: float) -> str:
+    return f"{number(floor_ms)} ms or more for its bytes"
 
 
 def streamed_text(offload: OffloadPlan) -> str:

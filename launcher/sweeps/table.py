@@ -44,8 +44,8 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
 # What people get from other columns, and what a terminal has no room for.
 ONLY_IN_CSV = ("predicted_tokens_per_sec", "predicted_comm_share")
 NOTE = (
-    "tokens/s with prefill; TTFT and TPOT are medians; plan: predicted, of what stands before it; floor: the plan's "
-    "least TPOT; comm.: share of a decode step; GiB of the fullest card; -: not measured"
+    "tokens/s with prefill; TTFT and TPOT are medians; plan: predicted, of what stands before it; floor: the least "
+    "TPOT by bytes and bandwidth; comm.: share of a decode step; GiB of the fullest card; -: not measured"
 )
 
 

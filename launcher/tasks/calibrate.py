@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from launcher.memory import Demand
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
-from launcher.tasks.bandwidth import copy_bandwidth
 from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.requests import random_prompts
 from launcher.tasks.weights import config_of_shape, give_back
@@ -69,7 +68,6 @@ def run_calibrate(context: RankContext, settings: Settings | None = None) -> dic
     settings = settings or Settings(WIDTHS, tuple(context.job.run.calibrate.formats))
     points: list[Point] = []
     cases = [(f, name) for f in settings.formats for name in settings.widths]
-    copy_bytes_per_sec = copy_bandwidth(context.device)
     for done, (format_name, size) in enumerate(cases, start=1):
         shape = calibration_shape(settings, size, format_name)
         model = build_model(context, shape)
@@ -85,7 +83,6 @@ def run_calibrate(context: RankContext, settings: Settings | None = None) -> dic
         short_context=settings.short_context,
         long_context=settings.long_context,
         part_tokens=settings.part_tokens,
-        copy_gb_per_sec=(copy_bytes_per_sec or 0.0) / 1e9,
         points=tuple(points),
     )
     return {"transport": context.transport_summary(), "calibration": asdict(calibration)}

@@ -56,7 +56,6 @@ class Calibration:
     short_context: int
     long_context: int
     part_tokens: int
-    copy_gb_per_sec: float
     points: tuple[Point, ...]
     power_w: float | None = None
 
@@ -89,7 +88,6 @@ def fit_rates(calibration: Calibration) -> Rates:
         source=f"measured on {calibration.world_size} x {calibration.card}",
         assumptions=(),
         world_size=calibration.world_size,
-        copy_gb_per_sec=calibration.copy_gb_per_sec,
         decode={name: fit_steps(calibration, each) for name, each in formats.items()},
         prefill={name: fit_chunks(each) for name, each in formats.items()},
         all_reduce_us=fit_all_reduce(sizes) if calibration.world_size > 1 else {},
@@ -112,7 +110,7 @@ def with_older(calibration: Calibration, older: Calibration | None) -> Calibrati
 
 def settings_of(calibration: Calibration) -> Calibration:
     """All but what was measured, and the format."""
-    return replace(calibration, copy_gb_per_sec=0.0, power_w=None, points=())
+    return replace(calibration, power_w=None, points=())
 
 
 def formats_of(points: Iterable[Point]) -> list[str]:

@@ -14,8 +14,7 @@ from launcher.timing.rates import MB, Rates, StepRates, interpolate
 
 @dataclass(frozen=True)
 class Times:
-    """All predicted. `tpot_ms` is a step of all sequences, to which `parts_ms` adds up; `floor_ms` reads each byte once
-    at the speed of a copy, on the card or, of streamed layers, from the host.
+    """All predicted. `tpot_ms` is a step of all sequences, to which `parts_ms` adds up.
 
     `tokens_per_sec` counts prefill in, as runs do. `itl_ms` is the median over all tokens but first ones, also those of
     steps between which prompts are read; None where answers have one token.
@@ -25,7 +24,6 @@ class Times:
     assumptions: tuple[str, ...]
     tpot_ms: float
     parts_ms: dict[str, float]
-    floor_ms: float
     comm_share: float
     limit: str
     tokens_per_sec: float
@@ -81,7 +79,6 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
         assumptions=rates.assumptions,
         tpot_ms=tpot_ms,
         parts_ms=parts,
-        floor_ms=max(step_bytes(work, load) / rates.copy_gb_per_sec / 1e6, copied_ms),
         comm_share=parts["all_reduce"] / tpot_ms,
         limit=LIMITS[max(parts, key=lambda name: parts[name])],
         tokens_per_sec=tokens_per_sec,
@@ -145,8 +142,3 @@ def _values(entry: StepRates, work: Work) -> dict[str, float]:
 def read_tokens(load: Workload) -> int:
     """Tokens that all sequences of a step attend to, half way through their answers."""
     return load.batch_size * (load.prompt_tokens + load.output_tokens // 2)
-
-
-def step_bytes(work: Work, load: Workload) -> float:
-    layers = work.num_layers * (work.layer_bytes + work.kv_bytes_per_token * read_tokens(load))
-    return layers + work.head_bytes

@@ -65,7 +65,6 @@ def rates_from_facts(facts: Facts, world_size: int) -> Rates:
         source=f"published figures of {facts.name}",
         assumptions=assumptions(facts, world_size),
         world_size=world_size,
-        copy_gb_per_sec=facts.memory_gb_per_sec * COPY_SHARE,
         decode=decode,
         prefill=prefill,
         all_reduce_us={

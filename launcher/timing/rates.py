@@ -81,7 +81,6 @@ class Rates:
     source: str
     assumptions: tuple[str, ...]
     world_size: int
-    copy_gb_per_sec: float
     decode: Mapping[str, Mapping[int, StepRates]]
     prefill: Mapping[str, Mapping[int, ChunkRates]]
     all_reduce_us: Mapping[int, float]

@@ -82,9 +82,15 @@ def test_the_file_gives_the_rates_back(calibration: Calibration, tmp_path: Path)
     save_calibration(path, calibration)
     assert load_calibration(path) == calibration
     work, load = calibration.points[0].work, Workload(2, 40, 8, 32, 32)
-    # A CPU's copies are not timed.
-    rates = fit_rates(replace(calibration, copy_gb_per_sec=10.0))
-    assert predict_times(work, load, rates).tpot_ms > 0
+    assert predict_times(work, load, fit_rates(calibration)).tpot_ms > 0
+
+
+def test_a_file_that_has_more_is_read(calibration: Calibration, tmp_path: Path) -> None:
+    """As those of before, which had the speed of a copy."""
+    path = tmp_path / "a.json"
+    save_calibration(path, calibration)
+    path.write_text(path.read_text().replace("{", '{"copy_gb_per_sec": 4220.0,', 1))
+    assert load_calibration(path) == calibration
 
 
 def test_a_file_of_another_kind_counts_as_none(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from launcher.config import (
     OffloadKind,
     PeerAccess,
     RunConfig,
+    SpeculationKind,
     TaskConfig,
     TaskKind,
     TopologyConfig,
@@ -30,6 +31,8 @@ from launcher.memory import Demand
 from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
 from launcher.plan_text import describe, plan_tables
 from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
+from launcher.timing.find import plan_timed
+from launcher.timing.predict import Times
 from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
 from launcher.units import MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
@@ -370,11 +373,38 @@ def test_tokens_that_fit_are_those_of_the_longest_sequences(
     assert f"up to {tokens} tokens" in refused(shape, cards, world_size, engine__max_context=tokens + 64, **changes)
 
 
-def test_time_floor_reads_all_weights_but_the_embedding() -> None:
-    decided = plan(LLAMA_8B, cards_of(1))
+@pytest.mark.parametrize(("batch_size", "kv_dtype", "kv_bytes"), [(1, KVDType.auto, 2), (8, KVDType.fp8, 1)])
+def test_time_floor_reads_keys_and_values_and_all_weights_but_the_embedding(
+    batch_size: int, kv_dtype: KVDType, kv_bytes: int
+) -> None:
+    """Of the batch that is asked for, half way through its answers."""
+    changes = {"workload__prompt_tokens": 512, "workload__output_tokens": 256, "engine__kv_dtype": kv_dtype}
+    decided = plan(LLAMA_8B, cards_of(1), workload__batch_size=batch_size, **changes)
     lines = decided.cards[0].lines
     read_bytes = sum(lines[f"weights.{part}"] for part in ("head", "attention", "mlp", "norms"))
+    read_bytes += batch_size * (512 + 128) * 32 * 2 * 8 * 128 * kv_bytes
     assert decided.tpot_floor_ms == pytest.approx(read_bytes / 1008e9 * 1e3)
+
+
+@pytest.mark.parametrize("quantization", ["none", *QUANTIZE_SCHEMES])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_no_time_is_predicted_below_its_floor(quantization: str, world_size: int) -> None:
+    """By rates from published facts, of plain weights too, which are read faster than a copy goes."""
+    shape = LLAMA_8B if quantization == "none" else quantized_shape(LLAMA_8B, quantization)
+    hardware = HardwareConfig(HardwareKind.facts, RTX_4090, 23.99, 1008.0, 4, 16, bf16_tflops=165.0)
+    for batch_size in (1, 8, 32):
+        run = run_of(hardware=hardware, workload__batch_size=batch_size, workload__prompt_tokens=256)
+        inventory = read_inventory(hardware, world_size)
+        decided, times = plan_timed(run, place_ranks(run, world_size, inventory), shape, inventory)
+        assert isinstance(times, Times) and decided.tpot_floor_ms is not None
+        assert decided.tpot_floor_ms < times.tpot_ms
+
+
+def test_time_floor_is_of_steps_that_read_all_and_give_a_token() -> None:
+    """Drafts give a step several tokens, and layers that the host computes are not copied."""
+    assert plan(LLAMA_8B, cards_of(1), speculation__kind=SpeculationKind.ngram).tpot_floor_ms is None
+    shared = plan(quantized_shape(LLAMA_70B, "int4"), cards_of(1), offload=OffloadConfig(host_layers=8))
+    assert shared.offload is not None and shared.offload.host_may_compute and shared.tpot_floor_ms is None
 
 
 def test_time_floor_reads_a_tied_embedding_as_the_head() -> None:

@@ -129,11 +129,14 @@ def test_what_was_done_is_kept_after_every_point(tmp_path: Path) -> None:
 
 def test_a_page_shows_measured_predicted_and_error() -> None:
     row = measured_row(GridPoint(2, 64), ttft_ms=200.0) | {
-        "predicted": {"ttft_ms": 150.0, "floor_ms": 3.0, "limit": "x"}
+        "predicted": {"ttft_ms": 150.0, "tpot_floor_ms": 3.25, "limit": "x"}
     }
     row["error"] = compare(row["measured"], row["predicted"])
     page = accuracy_page("title", [row])
     assert "200, 150, -25.0%" in page and "0 of 1 within 15%, worst -25.0%" in page
+    # As in results of before, whose floor was another.
+    older = row | {"predicted": {"ttft_ms": 150.0, "floor_ms": 3.75, "limit": "x"}}
+    assert "| 3.25 | x |" in page and "| 3.75 | x |" in accuracy_page("title", [older])
 
 
 def test_a_warm_up_makes_passes_of_both_sizes() -> None:

@@ -24,7 +24,7 @@ SMALL = ("model=llama3_1_8b", "model.weights=dummy")
 
 
 def times(tokens_per_sec: float) -> Times:
-    return Times("a test", (), 0.0, {}, 0.0, 0.0, "", tokens_per_sec, 0.0, 0.0, None)
+    return Times("a test", (), 0.0, {}, 0.0, "", tokens_per_sec, 0.0, 0.0, None)
 
 
 # Time

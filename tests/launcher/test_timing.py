@@ -67,7 +67,7 @@ class Machine:
             for name, work in (("wide", WIDE), ("narrow", NARROW))
             for depth in (2, 6)
         ]
-        return Calibration("a card", world_size, {}, SHORT, LONG, PART, 4000.0, tuple(points), power_w=300.0)
+        return Calibration("a card", world_size, {}, SHORT, LONG, PART, tuple(points), power_w=300.0)
 
     def point(self, size: str, work: Work) -> Point:
         def step(rows: int) -> StepTimes:
@@ -176,7 +176,7 @@ def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
     assert hidden.tpot_ms == pytest.approx(free.tpot_ms)
     assert waiting.tpot_ms == pytest.approx(3 * free.tpot_ms)
     assert waiting.parts_ms["copies"] == pytest.approx(2 * free.tpot_ms)
-    assert waiting.floor_ms == pytest.approx(waiting.tpot_ms) and "host" in waiting.limit
+    assert "host" in waiting.limit
     # A chunk of prompts streams the layers once.
     chunk_ms = machine.chunk_ms(WIDE, 2048, num_parts=4)
     prefill = predict_times(WIDE, replace(LOAD, batch_size=4), rates, Copies(2 * chunk_ms))
@@ -189,9 +189,8 @@ def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_published_facts_stay_above_their_floor_and_say_what_they_assume(world_size: int) -> None:
+def test_published_facts_say_what_they_assume(world_size: int) -> None:
     times = predict_times(WIDE, LOAD, rates_from_facts(FACTS, world_size))
-    assert times.tpot_ms > times.floor_ms
     assert "RTX 4090" in times.source and any("TFLOP/s" in each for each in times.assumptions)
     assert (times.comm_share > 0) == (world_size > 1)
 
