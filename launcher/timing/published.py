@@ -9,9 +9,13 @@ from parallel.kernels.held import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
 # linears, two H200 at Llama-70B's shapes (results/).
-WEIGHTS_SHARE = {1: 0.75, 2: 0.75, 4: 0.74, 8: 0.72, 16: 0.58, 32: 0.44}
-# Plain bf16 through cuBLAS, at 1 to 32 rows.
-PLAIN_SHARE = 0.9
+INT4_SHARE = {1: 0.75, 2: 0.75, 4: 0.74, 8: 0.72, 16: 0.58, 32: 0.44}
+# 34.2 GB in 9.4, 10.2 and 10.7 ms at 1, 8 and 16 rows; at 32 between that and 14.6 at 48 (results/LOG.md).
+BYTE_SHARE = {1: 0.76, 2: 0.75, 4: 0.73, 8: 0.70, 16: 0.67, 32: 0.56}
+# Plain bf16 through cuBLAS.
+PLAIN_SHARE = dict.fromkeys(INT4_SHARE, 0.9)
+WEIGHTS_SHARE = {"bf16": PLAIN_SHARE, "int4": INT4_SHARE, "int8": BYTE_SHARE, "fp8": BYTE_SHARE}
+HEAD_SHARE = 0.9
 KV_SHARE = 0.6
 COPY_SHARE = 0.88
 # Norms, rotation, activation, attention at no context and the gaps between kernels, of a layer.
@@ -28,15 +32,16 @@ PLAIN_BITS = 16
 DEQUANTIZE_BYTES_PER_PLAIN_BYTE = 1.27
 ATTENTION_SHARE = 0.4
 FLOPS_PER_PAIR = 4 * 128
-# An all-reduce through host memory: 4.5 us and each byte twice (measured at PCIe 5.0).
+# An all-reduce of two ranks through host memory: 4.5 us and each byte twice (measured at PCIe 5.0). More ranks read that
+# from each other one, or take two such steps, each rank for its part: counted, not measured.
 ALL_REDUCE_START_US = 4.5
 WIRE_BYTES_PER_BYTE = 2.0
 LINK_SHARE = 0.8
 # GB/s of one lane and direction.
 LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
 POWER_SHARE = 0.7
-FORMATS = ("bf16", "int4", "int8", "fp8")
-ROWS = tuple(WEIGHTS_SHARE)
+FORMATS = tuple(WEIGHTS_SHARE)
+ROWS = tuple(INT4_SHARE)
 TOKENS = (256, 512, 1024, 2048)
 MESSAGE_BYTES = tuple(2**i for i in range(12, 21))
 
@@ -60,31 +65,36 @@ class Facts:
 def rates_from_facts(facts: Facts, world_size: int) -> Rates:
     decode = {name: {rows: step_rates(facts, name, rows) for rows in ROWS} for name in FORMATS}
     prefill = {name: {tokens: chunk_rates(facts, name, tokens) for tokens in TOKENS} for name in FORMATS}
-    link_us_per_mb = us_per_mb(facts.link_gb_per_sec)
     return Rates(
         source=f"published figures of {facts.name}",
         assumptions=assumptions(facts, world_size),
         world_size=world_size,
         decode=decode,
         prefill=prefill,
-        all_reduce_us={
-            size: ALL_REDUCE_START_US + WIRE_BYTES_PER_BYTE * link_us_per_mb * size / 1e6 for size in MESSAGE_BYTES
-        }
-        if world_size > 1
-        else {},
+        all_reduce_us={size: all_reduce_us(facts, world_size, size) for size in MESSAGE_BYTES if world_size > 1},
         pair_us=FLOPS_PER_PAIR * 1e6 / (facts.bf16_tflops * 1e12 * ATTENTION_SHARE) * 1e6,
-        message_us_per_mb=link_us_per_mb if world_size > 1 else 0.0,
+        message_us_per_mb=us_per_mb(facts.link_gb_per_sec) * exchanged(world_size),
         power_w=None if facts.power_w is None else facts.power_w * POWER_SHARE,
     )
 
 
 def step_rates(facts: Facts, name: str, rows: int) -> StepRates:
-    share = PLAIN_SHARE if name == "bf16" else WEIGHTS_SHARE[rows]
     return StepRates(
-        layer=Line(LAYER_START_US, us_per_mb(facts.memory_gb_per_sec * share)),
+        layer=Line(LAYER_START_US, us_per_mb(facts.memory_gb_per_sec * WEIGHTS_SHARE[name][rows])),
         kv_us_per_mb=us_per_mb(facts.memory_gb_per_sec * KV_SHARE),
-        rest=Line(REST_START_US, us_per_mb(facts.memory_gb_per_sec * PLAIN_SHARE)),
+        rest=Line(REST_START_US, us_per_mb(facts.memory_gb_per_sec * HEAD_SHARE)),
     )
+
+
+def all_reduce_us(facts: Facts, world_size: int, num_bytes: int) -> float:
+    """Of a step's message, in one hop or in two, whichever is over first."""
+    us = WIRE_BYTES_PER_BYTE * us_per_mb(facts.link_gb_per_sec) * num_bytes / 1e6
+    return min(ALL_REDUCE_START_US + (world_size - 1) * us, 2 * ALL_REDUCE_START_US + exchanged(world_size) * us)
+
+
+def exchanged(world_size: int) -> float:
+    """Of a message, what a rank reads where each sums up its part: the others' shares of it, then the other parts."""
+    return 2 * (world_size - 1) / world_size
 
 
 def chunk_rates(facts: Facts, name: str, tokens: int) -> ChunkRates:
@@ -137,15 +147,15 @@ def us_per_mb(gb_per_sec: float) -> float:
 def assumptions(facts: Facts, world_size: int) -> tuple[str, ...]:
     """What the figures rest on, for reading."""
     found = [
-        f"4- and 8-bit weights are read at {WEIGHTS_SHARE[1]:.0%} of {facts.memory_gb_per_sec:g} GB/s at one row, "
-        f"{WEIGHTS_SHARE[32]:.0%} at 32, as on an H200",
+        f"4-bit weights are read at {INT4_SHARE[1]:.0%} of {facts.memory_gb_per_sec:g} GB/s at one row, "
+        f"{INT4_SHARE[32]:.0%} at 32, 8-bit ones at {BYTE_SHARE[1]:.0%} and {BYTE_SHARE[32]:.0%}, as on an H200",
         f"prompts are multiplied at {PRODUCT_SHARE:.0%} of {facts.bf16_tflops:g} TFLOP/s",
         f"up to {fused_up_to(facts, 'int4')} tokens by 4-bit weights as they are packed, at "
         f"{fused_tflops(facts):.0f} TFLOP/s; more by weights that are dequantised first",
     ]
     if world_size > 1:
         found.append(
-            f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes twice over {facts.link_gb_per_sec:.0f} GB/s; "
-            "in prefill it runs beside the products"
+            f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes twice over {facts.link_gb_per_sec:.0f} GB/s"
+            f"{' from each other card, or two such steps' * (world_size > 2)}; in prefill it runs beside the products"
         )
     return tuple(found)

@@ -228,6 +228,30 @@ def test_few_tokens_take_as_long_as_reading_their_packed_weights() -> None:
         assert rates.prefill[name][256].layer.us_per_mb == pytest.approx(1e6 * share * 1e6 / (1e9 * 0.88))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 24, 32, 48])
+def test_fewer_bits_take_no_longer_to_decode(rows: int) -> None:
+    """Of one layer, in 4, 8 and 16 bits."""
+    rates, load = rates_from_facts(FACTS, 2), replace(LOAD, batch_size=rows)
+    sizes = {"int4": 4.125, "int8": 8.004, "bf16": 16.0}
+    works = [replace(WIDE, format=name, layer_bytes=int(bits * 53_000_000)) for name, bits in sizes.items()]
+    times = [predict_times(work, load, rates).tpot_ms for work in works]
+    assert times == sorted(times)
+
+
+def test_more_ranks_read_more_from_one_another() -> None:
+    """In one hop a short message from each other rank; a long one in two, a part of it each time. 25.2 GB/s."""
+    two, three, four = (rates_from_facts(FACTS, num) for num in (2, 3, 4))
+    mb = 1e6 / (1.969e9 * 16 * 0.8) * 1e6
+    short, long = 16384, 2**19
+    assert two.all_reduce_us[long] == pytest.approx(4.5 + 2 * long / 1e6 * mb)
+    assert three.all_reduce_us[short] == pytest.approx(4.5 + 2 * 2 * short / 1e6 * mb)
+    assert four.all_reduce_us[short] == pytest.approx(4.5 + 2 * 3 * short / 1e6 * mb)
+    assert four.all_reduce_us[long] == pytest.approx(9.0 + 2 * 1.5 * long / 1e6 * mb)
+    assert [each.message_us_per_mb / mb for each in (two, three, four)] == pytest.approx([1, 4 / 3, 3 / 2])
+    alone = rates_from_facts(FACTS, 1)
+    assert (alone.all_reduce_us, alone.message_us_per_mb) == ({}, 0)
+
+
 def slower(**changes: float) -> Facts:
     return replace(FACTS, **changes)  # type: ignore[arg-type]
 
