@@ -20,7 +20,8 @@ from launcher.shape import (
     shape_from_checkpoint,
     shape_from_facts,
 )
-from parallel.partition import choose_grain
+from parallel.partition import choose_grain, split_by_grain
+from tests.launcher.test_config import composed
 
 # Eight heads over four key/value heads: uneven over three ranks.
 SIZES = {
@@ -298,3 +299,12 @@ def test_facts_that_cannot_be_are_refused(changes: dict[str, Any], part: str) ->
 def test_shape_survives_json() -> None:
     adapter, shape = TypeAdapter(ModelShape), shape_from_facts(FACTS)
     assert adapter.validate_json(adapter.dump_json(shape)) == shape
+
+
+def test_qwen_in_awq_has_the_bytes_of_its_files() -> None:
+    """All but the head, which is in a file of its own: ten of 3.46 to 3.99 GB."""
+    facts = composed("model=qwen2_5_72b_awq").model.shape
+    assert facts is not None
+    (parts,) = part_bytes(shape_from_facts(facts), 1, 128, "bfloat16")
+    assert sum(parts.values()) - parts["head"] == pytest.approx(39.08e9, rel=1e-3)
+    assert len(set(split_by_grain(facts.intermediate_size, 4, 128))) == 1
