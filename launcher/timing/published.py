@@ -32,8 +32,8 @@ PLAIN_BITS = 16
 DEQUANTIZE_BYTES_PER_PLAIN_BYTE = 1.27
 ATTENTION_SHARE = 0.4
 FLOPS_PER_PAIR = 4 * 128
-# An all-reduce of two ranks through host memory: 4.5 us and each byte twice (measured at PCIe 5.0). More ranks read that
-# from each other one, or take two such steps, each rank for its part: counted, not measured.
+# An all-reduce of two ranks through host memory: 4.5 us and each byte twice (measured at PCIe 5.0). More ranks read as
+# much from each other one, or take two such steps, each rank for its part: counted, not measured.
 ALL_REDUCE_START_US = 4.5
 WIRE_BYTES_PER_BYTE = 2.0
 LINK_SHARE = 0.8
