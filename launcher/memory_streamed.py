@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.memory_weights import stored_linear_bits
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
@@ -50,9 +51,7 @@ def disk_bytes(demand: Demand) -> tuple[int, ...]:
 
 def stored_layer_bytes(demand: Demand) -> tuple[int, ...]:
     """Weights of one decoder layer on each rank, as the checkpoint has them."""
-    shape = demand.shape
-    is_plain = shape.quantization == "none" or (shape.scheme is not None and shape.scheme.layout == "rounded")
-    bits = 8.0 * DTYPE_BYTES[shape.dtype] if is_plain else shape.linear_bits
+    shape, bits = demand.shape, stored_linear_bits(demand.shape)
     with_one, without = (
         part_bytes(replace(shape, num_layers=num), demand.world_size, demand.grain, shape.dtype, linear_bits=bits)
         for num in (1, 0)

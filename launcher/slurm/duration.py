@@ -40,7 +40,11 @@ def minutes_without_model(run: RunConfig) -> Duration:
 
 
 def minutes_of(run: RunConfig, times: Times | str, weights_bytes: int) -> Duration:
-    """Minutes of a run whose answers all have their full length; `times` says why where none are predicted."""
+    """Minutes of a run whose answers all have their full length; `times` says why where none are predicted.
+
+    Args:
+        weights_bytes: of the checkpoints that are read.
+    """
     if isinstance(times, str):
         return Duration(WITHOUT_TIMES_MIN, f"not predicted ({times}). Set it by --time.")
     requests, runs = num_requests(run), num_runs(run)

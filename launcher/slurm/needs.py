@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from launcher.config import HardwareConfig, HardwareKind, RunConfig, TaskConfig, TaskKind
 from launcher.draft import find_draft
 from launcher.hardware import Inventory, read_inventory
+from launcher.memory_weights import stored_bytes
 from launcher.plan import Plan, plan_run
-from launcher.run import WITHOUT_MODEL, Model, find_model
+from launcher.run import WITHOUT_MODEL, find_model
 from launcher.slurm.duration import (
     Duration,
     longest_prompt_tokens,
@@ -69,12 +70,15 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     if run.task.kind in WITHOUT_MODEL:
         return build_needs(run, num_ranks, inventory, None, minutes_without_model(run))
     model = find_model(planned, lambda shape: None)
-    plan = plan_model(planned, num_ranks, model, inventory)
+    draft = find_draft(planned, model.shape, model.folder)
+    shapes = [model.shape, *([] if draft is None else [draft.shape])]
+    placement = place_ranks(planned, num_ranks, inventory)
+    plan = plan_run(planned, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
     tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
     times: Times | str = GRID_REASON
     if run.task.kind != TaskKind.predictions:
         times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
-    return build_needs(run, num_ranks, inventory, plan, minutes_of(run, times, weight_bytes(plan)))
+    return build_needs(run, num_ranks, inventory, plan, minutes_of(run, times, sum(map(stored_bytes, shapes))))
 
 
 def choose_hardware(run: RunConfig, num_ranks: int, cards: str) -> HardwareConfig:
@@ -109,18 +113,6 @@ def as_planned(run: RunConfig, hardware: HardwareConfig) -> RunConfig:
 
 def with_prompts_of(run: RunConfig, tokens: int) -> RunConfig:
     return replace(run, workload=replace(run.workload, prompt_tokens=tokens))
-
-
-def plan_model(run: RunConfig, num_ranks: int, model: Model, inventory: Inventory) -> Plan:
-    placement = place_ranks(run, num_ranks, inventory)
-    draft = find_draft(run, model.shape, model.folder)
-    return plan_run(run, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
-
-
-def weight_bytes(plan: Plan) -> int:
-    """All that is loaded, on cards and in host memory."""
-    on_cards = sum(size for card in plan.cards for name, size in card.lines.items() if "weights" in name)
-    return on_cards + (sum(plan.offload.host_bytes) if plan.offload is not None else 0)
 
 
 def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan | None, duration: Duration) -> Needs:
