@@ -37,7 +37,7 @@ def predicted_row(report: dict[str, Any]) -> list[dict[str, Any]]:
     if predicted.get("tpot_ms") is None:
         return []
     peak_bytes = max(card["predicted_bytes"] for card in predicted["cards"])
-    times = predicted | {"tpot_ms": {"p50": predicted["tpot_ms"], "p99": None}}
+    times = predicted | {"tpot_ms": {"p50": predicted.get("itl_ms"), "p99": None}}
     return [times | {"name": "predicted", "spread": {}, "peak_bytes": peak_bytes}]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.baseline_runs import refusal, run_baselines
+from launcher.bench_text import predicted_row
 from launcher.config import (
     BaselineKind,
     BenchConfig,
@@ -21,8 +22,10 @@ from launcher.config import (
 from launcher.failures import Failure, RunFailed
 from launcher.hardware import read_inventory
 from launcher.job import Job
+from launcher.report import predicted_times
 from launcher.run import check_baselines
 from launcher.start import SIGNAL_EXIT_CODE, StartRanks
+from launcher.timing.predict import Times
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 
@@ -85,6 +88,14 @@ def test_one_rank_answers_requests_that_come_over_time(tmp_path: Path) -> None:
     assert (prefill["pass_ms"]["without_all_reduce"], prefill["parts"]["all_reduce"]["us"]) == (None, 0)
     assert prefill["parts"]["products"]["us"] > 0
     assert "50 requests/s" in result.stderr
+
+
+def test_predicted_tokens_wait_for_prompts_as_measured_ones_do() -> None:
+    """A step takes 3.6 ms; most tokens of few after long prompts wait for another's prompt."""
+    times = Times("a test", (), 3.6, {}, 0.0, "", 100.0, 726.0, 1e4, None, itl_ms=21.0)
+    report = {"predicted": {"cards": [{"predicted_bytes": 5}]} | predicted_times(times)}
+    (row,) = predicted_row(report)
+    assert row["tpot_ms"] == {"p50": 21.0, "p99": None} and report["predicted"]["tpot_ms"] == 3.6
 
 
 def test_ranks_that_torchrun_started_leave_no_cards_to_baselines() -> None:

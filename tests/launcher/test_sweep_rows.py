@@ -81,6 +81,13 @@ def test_row_holds_what_the_report_says_and_the_fullest_card(rows: list[Row]) ->
     assert [rows[2][f"predicted_{name}"] for name in names] == [110.0, 115.0, 7.5, 0.06]
 
 
+def test_a_report_of_before_has_the_step_alone(tmp_path: Path) -> None:
+    report = bench_report()
+    report["predicted"] = {name: value for name, value in report["predicted"].items() if name != "itl_ms"}
+    write_job(tmp_path, 0, [], report)
+    assert sweep_rows(find_jobs(tmp_path))[0]["predicted_tpot_ms"] == 7.0
+
+
 def test_memory_of_a_card_that_was_not_measured_is_not_that_of_the_others(tmp_path: Path) -> None:
     report = bench_report()
     report["cards"][0]["peak_bytes"] = None
