@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.accuracy import summarise_errors
-from launcher.amounts import number
+from launcher.amounts import UNKNOWN, number
 
 Row = dict[str, Any]
 NAMES = {
@@ -15,7 +15,6 @@ NAMES = {
     "ttft_ms": "first token, ms",
     "prefill_tokens_per_sec": "prefill tokens/s",
 }
-UNKNOWN = "-"
 
 
 def accuracy_page(title: str, rows: Sequence[Row]) -> str:

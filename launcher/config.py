@@ -43,6 +43,7 @@ from launcher.workload import RANDOM_PROMPT_TOKENS as RANDOM_PROMPT_TOKENS
 from launcher.workload import BaselineKind as BaselineKind
 from launcher.workload import BenchConfig as BenchConfig
 from launcher.workload import WorkloadConfig as WorkloadConfig
+from launcher.workload import middle_tokens
 from parallel.engine.speculation.tree_plan import TreePlan
 
 MAX_CARDS = 4
@@ -140,7 +141,7 @@ class RunConfig:
     @property
     def attended_tokens(self) -> int:
         """That all sequences of a step attend to together, half way through their answers."""
-        return self.workload.batch_size * ((self.num_prompt_tokens or 1) + self.workload.output_tokens // 2)
+        return self.workload.batch_size * middle_tokens(self.num_prompt_tokens or 1, self.workload.output_tokens)
 
     @property
     def timed_trees(self) -> list[TreePlan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launcher.amounts import number
+from launcher.amounts import amount, number
 from launcher.offload import OffloadPlan
 from launcher.plan import Plan
 from launcher.shape import ModelShape
@@ -129,12 +129,12 @@ def plan_table(plan: Plan) -> Table:
     lines = list(dict.fromkeys(name for card in plan.cards for name in card.lines))
     for name in lines:
         table.add_row(
-            name, *(_amount(card.lines.get(name, 0), unit_bytes) for card in plan.cards), end_section=name == lines[-1]
+            name, *(amount(card.lines.get(name, 0), unit_bytes) for card in plan.cards), end_section=name == lines[-1]
         )
-    table.add_row("all, predicted", *(_amount(card.predicted_bytes, unit_bytes) for card in plan.cards))
-    table.add_row("budget", *(_amount(card.budget_bytes, unit_bytes) for card in plan.cards))
+    table.add_row("all, predicted", *(amount(card.predicted_bytes, unit_bytes) for card in plan.cards))
+    table.add_row("budget", *(amount(card.budget_bytes, unit_bytes) for card in plan.cards))
     table.add_row(
-        "left, predicted", *(_amount(card.budget_bytes - card.predicted_bytes, unit_bytes) for card in plan.cards)
+        "left, predicted", *(amount(card.budget_bytes - card.predicted_bytes, unit_bytes) for card in plan.cards)
     )
     return table
 
@@ -142,7 +142,3 @@ def plan_table(plan: Plan) -> Table:
 def memory_unit(largest_bytes: int) -> tuple[str, int]:
     """Name and size of the unit in which sizes up to `largest_bytes` read well with two decimals."""
     return ("GiB", GIB) if largest_bytes >= 2 * GIB else ("MiB", MIB)
-
-
-def _amount(num_bytes: int, unit_bytes: int) -> str:
-    return f"{num_bytes / unit_bytes:.2f}"

@@ -13,6 +13,11 @@ from parallel.engine.limits import MAX_NODES
 RANDOM_PROMPT_TOKENS = 512
 
 
+def middle_tokens(prompt_tokens: int, output_tokens: int) -> int:
+    """Of a sequence half way through its answer, whose step stands for all of them."""
+    return prompt_tokens + output_tokens // 2
+
+
 class BaselineKind(str, Enum):
     """What task=bench can measure beside this engine; the last two beside layers that are streamed."""
 

@@ -32,6 +32,7 @@ from launcher.timing.rates import Rates
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from launcher.timing.work import work_of
 from launcher.topology import Placement
+from launcher.workload import middle_tokens
 
 
 def plan_timed(
@@ -54,7 +55,7 @@ def with_chunk(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invento
     rates = find_rates(run, plan.placement, inventory) if is_open and plan.placement.device == "cuda" else None
     if rates is None:
         return plan
-    context = (run.num_prompt_tokens or RANDOM_PROMPT_TOKENS) + run.workload.output_tokens // 2
+    context = middle_tokens(run.num_prompt_tokens or RANDOM_PROMPT_TOKENS, run.workload.output_tokens)
     sizes = {"prefill_chunk": run.engine.prefill_chunk, "batch_size": plan.batch_size, "context": context}
     try:
         found = predict_chunk(work_of(demand_of(run, plan.placement, shape, None)), rates, **sizes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from launcher.workload import middle_tokens
+
 ALL_REDUCES_PER_LAYER = 2
 
 
@@ -32,6 +34,10 @@ class Workload:
     prefill_chunk: int
     # Where answers are under way.
     prefill_chunk_while_decoding: int
+
+    @property
+    def middle_tokens(self) -> int:
+        return middle_tokens(self.prompt_tokens, self.output_tokens)
 
     @property
     def prompts_only(self) -> Workload:

@@ -91,7 +91,7 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
 
 def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
     """The passes of `load`; each takes as long as its copies or more, and writes back what it reads of prompts."""
-    table, tokens = rates.decode[work.format], load.prompt_tokens + load.output_tokens // 2
+    table, tokens = rates.decode[work.format], load.middle_tokens
 
     @cache
     def step_ms(num_running: int) -> float:
@@ -141,4 +141,4 @@ def _values(entry: StepRates, work: Work) -> dict[str, float]:
 
 def read_tokens(load: Workload) -> int:
     """Tokens that all sequences of a step attend to, half way through their answers."""
-    return load.batch_size * (load.prompt_tokens + load.output_tokens // 2)
+    return load.batch_size * load.middle_tokens
