@@ -33,8 +33,8 @@ def print_plan(plan: Plan, shape: ModelShape, times: Times | str) -> None:
         stderr_console().print(table)
 
 
-def print_options(options: list[Option], aim: Aim) -> None:
-    stderr_console().print(options_table(options, aim))
+def print_options(options: list[Option], aim: Aim, batch_size: int) -> None:
+    stderr_console().print(options_table(options, aim, batch_size))
 
 
 def print_warning(message: str) -> None:

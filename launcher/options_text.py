@@ -12,8 +12,10 @@ from launcher.units import GIB
 COLUMNS = ("ms a token", "TTFT ms", "tokens/s, all copies", "KV tokens, all copies", "GiB a card")
 
 
-def options_table(options: list[Option], aim: Aim) -> Table:
-    table = Table("cards x copies", "weights", title=f"Ways to run it, predicted; the best for {aim.value} first")
+def options_table(options: list[Option], aim: Aim, batch_size: int) -> Table:
+    """`batch_size`: of each copy."""
+    title = f"Ways to run it, {batch_size} at a time in each copy, predicted; the best for {aim.value} first"
+    table = Table("cards x copies", "weights", title=title)
     for name in COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)

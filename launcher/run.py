@@ -100,7 +100,7 @@ def compare_options(run: RunConfig, run_dir: Path, num_cards: int) -> dict[str, 
     model = find_model(run, lambda shape: None)
     draft = find_draft(run, model.shape, model.folder)
     options = rank_options(run, model.shape, inventory, num_cards, None if draft is None else draft.shape)
-    print_options(options, run.plan.aim)
+    print_options(options, run.plan.aim, run.workload.batch_size)
     found = {
         "model": run.model.name,
         "topology": run.topology.kind.value,

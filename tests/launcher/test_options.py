@@ -61,7 +61,9 @@ def test_copies_add_up_for_throughput_and_context(tmp_path: Path, by_latency: li
 
 
 def test_another_aim_is_another_order(tmp_path: Path) -> None:
-    fitting = [each for each in options(tmp_path, PROMPT, "plan.aim=context") if each["fits"]]
+    result = run(*ARGUMENTS, PROMPT, "plan.aim=context", "workload.batch_size=2", folder=tmp_path)
+    assert "2 at a time in each copy, predicted; the best for context first" in " ".join(result.stderr.split())
+    fitting = [each for each in result.report["options"] if each["fits"]]
     tokens = [each["kv_tokens"] for each in fitting]
     assert tokens == sorted(tokens, reverse=True)
 
