@@ -47,10 +47,13 @@ from launcher.workload import middle_tokens
 from parallel.engine.speculation.tree_plan import TreePlan
 
 MAX_CARDS = 4
+# A year: torch counts timeouts in 64 bits of nanoseconds, and infinity is no JSON.
+MAX_TIMEOUT_SEC = 365 * 24 * 3600
 # Sections with rules of their own.
 CHECKED = (
     "model",
     "workload",
+    "hardware",
     "limits",
     "sampling",
     "engine",
@@ -93,8 +96,8 @@ class TimeoutsConfig:
 
     def problems(self) -> Iterator[str]:
         for name, value in (("selftest_sec", self.selftest_sec), ("collective_sec", self.collective_sec)):
-            if value <= 0:
-                yield f"timeouts.{name}={value} must be above 0."
+            if not 0 < value <= MAX_TIMEOUT_SEC:
+                yield f"timeouts.{name}={value} must be above 0 and at most {MAX_TIMEOUT_SEC:,}."
 
 
 @dataclass

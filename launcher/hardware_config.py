@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+
+# PCIe generations whose speed is known; 0 where a card's is not.
+PCIE_GENERATIONS = (3, 4, 5)
+# More than any machine has: what is above was not meant, and infinity is no number of bytes.
+MAX_GIB = 2**20
 
 
 class HardwareKind(str, Enum):
@@ -36,6 +42,21 @@ class HardwareConfig:
     # What reads of checkpoints get; 0: measured on the model's files where that is asked for.
     disk_gb_per_sec: float = 0.0
 
+    def problems(self) -> Iterator[str]:
+        for name in (
+            "memory_gib",
+            "memory_gb_per_sec",
+            "pcie_lanes",
+            "bf16_tflops",
+            "power_limit_w",
+            "disk_gb_per_sec",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"hardware.{name}={getattr(self, name)} must be above 0, or 0 where it is not known."
+        if self.pcie_generation not in (0, *PCIE_GENERATIONS):
+            known = ", ".join(map(str, PCIE_GENERATIONS))
+            yield f"hardware.pcie_generation={self.pcie_generation} must be one of {known}, or 0 where it is not known."
+
 
 @dataclass
 class LimitsConfig:
@@ -47,7 +68,7 @@ class LimitsConfig:
     peer_access: PeerAccess = PeerAccess.auto
 
     def problems(self) -> Iterator[str]:
-        if self.card_memory_gib is not None and self.card_memory_gib <= 0:
-            yield f"limits.card_memory_gib={self.card_memory_gib} must be above 0."
-        if self.host_memory_gib is not None and self.host_memory_gib <= 0:
-            yield f"limits.host_memory_gib={self.host_memory_gib} must be above 0."
+        for name in ("card_memory_gib", "host_memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= MAX_GIB:
+                yield f"limits.{name}={value} must be above 0 and at most {MAX_GIB:,}, or null for no limit."

@@ -199,7 +199,7 @@ def _card_budget(run: RunConfig, card: Card) -> int:
     if not sizes:
         raise PlanError(f"the driver does not tell the memory of card {card.index} ({card.name}). "
                         "Set limits.card_memory_gib.")  # fmt: skip
-    budget = min(sizes) - DRIVER_RESERVED_BYTES
+    budget = max(min(sizes) - DRIVER_RESERVED_BYTES, 0)
     # A plan is about the machine; a run has to live with what others have taken.
     if run.task.kind == TaskKind.plan or card.free_bytes is None:
         return budget

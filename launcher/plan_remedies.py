@@ -54,10 +54,9 @@ def smaller_runs(refused: Refused) -> Iterator[str]:
     in_fp8 = replace(demand, kv_dtype=KVDType.fp8.value)
     if demand.kv_dtype != in_fp8.kv_dtype and refused.would_fit(in_fp8):
         yield "engine.kv_dtype=fp8"
-    for batch_size in range(demand.batch_size - 1, 0, -1):
-        if refused.would_fit(replace(demand, batch_size=batch_size)):
-            yield f"workload.batch_size={batch_size}"
-            return
+    fewer = largest(lambda size: refused.would_fit(replace(demand, batch_size=size)), demand.batch_size - 1)
+    if fewer:
+        yield f"workload.batch_size={fewer}"
 
 
 def shorter_sequences(run: RunConfig, most: int) -> str:

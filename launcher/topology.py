@@ -53,8 +53,9 @@ def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
     started = env_world_size if env_world_size is not None and env_world_size > 1 else None
     by_topology = NUM_CARDS.get(run.topology.kind)
     if run.gpus is not None and by_topology is not None and run.gpus != by_topology:
+        cards = f"{by_topology} card{'s' * (by_topology != 1)}"
         raise PlanError(
-            f"gpus={run.gpus} but topology={run.topology.kind.value} means {by_topology} cards. "
+            f"gpus={run.gpus} but topology={run.topology.kind.value} means {cards}. "
             f"Set gpus={by_topology} or topology={PLAIN_TOPOLOGY[run.gpus].value}."
         )
     world_size = run.gpus or by_topology or started or 1

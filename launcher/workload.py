@@ -57,7 +57,7 @@ class WorkloadConfig:
         if self.arrival_rate is not None and not 0 < self.arrival_rate < math.inf:
             yield f"workload.arrival_rate={self.arrival_rate} must be above 0 requests a second, or null."
         for name in ("max_ttft_ms", "max_tpot_ms"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 yield f"workload.{name}={getattr(self, name)} must be above 0 milliseconds."
         if self.warm_up < 0:
             yield f"workload.warm_up={self.warm_up} must be 0 (none) or above."

@@ -34,6 +34,8 @@ from launcher.timing.work import work_of
 from launcher.topology import Placement
 from launcher.workload import middle_tokens
 
+NEEDED_FACTS = ("memory_gb_per_sec", "bf16_tflops", "pcie_generation", "pcie_lanes")
+
 
 def plan_timed(
     run: RunConfig,
@@ -73,7 +75,7 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
         return "with speculation they hang on how many drafts are accepted"
     rates = find_rates(run, plan.placement, inventory)
     if rates is None:
-        return "this machine's rates are not known: task=calibrate measures them in a minute"
+        return without_rates(run.hardware)
     return predict_by(rates, run, plan, shape)
 
 
@@ -103,9 +105,21 @@ def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Ra
     measured = load_calibration(rates_path(run, placement, inventory))
     if measured is not None:
         return fit_rates(measured)
-    if run.hardware.kind != HardwareKind.facts or not run.hardware.bf16_tflops:
+    if run.hardware.kind != HardwareKind.facts or untold(run.hardware):
         return None
     return rates_from_facts(facts_of(run.hardware), placement.world_size)
+
+
+def untold(hardware: HardwareConfig) -> list[str]:
+    """Keys of facts without which cards have no times, and that are not known."""
+    return [f"hardware.{name}" for name in NEEDED_FACTS if not getattr(hardware, name)]
+
+
+def without_rates(hardware: HardwareConfig) -> str:
+    """Why a run has none, and how it would have some."""
+    if hardware.kind == HardwareKind.facts:
+        return f"hardware={hardware.name} does not say {' and '.join(untold(hardware))}"
+    return "this machine's rates are not known: task=calibrate measures them in a minute"
 
 
 def rates_path(run: RunConfig, placement: Placement, inventory: Inventory) -> Path:

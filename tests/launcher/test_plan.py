@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -6,6 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from launcher import plan_remedies
 from launcher.config import (
     DType,
     HardwareConfig,
@@ -28,6 +30,7 @@ from launcher.config import (
 from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory, Link, read_inventory
 from launcher.memory import Demand
+from launcher.memory_fit import fits
 from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
 from launcher.plan_text import describe, plan_tables
 from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
@@ -480,6 +483,21 @@ def test_workload_that_does_not_fit_is_told_how_much_of_it_would() -> None:
     advised = int(message.split("(workload.prompt_tokens + workload.output_tokens=")[1].split(")")[0])
     decided = plan(LLAMA_70B_AWQ, cards_of(2), 2, workload__prompt_tokens=advised - 100, workload__output_tokens=100)
     assert decided.max_context == advised
+
+
+def test_advice_for_a_huge_batch_is_found_in_few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = []
+    monkeypatch.setattr(plan_remedies, "fits", lambda *args: trials.append(args) or fits(*args))
+    message = refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__batch_size=10**6, engine__max_context=129)
+    advised = int(re.findall(r"workload.batch_size=(\d+)", message)[-1])
+    assert len(trials) < 500
+    plan(LLAMA_70B_AWQ, cards_of(2), 2, workload__batch_size=advised, engine__max_context=129)
+    refused(LLAMA_70B_AWQ, cards_of(2), 2, workload__batch_size=advised + 1, engine__max_context=129)
+
+
+def test_limit_below_what_the_driver_keeps_leaves_nothing_and_not_less() -> None:
+    message = refused(LLAMA_70B_AWQ, cards_of(2), 2, limits__card_memory_gib=0.1)
+    assert "GiB of 0.00" in message
 
 
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:
