@@ -74,6 +74,15 @@ def check_tokens(run: RunConfig, found: Path, draft: ModelShape, folder: Path | 
 
 
 def read_vocabulary(folder: Path) -> Any:
-    """The tokens and their ids as tokenizer.json has them; None without that file."""
+    """The tokens and their ids as tokenizer.json has them; None without that file.
+
+    Raises:
+        ConfigError: it holds none.
+    """
     file = folder / TOKENIZER
-    return json.loads(file.read_bytes())["model"]["vocab"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_bytes())["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} holds no vocabulary ({error!r}). Download it again.") from error

@@ -28,6 +28,8 @@ SIZES = {
 }
 # Two names for one function.
 ACTIVATIONS = ("silu", "swish")
+# Rotations whose frequencies depend on neither the layer nor the length of the sequence.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # The defaults of transformers' config classes, for fields that a config.json may leave out.
 DEFAULT_WINDOW = 4096
 DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -52,6 +54,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
             "Set model.path to a model of these families."
         )
     _check_activation(file, config)
+    _check_rotation(file, config)
     sizes = {name: _positive(file, config, field) for name, field in SIZES.items()}
     return {
         "model_type": model_type,
@@ -86,6 +89,22 @@ def _check_activation(file: Path, config: dict[str, Any]) -> None:
             f"{file}: hidden_act={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}. "
             "Set model.path to a model with one of these."
         )
+
+
+def _check_rotation(file: Path, config: dict[str, Any]) -> None:
+    """The engine keeps one table of angles; the older name of the section is rope_scaling, of the field type."""
+    for name in ("rope_parameters", "rope_scaling"):
+        section = config.get(name)
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise ShapeError(f"{file}: {name}={section!r} must be an object.")
+        kind = section.get("rope_type", section.get("type", ROPE_TYPES[0]))
+        if kind not in ROPE_TYPES:
+            raise ShapeError(
+                f"{file}: {name}.rope_type={kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}. "
+                "Set model.path to a model with one of these."
+            )
 
 
 def _positive(file: Path, config: dict[str, Any], field: str) -> int:

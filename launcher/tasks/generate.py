@@ -23,7 +23,14 @@ from launcher.tasks.host_layers import open_host_layers
 from launcher.tasks.loaded import LoadedModel
 from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
 from launcher.tasks.speculated import Steps, speculated
-from launcher.tasks.tokens import check_lengths, encode_prompts, eos_token_ids, load_tokenizer, text_tokenizer
+from launcher.tasks.tokens import (
+    check_known,
+    check_lengths,
+    encode_prompts,
+    eos_token_ids,
+    load_tokenizer,
+    text_tokenizer,
+)
 from launcher.tasks.weights import load_draft_model, load_sharded_model
 from parallel.engine import generate
 from parallel.engine.engine import Engine
@@ -41,8 +48,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     """Answers every prompt of the job. Rank 0 writes the answers; all ranks return the same measurements.
 
     Raises:
-        ValueError: a prompt without tokens or with too many for the cache, or chat messages for a model without a
-            chat template.
+        ValueError: the tokenizer's files cannot be used or are another model's, a prompt has no tokens or too many for
+            the cache, or is chat messages for a model without a chat template.
         RuntimeError: ranks picked different tokens.
     """
     job = context.job
@@ -51,6 +58,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     # Before the weights: a prompt that cannot be answered is told in seconds.
     token_ids = encode_prompts(job, tokenizer)
     check_lengths(job, token_ids)
+    check_known(job, token_ids)
     pinned_copy = pinned_copy_bandwidth(context.device) if job.plan.offload else None
     loaded = load_model(context, job.plan, tokenizer)
     warm_up_sec = warm_up(loaded)
@@ -83,6 +91,8 @@ def run_generate(context: RankContext) -> dict[str, Any]:
 
 def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
     run = context.job.run
+    # Read from a file, which may be broken: told before the weights are loaded.
+    eos_ids = eos_token_ids(context.job, tokenizer)
     host_layers = None if plan.offload is None else open_host_layers(context, plan.offload)
     fused_rows = choose_fused_rows(context)
     module, load = load_sharded_model(context, fused_rows, host_layers)
@@ -92,7 +102,7 @@ def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerF
     context.reached("loaded")
     rules = StopRules(
         max_tokens=run.workload.output_tokens,
-        eos_ids=eos_token_ids(context.job, tokenizer),
+        eos_ids=eos_ids,
         texts=tuple(run.sampling.stop),
     )
     draft_load = None if draft is None else draft[1]

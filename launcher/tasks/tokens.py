@@ -15,16 +15,28 @@ from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
 from launcher.plan_context import context_limit
 from launcher.prompts import Prompt, prompt_key
+from launcher.tasks.model_texts import read_texts
 
-# Any of these is a tokenizer.
+# Any of TOKENIZER_FILES is a tokenizer.
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(job: Job) -> PreTrainedTokenizerFast | None:
-    """None: weights are dummies and the model brings no tokenizer."""
-    if job.run.model.weights == WeightsKind.dummy and not has_tokenizer(job.model_folder):
+    """None: weights are dummies and the model brings no tokenizer.
+
+    Raises:
+        ValueError: there is none, or its files cannot be used.
+    """
+    folder = job.model_folder
+    if job.run.model.weights == WeightsKind.dummy and not has_tokenizer(folder):
         return None
-    return AutoTokenizer.from_pretrained(job.model_folder)
+    assert folder is not None, "only dummy weights come without a folder"
+    # Transformers reads them all, whichever is broken.
+    what = "the tokenizer (tokenizer.json, tokenizer_config.json, config.json)"
+    if not has_tokenizer(folder):
+        what = f"the tokenizer, of which no file is there ({', '.join(TOKENIZER_FILES)}),"
+    return read_texts(AutoTokenizer.from_pretrained, folder, what)
 
 
 def has_tokenizer(folder: str | None) -> bool:
@@ -45,8 +57,8 @@ def eos_token_ids(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> frozen
     if job.run.model.weights == WeightsKind.dummy or job.model_folder is None:
         return frozenset()
     ids: int | list[int] | None = None if tokenizer is None else tokenizer.eos_token_id
-    if (Path(job.model_folder) / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(job.model_folder).eos_token_id or ids
+    if (Path(job.model_folder) / GENERATION).exists():
+        ids = read_texts(GenerationConfig.from_pretrained, job.model_folder, GENERATION).eos_token_id or ids
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
@@ -54,7 +66,7 @@ def encode_prompts(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> list[
     """Token ids of the job's prompts.
 
     Raises:
-        ValueError: chat messages for a model without a chat template.
+        ValueError: chat messages for a model without a chat template, or that the template refuses.
     """
     if tokenizer is None:
         return [random_prompt(job, prompt) for prompt in job.prompts]
@@ -78,8 +90,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_cha
     if prompt.text is not None and not (use_chat and has_template):
         return list(tokenizer(prompt.text)["input_ids"])
     messages = list(prompt.messages or ({"role": "user", "content": str(prompt.text)},))
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # What a template raises is jinja's, or whatever its expressions run into.
+        raise ValueError(f"prompt {prompt.index}: the model's chat template refuses its messages: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_known(job: Job, token_ids: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError: a prompt has tokens that the model has no embedding for, which it would read as nothing."""
+    assert job.shape is not None
+    size = job.shape.vocab_size
+    for prompt, ids in zip(job.prompts, token_ids, strict=True):
+        if ids and max(ids) >= size:
+            raise ValueError(
+                f"prompt {prompt.index} has token {max(ids)}, and the model knows {size} (config.json: vocab_size): "
+                f"the tokenizer in {job.model_folder} is another model's. Take the files that belong to the weights."
+            )
 
 
 def check_lengths(job: Job, token_ids: Sequence[Sequence[int]]) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedMo
 from launcher.config import WeightsKind
 from launcher.rank import RankContext
 from launcher.shape import ModelShape
+from launcher.tasks.model_texts import read_texts
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
@@ -70,7 +71,7 @@ def load_source(
     job = context.job
     assert job.plan is not None
     model = build_sharded_model(
-        config_of_shape(source.shape) if source.folder is None else AutoConfig.from_pretrained(source.folder),
+        config_of(source),
         context.communicator,
         dtype=getattr(torch, job.plan.dtype),
         grain=grain,
@@ -88,6 +89,14 @@ def give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def config_of(source: Source) -> PretrainedConfig:
+    """Raises ValueError: transformers takes its config.json for no model's."""
+    if source.folder is None:
+        return config_of_shape(source.shape)
+    config: PretrainedConfig = read_texts(AutoConfig.from_pretrained, source.folder, "config.json")
+    return config
 
 
 def config_of_shape(shape: ModelShape) -> PretrainedConfig:

@@ -95,6 +95,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _load_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header of `file` and the offset of its first weight."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file, or a link to one that is missing. Download it again.")
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))

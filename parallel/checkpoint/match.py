@@ -16,6 +16,8 @@ from parallel.shard import ShardedModel
 # Checkpoints of older transformers carry these; models compute them.
 COMPUTED = ("rotary_emb.inv_freq",)
 PLAIN_DTYPES = ("F16", "BF16", "F32")
+# Of two tensors that should be alike, so much is compared: all of a large head would take as long as a load of it.
+NUM_SAMPLES, SAMPLE_BYTES = 16, 16384
 
 Owners = dict[str, list[tuple[nn.Module, str]]]
 
@@ -44,6 +46,7 @@ def match_tensors(model: ShardedModel, checkpoint: Checkpoint) -> Matches:
     problems: list[str] = []
     quantized = match_quantized(model, checkpoint, problems)
     plain = match_plain(model, checkpoint, quantized, problems)
+    problems += tied_problems(tied_names(model.module), checkpoint)
     known = {entry.name for entries in quantized.values() for entry in entries.values()} | set(model.full_shapes)
     unknown = [name for name in checkpoint.tensors if name not in known and not name.endswith(COMPUTED)]
     biases = [name for name in unknown if name.endswith(".bias") and name.removesuffix(".bias") in quantized]
@@ -74,6 +77,28 @@ def match_plain(
         elif not any(twin in wanted for twin in tied.get(name, ())):
             wanted[name] = entry
     return wanted
+
+
+def tied_problems(tied: dict[str, set[str]], checkpoint: Checkpoint) -> Iterator[str]:
+    """Weights that config.json makes one and that the checkpoint has twice, each in its own way."""
+    pairs = {tuple(sorted((name, twin))) for name, twins in tied.items() for twin in twins}
+    for pair in sorted(pairs):
+        first, second = (checkpoint.tensors.get(name) for name in pair)
+        if first is not None and second is not None and samples(first) != samples(second):
+            yield (
+                f"{' and '.join(pair)} are one tensor by tie_word_embeddings, and differ in the weights. If the model "
+                "has a head of its own, set tie_word_embeddings to false in config.json"
+            )
+
+
+def samples(entry: TensorEntry) -> tuple[str, int, list[bytes]]:
+    """Type, size and bytes of a few places: enough to tell whether two tensors were ever one."""
+    with entry.file.open("rb") as file:
+        found = []
+        for place in range(NUM_SAMPLES):
+            file.seek(entry.offset + entry.num_bytes * place // NUM_SAMPLES)
+            found.append(file.read(min(SAMPLE_BYTES, entry.num_bytes // NUM_SAMPLES)))
+    return entry.dtype, entry.num_bytes, found
 
 
 def match_quantized(

@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from transformers import PretrainedConfig as Config
 
 from launcher.config import ModelFacts
+from launcher.model_config import ROPE_TYPES
 from launcher.shape import (
     DTYPE_BYTES,
     SUPPORTED,
@@ -20,6 +22,7 @@ from launcher.shape import (
     shape_from_checkpoint,
     shape_from_facts,
 )
+from parallel.kernels.fused import rotary_tables
 from parallel.partition import choose_grain, split_by_grain
 from tests.launcher.test_config import composed
 
@@ -202,6 +205,27 @@ def test_field_that_is_no_size_is_named_with_its_value(tmp_path: Path, value: ob
 @pytest.mark.parametrize("value", ["gelu", "gelu_pytorch_tanh", None, ["silu"]])
 def test_an_activation_that_no_kernel_computes_is_refused_by_name(tmp_path: Path, value: object) -> None:
     refused(written(tmp_path, hidden_act=value), tmp_path / "config.json", f"hidden_act={value!r}", "silu, swish")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters.rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
+    ],
+)
+def test_rotation_without_one_table_is_refused_before_weights_load(
+    tmp_path: Path, section: dict[str, Any], words: str
+) -> None:
+    refused(written(tmp_path, **section), tmp_path / "config.json", words)
+
+
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_rotations_that_have_a_table_are_those_that_the_engine_takes(tmp_path: Path, kind: str) -> None:
+    assert shape_from_checkpoint(written(tmp_path, rope_scaling={"type": kind})).intermediate_size == 208
+    rotary: Any = SimpleNamespace(rope_type=kind, attention_scaling=1.0, get_buffer=lambda name: torch.ones(4))
+    rotary_tables(rotary, 8)
 
 
 @pytest.mark.parametrize("value", ["silu", "swish", ...])

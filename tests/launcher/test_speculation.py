@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
+from launcher.config import ConfigError, QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
+from launcher.draft import read_vocabulary
 from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
 from launcher.plan import Plan, plan_run
 from launcher.shape import DTYPE_BYTES
@@ -115,6 +116,13 @@ def test_other_tokenizer_is_refused(tmp_path: Path) -> None:
     message = run(*args, folder=tmp_path / "run").error["message"]
     assert f"speculation.draft_path={draft}" in message
     assert "same tokenizer" in message
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_tokenizer_without_a_vocabulary_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer.json holds no vocabulary .*Download it again"):
+        read_vocabulary(tmp_path)
 
 
 def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:

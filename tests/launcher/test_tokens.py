@@ -15,16 +15,18 @@ from launcher.job import Job
 from launcher.prompts import Prompt
 from launcher.shape import shape_from_config, shape_from_facts
 from launcher.tasks.tokens import (
+    check_known,
     check_lengths,
+    encode_prompt,
     encode_prompts,
     eos_token_ids,
     has_tokenizer,
     load_tokenizer,
     text_tokenizer,
 )
-from launcher.tasks.weights import config_of_shape
+from launcher.tasks.weights import Source, config_of, config_of_shape
 from tests.launcher.jobs import make_job, make_run
-from tests.launcher.models import DEMO
+from tests.launcher.models import DEMO, copy_demo
 
 FACTS = ModelFacts(64, 256, 2, 8, 4, 16, 512, 2048)
 
@@ -86,6 +88,52 @@ def test_folder_with_a_config_only_has_no_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(str(tmp_path))
     assert has_tokenizer(str(DEMO))
     assert not has_tokenizer(None)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", "added_'),
+        ("tokenizer_config.json", '{"'),
+        ("tokenizer.json", None),
+    ],
+)
+def test_tokenizer_that_cannot_be_read_is_named_with_its_folder(tmp_path: Path, file: str, text: str | None) -> None:
+    folder = copy_demo(tmp_path / "model")
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"^the tokenizer.*{file}.* in {folder} cannot be used .*download them again"):
+        load_tokenizer(replace(make_job(tmp_path), model_folder=str(folder)))
+
+
+def test_generation_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = copy_demo(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"')
+    with pytest.raises(ValueError, match=f"^generation_config.json in {folder} cannot be used"):
+        eos_token_ids(replace(make_job(tmp_path), model_folder=str(folder)), None)
+
+
+def test_config_that_transformers_refuses_is_named(tmp_path: Path) -> None:
+    folder = copy_demo(tmp_path / "model", rms_norm_eps="a")
+    with pytest.raises(ValueError, match=f"^config.json in {folder} cannot be used .*rms_norm_eps"):
+        config_of(Source(str(folder), shape_from_facts(FACTS), None))
+
+
+def test_tokens_of_another_models_tokenizer_are_refused(tmp_path: Path) -> None:
+    job = dummy_job(tmp_path, tuple(Prompt(index, text="") for index in range(2)))
+    check_known(job, [[], [0, FACTS.vocab_size - 1]])
+    with pytest.raises(ValueError, match=r"prompt 1 has token 512, and the model knows 512 .*another model's"):
+        check_known(job, [[1], [0, FACTS.vocab_size]])
+
+
+def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(replace(make_job(tmp_path), model_folder=str(DEMO)))
+    assert tokenizer is not None
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"^prompt 3: the model's chat template refuses .*: roles must alternate"):
+        encode_prompt(tokenizer, Prompt(3, messages=({"role": "user", "content": "b"},)), use_chat=True)
 
 
 @pytest.mark.parametrize(

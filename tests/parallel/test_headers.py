@@ -120,6 +120,15 @@ def test_shards_without_their_index_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "3 safetensors files", INDEX_NAME)
 
 
+def test_link_to_nothing_and_folder_are_no_weights(tmp_path: Path) -> None:
+    """Such as a hub's cache has whose blobs were removed."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    refused(tmp_path, tmp_path / "model.safetensors", "link to one that is missing", "Download it again")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    refused(tmp_path, tmp_path / "model.safetensors", "is no file")
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 5, 50, -1])
 def test_truncated_file_is_refused_at_any_length(tmp_path: Path, kept_bytes: int) -> None:
     file = tmp_path / "model.safetensors"

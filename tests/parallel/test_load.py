@@ -196,6 +196,12 @@ def test_tied_checkpoint_with_a_head_reads_it_once(folders: dict[str, Path], tmp
         assert all(torch.equal(value, with_head[0][name]) for name, value in without[0].items())
 
 
+def test_tied_checkpoint_with_a_head_of_its_own_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    both = write_two_files(folders["qwen2_tied"], tmp_path / "both", lambda t: t.update({HEAD: t[EMBEDDING].flip(0)}))
+    message = refusal(both)
+    assert f"{HEAD} and {EMBEDDING} are one tensor by tie_word_embeddings, and differ" in message
+
+
 def test_tied_checkpoint_with_only_a_head_loads(folders: dict[str, Path], tmp_path: Path) -> None:
     only_head = write_two_files(
         folders["qwen2_tied"], tmp_path / "head", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)})
