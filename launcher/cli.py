@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,7 @@ def run_command_line() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     handle_signals()
     try:
+        check_text(sys.argv[1:])
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         run_hydra()
     except SystemExit as error:
@@ -71,6 +73,17 @@ def run_command_line() -> int:
             failure = Failure("ConfigError", message, quoting_hint(message))
         return report_failure(failure, None, None)
     return 0
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises ConfigError: bytes that are no text, as from a terminal of another encoding; no file could hold them."""
+    for each in arguments:
+        try:
+            each.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{each!r} is not text in UTF-8. Set a locale that is (LC_ALL=C.UTF-8), or use prompts_file=FILE."
+            ) from None
 
 
 @hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")

@@ -1,0 +1,56 @@
+"""stdout and stderr that outlive their readers: a run goes on where nobody listens, and says so at its end.
+
+A pager that was left, `| head`, a full disk or a terminal that went away must not end a run of hours; all that it has
+to say is in its folder too. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+STANDARD = (0, 1, 2)
+
+
+class LastingFile(io.FileIO):
+    """A descriptor to write to; what it does not take is dropped, and `error` says why."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            return memoryview(data).nbytes
+
+
+def open_streams() -> LastingFile:
+    """Replaces sys.stdout and sys.stderr; returns what is below the first.
+
+    Descriptors that were closed become /dev/null: the next file to be opened would take their number, and what is
+    printed would go there.
+    """
+    for number in STANDARD:
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr, _ = lasting(2, sys.stderr, line_buffering=True)
+    sys.stdout, file = lasting(1, sys.stdout, line_buffering=os.isatty(1))
+    return file
+
+
+def lasting(number: int, old: TextIO | None, *, line_buffering: bool) -> tuple[TextIO, LastingFile]:
+    if old is not None:
+        with contextlib.suppress(OSError):
+            old.flush()
+    file = LastingFile(number, "w", closefd=False)
+    # An answer may hold what a terminal of another encoding cannot show.
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(file), old.encoding if old else "utf-8", "backslashreplace", line_buffering=line_buffering
+    )
+    return stream, file
