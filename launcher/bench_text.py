@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from launcher.amounts import amount, number, percent
@@ -17,7 +18,7 @@ PART_NAMES = {"all_reduce_alone": "all-reduce alone"}
 
 def bench_table(report: dict[str, Any]) -> Table:
     """A row each; what could not be run has its reason below the table."""
-    where = f"{report['model']} on {report['world_size']} x {report['device']}"
+    where = f"{escape(report['model'])} on {report['world_size']} x {report['device']}"
     table = Table("", title=f"{where}: {workload_text(report['workload'])}")
     for name in ("TTFT ms", "ITL ms", "p99", "tokens/s", "prefill tokens/s", "communication", "GiB a card"):
         table.add_column(name, justify="right")
@@ -27,7 +28,7 @@ def bench_table(report: dict[str, Any]) -> Table:
         table.add_row(*cells(row))
     missing = [f"{row['name']}: {row['error']}" for row in baselines if row["error"] is not None]
     spread = f"lowest to highest of {report['workload']['repeats']} runs in brackets"
-    table.caption = "\n".join([spread, *missing])
+    table.caption = "\n".join([spread, *map(escape, missing)])
     return table
 
 

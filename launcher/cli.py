@@ -23,7 +23,8 @@ from launcher import torchrun
 from launcher.config import ConfigError, RunConfig, to_run_config
 from launcher.console import print_note
 from launcher.failures import Failure, RunFailed, describe_exception
-from launcher.outcome import report_failure, write_report
+from launcher.locks import InUse, held
+from launcher.outcome import discard_report, report_failure, write_report
 from launcher.override_errors import explain_composition, quoting_hint
 from launcher.run import execute
 from launcher.start import (
@@ -92,8 +93,14 @@ def run_hydra(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     run: RunConfig | None = None
     try:
-        run, report = resume_job(config, run_dir) if is_sweep() else (to_run_config(config), None)
-        report = report or execute(run, run_dir, choose_start(), torchrun.world_size())
+        with held(run_dir, "hydra.run.dir"):
+            run, report = resume_job(config, run_dir) if is_sweep() else (to_run_config(config), None)
+            if report is None:
+                discard_report(run_dir)
+                report = execute(run, run_dir, choose_start(), torchrun.world_size())
+    except InUse as error:
+        # What is in the folder is the other run's.
+        end_job(report_failure(describe_exception(error), run, None))
     except RunFailed as error:
         end_job(report_failure(error.failure, run, run_dir, error.exit_code))
     except Exception as error:

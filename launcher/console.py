@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launcher.accuracy_text import accuracy_page
@@ -76,7 +77,7 @@ def print_report(report: dict[str, Any]) -> None:
     else:
         console.print(speed_table(report))
     console.print(cards_table(report["cards"]))
-    console.print(f"report: {report['run_dir']}/report.json", highlight=False, soft_wrap=True)
+    console.print(f"report: {report['run_dir']}/report.json", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_bench(console: Console, report: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def print_inventory(console: Console, inventory: dict[str, Any]) -> None:
 
 
 def speed_table(report: dict[str, Any]) -> Table:
-    table = Table("measured", "", title=f"{report['model']} on {report['world_size']} x {report['device']}")
+    table = Table("measured", "", title=f"{escape(report['model'])} on {report['world_size']} x {report['device']}")
     load, tpot = report["load"] or {}, report["tpot_ms"] or {}
     rows = [
         ("ready to answer", startup_text(report.get("startup"))),

@@ -12,12 +12,39 @@ from launcher.console import print_failure
 from launcher.failures import Failure
 from launcher.report import failure_report
 
+REPORT = "report.json"
+
 
 def write_report(report: dict[str, Any], run_dir: Path) -> None:
-    """report.json, and the same object as the last line on stdout."""
+    """The last line on stdout, and the same object as report.json.
+
+    Raises:
+        OSError: the file cannot be written; the line is out.
+    """
     line = json.dumps(report)
-    (run_dir / "report.json").write_text(line + "\n", encoding="utf-8")
     print(line, flush=True)
+    store(run_dir, line)
+
+
+def discard_report(run_dir: Path) -> None:
+    """Removes that of an earlier run in this folder, which would pass for this one's if it were killed."""
+    (run_dir / REPORT).unlink(missing_ok=True)
+
+
+def store(run_dir: Path, line: str) -> None:
+    """Writes report.json whole or not at all.
+
+    Raises:
+        OSError: with the file's name, which a full disk's own error lacks.
+    """
+    partial = run_dir / f"{REPORT}.partial"
+    try:
+        partial.write_text(line + "\n", encoding="utf-8")
+        partial.replace(run_dir / REPORT)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(run_dir / REPORT)) from error
 
 
 def report_failure(failure: Failure, run: RunConfig | None, run_dir: Path | None, exit_code: int = 1) -> int:
@@ -27,6 +54,6 @@ def report_failure(failure: Failure, run: RunConfig | None, run_dir: Path | None
     # The folder may be what failed; the line on stdout says it all.
     with contextlib.suppress(OSError):
         if run_dir is not None:
-            (run_dir / "report.json").write_text(line + "\n", encoding="utf-8")
+            store(run_dir, line)
     print(line, flush=True)
     return exit_code

@@ -91,7 +91,7 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
         raise ConfigError(
             f"output_file={output} is a folder. Name a file in it: output_file={output / 'answers.jsonl'}."
         )
-    if not output.exists() or output.is_char_device():
+    if not output.exists() or output.is_char_device() or output.stat().st_size == 0:
         return prompts
     if not resume:
         raise ConfigError(f"output_file={output} exists. Add resume=true to complete it, or name another file.")

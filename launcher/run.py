@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from launcher.grid import largest_plan
 from launcher.grid_plan import plan_grid
 from launcher.hardware import Inventory, read_inventory
 from launcher.job import Job, save_job
+from launcher.locks import held_output
 from launcher.model_files import download_model, download_texts, find_local_model
 from launcher.options import rank_options
 from launcher.plan import captures_passes, plan_run
@@ -76,7 +78,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         print_note(f"every prompt of prompts_file={run.prompts_file} has its answer in {job.output_path}.")
         return base_report(job) | {"outputs": []}
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
-    with Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
+    with held_answers(job), Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
         try:
             start_ranks(job, save_job(job))
         except RunFailed as error:
@@ -134,6 +136,24 @@ def hint_at_answers(job: Job, failure: Failure) -> Failure:
         return failure
     kept = f"Answers so far are kept: go on with resume=true output_file={job.output_path}"
     return replace(failure, hint=f"{failure.hint} {kept}".strip())
+
+
+@contextlib.contextmanager
+def held_answers(job: Job) -> Iterator[None]:
+    """Keeps the file of answers to this run, which has looked into it a while ago.
+
+    Raises:
+        ConfigError: another run writes to it, or has done so meanwhile.
+    """
+    if job.run.task.kind != TaskKind.generate or job.run.prompts_file is None:
+        yield
+        return
+    with held_output(job.output_path):
+        if choose_prompts(job) != job.prompts:
+            raise ConfigError(
+                f"output_file={job.output_path}: another run wrote to it meanwhile. Start again."
+            )
+        yield
 
 
 def is_complete(job: Job) -> bool:

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"a": str(options.a), "b": str(options.b), "differences": differ, "jobs": compared}))
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(f"A: {options.a}\nB: {options.b}", highlight=False, soft_wrap=True)
+    console.print(f"A: {options.a}\nB: {options.b}", markup=False, highlight=False, soft_wrap=True)
     for key, (first, second) in differ.items():
         console.print(f"{key}: {first} in A, {second} in B", markup=False, highlight=False, soft_wrap=True)
     console.print(comparison_table(compared))

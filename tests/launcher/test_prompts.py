@@ -118,6 +118,11 @@ def test_all_is_to_do_where_there_is_no_file(tmp_path: Path, resume: bool) -> No
     assert prompts_to_do(PROMPTS, tmp_path / "out.jsonl", resume=resume) == PROMPTS
 
 
+def test_empty_file_holds_nothing_to_lose(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").touch()
+    assert prompts_to_do(PROMPTS, tmp_path / "out.jsonl", resume=False) == PROMPTS
+
+
 def test_existing_file_is_refused_and_kept_without_resume(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("whatever")

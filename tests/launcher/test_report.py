@@ -11,6 +11,7 @@ import pytest
 
 from launcher import report as report_module
 from launcher.config import LimitsConfig, ModelFacts
+from launcher.console import print_report
 from launcher.failures import Failure
 from launcher.hardware import Inventory
 from launcher.job import Job
@@ -241,3 +242,10 @@ def test_an_operation_is_an_own_kernel_where_every_rank_has_it(tmp_path: Path) -
         "2 linears by dequantize (not w4a16: 8 bits)",
     ]
     assert slow_kernels(report | {"device": "cuda", "kernels": None, "load": None}) == []
+
+
+def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = build(tmp_path, RESULT, RESULT) | {"model": "llama[awq]", "run_dir": "/runs/[red]x"}
+    print_report(report)
+    shown = capsys.readouterr().err
+    assert "llama[awq] on" in shown and "report: /runs/[red]x/report.json" in shown

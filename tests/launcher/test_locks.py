@@ -1,0 +1,92 @@
+"""Two runs at a time in a folder, or with one file of answers: the second is refused, nothing of the first is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.locks import InUse, held, held_output
+from launcher.outcome import store, write_report
+from tests.launcher.cli import SHORT
+from tests.launcher.forked import run, started
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from launcher.locks import held
+with held(Path(sys.argv[1]), "hydra.run.dir"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_folder_is_free_again_when_its_run_has_ended_however_that_was(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(InUse, match=f"hydra.run.dir={tmp_path} is in use"), held(tmp_path, "hydra.run.dir"):
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with held(tmp_path, "hydra.run.dir"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_without_an_answer_is_not_left_behind(tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    with held_output(output):
+        assert output.exists()
+        with pytest.raises(InUse, match="output_file="), held_output(output):
+            pass
+    assert not output.exists()
+    with held_output(output):
+        output.write_text("{}\n")
+    assert output.read_text() == "{}\n"
+    with held_output(Path("/dev/null")), held_output(Path("/dev/null")):
+        pass
+
+
+def test_second_run_in_a_folder_or_to_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("import os\n" * 8)
+    output = tmp_path / "answers.jsonl"
+    args = (*SHORT, f"prompts_file={tmp_path / 'p.txt'}", f"output_file={output}", "workload.output_tokens=100")
+    with started(*args, folder=tmp_path / "first") as first:
+        first.wait_for("job.json")
+        same_folder = run("task=plan", f"hydra.run.dir={tmp_path / 'first'}", folder=tmp_path / "second")
+        same_file = run(*args, folder=tmp_path / "third")
+        result = first.finish()
+    assert f"hydra.run.dir={tmp_path / 'first'} is in use by another run" in same_folder.error["message"]
+    message = same_file.error["message"]
+    assert f"output_file={output} is in use by another run" in message or f"output_file={output} exists" in message
+    assert result.report["task"] == "generate" and len(result.report["outputs"]) == 8
+    assert len(output.read_text().splitlines()) == 8
+
+
+def test_report_of_an_earlier_run_is_gone_once_the_next_has_begun(tmp_path: Path) -> None:
+    assert run("task=plan", folder=tmp_path / "run").returncode == 0
+    with started(*SHORT, "workload.output_tokens=900", folder=tmp_path / "run") as second:
+        second.wait_for("ranks/0.pid")
+        assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_report_that_cannot_be_stored_is_on_stdout_before_the_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'report.json'}'"):
+        write_report({"task": "plan"}, tmp_path)
+    assert capsys.readouterr().out == '{"task": "plan"}\n'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    store(tmp_path, "old")
+    (tmp_path / "report.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        store(tmp_path, "new")
+    assert (tmp_path / "report.json").read_text() == "old\n"
