@@ -141,11 +141,19 @@ def read_jobs(text: str) -> list[Job]:
     """The jobs of a file; empty lines and comments (#) are left out.
 
     Raises:
-        ValueError: a line does not say how many cards it takes.
+        ValueError: a line does not say how many cards it takes, or a quote is open.
     """
-    lines = [(number, shlex.split(line, comments=True)) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, split(number, line)) for number, line in enumerate(text.splitlines(), start=1)]
     found = [(number, arguments) for number, arguments in lines if arguments]
     return [Job(place, tuple(words), count_cards(number, words)) for place, (number, words) in enumerate(found)]
+
+
+def split(number: int, line: str) -> list[str]:
+    """The words of a line as a shell takes them."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ValueError(f"line {number} cannot be read ({error}): {line}") from None
 
 
 def count_cards(line: int, arguments: Sequence[str]) -> int:

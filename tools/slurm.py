@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,8 +66,6 @@ def check_overrides(overrides: Sequence[str]) -> None:
         key = override.partition("=")[0].lstrip("+")
         if key in ("resume", "hydra.run.dir"):
             raise ValueError(f"{override} is set by the script. Leave it out (--folder says where runs go).")
-        if override.startswith("-"):
-            raise ValueError(f"{override} is no override. A sweep needs no -m here: values with commas make an array.")
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -127,23 +125,46 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="launch70b", help="of the job (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("slurm"), help="for the folders of runs (%(default)s)")
     parser.add_argument("--cards", default=DEFAULT_CARDS, help="conf/hardware to plan with where none are here")
-    parser.add_argument("--cpus", type=above_zero, help="cores, instead of those of the plan")
-    parser.add_argument("--mem", type=above_zero, metavar="GIB", help="host memory, instead of the plan's")
-    parser.add_argument("--time", type=above_zero, metavar="MINUTES", help="time limit, instead of the plan's")
+    parser.add_argument("--cpus", type=whole(1), help="cores, instead of those of the plan")
+    parser.add_argument("--mem", type=whole(1), metavar="GIB", help="host memory, instead of the plan's")
+    parser.add_argument("--time", type=whole(1), metavar="MINUTES", help="time limit, instead of the plan's")
     parser.add_argument(
-        "--signal-sec", type=above_zero, default=WARNING_SEC, help="before the limit, to end (%(default)s)"
+        "--signal-sec", type=whole(1), default=WARNING_SEC, help="before the limit, to end (%(default)s)"
     )
-    parser.add_argument("--restarts", type=int, default=3, help="at the time limit, with prompts_file (%(default)s)")
-    parser.add_argument("--parallel", type=above_zero, help="tasks of an array that run at a time")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="=OPTION", help="as --sbatch=--partition=big")
-    return parser.parse_intermixed_args(arguments)
+    parser.add_argument(
+        "--restarts", type=whole(0), default=3, help="at the time limit, with prompts_file (%(default)s)"
+    )
+    parser.add_argument("--parallel", type=whole(1), help="tasks of an array that run at a time")
+    parser.add_argument(
+        "--sbatch",
+        type=sbatch_option,
+        action="append",
+        default=[],
+        metavar="=OPTION",
+        help="as --sbatch=--partition=big",
+    )
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    if options.multirun:
+        parser.error("-m is not needed here: values with commas make an array. Leave it out.")
+    return options
 
 
-def above_zero(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+def whole(least: int) -> Callable[[str], int]:
+    """Of an option: a whole number that is not less."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number from {least} on")
+        return int(text)
+
+    return read
+
+
+def sbatch_option(text: str) -> str:
+    if not text.startswith("-"):
+        raise argparse.ArgumentTypeError(f"{text} must be an option of sbatch, as in --sbatch=--partition=big")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

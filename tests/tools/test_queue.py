@@ -139,6 +139,11 @@ def test_lines_are_command_lines_with_their_number_of_cards() -> None:
     ]
 
 
+def test_open_quote_is_told_with_its_line() -> None:
+    with pytest.raises(ValueError, match=r"line 2 cannot be read \(No closing quotation\): gpus=1 prompt='a"):
+        read_jobs("gpus=1\ngpus=1 prompt='a\n")
+
+
 @pytest.mark.parametrize("line", ["model=x", "gpus=0", "gpus=two"])
 def test_line_must_say_its_cards(line: str) -> None:
     with pytest.raises(ValueError, match=r"line 2 must say gpus=N"):

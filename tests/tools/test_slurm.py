@@ -111,3 +111,22 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
     assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--time=soon", "--time: soon must be a whole number from 1 on"),
+        ("--mem=0", "--mem: 0 must be a whole number from 1 on"),
+        ("--restarts=-1", "--restarts: -1 must be a whole number from 0 on"),
+        ("--sbatch=big", "--sbatch: big must be an option of sbatch, as in --sbatch=--partition=big"),
+        ("-m", "-m is not needed here: values with commas make an array"),
+    ],
+)
+def test_option_that_is_wrong_is_named_with_its_rule(
+    capsys: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["gpus=1", option])
+    out, err = capsys.readouterr()
+    assert words in err and out == ""
