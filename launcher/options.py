@@ -52,7 +52,7 @@ def rank_options(
     """All options on `num_cards` cards, the best first; those that do not fit are last.
 
     Args:
-        draft: of the model that guesses, where one does.
+        draft: of the model that guesses, where one does; every copy has its own.
     """
     options = list(find_options(run, shape, inventory, num_cards, draft))
     rank = RANKS[run.plan.aim]
@@ -82,6 +82,7 @@ def try_option(
     run: RunConfig, shape: ModelShape, inventory: Inventory, option: Option, draft: ModelShape | None
 ) -> Option:
     run = replace(run, gpus=option.world_size, topology=replace(run.topology, kind=TopologyKind.auto))
+    run, inventory = share_host(run, inventory, option.replicas)
     if option.world_size * option.replicas > 1 and run.offload.enabled == OffloadKind.auto:
         # Among several cards, only what is on them is compared.
         run = replace(run, offload=replace(run.offload, enabled=OffloadKind.off))
@@ -90,6 +91,14 @@ def try_option(
     except (PlanError, PartitionError) as error:
         return replace(option, reason=shorten(str(error)))
     return with_times(option, plan, times)
+
+
+def share_host(run: RunConfig, inventory: Inventory, replicas: int) -> tuple[RunConfig, Inventory]:
+    """What one of several copies on a machine has of the host's memory."""
+    limit = run.limits.host_memory_gib
+    limits = replace(run.limits, host_memory_gib=None if limit is None else limit / replicas)
+    total, free = inventory.host_memory_bytes // replicas, inventory.host_free_bytes // replicas
+    return replace(run, limits=limits), replace(inventory, host_memory_bytes=total, host_free_bytes=free)
 
 
 def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
@@ -112,5 +121,7 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
 def shorten(message: str) -> str:
     """The sentence of a refusal, and of its sizes the first rank's total."""
     first, _, rest = message.partition("\n")
+    if host := re.search(r"the run needs ([\d.]+) \(predicted\), and ([\d.]+) of", first):
+        return f"host memory does not suffice: {host[1]} GiB of {host[2]}"
     total = re.search(r": ([\d.]+ [A-Z]iB of [\d.]+)", rest)
     return first.removesuffix(" (predicted):") + (f": {total[1]}" if total else "")

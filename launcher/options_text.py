@@ -9,19 +9,28 @@ from launcher.config import Aim
 from launcher.options import Option
 from launcher.units import GIB
 
-COLUMNS = ("ms a token", "TTFT ms", "tokens/s, all copies", "KV tokens, all copies", "GiB a card")
+# Narrow, so that reasons beside them have room.
+COLUMNS = ("ms a token", "TTFT ms", "tokens/s,\nall copies", "KV tokens,\nall copies", "GiB a\ncard")
 
 
 def options_table(options: list[Option], aim: Aim, batch_size: int) -> Table:
     """`batch_size`: of each copy."""
-    title = f"Ways to run it, {batch_size} at a time in each copy, predicted; the best for {aim.value} first"
-    table = Table("cards x copies", "weights", title=title)
+    title = f"Ways to run it, {batch_size} at a time in each copy, predicted; {order(options, aim)}"
+    table = Table(title=title)
+    for name in ("cards x\ncopies", "weights"):
+        table.add_column(name, no_wrap=True)
     for name in COLUMNS:
-        table.add_column(name, justify="right")
-    table.add_column("", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
     for option in options:
         table.add_row(f"{option.world_size} x {option.replicas}", option.format, *cells(option), option.reason)
     return table
+
+
+def order(options: list[Option], aim: Aim) -> str:
+    """What the first row is, which is not the best for times that nobody knows."""
+    is_known = aim == Aim.context or any(option.tpot_ms is not None for option in options)
+    return f"the best for {aim.value} first" if is_known else f"no times to rank by plan.aim={aim.value}"
 
 
 def cells(option: Option) -> tuple[str, ...]:

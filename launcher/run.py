@@ -150,9 +150,7 @@ def held_answers(job: Job) -> Iterator[None]:
         return
     with held_output(job.output_path):
         if choose_prompts(job) != job.prompts:
-            raise ConfigError(
-                f"output_file={job.output_path}: another run wrote to it meanwhile. Start again."
-            )
+            raise ConfigError(f"output_file={job.output_path}: another run wrote to it meanwhile. Start again.")
         yield
 
 

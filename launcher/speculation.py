@@ -61,6 +61,18 @@ class SpeculationConfig:
             yield "speculation.kind=draft needs speculation.draft_path: the folder or hub name of a small model."
         if self.kind != SpeculationKind.draft:
             yield from self._unread()
+        if self.kind == SpeculationKind.none:
+            yield from self._unread_guesses()
+
+    def _unread_guesses(self) -> Iterator[str]:
+        """How much to guess, where nothing does: else a run would be taken for one with speculation."""
+        default = SpeculationConfig()
+        for name in ("num_drafts", "tree_size"):
+            if getattr(self, name) != getattr(default, name):
+                yield (
+                    f"speculation.{name}={getattr(self, name)} is not read by speculation.kind=none. Set "
+                    "speculation.kind=ngram or draft, or leave it out."
+                )
 
     def _unread(self) -> Iterator[str]:
         given = {"draft_path": self.draft_path is not None, "draft_quantize": self.draft_quantize != QuantizeKind.none}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from launcher.config import SpeculationConfig, SpeculationKind
-from launcher.options import rank_options
+from launcher.config import Aim, OffloadKind, SpeculationConfig, SpeculationKind
+from launcher.options import Option, rank_options
+from launcher.options_text import options_table
 from launcher.plan import plan_run
 from launcher.topology import place_ranks
+from launcher.units import GIB
 from tests.launcher.forked import run
+from tests.launcher.models import DEMO
 from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B_AWQ, cards_of, run_of
 
 ARGUMENTS = ("task=plan", "topology=all", "hardware=rtx4090", "gpus=4", "model=llama3_3_70b_awq")
@@ -85,3 +90,36 @@ def test_a_draft_model_takes_its_room_in_every_copy(tmp_path: Path) -> None:
     missing = f"speculation.draft_path={tmp_path / 'nothing'}"
     result = run(*ARGUMENTS, PROMPT, "speculation.kind=draft", missing, folder=tmp_path)
     assert result.returncode != 0 and "speculation.draft_path" in result.stderr
+
+
+def shown(options: list[Option], aim: Aim = Aim.latency, width: int = 140) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(options_table(options, aim, 1))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_figures_are_shown_whatever_the_reasons_beside_them_take() -> None:
+    fitting = Option(2, 1, "awq", True, "", 21 * GIB, 23932, 27.3, 347.0, 35.0)
+    text = shown([fitting, Option(1, 2, "compressed-tensors", False, "why not " * 40)])
+    assert all(figure in text for figure in ("2 x 1", "27.3", "347", "35", "23,932", "21.00")) and "why not" in text
+    assert "the best for latency first" in text
+
+
+def test_what_has_no_times_is_not_called_the_best_for_latency() -> None:
+    untimed = [Option(1, 1, "bf16", True, "workload.prompt_tokens is not set", GIB, 1000)]
+    assert "no times to rank by plan.aim=throughput" in shown(untimed, Aim.throughput)
+    assert "the best for context first" in shown(untimed, Aim.context)
+
+
+def test_copies_share_the_memory_of_the_host() -> None:
+    setting = run_of(limits__host_memory_gib=32.0, offload__enabled=OffloadKind.on)
+    found = rank_options(setting, LLAMA_70B_AWQ, cards_of(2), 2)
+    by_cards = {each.world_size: each for each in found if each.format == "int4"}
+    assert by_cards[2].fits
+    assert by_cards[1].reason.startswith("host memory does not suffice: ") and by_cards[1].reason.endswith("of 16.00")
+
+
+def test_draft_of_another_tokenizer_is_refused_here_too(tmp_path: Path) -> None:
+    plan = ("task=plan", "topology=all", "hardware=rtx4090", "model=llama3_1_8b", "speculation.kind=draft")
+    result = run(*plan, f"speculation.draft_path={DEMO}", folder=tmp_path / "run")
+    assert "same tokenizer" in result.error["message"]

@@ -134,8 +134,10 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        (SpeculationConfig(num_drafts=0), "speculation.num_drafts=0 must be from 1 to 16"),
-        (SpeculationConfig(num_drafts=17), "speculation.num_drafts=17"),
+        (SpeculationConfig(SpeculationKind.ngram, num_drafts=0), "speculation.num_drafts=0 must be from 1 to 16"),
+        (SpeculationConfig(num_drafts=5), "speculation.num_drafts=5 is not read by speculation.kind=none. Set"),
+        (SpeculationConfig(tree_size=16), "speculation.tree_size=16 is not read by speculation.kind=none. Set"),
+        (SpeculationConfig(SpeculationKind.ngram, num_drafts=17), "speculation.num_drafts=17"),
         (SpeculationConfig(ngram_min=0), "speculation.ngram_min=0"),
         (SpeculationConfig(ngram_min=4), "at most speculation.ngram_max=3"),
         (SpeculationConfig(SpeculationKind.draft), "needs speculation.draft_path"),
@@ -156,7 +158,10 @@ def test_missing_draft_is_told_by_its_own_knob(tmp_path: Path) -> None:
             SpeculationConfig(SpeculationKind.ngram, tree_size="many"),
             "must be from 2 to 256, auto, or null",
         ),
-        (SpeculationConfig(num_drafts="many"), "speculation.num_drafts=many must be from 1 to 16, or auto"),
+        (
+            SpeculationConfig(SpeculationKind.ngram, num_drafts="many"),
+            "speculation.num_drafts=many must be from 1 to 16, or auto",
+        ),
         (SpeculationConfig(SpeculationKind.ngram, tree_size="auto", tree_max=3), "tree_max=3 must be from 4 to 256"),
         (tree_of(8, 4, 0), "speculation.tree_top_k=0 must be at least 1"),
         (tree_of(8, 4, 86), "(tree_depth - 1) * tree_top_k = 258 nodes"),
