@@ -41,8 +41,10 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "predicted_gib": ("plan", gib),
     "tokens_per_joule": ("tokens/J", number),
 }
-# What people get from other columns, and what a terminal has no room for.
-ONLY_IN_CSV = ("predicted_tokens_per_sec", "predicted_comm_share")
+# Of what a column that only says `plan` is the prediction.
+PREDICTS = {"predicted_ttft_ms": "ttft_ms", "predicted_tpot_ms": "tpot_p50_ms", "predicted_gib": "peak_gib"}
+# What a terminal has no room for beside what was measured.
+ONLY_IN_CSV = {"predicted_tokens_per_sec": "tokens_per_sec", "predicted_comm_share": "comm_share"}
 NOTE = (
     "tokens/s with prefill; TTFT and TPOT are medians; plan: predicted, of what stands before it; floor: the least "
     "TPOT by bytes and bandwidth; comm.: share of a decode step; GiB of the fullest card; -: not measured"
@@ -66,7 +68,7 @@ def markdown_text(rows: Sequence[Row], title: str) -> str:
     has_reason = any(row["reason"] for row in rows)
     names = shown(rows)
     words = ["job", *rows[0]["varies"], "status"]
-    headings = [*words, *(VALUES[name][0] for name in names), *(["reason"] if has_reason else [])]
+    headings = [*words, *(heading(name, names) for name in names), *(["reason"] if has_reason else [])]
     rules = [*["---"] * len(words), *["--:"] * len(names), *(["---"] if has_reason else [])]
     cells = [[*table_cells(row, names), *([plain(row["reason"])] if has_reason else [])] for row in rows]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in (headings, rules, *cells))
@@ -77,14 +79,21 @@ def markdown_text(rows: Sequence[Row], title: str) -> str:
 def terminal_table(rows: Sequence[Row], title: str) -> Table:
     """The same for a terminal, where reasons are lines of their own: see `reasons`."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("job", *(key.rpartition(".")[2] for key in rows[0]["varies"]), "status"):
-        table.add_column(heading, overflow="fold")
-    for name in shown(rows):
-        table.add_column(VALUES[name][0], justify="right", no_wrap=True)
+    for words in ("job", *(key.rpartition(".")[2] for key in rows[0]["varies"]), "status"):
+        table.add_column(words, overflow="fold")
+    names = shown(rows)
+    for name in names:
+        table.add_column(heading(name, names), justify="right", no_wrap=True)
     for row in rows:
         cells = (Text(cell) for cell in table_cells(row, shown(rows)))
         table.add_row(*cells, style=None if row["status"] == OK else "red")
     return table
+
+
+def heading(name: str, names: Sequence[str]) -> str:
+    """Of a column among `names`; one that the plan filled says of what, where that does not stand before it."""
+    own, measured = VALUES[name][0], PREDICTS.get(name)
+    return own if measured is None or measured in names else f"plan {VALUES[measured][0]}"
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
@@ -99,8 +108,9 @@ def table_cells(row: Row, names: Sequence[str]) -> list[str]:
 def shown(rows: Sequence[Row]) -> list[str]:
     """Columns that say something: a value of one job at least, and nothing that an override says already."""
     said = {"world_size": "gpus", "batch_size": "workload.batch_size"}
-    names = [name for name in VALUES if name not in ONLY_IN_CSV and said.get(name) not in rows[0]["varies"]]
-    return [name for name in names if any(row[name] is not None for row in rows)]
+    names = [name for name in VALUES if said.get(name) not in rows[0]["varies"]]
+    told = [name for name in names if any(row[name] is not None for row in rows)]
+    return [name for name in told if ONLY_IN_CSV.get(name) not in told]
 
 
 def num_left(rows: Sequence[Row]) -> int:

@@ -142,6 +142,18 @@ def test_terminal_gets_the_table_and_the_reasons_below(rows: list[Row]) -> None:
     assert reasons(rows) == ["job 0 failed: ConfigError: it needs 39.83 GiB | too much."]
 
 
+def test_sweep_of_plans_says_of_what_each_figure_is(tmp_path: Path) -> None:
+    unmeasured = dict.fromkeys(("tokens_per_sec", "ttft_ms", "tpot_ms", "comm_share", "tokens_per_joule"))
+    for number in range(2):
+        write_job(tmp_path, number, [f"gpus={number + 1}"], bench_report(task="plan", cards=[], **unmeasured))
+    header = next(
+        line for line in markdown_text(sweep_rows(find_jobs(tmp_path, None)), "x").splitlines() if "|" in line
+    )
+    names = [name.strip() for name in header.split("|")]
+    assert {"plan tokens/s", "plan TTFT ms", "plan TPOT ms", "plan comm.", "plan GiB"} <= set(names)
+    assert "plan" not in names
+
+
 def test_columns_that_no_job_has_a_value_for_are_left_out(rows: list[Row]) -> None:
     assert "tokens/J" in markdown_text(rows, "x")
     assert "tokens/J" not in markdown_text([row | {"tokens_per_joule": None} for row in rows], "x")
