@@ -55,7 +55,7 @@ def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
     for index, (number, line) in enumerate(numbered):
         try:
             yield _parse_json_prompt(index, json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f'prompts_file={path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
             ) from error
@@ -65,13 +65,28 @@ def _parse_json_prompt(index: int, value: object) -> Prompt:
     if not isinstance(value, dict):
         raise TypeError("not an object")
     if isinstance(value.get("prompt"), str):
-        return Prompt(index, text=str(value["prompt"]))
+        return Prompt(index, text=text_of(value["prompt"], "prompt"))
     if "messages" not in value:
         raise ValueError('no "prompt" with text, and no "messages"')
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of one or more")
-    return Prompt(index, messages=tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages))
+    return Prompt(
+        index, messages=tuple({name: text_of(m[name], name) for name in ("role", "content")} for m in messages)
+    )
+
+
+def text_of(value: object, name: str) -> str:
+    """A value that is text.
+
+    Raises:
+        TypeError: it is something else, such as the parts that a message of another program has.
+        ValueError: half of a surrogate pair, which no file can hold.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text")
+    value.encode()
+    return value
 
 
 def prompt_key(prompt: Prompt) -> str:

@@ -132,9 +132,10 @@ def check_calibration(run: RunConfig, placement: Placement) -> None:
 
 def hint_at_answers(job: Job, failure: Failure) -> Failure:
     """`failure`, with how to go on from the answers that were written before it."""
-    if job.run.prompts_file is None or not job.output_path.is_file():
+    path = job.output_path
+    if job.run.prompts_file is None or not path.is_file() or path.stat().st_size == 0:
         return failure
-    kept = f"Answers so far are kept: go on with resume=true output_file={job.output_path}"
+    kept = f"Answers so far are kept: go on with resume=true output_file={path}"
     return replace(failure, hint=f"{failure.hint} {kept}".strip())
 
 

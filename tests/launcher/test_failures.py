@@ -100,6 +100,8 @@ def test_hint_of_a_failed_run_says_how_to_go_on_from_its_answers(tmp_path: Path)
     failure = Failure("RankDied", "rank 0 died", "See dmesg.")
     job = make_job(tmp_path, run=make_run(prompts_file="p.txt", output_file=str(tmp_path / "answers.jsonl")))
     assert hint_at_answers(job, failure) == failure
+    (tmp_path / "answers.jsonl").touch()
+    assert hint_at_answers(job, failure) == failure
     (tmp_path / "answers.jsonl").write_text("{}\n")
     kept = f"Answers so far are kept: go on with resume=true output_file={tmp_path / 'answers.jsonl'}"
     assert hint_at_answers(job, failure) == replace(failure, hint=f"See dmesg. {kept}")

@@ -81,6 +81,10 @@ def test_json_lines_hold_prompts_or_messages(tmp_path: Path) -> None:
         '{"messages": "hello"}',
         '{"messages": [{"role": "user"}]}',
         '{"messages": ["hello"]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]}',
+        '{"prompt": "\\ud800"}',
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
