@@ -18,3 +18,8 @@ def amount(num_bytes: int | None, unit_bytes: int) -> str:
 
 def percent(share: float | None) -> str:
     return UNKNOWN if share is None else f"{share * 100:.1f} %"
+
+
+def count(number: int, name: str) -> str:
+    """As in "1 run" and "1,024 runs"."""
+    return f"{number:,} {name}{'s' * (number != 1)}"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.amounts import amount, number, percent
+from launcher.amounts import amount, count, number, percent
 from launcher.units import GIB
 
 ENGINE = "launch70b"
@@ -27,8 +27,9 @@ def bench_table(report: dict[str, Any]) -> Table:
     for row in (engine, *predicted_row(report), *(row for row in baselines if row["error"] is None)):
         table.add_row(*cells(row))
     missing = [f"{row['name']}: {row['error']}" for row in baselines if row["error"] is not None]
-    spread = f"lowest to highest of {report['workload']['repeats']} runs in brackets"
-    table.caption = "\n".join([spread, *map(escape, missing)])
+    repeats = report["workload"]["repeats"]
+    spread = [f"lowest to highest of {repeats} runs in brackets"] if repeats > 1 else []
+    table.caption = "\n".join([*spread, *map(escape, missing)])
     return table
 
 
@@ -63,7 +64,7 @@ def workload_text(workload: dict[str, Any]) -> str:
 
 
 def with_spread(value: float | None, spread: dict[str, float] | None) -> str:
-    if spread is None:
+    if spread is None or spread["min"] == spread["max"]:
         return number(value)
     return f"{number(value)} ({number(spread['min'])}-{number(spread['max'])})"
 
@@ -110,7 +111,7 @@ def other_text(us_by_name: dict[str, float]) -> str:
 def prefill_text(found: dict[str, Any]) -> str:
     """The pass by itself."""
     measured, without = found["pass_ms"]["measured"], found["pass_ms"]["without_all_reduce"]
-    text = f"prefill of {found['tokens']:,} tokens {number(measured)} ms"
+    text = f"prefill of {count(found['tokens'], 'token')} {number(measured)} ms"
     return text if without is None else f"{text}, {number(without)} without all-reduces"
 
 

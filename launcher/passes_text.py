@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launcher.amounts import number, percent
+from launcher.amounts import count, number, percent
 
 
 def passes_table(report: dict[str, Any]) -> list[Table]:
@@ -14,7 +14,8 @@ def passes_table(report: dict[str, Any]) -> list[Table]:
     rows = report["passes"]
     if not rows:
         return []
-    table = Table("tree", title=f"passes over trees of drafts, {report['workload']['batch_size']} sequences at a time")
+    sequences = count(report["workload"]["batch_size"], "sequence")
+    table = Table("tree", title=f"passes over trees of drafts, {sequences} at a time")
     for name in (
         "depth",
         "pass ms",

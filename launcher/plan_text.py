@@ -12,6 +12,9 @@ from launcher.timing.predict import Times
 from launcher.units import GIB, KIB, MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 
+# What carries messages between cards is timed when ranks start, size by size.
+TRANSPORTS = {"nccl": "nccl; pinned host memory for sizes at which it is faster, unless engine.transport=nccl"}
+
 
 def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[str, str]]:
     """(label, value) pairs; labels of numbers that a run would measure end in "predicted"."""
@@ -22,7 +25,7 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         ("model", f"{shape.num_layers} layers of {shape.hidden_size}, weights in {weights} (from {shape.source})"),
         ("ranks", f"{plan.placement.world_size} on {plan.placement.device}"),
         ("topology", f"{plan.placement.topology}: {plan.placement.topology_reason}"),
-        ("transport", plan.placement.transport),
+        ("transport", TRANSPORTS.get(plan.placement.transport, plan.placement.transport)),
         ("context", f"{plan.max_context:,} tokens x batch of {plan.batch_size}: {plan.max_context_reason}"),
         *([] if plan.offload is None else [("streamed layers, predicted", streamed_text(plan.offload))]),
         *([] if plan.offload is None else describe_disk(plan.offload)),

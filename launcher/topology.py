@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.amounts import count
 from launcher.config import MAX_CARDS, PeerAccess, RunConfig, TopologyKind, TransportKind
 from launcher.hardware import Card, Inventory
 
@@ -53,9 +54,8 @@ def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
     started = env_world_size if env_world_size is not None and env_world_size > 1 else None
     by_topology = NUM_CARDS.get(run.topology.kind)
     if run.gpus is not None and by_topology is not None and run.gpus != by_topology:
-        cards = f"{by_topology} card{'s' * (by_topology != 1)}"
         raise PlanError(
-            f"gpus={run.gpus} but topology={run.topology.kind.value} means {cards}. "
+            f"gpus={run.gpus} but topology={run.topology.kind.value} means {count(by_topology, 'card')}. "
             f"Set gpus={by_topology} or topology={PLAIN_TOPOLOGY[run.gpus].value}."
         )
     world_size = run.gpus or by_topology or started or 1
@@ -112,7 +112,7 @@ def _check_num_cards(world_size: int, inventory: Inventory) -> None:
     if inventory.source == "none" or world_size <= found:
         return
     raise PlanError(
-        f"gpus={world_size} but {found} card{'s' * (found != 1)} can be seen. Set gpus={found}, show more of them with "
+        f"gpus={world_size} but {count(found, 'card')} can be seen. Set gpus={found}, show more of them with "
         "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
     )
 
@@ -131,7 +131,7 @@ def plan_topology(run: RunConfig, world_size: int, inventory: Inventory) -> tupl
     if world_size == 2:
         return _auto_pair(run, inventory)
     where = "on the CPU" if inventory.source == "none" else f"on {_names(inventory.cards[:world_size])}"
-    return PLAIN_TOPOLOGY[world_size].value, f"{world_size} rank{'s' * (world_size > 1)} {where}."
+    return PLAIN_TOPOLOGY[world_size].value, f"{count(world_size, 'rank')} {where}."
 
 
 def _auto_pair(run: RunConfig, inventory: Inventory) -> tuple[str, str]:

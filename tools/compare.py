@@ -171,6 +171,11 @@ def pair_lines(each: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines or [("nothing measured", "-", "-", "-", "")]
 
 
+def shown(value: Any) -> str:
+    """On one line, whatever it holds."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "\n" in value else str(value)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__)
     parser.add_argument("a", type=Path)
@@ -188,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(f"A: {options.a}\nB: {options.b}", markup=False, highlight=False, soft_wrap=True)
     for key, (first, second) in differ.items():
-        console.print(f"{key}: {first} in A, {second} in B", markup=False, highlight=False, soft_wrap=True)
+        line = f"{key}: {shown(first)} in A, {shown(second)} in B"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(comparison_table(compared))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from launcher.amounts import count
 from launcher.config import RunConfig, TaskKind
 from launcher.prompts import prompt_key, read_prompts
 from launcher.timing.predict import Times
@@ -61,7 +62,7 @@ def minutes_of(run: RunConfig, times: Times | str, weights_bytes: int) -> Durati
 
 
 def describe_work(run: RunConfig, requests: int, runs: int) -> str:
-    words = f"{requests} request{'s' * (requests > 1)} of {run.workload.output_tokens} tokens at most"
+    words = f"{count(requests, 'request')} of {run.workload.output_tokens} tokens at most"
     return words if runs == 1 else f"{runs} runs of {words}"
 
 

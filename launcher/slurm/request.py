@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.amounts import count
 from launcher.config import RunConfig
 from launcher.slurm.needs import find_needs
 from launcher.topology import resolve_world_size
@@ -25,7 +26,7 @@ class Request:
     minutes: int
 
     def __str__(self) -> str:
-        cards = f"{self.num_cards} card{'s' * (self.num_cards != 1)}"
+        cards = count(self.num_cards, "card")
         return f"{cards}, {self.num_cores} cores, {self.memory_gib:g} GiB, {self.minutes} min"
 
 

@@ -49,12 +49,14 @@ def test_sizes_are_timed_in_one_run(tmp_path: Path) -> None:
         assert card["memory"]["kv_cache_bytes"] == predicted["lines"]["kv_cache"]
 
 
-def test_what_nobody_assumed_is_not_told() -> None:
+@pytest.mark.parametrize(("batch_size", "words"), [(1, "1 sequence at a time"), (2, "2 sequences at a time")])
+def test_what_nobody_assumed_is_not_told(batch_size: int, words: str) -> None:
     plan, cost = TreePlan(16, 6, 6), PlanCost(320.0, 0.0, 320.0)
     row = pass_row(plan, cost) | {"link_bytes": 0, "share_of_floor": None} | assumed(plan, cost, 2, None)
     assert row["assumed"] == {"acceptance": None, "tokens_per_pass": None, "tokens_per_sec": None}
-    (table,) = passes_table({"passes": [row], "workload": {"batch_size": 2}})
+    (table,) = passes_table({"passes": [row], "workload": {"batch_size": batch_size}})
     assert table.caption is None
+    assert str(table.title).endswith(words)
     assert [column.header for column in table.columns][-1] == "of its floor"
 
 

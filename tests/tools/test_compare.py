@@ -82,6 +82,18 @@ def test_settings_that_differ_in_every_pair_are_named(tmp_path: Path) -> None:
     assert differences(pairs) == {"engine.transport": ["nccl", "auto"], "versions.torch": ["2.12.0", "2.13.0"]}
 
 
+def test_each_difference_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (
+        write_job(tmp_path, number, [], bench_report(config={"prompt": prompt, "seed": number}))
+        for number, prompt in enumerate(("one\ntwo\n", "three"))
+    )
+    assert main([str(a), str(b)]) == 0
+    assert capsys.readouterr().out.splitlines()[2:4] == [
+        'prompt: "one\\ntwo\\n" in A, three in B',
+        "seed: 0 in A, 1 in B",
+    ]
+
+
 def test_table_shows_values_ratios_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, second in (("a", bench_report(4)), ("b", failed_report())):
         write_job(tmp_path / name, 0, ["gpus=2"], bench_report(spread={}))
