@@ -23,7 +23,7 @@ from parallel.engine.pages import PageAllocator, pages_for
 from parallel.engine.pass_graphs import PassGraphs
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
-from parallel.engine.sampling import SamplingParams, open_sampler
+from parallel.engine.sampling import SamplingParams, checked, open_sampler
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
@@ -151,14 +151,15 @@ class Engine:
 
     @torch.inference_mode()
     def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
-        """Draws the first token of each answer from `logits` [n, local vocabulary]: [n]. They join at the next step."""
+        """Draws the first token of each answer from `logits` [n, local vocabulary]: [n], NO_NUMBER where these are no
+        numbers. They join at the next step."""
         keys, positions = torch.tensor([[s.key, len(s.prompt)] for s in sequences]).unbind(1)
         tokens = self.sampler(logits, to_device(keys, self.device), to_device(positions, self.device))
         for sequence, token in zip(sequences, tokens.unbind(), strict=True):
             sequence.num_sampled = 1
             if not sequence.is_sampled:
                 self.fresh[sequence] = token
-        return tokens
+        return checked(tokens, logits)
 
     def reset(self) -> None:
         """Forgets every sequence and takes all pages back: their content is unknown after a pass that failed."""

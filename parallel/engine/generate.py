@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pending import Given, Pending
+from parallel.engine.pending import Given, Pending, check_number
 from parallel.engine.scheduler import Scheduler
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.acceptance import Acceptance
@@ -123,6 +123,7 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty or does not leave room for one token of answer.
+        ModelError: after a prompt the model gives no numbers.
     """
     check_lengths(prompts, engine.limits.max_context)
     run = Generation(engine, prompts, tokenizer, rules, agree, on_text, on_prefill, on_answer)
@@ -238,6 +239,7 @@ class Generation:
             self.result.plans.update([pending.plan] if pending.plan else [])
         self.last_arrival = now
         for sequence, given in zip(pending.sequences, arrived, strict=True):
+            check_number(sequence, given)
             opened = self.opened[sequence]
             # What was computed before the host saw that the answer had ended is dropped.
             if opened.answer.finish_reason is None:

@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from parallel.engine.sampling import NO_NUMBER
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.tree_plan import TreePlan
+
+
+class ModelError(RuntimeError):
+    """What the model computes is of no use."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,13 @@ class Pending:
         if self.tokens.dim() == 1:
             return [Given([token]) for token in self.tokens.tolist()]
         return [Given.read(row) for row in self.tokens.tolist()]
+
+
+def check_number(sequence: Sequence, given: Given) -> None:
+    """Raises ModelError: the model gave no numbers to draw from."""
+    if given.tokens == [NO_NUMBER]:
+        raise ModelError(
+            f"after prompt {sequence.index} the model gives no numbers (NaN, or infinity). Either they exceed what "
+            "model.dtype holds, float16 above 65,504 (set model.dtype=bfloat16), or its files or a card are damaged "
+            "(download the files again; check the cards with task=probe)."
+        )

@@ -20,6 +20,9 @@ from parallel.communicator import Communicator
 from parallel.engine.limits import SAMPLED_ROWS
 from parallel.engine.noise import exponential_noise, signed
 
+# In place of a token: the model's logits were no numbers.
+NO_NUMBER = -1
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -49,6 +52,12 @@ def greedy_tokens(logits: Tensor, shards: VocabularyShards, communicator: Commun
     best = communicator.all_gather(torch.stack([values.double(), indices.double()], dim=-1))
     winner = best[..., 0].argmax(dim=0, keepdim=True)
     return best[..., 1].gather(0, winner).squeeze(0).long()
+
+
+def checked(tokens: Tensor, logits: Tensor) -> Tensor:
+    """`tokens` [batch], NO_NUMBER where this rank's part of the `logits` [batch, local vocabulary] holds NaN, or
+    infinity."""
+    return torch.where(logits.amax(dim=-1).isfinite(), tokens, NO_NUMBER)
 
 
 def gather_logits(logits: Tensor, shards: VocabularyShards, communicator: Communicator) -> Tensor:

@@ -10,10 +10,13 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.engine.generate import Prompt, StopRules, generate
 from parallel.engine.noise import exponential_noise
+from parallel.engine.pending import ModelError
 from parallel.engine.sampling import (
+    NO_NUMBER,
     Sampler,
     SamplingParams,
     VocabularyShards,
+    checked,
     gather_logits,
     greedy_tokens,
     sampled_tokens,
@@ -49,6 +52,40 @@ def test_greedy_ties_go_to_the_lowest_id_of_all_shards(world_size: int, dtype: t
     lowest = torch.tensor([row.index(max(row)) for row in logits.tolist()])
     for tokens in run_on_ranks(pick_greedy, world_size, logits):
         assert torch.equal(tokens, lowest)
+
+
+@pytest.mark.parametrize(("bad", "token"), [(torch.nan, NO_NUMBER), (torch.inf, NO_NUMBER), (-torch.inf, 5)])
+def test_a_row_without_numbers_has_no_token(bad: float, token: int) -> None:
+    """One such logit is enough, but for that of a token which is never drawn."""
+    logits = torch.randn(3, 11)
+    logits[1, 7] = bad
+    assert checked(torch.tensor([4, 5, 6]), logits).tolist() == [4, token, 6]
+
+
+def answers_without_numbers(communicator: Communicator, folder: Path, sampling: SamplingParams | None) -> str:
+    """What is said of a model that overflows for tokens of the second prompt alone."""
+    engine = make_engine(communicator, folder, sampling=sampling, batch_size=1)
+    engine.model.model.embed_tokens.weight.data[77] = torch.inf
+    prompts, shown = [Prompt(4, [5, 6, 7]), Prompt(9, [5, 77])], []
+    with pytest.raises(ModelError) as error:
+        generate(
+            engine,
+            prompts,
+            demo_tokenizer(),
+            StopRules(3),
+            on_answer=lambda row, answer: shown.append(answer.token_ids),
+        )
+    assert [len(each) for each in shown] == [3]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("sampling", [None, SAMPLING], ids=["greedy", "sampled"])
+def test_nothing_is_answered_by_what_is_no_number(
+    world_size: int, sampling: SamplingParams | None, folders: dict[str, Path]
+) -> None:
+    for message in run_on_ranks(answers_without_numbers, world_size, folders["llama"], sampling):
+        assert message.startswith("after prompt 9 the model gives no numbers (NaN, or infinity).")
 
 
 def gather(communicator: Communicator, logits: Tensor) -> Tensor:
