@@ -114,7 +114,7 @@ def words(arguments: Sequence[str]) -> str:
 
 
 def run(script: Script) -> str:
-    return f"""arguments+=("hydra.run.dir=$run_dir"){RESUME if script.resumable else ""}
+    return f"""arguments+=("hydra.run.dir='$run_dir'"){RESUME if script.resumable else ""}
 ended=
 child=
 # Before the time limit, at scancel and at preemption: the run ends in order and keeps the answers it has.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tools.slurm import main
 
@@ -51,7 +52,14 @@ def arguments_of(script: str, folder: Path, **variables: str) -> list[str]:
 def test_arguments_reach_the_launcher_whole(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     prompt = "prompt='a  \"b\" $HOME `c` \\'d\\' #'"
     script = written(capsys, *CPU, "gpus=2", prompt)
-    assert arguments_of(script, folder) == [*CPU, "gpus=2", prompt, "hydra.run.dir=slurm/launch70b-7"]
+    assert arguments_of(script, folder) == [*CPU, "gpus=2", prompt, "hydra.run.dir='slurm/launch70b-7'"]
+
+
+def test_folder_reaches_hydra_whole(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    script = written(capsys, *CPU, "--folder=/runs of mine/a,b=c {d}")
+    argument = arguments_of(script, folder)[-1]
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert (override.get_key_element(), override.value()) == ("hydra.run.dir", "/runs of mine/a,b=c {d}/launch70b-7")
 
 
 def test_tasks_of_an_array_have_a_value_each_and_folders_of_their_own(
@@ -63,7 +71,7 @@ def test_tasks_of_an_array_have_a_value_each_and_folders_of_their_own(
         arguments_of(script, folder, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID=str(task))[2:] for task in range(4)
     ]
     assert found == [
-        [f"gpus={gpus}", f"workload.batch_size={batch}", f"hydra.run.dir=slurm/a.b-9/{task}"]
+        [f"gpus={gpus}", f"workload.batch_size={batch}", f"hydra.run.dir='slurm/a.b-9/{task}'"]
         for task, (gpus, batch) in enumerate([(1, 1), (1, 3), (2, 1), (2, 3)])
     ]
 
@@ -71,7 +79,7 @@ def test_tasks_of_an_array_have_a_value_each_and_folders_of_their_own(
 def test_restart_resumes_the_answers_of_a_file_of_prompts(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     script = written(capsys, *CPU, "prompts_file=prompts.txt")
     output = "output_file=${hydra:runtime.output_dir}/outputs.jsonl"
-    first = [*CPU, "prompts_file=prompts.txt", output, "hydra.run.dir=slurm/launch70b-7"]
+    first = [*CPU, "prompts_file=prompts.txt", output, "hydra.run.dir='slurm/launch70b-7'"]
     assert arguments_of(script, folder) == first
     assert arguments_of(script, folder, SLURM_RESTART_COUNT="1") == [*first, "resume=true"]
     assert "scontrol requeue" in script
@@ -81,7 +89,7 @@ def test_run_with_nothing_to_resume_starts_again_and_requeues_itself_never(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     script = written(capsys, *CPU)
-    assert arguments_of(script, folder, SLURM_RESTART_COUNT="1") == [*CPU, "hydra.run.dir=slurm/launch70b-7"]
+    assert arguments_of(script, folder, SLURM_RESTART_COUNT="1") == [*CPU, "hydra.run.dir='slurm/launch70b-7'"]
     assert "scontrol" not in script
 
 
