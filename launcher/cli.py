@@ -91,16 +91,24 @@ def check_text(arguments: Sequence[str]) -> None:
 def run_hydra(config: DictConfig) -> None:
     """One job: the whole run, or one of a sweep. A sweep goes on after a job that failed."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with held(run_dir, "hydra.sweep.dir" if is_sweep() else "hydra.run.dir"):
+            run_job(config, run_dir)
+    except RunFailed as error:
+        end_job(report_failure(error.failure, None, None, error.exit_code))
+    except (InUse, OSError) as error:
+        # What is in the folder is another run's, or nothing can be written there.
+        end_job(report_failure(describe_exception(error), None, None))
+
+
+def run_job(config: DictConfig, run_dir: Path) -> None:
+    """A job in a folder of its own, to its report, whatever it ends with."""
     run: RunConfig | None = None
     try:
-        with held(run_dir, "hydra.run.dir"):
-            run, report = resume_job(config, run_dir) if is_sweep() else (to_run_config(config), None)
-            if report is None:
-                discard_report(run_dir)
-                report = execute(run, run_dir, choose_start(), torchrun.world_size())
-    except InUse as error:
-        # What is in the folder is the other run's.
-        end_job(report_failure(describe_exception(error), run, None))
+        run, report = resume_job(config, run_dir) if is_sweep() else (to_run_config(config), None)
+        if report is None:
+            discard_report(run_dir)
+            report = execute(run, run_dir, choose_start(), torchrun.world_size())
     except RunFailed as error:
         end_job(report_failure(error.failure, run, run_dir, error.exit_code))
     except Exception as error:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from launcher.config import ConfigError
 
+# As open() makes files: os.open would let them be run.
+NEW_FILE = 0o666
+
 
 class InUse(ConfigError):
     """A folder or file that another run, which goes on, writes to."""
@@ -29,7 +32,7 @@ def held(path: Path, knob: str, flags: int = os.O_RDONLY) -> Iterator[None]:
         InUse: another run has it.
         OSError: it cannot be opened.
     """
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, NEW_FILE)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

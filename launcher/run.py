@@ -64,9 +64,11 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     check_calibration(run, placement)
     captured = captures_passes(run, placement, inventory)
     job = Job(run, placement, str(run_dir), inventory.host_cores, captures_passes=captured, started=started)
+    prompts: tuple[Prompt, ...] = ()
     if run.task.kind == TaskKind.generate:
         # Before the model, which may have to be downloaded.
-        job = replace(job, prompts=choose_prompts(job))
+        prompts = read_prompts(run)
+        job = replace(job, prompts=unanswered(job, prompts))
     if run.task.kind not in WITHOUT_MODEL:
         is_grid = run.task.kind == TaskKind.predictions
         plan, prepare = (plan_grid, prepare_grid) if is_grid else (plan_run, prepare_job)
@@ -78,7 +80,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         print_note(f"every prompt of prompts_file={run.prompts_file} has its answer in {job.output_path}.")
         return base_report(job) | {"outputs": []}
     watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
-    with held_answers(job), Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
+    with held_answers(job, prompts), Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
         try:
             start_ranks(job, save_job(job))
         except RunFailed as error:
@@ -140,8 +142,11 @@ def hint_at_answers(job: Job, failure: Failure) -> Failure:
 
 
 @contextlib.contextmanager
-def held_answers(job: Job) -> Iterator[None]:
+def held_answers(job: Job, prompts: tuple[Prompt, ...]) -> Iterator[None]:
     """Keeps the file of answers to this run, which has looked into it a while ago.
+
+    Args:
+        prompts: all that prompts_file has; it is not read again, for it may be a pipe, or have changed.
 
     Raises:
         ConfigError: another run writes to it, or has done so meanwhile.
@@ -150,7 +155,7 @@ def held_answers(job: Job) -> Iterator[None]:
         yield
         return
     with held_output(job.output_path):
-        if choose_prompts(job) != job.prompts:
+        if unanswered(job, prompts) != job.prompts:
             raise ConfigError(f"output_file={job.output_path}: another run wrote to it meanwhile. Start again.")
         yield
 
@@ -160,9 +165,8 @@ def is_complete(job: Job) -> bool:
     return job.run.task.kind == TaskKind.generate and not job.prompts
 
 
-def choose_prompts(job: Job) -> tuple[Prompt, ...]:
+def unanswered(job: Job, prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
     """What a run is to answer: its prompts, less those that its output file has answers to."""
-    prompts = read_prompts(job.run)
     if job.run.prompts_file is None:
         return prompts
     return prompts_to_do(prompts, job.output_path, resume=job.run.resume)

@@ -38,10 +38,16 @@ def open_streams() -> LastingFile:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            # For the ranks, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stderr, _ = lasting(2, sys.stderr, line_buffering=True)
-    sys.stdout, file = lasting(1, sys.stdout, line_buffering=os.isatty(1))
+    sys.stdout, file = lasting(1, sys.stdout, line_buffering=os.isatty(1) or is_unbuffered(sys.stdout))
     return file
+
+
+def is_unbuffered(stream: TextIO | None) -> bool:
+    """By PYTHONUNBUFFERED or python -u: what is printed comes at once."""
+    return isinstance(stream, io.TextIOWrapper) and stream.write_through
 
 
 def lasting(number: int, old: TextIO | None, *, line_buffering: bool) -> tuple[TextIO, LastingFile]:

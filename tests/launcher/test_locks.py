@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher import cli
+from launcher.config import ConfigError
 from launcher.locks import InUse, held, held_output
 from launcher.outcome import store, write_report
+from launcher.prompts import Prompt
+from launcher.run import held_answers
 from tests.launcher.cli import SHORT
-from tests.launcher.forked import run, started
+from tests.launcher.cli import run as run_as_user
+from tests.launcher.forked import ForkedProcess, run, started
+from tests.launcher.jobs import make_job, make_run
 
 HOLD = """
 import sys, time
@@ -47,6 +57,7 @@ def test_file_without_an_answer_is_not_left_behind(tmp_path: Path) -> None:
     with held_output(output):
         output.write_text("{}\n")
     assert output.read_text() == "{}\n"
+    assert output.stat().st_mode & 0o111 == 0
     with held_output(Path("/dev/null")), held_output(Path("/dev/null")):
         pass
 
@@ -65,6 +76,42 @@ def test_second_run_in_a_folder_or_to_a_file_is_refused_and_the_first_goes_on(tm
     assert f"output_file={output} is in use by another run" in message or f"output_file={output} exists" in message
     assert result.report["task"] == "generate" and len(result.report["outputs"]) == 8
     assert len(output.read_text().splitlines()) == 8
+
+
+def test_report_of_a_run_that_lacks_its_file_of_answers_is_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("import os\n")
+    output = tmp_path / "answers.jsonl"
+    with held_output(output):
+        args = (*SHORT, f"prompts_file={tmp_path / 'p.txt'}", f"output_file={output}")
+        error = run(*args, folder=tmp_path / "run").error
+    assert error["message"].startswith(f"output_file={output} is in use")
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["error"] == error
+
+
+def check_held_at_write() -> None:
+    """Of the process of a run: its folder is its own until its report is there."""
+
+    def write(report: dict[str, Any], folder: Path) -> None:
+        with pytest.raises(InUse), held(folder, "hydra.run.dir"):
+            pass
+        write_report(report, folder)
+
+    cli.write_report = write
+
+
+def test_report_is_written_before_the_folder_is_free(tmp_path: Path) -> None:
+    folder, launcher = tmp_path / "run", partial(ForkedProcess, before=check_held_at_write)
+    assert run_as_user("task=plan", folder=folder, launcher=launcher).returncode == 0
+    assert json.loads((folder / "report.json").read_text())["task"] == "plan"
+
+
+def test_prompts_are_read_once_as_from_a_pipe(tmp_path: Path) -> None:
+    job = make_job(tmp_path, run=make_run(prompts_file=str(tmp_path / "gone.txt")))
+    prompts = (Prompt(0, text="a"), Prompt(1, text="b"))
+    with held_answers(replace(job, prompts=prompts), prompts):
+        assert job.output_path.exists()
+    with pytest.raises(ConfigError, match="another run wrote"), held_answers(replace(job, prompts=prompts[1:]), prompts):
+        pass
 
 
 def test_report_of_an_earlier_run_is_gone_once_the_next_has_begun(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,27 @@ def test_closed_streams_do_no_harm(tmp_path: Path, redirection: str) -> None:
     result = plan(tmp_path, redirection)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["task"] == "plan"
+
+
+STARTS_ANOTHER = """
+import subprocess, sys
+from launcher.streams import open_streams
+open_streams()
+sys.exit(subprocess.run([sys.executable, "-c", "import os; [os.fstat(number) for number in (0, 1, 2)]"]).returncode)
+"""
+
+
+def test_ranks_have_streams_where_those_of_their_parent_were_closed() -> None:
+    shell = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", STARTS_ANOTHER]
+    assert subprocess.run(shell, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("unbuffered", "told"), [("1", b"said\n"), ("", b"")])
+def test_what_is_printed_comes_at_once_where_python_is_told_so(unbuffered: str, told: bytes) -> None:
+    code = "import os; from launcher.streams import open_streams; open_streams(); print('said'); os._exit(0)"
+    env = environment({"PYTHONUNBUFFERED": unbuffered})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, timeout=60, check=True)
+    assert result.stdout == told
 
 
 def test_argument_that_is_no_text_is_named(tmp_path: Path) -> None:
