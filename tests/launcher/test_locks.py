@@ -110,7 +110,10 @@ def test_prompts_are_read_once_as_from_a_pipe(tmp_path: Path) -> None:
     prompts = (Prompt(0, text="a"), Prompt(1, text="b"))
     with held_answers(replace(job, prompts=prompts), prompts):
         assert job.output_path.exists()
-    with pytest.raises(ConfigError, match="another run wrote"), held_answers(replace(job, prompts=prompts[1:]), prompts):
+    with (
+        pytest.raises(ConfigError, match="another run wrote"),
+        held_answers(replace(job, prompts=prompts[1:]), prompts),
+    ):
         pass
 
 
