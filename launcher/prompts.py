@@ -95,7 +95,7 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) -> tuple[Prompt, ...]:
-    """The prompts that `output` has no answer for; a half-written last line is cut off the file.
+    """The prompts that `output` has no answer for. A half-written last line is none: see `cut_last_line`.
 
     Raises:
         ConfigError: the file exists and resume is off, it cannot be written, or it answers other prompts.
@@ -110,13 +110,15 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
         return prompts
     if not resume:
         raise ConfigError(f"output_file={output} exists. Add resume=true to complete it, or name another file.")
-    written = output.read_bytes()
-    complete = written[: written.rfind(b"\n") + 1]
-    lines = complete.split(b"\n")[:-1]
+    lines = output.read_bytes().split(b"\n")[:-1]
     done = {read_answer(output, number, line, prompts) for number, line in enumerate(lines, start=1)}
-    if complete != written:
-        output.write_bytes(complete)
     return tuple(prompt for prompt in prompts if prompt.index not in done)
+
+
+def cut_last_line(output: Path) -> None:
+    """Removes what a run that was killed wrote of its last answer; for those who have the file to themselves."""
+    if output.is_file():
+        os.truncate(output, output.read_bytes().rfind(b"\n") + 1)
 
 
 def read_answer(output: Path, number: int, line: bytes, prompts: tuple[Prompt, ...]) -> int:

@@ -24,7 +24,7 @@ from launcher.locks import held_output
 from launcher.model_files import download_model, download_texts, find_local_model
 from launcher.options import rank_options
 from launcher.plan import captures_passes, plan_run
-from launcher.prompts import Prompt, prompts_to_do, read_prompts
+from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
 from launcher.report import base_report, build_report, slow_kernels
 from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
 from launcher.start import StartRanks
@@ -157,6 +157,7 @@ def held_answers(job: Job, prompts: tuple[Prompt, ...]) -> Iterator[None]:
     with held_output(job.output_path):
         if unanswered(job, prompts) != job.prompts:
             raise ConfigError(f"output_file={job.output_path}: another run wrote to it meanwhile. Start again.")
+        cut_last_line(job.output_path)
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import sys
 from typing import Any, TextIO
 
@@ -22,7 +23,10 @@ class LastingFile(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            # None: the pipe or terminal is full, and who shares it has set it not to block.
+            while (num_bytes := super().write(data)) is None:
+                select.select([], [self], [])
+            return num_bytes
         except OSError as error:
             self.error = error
             return memoryview(data).nbytes

@@ -96,7 +96,7 @@ def check_held_at_write() -> None:
             pass
         write_report(report, folder)
 
-    cli.write_report = write
+    pytest.MonkeyPatch().setattr(cli, "write_report", write)
 
 
 def test_report_is_written_before_the_folder_is_free(tmp_path: Path) -> None:

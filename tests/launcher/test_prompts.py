@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.config import ConfigError, ModelConfig, RunConfig
-from launcher.prompts import Prompt, prompts_to_do, read_prompts
+from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
 
 PROMPTS = (
     Prompt(0, text="a"),
@@ -149,14 +149,18 @@ def test_resume_of_a_complete_file_has_nothing_to_do(tmp_path: Path) -> None:
     assert prompts_to_do(PROMPTS, output, resume=True) == ()
 
 
-def test_half_written_last_line_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
-    """Also in the middle of a character, and where only the newline is missing."""
+def test_half_written_last_line_is_cut_off_wherever_it_ends_but_not_by_who_only_looks(tmp_path: Path) -> None:
+    """Also in the middle of a character, and where only the newline is missing: another run may be writing it."""
     output = tmp_path / "out.jsonl"
     first, second = (answer(prompt).encode() for prompt in PROMPTS[:2])
     for size in range(1, len(second)):
         output.write_bytes(first + second[:size])
         assert prompts_to_do(PROMPTS, output, resume=True) == PROMPTS[1:]
+        assert output.read_bytes() == first + second[:size]
+        cut_last_line(output)
         assert output.read_bytes() == first
+    cut_last_line(output)
+    assert output.read_bytes() == first
 
 
 @pytest.mark.parametrize(

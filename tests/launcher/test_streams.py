@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_stream_that_takes_all_has_no_error(tmp_path: Path) -> None:
         print("naïve", "x" * 10**5, file=stream, flush=True)
         assert file.error is None
     assert (tmp_path / "out").read_text() == f"na\\xefve {'x' * 10**5}\n"
+
+
+def test_who_is_slow_to_read_from_what_does_not_block_gets_all() -> None:
+    """As where another program has set a shared terminal so."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with ThreadPoolExecutor() as pool, os.fdopen(reader, "rb") as pipe:
+        read = pool.submit(pipe.read)
+        with os.fdopen(writer, "wb", buffering=0):
+            stream, file = lasting(writer, None, line_buffering=True)
+            print("x" * 10**6, file=stream, flush=True)
+            stream.close()
+        assert read.result(60) == b"x" * 10**6 + b"\n" and file.error is None
 
 
 def plan(folder: Path, redirection: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +100,7 @@ def test_what_is_printed_comes_at_once_where_python_is_told_so(unbuffered: str, 
 
 
 def test_argument_that_is_no_text_is_named(tmp_path: Path) -> None:
-    command = [*PYTHON, b"prompt=\xff", f"hydra.run.dir={tmp_path / 'run'}"]
+    command = [*map(os.fsencode, PYTHON), b"prompt=\xff", os.fsencode(f"hydra.run.dir={tmp_path / 'run'}")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
     error = json.loads(result.stdout.splitlines()[-1])["error"]
     assert result.returncode == 1
