@@ -121,7 +121,7 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
 def shorten(message: str) -> str:
     """The sentence of a refusal, and of its sizes the first rank's total."""
     first, _, rest = message.partition("\n")
-    if host := re.search(r"the run needs ([\d.]+) \(predicted\), and ([\d.]+) of", first):
+    if host := re.search(r"the run needs ([\d.]+) \(predicted\), and ([\d.]+) ", first):
         return f"host memory does not suffice: {host[1]} GiB of {host[2]}"
     total = re.search(r": ([\d.]+ [A-Z]iB of [\d.]+)", rest)
     return first.removesuffix(" (predicted):") + (f": {total[1]}" if total else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,11 @@ def test_what_has_no_times_is_not_called_the_best_for_latency() -> None:
     assert "the best for context first" in shown(untimed, Aim.context)
 
 
-def test_copies_share_the_memory_of_the_host() -> None:
+@pytest.mark.parametrize("source", ["nvml", "facts"])
+def test_copies_share_the_memory_of_the_host(source: str) -> None:
+    """Of a host that is not here the refusals do not say how much it has."""
     setting = run_of(limits__host_memory_gib=32.0, offload__enabled=OffloadKind.on)
-    found = rank_options(setting, LLAMA_70B_AWQ, cards_of(2), 2)
+    found = rank_options(setting, LLAMA_70B_AWQ, replace(cards_of(2), source=source), 2)
     by_cards = {each.world_size: each for each in found if each.format == "int4"}
     assert by_cards[2].fits
     assert by_cards[1].reason.startswith("host memory does not suffice: ") and by_cards[1].reason.endswith("of 16.00")
