@@ -9,7 +9,7 @@ from launcher.config import MAX_CARDS, KVDType, RunConfig, TopologyKind
 from launcher.hardware import Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, largest
-from launcher.offload_disk import has_host_room
+from launcher.offload_disk import has_host_room, place_layers
 from launcher.shape import quantized_shape
 from launcher.topology import PLAIN_TOPOLOGY
 
@@ -68,8 +68,11 @@ def shorter_sequences(run: RunConfig, most: int) -> str:
 
 
 def streaming(refused: Refused) -> Iterator[str]:
-    """Layers in host memory, where none is there yet."""
+    """Layers in host memory, where none is there yet; more of them where offload.resident_layers says how many."""
     demand, num_layers = refused.demand, refused.demand.shape.num_layers
+    if demand.device != "cpu" and refused.run.offload.resident_layers is not None:
+        yield from _fewer_resident(refused, refused.run.offload.resident_layers)
+        return
     if demand.num_streamed or demand.device == "cpu":
         return
     for kv_on_host in _kv_places(refused):
@@ -79,6 +82,15 @@ def streaming(refused: Refused) -> Iterator[str]:
                 what = f"streams {num} of {num_layers} layers from host memory in every pass"
                 yield f"offload.enabled=on{with_kv}, which {what}"
                 return
+
+
+def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
+    """The most layers that may stay on the card, of fewer than were to."""
+    run, demand, inventory = refused.run, refused.demand, refused.inventory
+    for num in range(resident - 1, -1, -1):
+        if refused.would_fit(place_layers(run, demand, inventory, demand.shape.num_layers - num)):
+            yield f"offload.resident_layers={num}"
+            return
 
 
 def kv_on_host(refused: Refused) -> Iterator[str]:

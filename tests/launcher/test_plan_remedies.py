@@ -22,6 +22,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "workload.batch_size": ("workload__batch_size", int),
     "offload.enabled": ("offload__enabled", OffloadKind),
     "offload.kv": ("offload__kv", KVPlace),
+    "offload.resident_layers": ("offload__resident_layers", int),
     "offload.disk": ("offload__disk", str),
     "topology": ("topology__kind", TopologyKind),
     "gpus": ("gpus", int),
@@ -61,6 +62,9 @@ def asked_for(remedy: str, shape: ModelShape, changes: dict[str, Any]) -> tuple[
         (LLAMA_70B, {"gpus": 1, "engine__max_context": 30000}),
         (LLAMA_70B, {"gpus": 2, "offload__enabled": OffloadKind.on}),
         (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 30}),
+        (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 80}),
+        (LLAMA_70B_AWQ, {"gpus": 2, "offload__resident_layers": 79, **LONG}),
+        (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 60, "offload__disk": "checkpoint"}),
         (LLAMA_70B, {"gpus": 1, "topology__kind": TopologyKind.single, "offload__enabled": OffloadKind.off}),
         (LLAMA_70B_AWQ, {"gpus": 1, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, **LONG, **HOST}),
@@ -94,3 +98,13 @@ def test_sequences_are_shortened_by_the_keys_that_make_them_long() -> None:
     assert re.search(r"\(workload.prompt_tokens \+ workload.output_tokens=(\d+) and engine.max_context=\1\)", message)
     message = refused(LLAMA_8B, cards_of(1), **changes | {"workload__prompt_tokens": 1000})
     assert re.search(r"tokens \(engine.max_context=\d+\)", message)
+
+
+def test_layers_that_stay_are_made_fewer_where_their_number_was_asked_for() -> None:
+    """offload.enabled=on would leave it as it is."""
+    roomy = replace(cards_of(1), host_memory_bytes=512 * 2**30)
+    message = refused(LLAMA_70B_AWQ, roomy, offload=OffloadConfig(resident_layers=60))
+    most = int(re.findall(r"offload.resident_layers=(\d+)", message)[-1])
+    assert "offload.enabled" not in message
+    more = refused(LLAMA_70B_AWQ, roomy, offload=OffloadConfig(resident_layers=most + 1))
+    assert more.endswith(f"offload.resident_layers={most}.")
