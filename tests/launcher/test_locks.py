@@ -88,6 +88,16 @@ def test_report_of_a_run_that_lacks_its_file_of_answers_is_in_its_folder(tmp_pat
     assert json.loads((tmp_path / "run" / "report.json").read_text())["error"] == error
 
 
+def test_job_of_a_sweep_whose_folder_is_in_use_is_left_out_and_the_next_runs(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "0").mkdir(parents=True)
+    with held(tmp_path / "sweep" / "0", "hydra.sweep.dir"):
+        result = run("-m", "task=plan", "workload.batch_size=1,2", folder=tmp_path / "sweep", sweep=True)
+    first, second = result.reports
+    assert first["error"]["message"].startswith(f"hydra.sweep.dir={tmp_path / 'sweep' / '0'} is in use")
+    assert (result.returncode, second["task"]) == (1, "plan")
+    assert not (tmp_path / "sweep" / "0" / "report.json").exists()
+
+
 def check_held_at_write() -> None:
     """Of the process of a run: its folder is its own until its report is there."""
 
