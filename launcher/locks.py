@@ -50,16 +50,18 @@ def held(path: Path, knob: str, flags: int = os.O_RDONLY) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_output(path: Path) -> Iterator[None]:
-    """Keeps a file of answers to this run, and makes it where there is none; one without answers is not left behind.
+    """Keeps a file of answers to this run, and makes it where there is none; one that it has made is not left empty.
 
     A device or a pipe may have many writers.
     """
     if path.exists() and not path.is_file():
         yield
         return
+    is_new = not path.exists()
     with held(path, "output_file", os.O_RDWR | os.O_CREAT):
         try:
             yield
         finally:
-            if path.is_file() and path.stat().st_size == 0:
-                path.unlink()
+            if is_new and path.is_file() and path.stat().st_size == 0:
+                # A link to it was there.
+                path.resolve().unlink()

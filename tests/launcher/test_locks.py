@@ -62,6 +62,18 @@ def test_file_without_an_answer_is_not_left_behind(tmp_path: Path) -> None:
         pass
 
 
+def test_empty_file_and_link_that_were_there_stay(tmp_path: Path) -> None:
+    """Such as /dev/stdout of a run whose output goes to a file, or what mktemp has made."""
+    empty, link, dangling = (tmp_path / name for name in ("empty", "link", "dangling"))
+    empty.touch()
+    link.symlink_to(empty)
+    dangling.symlink_to(tmp_path / "made")
+    for output in (empty, link, dangling):
+        with held_output(output):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "link"]
+
+
 def test_second_run_in_a_folder_or_to_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("import os\n" * 8)
     output = tmp_path / "answers.jsonl"
