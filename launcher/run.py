@@ -59,6 +59,8 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     if run.topology.kind == TopologyKind.all:
         return compare_options(run, run_dir, world_size)
     check_baselines(run, env_world_size)
+    for note in run.speculation.notes():
+        print_warning(note)
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     check_calibration(run, placement)

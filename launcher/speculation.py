@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +13,9 @@ from parallel.engine.speculation.tree_plan import CHAINS, TAKEN_IN, TREES, TreeP
 # A step of more rows than this takes longer than what drafts that far ahead save.
 MAX_DRAFTS = 16
 AUTO = "auto"
+# Settings of a small model, and of how much is guessed.
+DRAFT_MODEL = ("draft_path", "draft_quantize")
+GUESSES = ("num_drafts", "tree_size")
 
 
 class SpeculationKind(str, Enum):
@@ -59,28 +62,27 @@ class SpeculationConfig:
             yield from self._tree_problems(self.tree_size)
         if self.kind == SpeculationKind.draft and not (self.draft_path or "").strip():
             yield "speculation.kind=draft needs speculation.draft_path: the folder or hub name of a small model."
-        if self.kind != SpeculationKind.draft:
+        if self.kind == SpeculationKind.ngram:
             yield from self._unread()
-        if self.kind == SpeculationKind.none:
-            yield from self._unread_guesses()
-
-    def _unread_guesses(self) -> Iterator[str]:
-        """How much to guess, where nothing does: else a run would be taken for one with speculation."""
-        default = SpeculationConfig()
-        for name in ("num_drafts", "tree_size"):
-            if getattr(self, name) != getattr(default, name):
-                yield (
-                    f"speculation.{name}={getattr(self, name)} is not read by speculation.kind=none. Set "
-                    "speculation.kind=ngram or draft, or leave it out."
-                )
 
     def _unread(self) -> Iterator[str]:
-        given = {"draft_path": self.draft_path is not None, "draft_quantize": self.draft_quantize != QuantizeKind.none}
-        for name in (name for name, is_given in given.items() if is_given):
+        for name in self.given(DRAFT_MODEL):
             yield (
                 f"speculation.{name} is read by speculation.kind=draft only, not by kind={self.kind.value}. "
                 "Leave it out or set the kind."
             )
+
+    def given(self, names: Sequence[str]) -> list[str]:
+        """Those that are not what they are by default."""
+        default = SpeculationConfig()
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
+    def notes(self) -> Iterator[str]:
+        """What a run without speculation leaves unread. Sweeps may have such jobs beside others; who forgot the kind
+        would take a run for one with speculation."""
+        if self.kind == SpeculationKind.none and (given := self.given((*DRAFT_MODEL, *GUESSES))):
+            names = ", ".join(given)
+            yield f"speculation.kind=none reads nothing of speculation: {names}. Set kind=ngram or draft to use them."
 
     def _tree_problems(self, size: int | str | None) -> Iterator[str]:
         if not isinstance(size, int) or not 2 <= size <= MAX_NODES:
