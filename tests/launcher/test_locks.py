@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from launcher.locks import InUse, held, held_output
 from launcher.outcome import store, write_report
 from launcher.prompts import Prompt
 from launcher.run import held_answers
-from tests.launcher.cli import SHORT
+from launcher.tasks import generate
+from tests.launcher.cli import SHORT, started, wait_until
 from tests.launcher.cli import run as run_as_user
-from tests.launcher.forked import ForkedProcess, run, started
+from tests.launcher.forked import ForkedProcess, run
 from tests.launcher.jobs import make_job, make_run
 
 HOLD = """
@@ -74,18 +76,32 @@ def test_empty_file_and_link_that_were_there_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "link"]
 
 
+def wait_for_leave() -> None:
+    """Of the process of a run: rank 0 writes no answer before there is a file `leave` beside them."""
+    append = generate.append_lines
+
+    def append_later(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+        wait_until(path.with_name("leave").exists, "leave to go on")
+        append(path, lines)
+
+    generate.append_lines = append_later
+
+
+WAITING = partial(ForkedProcess, before=wait_for_leave)
+
+
 def test_second_run_in_a_folder_or_to_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("import os\n" * 8)
     output = tmp_path / "answers.jsonl"
-    args = (*SHORT, f"prompts_file={tmp_path / 'p.txt'}", f"output_file={output}", "workload.output_tokens=100")
-    with started(*args, folder=tmp_path / "first") as first:
+    args = (*SHORT, f"prompts_file={tmp_path / 'p.txt'}", f"output_file={output}")
+    with started(*args, folder=tmp_path / "first", launcher=WAITING) as first:
         first.wait_for("job.json")
         same_folder = run("task=plan", f"hydra.run.dir={tmp_path / 'first'}", folder=tmp_path / "second")
         same_file = run(*args, folder=tmp_path / "third")
+        (tmp_path / "leave").touch()
         result = first.finish()
     assert f"hydra.run.dir={tmp_path / 'first'} is in use by another run" in same_folder.error["message"]
-    message = same_file.error["message"]
-    assert f"output_file={output} is in use by another run" in message or f"output_file={output} exists" in message
+    assert f"output_file={output} is in use by another run" in same_file.error["message"]
     assert result.report["task"] == "generate" and len(result.report["outputs"]) == 8
     assert len(output.read_text().splitlines()) == 8
 
@@ -141,7 +157,9 @@ def test_prompts_are_read_once_as_from_a_pipe(tmp_path: Path) -> None:
 
 def test_report_of_an_earlier_run_is_gone_once_the_next_has_begun(tmp_path: Path) -> None:
     assert run("task=plan", folder=tmp_path / "run").returncode == 0
-    with started(*SHORT, "workload.output_tokens=900", folder=tmp_path / "run") as second:
+    (tmp_path / "p.txt").write_text("import os\n")
+    args = (*SHORT, f"prompts_file={tmp_path / 'p.txt'}")
+    with started(*args, folder=tmp_path / "run", launcher=WAITING) as second:
         second.wait_for("ranks/0.pid")
         assert not (tmp_path / "run" / "report.json").exists()
 
