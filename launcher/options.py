@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -88,8 +87,10 @@ def try_option(
         run = replace(run, offload=replace(run.offload, enabled=OffloadKind.off))
     try:
         plan, times = plan_timed(run, place_ranks(run, option.world_size, inventory), shape, inventory, draft=draft)
-    except (PlanError, PartitionError) as error:
-        return replace(option, reason=shorten(str(error)))
+    except PlanError as error:
+        return replace(option, reason=error.summary)
+    except PartitionError as error:
+        return replace(option, reason=str(error))
     return with_times(option, plan, times)
 
 
@@ -116,12 +117,3 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
         ttft_ms=times.ttft_ms,
         tokens_per_sec=option.replicas * times.tokens_per_sec,
     )
-
-
-def shorten(message: str) -> str:
-    """The sentence of a refusal, and of its sizes the first rank's total."""
-    first, _, rest = message.partition("\n")
-    if host := re.search(r"the run needs ([\d.]+) \(predicted\), and ([\d.]+) ", first):
-        return f"host memory does not suffice: {host[1]} GiB of {host[2]}"
-    total = re.search(r": ([\d.]+ [A-Z]iB of [\d.]+)", rest)
-    return first.removesuffix(" (predicted):") + (f": {total[1]}" if total else "")

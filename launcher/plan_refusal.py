@@ -26,7 +26,8 @@ def refuse_memory(refused: Refused) -> PlanError:
     sizes = [_rank_text(rank, lines[rank], budgets[rank], refused.inventory) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
     what_fits = f"What would fit: {'; or '.join(remedies)}."
-    return PlanError("\n".join([f"{what} do not fit (predicted):", *sizes, what_fits]))
+    summary = f"{what} do not fit: {_total_text(lines[0], budgets[0])}"
+    return PlanError("\n".join([f"{what} do not fit (predicted):", *sizes, what_fits]), summary)
 
 
 def refuse_host_memory(
@@ -60,7 +61,8 @@ def refuse_host_memory(
     total = f" of {inventory.host_memory_bytes / GIB:.2f}" if inventory.source == "nvml" else ""
     return PlanError(
         f"{what}: with {parts} the run needs {needed_bytes / GIB:.2f} (predicted), and {free_bytes / GIB:.2f}"
-        f"{total} {state}.\nWhat would fit: {'; or '.join(remedies)}."
+        f"{total} {state}.\nWhat would fit: {'; or '.join(remedies)}.",
+        f"host memory does not suffice: {needed_bytes / GIB:.2f} GiB of {free_bytes / GIB:.2f}",
     )
 
 
@@ -76,4 +78,8 @@ def _rank_text(rank: int, lines: dict[str, int], budget: int, inventory: Invento
         card = inventory.cards[rank]
         where = f"rank {rank} on card {card.index} ({card.name})"
         free = " free" if card.free_bytes == budget else ""
-    return f"  {where}: {sum(lines.values()) / GIB:.2f} GiB of {budget / GIB:.2f}{free}: {parts}"
+    return f"  {where}: {_total_text(lines, budget)}{free}: {parts}"
+
+
+def _total_text(lines: dict[str, int], budget: int) -> str:
+    return f"{sum(lines.values()) / GIB:.2f} GiB of {budget / GIB:.2f}"

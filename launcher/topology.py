@@ -25,7 +25,14 @@ PLAIN_TOPOLOGY = {
 
 
 class PlanError(ValueError):
-    """A run that cannot work on this machine; the message names the value, the rule and what would work."""
+    """A run that cannot work on this machine; the message names the value, the rule and what would work.
+
+    `summary`: its first line, or what says the same in fewer words.
+    """
+
+    def __init__(self, message: str, summary: str | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary or message.partition("\n")[0]
 
 
 @dataclass(frozen=True)
