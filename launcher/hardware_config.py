@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-# PCIe generations whose speed is known; 0 where a card's is not.
-PCIE_GENERATIONS = (3, 4, 5)
+# GB/s of one lane of PCIe and direction, by its generation.
+LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
 # More than any machine has: what is above was not meant, and infinity is no number of bytes.
 MAX_GIB = 2**20
 
@@ -53,8 +53,8 @@ class HardwareConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"hardware.{name}={getattr(self, name)} must be above 0, or 0 where it is not known."
-        if self.pcie_generation not in (0, *PCIE_GENERATIONS):
-            known = ", ".join(map(str, PCIE_GENERATIONS))
+        if self.pcie_generation not in (0, *LANE_GB_PER_SEC):
+            known = ", ".join(map(str, LANE_GB_PER_SEC))
             yield f"hardware.pcie_generation={self.pcie_generation} must be one of {known}, or 0 where it is not known."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from parallel.checkpoint.formats.config import read_scheme
 from parallel.checkpoint.formats.scheme import FormatError
+from parallel.kernels.rotations import ROPE_TYPES
 
 # What distinguishes the families: a fact, or the name of the config.json field that says it.
 FAMILIES: dict[str, dict[str, bool | str]] = {
@@ -28,8 +29,6 @@ SIZES = {
 }
 # Two names for one function.
 ACTIVATIONS = ("silu", "swish")
-# Rotations whose frequencies depend on neither the layer nor the length of the sequence.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # The defaults of transformers' config classes, for fields that a config.json may leave out.
 DEFAULT_WINDOW = 4096
 DEFAULT_MAX_WINDOW_LAYERS = 28

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.hardware_config import LANE_GB_PER_SEC
 from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
 from parallel.kernels.held import MIN_FUSED_ROWS
 
@@ -37,8 +38,6 @@ FLOPS_PER_PAIR = 4 * 128
 ALL_REDUCE_START_US = 4.5
 WIRE_BYTES_PER_BYTE = 2.0
 LINK_SHARE = 0.8
-# GB/s of one lane and direction.
-LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
 POWER_SHARE = 0.7
 FORMATS = tuple(WEIGHTS_SHARE)
 ROWS = tuple(INT4_SHARE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from parallel.kernels import reference
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
 from parallel.kernels.operators import operator
+from parallel.kernels.rotations import ROPE_TYPES
 
 FOLDER = Path(__file__).parent
 # Kernels read and write 16 bytes at a time: a piece of 8 numbers in bf16.
@@ -130,13 +131,13 @@ def rotary_and_cache(
 def rotary_tables(rotary: nn.Module, max_positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions from 0 on, [max_positions, head_dim / 2] float32, by a model's `rotary_emb`.
 
-    ValueError for rotations whose frequencies depend on the length of the sequence.
+    ValueError for rotations other than ROPE_TYPES.
     """
     kind = getattr(rotary, "rope_type", "default")
-    if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
+    if kind not in ROPE_TYPES:
         raise ValueError(
             f"rope_type {kind!r} of the model: its frequencies depend on the layer or on the length, and no one table "
-            "holds them. Models with rope_type default, linear, llama3 or yarn can be run."
+            f"holds them. Models with rope_type {', '.join(ROPE_TYPES)} can be run."
         )
     frequencies = rotary.get_buffer("inv_freq").float()
     angles = torch.arange(max_positions, device=frequencies.device).float()[:, None] * frequencies

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from transformers import PretrainedConfig as Config
 
 from launcher.config import ModelFacts
-from launcher.model_config import ROPE_TYPES
 from launcher.shape import (
     DTYPE_BYTES,
     SUPPORTED,
@@ -23,6 +22,7 @@ from launcher.shape import (
     shape_from_facts,
 )
 from parallel.kernels.fused import rotary_tables
+from parallel.kernels.rotations import ROPE_TYPES
 from parallel.partition import choose_grain, split_by_grain
 from tests.launcher.test_config import composed
 
