@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launcher.outcome import REPORT
 from launcher.sweeps.jobs import SweepJob, find_jobs, read_overrides, read_report
 from launcher.sweeps.rows import Row, job_row, split_overrides, varying_keys
 from launcher.sweeps.table import VALUES
@@ -51,7 +52,7 @@ def read_jobs(path: Path) -> tuple[SweepJob, ...]:
     Raises:
         ValueError: neither is there.
     """
-    folder = path.parent if path.name == "report.json" else path
+    folder = path.parent if path.name == REPORT else path
     report = read_report(folder)
     if report is not None:
         has_overrides = (folder / ".hydra" / "overrides.yaml").is_file()

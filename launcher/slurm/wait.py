@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.config import RunConfig
 from launcher.console import print_note
 from launcher.failures import Failure, RunFailed
-from launcher.outcome import report_failure
+from launcher.outcome import REPORT, report_failure
 from launcher.slurm.commands import ENDS, cancel, job_states
 
 POLL_SEC = 2.0
@@ -31,7 +31,7 @@ class SlurmJob:
 
     @property
     def report(self) -> Path:
-        return self.run_dir / "report.json"
+        return self.run_dir / REPORT
 
 
 @dataclass

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from launcher.outcome import REPORT
+
 OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 
 
@@ -70,7 +72,7 @@ def read_report(folder: Path | None) -> dict[str, Any] | None:
     if folder is None:
         return None
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) else None
