@@ -192,11 +192,15 @@ def gemlite_calls(name: str, num_out: int, num_in: int) -> list[Call]:
 
 
 def check_gemlite(name: str, layer: Call, weight: Tensor) -> None:
-    """That it was given the weight in the form it takes: a comparison with it is worth nothing else."""
+    """That it was given the weight in the form it takes: a comparison with it is worth nothing else.
+
+    It adds up its splits in bfloat16, so that it is 0.13 of the spread off where one rounding of the result is 0.02;
+    zeros that are one off would show as about 1.
+    """
     rows = torch.randn(4, weight.shape[1], device="cuda", dtype=torch.bfloat16)
     expected = rows.float() @ weight.t()
     error = (layer(rows).float() - expected).abs().max() / expected.std()
-    assert error < 0.1, f"gemlite {name}: {error}"
+    assert error < 0.3, f"gemlite {name}: {error}"
 
 
 # By name: bits of a weight, the most rows worth timing, and the calls.

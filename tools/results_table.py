@@ -172,6 +172,7 @@ def render(title: str, reports: dict[str, Any]) -> str:
         parts.append(table(RUN_COLUMNS, [run_row(name, report) for name, report in runs.items()]))
     if benches:
         parts.append(table(BENCH_COLUMNS, [bench_row(name, report) for name, report in benches.items()]))
+        parts += [baselines_section(name, report) for name, report in benches.items() if report["baselines"]]
     parts += [probe_section(name, report) for name, report in probes.items()]
     parts += [
         accuracy_page(f"## {name}", report["predictions"]["points"]).rstrip()
@@ -233,6 +234,39 @@ def bench_row(name: str, report: dict[str, Any]) -> list[str]:
         number(peak),
         f"{(peak / predicted - 1) * 100:+.1f} %",
     ]
+
+
+def baselines_section(name: str, report: dict[str, Any]) -> str:
+    """Other engines on the same workload beside this one; memory is of the fullest card and host."""
+    columns = ("engine", "TTFT ms", "ms/token p50", "p99", "prefill tokens/s", "peak MiB of a card", "of the host")
+    ours = {
+        **report,
+        "name": "launch70b",
+        "error": None,
+        "peak_bytes": max(card["peak_bytes"] for card in report["cards"]),
+        "host_peak_bytes": max(card["host_peak_bytes"] for card in report["cards"]),
+    }
+    rows = [baseline_row(each, len(columns)) for each in (ours, *report["baselines"])]
+    return f"## {name}: other engines\n\n{table(columns, rows)}"
+
+
+def baseline_row(result: dict[str, Any], num_columns: int) -> list[str]:
+    name = " ".join(filter(None, (result["name"], result.get("version"))))
+    if result["error"]:
+        return [name, result["error"], *[UNKNOWN] * (num_columns - 2)]
+    tpot = result["tpot_ms"] or {}
+    return [
+        name,
+        number(result["ttft_ms"]),
+        number(tpot.get("p50")),
+        number(tpot.get("p99")),
+        number(result["prefill_tokens_per_sec"]),
+        *(mebibytes(result.get(key)) for key in ("peak_bytes", "host_peak_bytes")),
+    ]
+
+
+def mebibytes(size: int | None) -> str:
+    return UNKNOWN if size is None else number(size / MIB)
 
 
 def probe_section(name: str, report: dict[str, Any]) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.communicator import Communicator
 from parallel.transports.dense import wrap_dense
-from parallel.transports.host_memory import HostMemory, wrap_host_memory
+from parallel.transports.host_memory import wrap_host_memory
+from parallel.transports.solo import Solo
 from parallel.transports.torch_distributed import open_gloo
 from parallel.transports.two_step import wrap_two_step
 from tools.local_ranks import collect_results
@@ -67,10 +69,15 @@ def rank_main(
         "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size, timeout=limit
     )
     try:
-        large = wrap_two_step(open_gloo(DEVICE, limit), DEVICE, timeout_sec=timeout_sec)
-        middle = wrap_dense(large, DEVICE, timeout_sec=timeout_sec)
-        communicator: HostMemory = wrap_host_memory(middle, DEVICE, timeout_sec=timeout_sec)
-        answer = (None, function(communicator, *args))
+        answer = (None, function(open_communicator(world_size, limit, timeout_sec), *args))
     except BaseException:
         answer = (traceback.format_exc(), None)
     connection.send_bytes(pickle.dumps(answer))
+
+
+def open_communicator(world_size: int, limit: timedelta, timeout_sec: float) -> Communicator:
+    if world_size == 1:
+        return Solo(DEVICE)
+    large = wrap_two_step(open_gloo(DEVICE, limit), DEVICE, timeout_sec=timeout_sec)
+    middle = wrap_dense(large, DEVICE, timeout_sec=timeout_sec)
+    return wrap_host_memory(middle, DEVICE, timeout_sec=timeout_sec)

@@ -8,15 +8,16 @@ import torch
 from parallel.kernels import choice, merge
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight
-from tools.bench_linears import CHECKED_SHAPES
+from tools.bench_linears import CHECKED_SHAPES, compile_all
 from tools.linear_formats import FORMATS, rounded_codebook
-from tools.linear_launches import check_format
+from tools.linear_launches import CHECKED_ROWS, check_format
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_launch_agrees_with_float64_at_every_number_of_rows(name: str) -> None:
+    compile_all([name], list(CHECKED_ROWS))
     for shape in CHECKED_SHAPES:
         check_format(name, shape)
 
