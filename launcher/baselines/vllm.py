@@ -10,6 +10,7 @@ import torch
 
 from launcher.baselines.measure import Baseline
 from launcher.config import WeightsKind
+from launcher.hardware_config import LimitsConfig, PeerAccess
 from launcher.job import Job
 
 RANK_VARIABLES = (
@@ -22,6 +23,8 @@ RANK_VARIABLES = (
     # With it none of its workers would serve their store.
     "TORCHELASTIC_USE_AGENT_STORE",
 )
+# Its sums over peer access that are not NCCL's, beside disable_custom_all_reduce.
+PEER_VARIABLES = ("VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ALLREDUCE_USE_FLASHINFER")
 
 
 def open_vllm(job: Job, device: torch.device) -> Baseline:
@@ -29,6 +32,7 @@ def open_vllm(job: Job, device: torch.device) -> Baseline:
     # Those of this process would be taken for its workers' own.
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
+    options = within_limits(job.run.limits, torch.cuda.get_device_properties(device).total_memory)
     from vllm import LLM, SamplingParams
 
     workload = job.run.workload
@@ -41,6 +45,7 @@ def open_vllm(job: Job, device: torch.device) -> Baseline:
         max_num_seqs=workload.batch_size,
         enable_prefix_caching=False,
         load_format="dummy" if job.run.model.weights == WeightsKind.dummy else "auto",
+        **options,
     )
 
     def run(prompts: list[list[int]], num_tokens: int) -> float:
@@ -61,3 +66,14 @@ def open_vllm(job: Job, device: torch.device) -> Baseline:
         return [first + (last - first) * token / (num_tokens - 1) for token in range(num_tokens)]
 
     return Baseline(answer, None)
+
+
+def within_limits(limits: LimitsConfig, card_bytes: int) -> dict[str, Any]:
+    """What keeps it to `limits` on cards of `card_bytes`; before it is imported, since it reads variables then."""
+    options: dict[str, Any] = {}
+    if limits.card_memory_gib is not None:
+        options["gpu_memory_utilization"] = min(1.0, limits.card_memory_gib * 2**30 / card_bytes)
+    if limits.peer_access == PeerAccess.off:
+        os.environ.update(dict.fromkeys(PEER_VARIABLES, "0"))
+        options["disable_custom_all_reduce"] = True
+    return options
