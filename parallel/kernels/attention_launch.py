@@ -51,6 +51,11 @@ class Launch:
     def unit_bytes(self) -> int:
         return unit_bytes(self.head_dim, kv_fp8=self.kv_fp8)
 
+    @property
+    def blocks(self) -> int:
+        """That a multiprocessor has registers for: eight warps of two tiles need more than half of them."""
+        return 2 if self.warps * self.column_tiles <= 8 else 1
+
     def shared_bytes(self) -> int:
         """Shared memory of a block: the rings of its warps and the query, later the sums of the warps."""
         columns = self.column_tiles * 8
@@ -64,8 +69,7 @@ class Launch:
             "NT": self.column_tiles,
             "WARPS": self.warps,
             "DEPTH": self.depth,
-            # On a multiprocessor: eight warps of two tiles need more registers than half of them.
-            "BLOCKS": 2 if self.warps * self.column_tiles <= 8 else 1,
+            "BLOCKS": self.blocks,
             "MAX_SPLITS": MAX_SPLITS,
             "MAX_COUNTERS": MAX_COUNTERS,
             "MAX_WORDS": num_words(MAX_NODES),
@@ -112,6 +116,17 @@ def choose_splits(pairs: int, max_tokens: int, multiprocessors: int, warps: int)
     """
     wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors // max(1, pairs)
     return max(1, min(wanted, -(-max_tokens // (TILE * warps)), MAX_SPLITS))
+
+
+def choose_splits_in_clusters(pairs: int, max_tokens: int, multiprocessors: int, launch: Launch) -> int:
+    """As choose_splits; two in place of one where a multiprocessor has room for both halves of each.
+
+    Blocks that come while those of the kernel ahead are there may pair up: of halves, two are no more than one block on
+    each, and sequences that are longer than others hold all up for half as long.
+    """
+    splits = choose_splits(pairs, max_tokens, multiprocessors, launch.warps)
+    fits = pairs <= multiprocessors and launch.blocks == 2
+    return choose_splits(pairs, max_tokens, 2 * pairs, launch.warps) if splits == 1 and fits else splits
 
 
 def takes_clusters(major: int, shared_bytes: int) -> bool:

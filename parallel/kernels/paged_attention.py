@@ -22,6 +22,7 @@ from parallel.kernels.attention_launch import (
     Launch,
     choose_launch,
     choose_splits,
+    choose_splits_in_clusters,
     in_clusters,
     num_passes,
     takes_clusters,
@@ -86,10 +87,10 @@ def choose(query: Tensor, keys: Tensor, sequences: int, max_tokens: int, *, tree
     launch = choose_launch(query.shape[2], columns, query.dtype, keys.dtype, tree=tree)
     card = torch.cuda.get_device_properties(query.device)
     pairs = sequences * kv_heads * num_passes(columns)
-    num_splits = choose_splits(pairs, max_tokens, card.multi_processor_count, launch.warps)
+    sizes = pairs, max_tokens, card.multi_processor_count
     if takes_clusters(card.major, card.shared_memory_per_multiprocessor):
-        return in_clusters(launch, num_splits)
-    return launch, num_splits
+        return in_clusters(launch, choose_splits_in_clusters(*sizes, launch))
+    return launch, choose_splits(*sizes, launch.warps)
 
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:

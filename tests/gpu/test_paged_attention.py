@@ -38,8 +38,14 @@ def batches() -> dict[str, list[int]]:
         "nothing": [0, 0],
         "one token": [1],
         "512": [512],
-        "32 sequences": [random.choice((0, random.randrange(1, 700), random.randrange(1, 3000))) for _ in range(32)],
+        "32 sequences": some_lengths(32),
+        # Of two KV heads, a block for each, or two.
+        "50 sequences": some_lengths(50),
     }
+
+
+def some_lengths(num: int) -> list[int]:
+    return [random.choice((0, random.randrange(1, 700), random.randrange(1, 3000))) for _ in range(num)]
 
 
 def attend(case: Case) -> Tensor:

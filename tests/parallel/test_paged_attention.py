@@ -14,6 +14,7 @@ from parallel.kernels.attention_launch import (
     TILE,
     choose_launch,
     choose_splits,
+    choose_splits_in_clusters,
     in_clusters,
     num_passes,
     takes_clusters,
@@ -104,6 +105,16 @@ def test_splits_are_no_more_than_rounds_or_a_wave(
     assert 1 <= splits <= MAX_SPLITS
     assert (splits - 1) * TILE * warps < max_tokens
     assert splits == 1 or splits * pairs <= multiprocessors
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 66, 67, 100, 132, 133, 256])
+@pytest.mark.parametrize("max_tokens", [1, 64, 65, 8192])
+def test_single_splits_are_halved_where_both_halves_have_room(pairs: int, max_tokens: int) -> None:
+    splits = choose_splits(pairs, max_tokens, 132, 4)
+    few, many = (choose_launch(128, columns, torch.bfloat16, torch.bfloat16) for columns in (8, 32))
+    assert choose_splits_in_clusters(pairs, max_tokens, 132, many) == splits
+    halved = choose_splits_in_clusters(pairs, max_tokens, 132, few)
+    assert halved == (2 if splits == 1 and pairs <= 132 and max_tokens > TILE * 4 else splits)
 
 
 @pytest.mark.parametrize("splits", range(1, MAX_SPLITS + 1))
