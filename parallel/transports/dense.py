@@ -63,10 +63,9 @@ EXACT = LineFormat(
     units=7,
     lines=8,
     dtypes=tuple(REDUCTIONS),
-    # The best between two H200 over PCIe 5.0, by KiB in us: 64 in 7.3; 128 in 9.7, 256 in 15.0; 512 in 27, 1024 in
-    # 41.5, 2048 in 73. Up to 256 KiB each tile has a warp of its own. Beyond, 64 warps with a page each on its way in
-    # each direction fill the link; with 256, all is written before anything is read: 85 us.
-    launches=((64 * KIB, 16, 2), (256 * KIB, 64, 2), (MAX_BYTES, 16, 4)),
+    # So many warps have what the link carries in one round trip on their way; with more, more is written before the
+    # first is read, and the link is used one way for longer.
+    launches=((MAX_BYTES, 32, 1),),
 )
 # A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch parallel/rounded.py.
 INT8 = LineFormat(
@@ -76,7 +75,7 @@ INT8 = LineFormat(
     lines=2,
     dtypes=(torch.bfloat16, torch.float16),
     # Small tiles: a warp takes 5 us to round and to add up four times as much.
-    launches=((64 * KIB, 32, 2), (512 * KIB, 64, 4), (MAX_BYTES, 32, 8)),
+    launches=((MAX_BYTES, 32, 3),),
 )
 
 

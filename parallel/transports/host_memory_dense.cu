@@ -42,7 +42,8 @@ __device__ __forceinline__ uint4 sum_units(const uint4* units) {
 
 // Calls `give(i, unit)` with the sums of the units of a lane: its own, and those in the peers' lines.
 template <class Element, class Give>
-__device__ __forceinline__ void sum_tile(const uint4* own, const uint4 (*lines)[LINES], int rank, Give give) {
+__device__ __forceinline__ void sum_tile(const uint4* own, const uint4*, const uint4 (*lines)[LINES],
+                                         int rank, Give give) {
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
     uint4 values[WORLD];

@@ -34,12 +34,27 @@ __device__ __forceinline__ u32 low_bytes(const int* q) {
   return (q[0] & 255) | (q[1] & 255) << 8 | (q[2] & 255) << 16 | (u32)q[3] << 24;
 }
 
+#define ROUNDS 12582912.0f  // 1.5 * 2^23: what is added to it is rounded to whole numbers, in its lowest bits.
+
+// As the division: the remainder is exact. Not a number where it is infinite.
+__device__ __forceinline__ float over_largest(float value) {
+  const float near = value * (1.0f / LARGEST);
+  return __fmaf_rn(__fmaf_rn(-(float)LARGEST, near, value), 1.0f / LARGEST, near);
+}
+
+// As the division, of numbers of eight bits.
+__device__ __forceinline__ float inverse_of(float value) {
+  const float near = __fdividef(1.0f, value);
+  return __fmaf_rn(__fmaf_rn(-value, near, 1.0f), near, near);
+}
+
 __device__ __forceinline__ uint4 rounded_line(const float* values, u32 tag) {
-  const u32 scale = BFloat16::pair(largest_size(values) / LARGEST, 0.0f) & 0xffffu;
-  const float size = BFloat16::low(scale), inverse = size > 0.0f ? 1.0f / size : 0.0f;
+  const u32 scale = BFloat16::pair(over_largest(largest_size(values)), 0.0f) & 0xffffu;
+  const float size = BFloat16::low(scale), inverse = size > 0.0f ? inverse_of(size) : 0.0f;
   int q[GROUP];
 #pragma unroll
-  for (int i = 0; i < GROUP; ++i) q[i] = max(-LARGEST, min(LARGEST, __float2int_rn(values[i] * inverse)));
+  for (int i = 0; i < GROUP; ++i)
+    q[i] = (int)__float_as_uint(fmaxf(-LARGEST, fminf(LARGEST, values[i] * inverse)) + ROUNDS);
   return make_uint4(low_bytes(q), low_bytes(q + 4), low_bytes(q + 8), scale | tag << 16);
 }
 
@@ -60,7 +75,11 @@ __device__ __forceinline__ void pack(const uint4* units, uint4* lines, u32 tag) 
 
 __device__ __forceinline__ void add_bytes(u32 word, float scale, float* sums) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] += (float)(signed char)(word >> 8 * i) * scale;
+  for (int i = 0; i < 4; ++i) {
+    // 2^23 and the byte plus 128 are the bits of their sum.
+    const float number = __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7440 | i)) - 8388736.0f;
+    sums[i] += number * scale;
+  }
 }
 
 // The sums of one line's numbers over the ranks, in rank order, rounded once, two to a word.
@@ -78,11 +97,10 @@ __device__ __forceinline__ void sum_line(const uint4* of_ranks, u32* words) {
   for (int i = 0; i < GROUP / 2; ++i) words[i] = Element::pair(sums[2 * i], sums[2 * i + 1]);
 }
 
-// Calls `give(i, unit)` with the sums of the units of a lane: its own, and those in the peers' lines.
+// Calls `give(i, unit)` with the sums of the units of a lane: those of its own lines, and of the peers'.
 template <class Element, class Give>
-__device__ __forceinline__ void sum_tile(const uint4* own, const uint4 (*lines)[LINES], int rank, Give give) {
-  uint4 mine[LINES];
-  pack<Element>(own, mine, 0);
+__device__ __forceinline__ void sum_tile(const uint4*, const uint4* mine, const uint4 (*lines)[LINES],
+                                         int rank, Give give) {
 #pragma unroll
   for (int i = 0; i < LINES / 2; ++i) {
     u32 words[GROUP];

@@ -67,8 +67,15 @@ inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 
 inline float __uint_as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint32_t __float_as_uint(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
-// Of what is no number, 0, as on a card.
-inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : (int)nearbyintf(value); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdividef(float above, float below) { return above / below; }
+// Bytes of the two words, four bits of `choice` for each.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t choice) {
+  const uint64_t words = (uint64_t)high << 32 | low;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= (uint32_t)(words >> 8 * (choice >> 4 * i & 7) & 255) << 8 * i;
+  return found;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 typedef unsigned long long Wide;
 inline Wide atomicAdd(Wide* at, Wide more) { return __atomic_fetch_add(at, more, __ATOMIC_SEQ_CST); }

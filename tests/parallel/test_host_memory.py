@@ -148,7 +148,7 @@ def test_every_block_of_a_dense_launch_has_a_tile(num_bytes: int, lines: LineFor
     tiles = -(-num_bytes // lines.tile_bytes)
     assert 1 <= blocks <= min(64, tiles) and threads % 32 == 0 and 32 <= threads <= 256
     # All that there is to carry while that is less than the most warps.
-    assert blocks * threads // 32 >= min(tiles, 64)
+    assert blocks * threads // 32 >= min(tiles, 32)
 
 
 class Renewed:
