@@ -61,7 +61,8 @@ class Engine:
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
-        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        # Of the memory of all graphs.
+        self.pool = pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captures_passes else ()
         if sizes:
             self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool))
@@ -75,6 +76,8 @@ class Engine:
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
         self.run_step = self.capture_steps(pool) if self.captures else self.step_rows
+        if self.captures_drafts:
+            self.capture_drafts()
 
     @property
     def captures(self) -> bool:
@@ -87,6 +90,25 @@ class Engine:
         if isinstance(self.speculator, AutoSpeculator):
             return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
         return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
+
+    @property
+    def captures_drafts(self) -> bool:
+        """Whether a draft model's passes are captured though those that check its drafts are not."""
+        drafts = [] if self.speculator is None else self.speculator.drafter.models
+        return self.device.type == "cuda" and not self.captures and bool(drafts)
+
+    @property
+    def drafting(self) -> list[Speculator | TreeSpeculator]:
+        """What makes drafts: one for each tree that a step may have."""
+        if isinstance(self.speculator, AutoSpeculator):
+            return list(self.speculator.trees.values())
+        return [] if self.speculator is None else [self.speculator]
+
+    def capture_drafts(self) -> None:
+        """Graphs of what makes drafts."""
+        # The largest first: the others fit into its memory.
+        for each in sorted(self.drafting, key=lambda each: -each.rows_per_sequence):
+            each.capture_drafts(self.rows, self.pool)
 
     def record_passes(self, *, used: bool = False) -> None:
         """Captures passes of prompts now, so that none of those to come is held up by it: of all sizes, or of those
