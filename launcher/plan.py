@@ -143,6 +143,8 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         prefill_chunk=run.engine.prefill_chunk,
         rows_per_sequence=run.rows_per_sequence,
         draft_rows=run.speculation.draft_rows,
+        drafting_rows=run.speculation.drafting_rows,
+        drafting_passes=run.speculation.drafting_passes,
         num_ahead=run.num_ahead,
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from launcher.config import OffloadConfig, OffloadKind, TaskConfig, TaskKind
+from launcher.config import OffloadConfig, OffloadKind, SpeculationConfig, SpeculationKind, TaskConfig, TaskKind
 from launcher.memory import Demand
 from launcher.memory_fit import fits
 from launcher.offload import OffloadPlan
 from launcher.offload_disk import HOST_BYTES_PER_RANK
-from launcher.plan import GIB, KEPT_FREE, Plan
+from launcher.plan import GIB, KEPT_FREE, Plan, plan_run
 from launcher.plan_text import describe
 from launcher.shape import TYPICAL_SCHEMES
+from launcher.topology import place_ranks
 from parallel.engine.layout import ALIGNMENT
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
@@ -55,6 +56,27 @@ def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
     # A 4090's link is PCIe 4.0 x16.
     assert decided.tpot_floor_ms == pytest.approx(offload.pass_bytes[0] / 25e9 * 1e3)
     assert "graphs" not in lines
+
+
+def test_a_draft_model_beside_streamed_layers_takes_room_for_its_graphs() -> None:
+    """Its 32 layers, six times over: some ten kernels each of about 10 kB; and 6 rows of logits in bf16 and float32."""
+
+    def graphs(speculation: SpeculationConfig) -> int:
+        run, inventory = run_of(speculation=speculation), cards_of(1)
+        small = replace(LLAMA_8B, linear_bits=4.25)
+        return plan_run(run, place_ranks(run, 1, inventory), AWQ_4, inventory, draft=small).cards[0].lines["graphs"]
+
+    speculation = SpeculationConfig(SpeculationKind.draft, draft_path="org/small", tree_size=64)
+    drafted = graphs(speculation)
+    assert drafted == pytest.approx((55 + 6 * 32 * 10 * 10 / 1024) * 2**20 + 6 * 128256 * (2 + 4), rel=0.2)
+    more = graphs(replace(speculation, tree_top_k=48)) - drafted
+    assert more == pytest.approx((48 - 6) * 128256 * (2 + 4), rel=0.2)
+    looked_up = replace(speculation, kind=SpeculationKind.ngram, draft_path=None)
+    assert "graphs" not in plan(AWQ_4, cards_of(1), speculation=looked_up).cards[0].lines
+    # Each of some trees, for 1, 2 and 3 sequences.
+    chosen = run_of(speculation=replace(speculation, tree_size="auto"), workload__batch_size=3)
+    assert chosen.speculation.drafting_passes == 3 + 4 + 8 + 5 + 10
+    assert chosen.speculation.drafting_rows == 8
 
 
 def test_one_layer_more_would_not_fit() -> None:
