@@ -82,9 +82,10 @@ def draft_graphs_bytes(layer: Layer, num_rows: int, num_layers: int, logits_byte
     Args:
         num_layers: in all graphs, each as often as it is passed through.
     """
-    steps = layer.linear_steps(num_rows) | {"logits": logits_bytes}
-    held = 3 * num_rows * layer.hidden * layer.element_bytes
-    return GRAPHS_BYTES + num_layers * STEP_GRAPH_BYTES + held + max(steps.values())
+    hidden, intermediate = layer.hidden, layer.intermediate
+    activated = 3 * num_rows * intermediate * layer.element_bytes + layer.product(num_rows, 2 * intermediate * hidden)
+    held = 3 * num_rows * hidden * layer.element_bytes + max(activated, logits_bytes)
+    return max(GRAPHS_BYTES, num_layers * STEP_GRAPH_BYTES) + held
 
 
 def prompt_keys_bytes(layer: Layer, head_dim: int, kv_bytes: int, num_rows: int, limits: EngineLimits) -> int:

@@ -16,7 +16,7 @@ from launcher.memory_fit import largest_context
 from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
 from launcher.offload_config import KVPlace
 from launcher.offload_disk import largest_host_context, place_layers
-from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit
+from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choose_context, context_limit
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from launcher.units import GIB, MIB
@@ -158,7 +158,7 @@ def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
     limit, _ = context_limit(demand.shape, demand.draft_shape)
     needed = run.engine.max_context or run.needed_tokens
     wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    num_streamed = choose_num_streamed(run, demand, budgets, inventory, needed, wanted, KEPT_FREE)
+    num_streamed = choose_num_streamed(run, demand, budgets, inventory, needed, wanted, KEPT_FREE_STREAMED)
     return place_layers(run, demand, inventory, num_streamed)
 
 
