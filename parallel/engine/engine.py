@@ -136,9 +136,14 @@ class Engine:
         return self.decoder.streamer
 
     @property
-    def steps_keep_host(self) -> bool:
-        """Whether the host computes layers of a step, so that it has queued one only when most of it is done."""
-        return self.streamer is not None and bool(self.streamer.on_host)
+    def looks_first(self) -> bool:
+        """Whether a step is queued once all tokens before it have been seen, not while they are computed.
+
+        Where the host computes layers of a step, or reads them from the disk, it has queued one only when most of it is
+        done, and would see tokens a step late. Where it could be ahead it gains nothing: while it looks, the link brings
+        the next two layers. Steps take as long as their copies, also one that follows the end of an answer.
+        """
+        return self.streamer is not None
 
     @property
     def models(self) -> nn.ModuleList:

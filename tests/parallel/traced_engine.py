@@ -52,7 +52,7 @@ class TracedEngine:
     slots: dict[int, bytes] = field(default_factory=dict)
     # Nothing is drafted.
     plan = None
-    steps_keep_host = False
+    looks_first = False
 
     def reset(self) -> None:
         self.pages.reset()
