@@ -160,16 +160,22 @@ class Engine:
         """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
         The parts follow what is in the cache, or parts before them, and their sequences have pages. Each layer writes
-        the keys and values of all parts before any part attends to them.
+        the keys and values of all parts before any part attends to them. Before anything else, `prefill_drafts` is to
+        follow.
         """
         hidden = self.hidden_states(parts)
-        if self.speculator is not None:
-            self.speculator.prefill(parts)
         for part in parts:
             part.sequence.num_prefilled = part.end
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
         whole = [row for row, part in enumerate(parts) if part.sequence.is_prefilled]
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
+
+    @torch.inference_mode()
+    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+        """Takes parts of prompts through the draft model, where there is one. By itself: it gives no token, so that the
+        first ones of answers need not wait for it."""
+        if self.speculator is not None:
+            self.speculator.prefill(parts)
 
     @torch.inference_mode()
     def hidden_states(self, parts: Ordered[Part]) -> Tensor:

@@ -225,7 +225,8 @@ class Generation:
         if started:
             first_tokens = self.engine.start_answers(started, logits)
             self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
-            self.scheduler.retire_sampled()
+        self.engine.prefill_drafts(parts)
+        self.scheduler.retire_sampled()
         self.prefilled_tokens += sum(part.end - part.start for part in parts)
         self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 

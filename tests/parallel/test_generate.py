@@ -52,6 +52,9 @@ class ScriptedEngine:
             part.sequence.num_prefilled = part.end
         return torch.empty(0)
 
+    def prefill_drafts(self, parts: Sequence[Part]) -> None:
+        """There is no draft model."""
+
     def start_answers(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Tensor:
         return self.next_tokens(sequences)
 

@@ -81,6 +81,9 @@ class TracedEngine:
             self.read(part.sequence, part.end)
         return torch.empty(0)
 
+    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+        """There is no draft model."""
+
     def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
         assert all(sequence.is_prefilled and not sequence.num_sampled for sequence in sequences)
         return self.extend(sequences)
