@@ -140,8 +140,8 @@ class Engine:
         """Whether a step is queued once all tokens before it have been seen, not while they are computed.
 
         Where the host computes layers of a step, or reads them from the disk, it has queued one only when most of it is
-        done, and would see tokens a step late. Where it could be ahead it gains nothing: while it looks, the link brings
-        the next two layers. Steps take as long as their copies, also one that follows the end of an answer.
+        done, and would see tokens a step late. Where it could be ahead that gains nothing: while it looks, the link
+        brings the next two layers. And a step takes as long as its copies, also one that follows the end of an answer.
         """
         return self.streamer is not None
 

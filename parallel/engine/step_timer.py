@@ -86,7 +86,7 @@ def prepared_step(
 
 @contextmanager
 def swapped_drafts(engine: Engine, communicator: Communicator) -> Iterator[None]:
-    """Drafts that are captured by themselves are so anew where graphs of other than `communicator` would be replayed."""
+    """Drafts with graphs of their own get others where those in place talk through another than `communicator`."""
     before = [(each, each.graphs) for each in engine.drafting]
     if communicator is not engine.communicator:
         for each, graphs in before:

@@ -13,7 +13,6 @@ import pytest
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result, StopRules, generate
-from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -61,26 +60,28 @@ def answer(engine: Engine) -> tuple[list[list[int]], Counter[int]]:
 
 
 def both_answers(
-    communicator: Communicator, draft: Path, speculation: Speculation, sampling: SamplingParams | None
+    communicator: Communicator, draft: Path, speculation: Speculation
 ) -> list[tuple[list[list[int]], Counter[int]]]:
-    settings = SETTINGS | {"speculation": speculation, "draft": draft, "sampling": sampling}
-    plain, recorded = (make_engine(communicator, DEMO, **settings) for _ in range(2))
-    recorder = put_graphs(recorded)
-    found = [answer(plain), answer(recorded)]
-    assert len(recorder.communicators) == 4 * len(recorded.drafting), "graphs of 1, 2, 4 and 6 rows"
+    """Greedy launched and replayed, then sampled."""
+    found = []
+    for sampling in (None, SAMPLED):
+        settings = SETTINGS | {"speculation": speculation, "draft": draft, "sampling": sampling}
+        plain, recorded = (make_engine(communicator, DEMO, **settings) for _ in range(2))
+        recorder = put_graphs(recorded)
+        found += [answer(plain), answer(recorded)]
+        assert len(recorder.communicators) == 4 * len(recorded.drafting), "graphs of 1, 2, 4 and 6 rows"
     return found
 
 
-@pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("speculation", [CHAIN, TREE, AUTO], ids=["chain", "tree", "auto"])
-def test_what_is_replayed_guesses_what_is_launched(
-    speculation: Speculation, sampling: SamplingParams | None, tmp_path: Path
-) -> None:
+def test_what_is_replayed_guesses_what_is_launched(speculation: Speculation, tmp_path: Path) -> None:
     """Drafts as right as they were: a wrong one would not show in answers."""
     draft = write_truncated(DEMO, tmp_path / "draft", 3)
-    (plain, lengths), recorded = run_on_ranks(both_answers, 1, draft, speculation, sampling)[0]
-    assert recorded == (plain, lengths)
-    assert lengths.total() > lengths[0] > 0
+    greedy, replayed, sampled, resampled = run_on_ranks(both_answers, 1, draft, speculation)[0]
+    assert (replayed, resampled) == (greedy, sampled)
+    assert greedy != sampled
+    for _, lengths in (greedy, sampled):
+        assert lengths.total() > lengths[0] > 0
 
 
 def timed(communicator: Communicator, draft: Path) -> None:

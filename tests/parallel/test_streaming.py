@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
@@ -89,18 +90,19 @@ def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Pa
 def steps_to_an_end(communicator: Communicator) -> list[int]:
     """Those of an answer that ends after six tokens: of the resident model, and with layers in host memory, on the
     disk."""
-    prompt, found = numbered(prompts_of("demo")[:1]), []
+    prompt = numbered(prompts_of("demo")[:1])
     (tokens,) = answers(make_engine(communicator, DEMO), prompt)
     assert tokens[5] not in tokens[:5]
-    for places in ({}, {"streamed": (1, 3)}, {"on_disk": (2,)}):
-        engine, steps = make_engine(communicator, DEMO, **places), []
-        step = engine.step
+
+    def num_steps(engine: Engine) -> int:
+        steps, step = [], engine.step
         engine.step = lambda sequences: steps.append(0) or step(sequences)  # type: ignore[method-assign]
-        rules = StopRules(50, frozenset({tokens[5]}))
-        (answer,) = generate(engine, prompt, demo_tokenizer(), rules).answers
+        (answer,) = generate(engine, prompt, demo_tokenizer(), StopRules(50, frozenset({tokens[5]}))).answers
         assert answer.token_ids == tokens[:6]
-        found.append(len(steps))
-    return found
+        return len(steps)
+
+    places = ({}, {"streamed": (1, 3)}, {"on_disk": (2,)})
+    return [num_steps(make_engine(communicator, DEMO, **each)) for each in places]
 
 
 def test_no_pass_is_streamed_after_an_end_of_sequence() -> None:
