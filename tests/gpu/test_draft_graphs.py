@@ -35,7 +35,6 @@ from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model, share_process_group
-from parallel.transports.solo import Solo
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.gpu.test_speculation import SAMPLED as SAMPLED_ARGS
 from tests.launcher.cli import run
@@ -142,9 +141,8 @@ def following(run_step: Callable[[], None], num: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def costs(_: Communicator) -> list[dict[str, float]]:
+def costs(communicator: Communicator) -> list[dict[str, float]]:
     share_process_group(torch.device("cpu"))
-    communicator = Solo(DEVICE)
     layers = HostLayers(spread_layers(LARGE.num_layers, NUM_STREAMED), DEVICE)
     large, small = made_up(communicator, LARGE, layers), made_up(communicator, SMALL, None)
     found = []
