@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
 from launcher.memory_kv import kv_lines
-from launcher.memory_layer import Layer, graphs_bytes, prompt_keys_bytes
+from launcher.memory_layer import Layer, draft_graphs_bytes, graphs_bytes, prompt_keys_bytes
 from launcher.memory_process import process_lines
 from launcher.memory_streamed import linear_load, streamed_lines
 from launcher.memory_weights import held_linear_bits
 from launcher.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.engine.limits import SAMPLED_ROWS, EngineLimits, choose_sections
+from parallel.engine.limits import SAMPLED_ROWS, EngineLimits, choose_sections, graph_sizes
 from parallel.kernels.held import (
     DEQUANTIZED_AT_A_TIME,
     HOST_INT4_PRODUCT_BYTES,
@@ -51,10 +51,12 @@ class Demand:
     transport: str
     batch_size: int
     prefill_chunk: int
-    # In a decode step: the newest token and the drafts. Then those of a pass of the draft model, and slots in the cache
-    # beyond a sequence's tokens.
+    # In a decode step: the newest token and the drafts. Then those of a pass of the draft model, of one in which it
+    # drafts, how many these are for all trees, and slots in the cache beyond a sequence's tokens.
     rows_per_sequence: int = 1
     draft_rows: int = 1
+    drafting_rows: int = 1
+    drafting_passes: int = 0
     num_ahead: int = 0
     # Whether small passes of prompts are graphs, as steps are.
     captures_passes: bool = False
@@ -165,26 +167,30 @@ class Demand:
 
     def _speculation(self, rank: int, max_context: int) -> dict[str, int]:
         """What drafts take beside the weights of their model: its cache, and all tokens of all sequences."""
-        draft, cache = self.draft, {}
-        if draft is not None:
-            cache = {"draft.kv_cache": kv_lines(draft, rank, max_context)["kv_cache"]}
+        cache = {} if self.draft is None else {"draft.kv_cache": kv_lines(self.draft, rank, max_context)["kv_cache"]}
         tokens = self.batch_size * (max_context + 1) * TOKEN_BYTES
         return cache | ({"draft.tokens": tokens} if self.rows_per_sequence > 1 else {})
 
     def _varying(self, rank: int, max_context: int) -> dict[str, int]:
-        draft = self.draft
-        models = (self,) if draft is None else (self, draft)
+        models = [each for each in (self, self.draft) if each is not None]
         cache = kv_lines(self, rank, max_context)
         activations = max(each._activations(rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
-        # Steps with streamed layers are not captured.
-        is_captured = self.device == "cuda" and not self.num_streamed
-        graphs = {"graphs": self._graphs(rank)} if is_captured else {}
-        return cache | {"activations": activations} | graphs | ({"load": load} if load else {})
+        return cache | {"activations": activations} | self._graphs(rank) | ({"load": load} if load else {})
 
-    def _graphs(self, rank: int) -> int:
-        layer, num_layers = self._layer(rank), self.shape.num_layers
-        return graphs_bytes(layer, num_layers, self.prefill_chunk, captures_passes=self.captures_passes)
+    def _graphs(self, rank: int) -> dict[str, int]:
+        """Steps with streamed layers are not captured, but what drafts for them is."""
+        if self.device == "cpu":
+            return {}
+        if self.num_streamed:
+            return {} if self.draft is None else {"graphs": self.draft._draft_graphs(rank)}
+        layer, captures = self._layer(rank), self.captures_passes
+        return {"graphs": graphs_bytes(layer, self.shape.num_layers, self.prefill_chunk, captures_passes=captures)}
+
+    def _draft_graphs(self, rank: int) -> int:
+        rows, num_graphs = self.batch_size * self.drafting_rows, len(graph_sizes(self.batch_size))
+        num_layers = num_graphs * self.drafting_passes * self.shape.num_layers
+        return draft_graphs_bytes(self._layer(rank), rows, num_layers, self._logits(rank, rows))
 
     def _load(self, rank: int) -> int:
         """Peak beside the weights that stay, of the tensor whose load takes most."""

@@ -15,6 +15,8 @@ GRAPHS_BYTES = 55 * 1024**2
 # That was for passes left whole, and for halves whose weights are dequantised block by block, some 120 kernels a layer
 # of a 70B with those of its piece. A section that multiplies by weights as they are has some 26, so that four have 104.
 PASS_GRAPH_BYTES = 1200 * 1024
+# Of those a decode step has a tenth.
+STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3
 INT64_BYTES = 8
@@ -71,6 +73,19 @@ def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_
     kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
     piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
     return GRAPHS_BYTES + kept + (piece if tokens else 0) + len(sizes) * num_layers * PASS_GRAPH_BYTES
+
+
+def draft_graphs_bytes(layer: Layer, num_rows: int, num_layers: int, logits_bytes: int) -> int:
+    """Of a draft model, whose passes are captured where those that check its drafts are not: graphs, and the largest
+    step of a pass of so many rows, which has memory of its own.
+
+    Args:
+        num_layers: in all graphs, each as often as it is passed through.
+    """
+    hidden, intermediate = layer.hidden, layer.intermediate
+    activated = 3 * num_rows * intermediate * layer.element_bytes + layer.product(num_rows, 2 * intermediate * hidden)
+    held = 3 * num_rows * hidden * layer.element_bytes + max(activated, logits_bytes)
+    return max(GRAPHS_BYTES, num_layers * STEP_GRAPH_BYTES) + held
 
 
 def prompt_keys_bytes(layer: Layer, head_dim: int, kv_bytes: int, num_rows: int, limits: EngineLimits) -> int:

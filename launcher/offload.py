@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from launcher.config import RunConfig, WeightsKind
+from launcher.config import RunConfig, SpeculationKind, WeightsKind
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import fits, largest
 from launcher.memory_kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory_streamed import disk_bytes, ring_bytes
-from launcher.offload_config import OffloadKind
+from launcher.offload_config import KVPlace, OffloadKind
 from launcher.offload_disk import (
     DiskRate,
     disk_rate,
@@ -35,6 +35,8 @@ from parallel.kernels.held import host_refusal
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.
 COPY_GB_PER_SEC = {3: 12.4, 4: 25.0, 5: 55.0}
 FULL_LANES = 16
+# Whether keys and values of layers in host memory may lie there, too.
+KV_ON_HOST = {KVPlace.card: (False,), KVPlace.host: (True,), KVPlace.auto: (False, True)}
 # One token of prompt and one of answer.
 MIN_CONTEXT = 2
 
@@ -124,6 +126,36 @@ def choose_num_streamed(
     wished = next((num for num in range(1, num_layers) if fits(place(num), room, wanted)), num_layers)
     possible = largest(lambda num: has_host_room(run, place(num), inventory), wished)
     return possible if possible and fits(place(possible), budgets, needed) else wished
+
+
+def choose_kv_place(
+    run: RunConfig,
+    demands: Sequence[Demand],
+    budgets: tuple[int, ...],
+    inventory: Inventory,
+    needed: int,
+    wanted: int,
+) -> Demand:
+    """Of those with keys and values in one place or another, the first whose steps copy least.
+
+    That is of those with room for sequences of `wanted` tokens, or else `needed`; the first where none has that.
+    """
+    for tokens in (wanted, needed):
+        possible = [
+            each for each in demands if fits(each, budgets, tokens) and has_host_room(run, each, inventory, tokens)
+        ]
+        if possible:
+            return min(possible, key=partial(_step_bytes, run))
+    return demands[0]
+
+
+def _step_bytes(run: RunConfig, demand: Demand) -> int:
+    """What a step copies to the rank that gets most. With drafts the host does not know how far sequences have come."""
+    is_known = run.speculation.kind == SpeculationKind.none
+    num_tokens = run.attended_tokens if is_known else run.workload.batch_size * run.needed_tokens
+    num_layers = demand.num_streamed - demand.num_disk
+    sizes = zip(demand.layer_bytes(), host_kv_bytes_per_token(demand), strict=True)
+    return max(num_layers * layer_bytes + num_tokens * token_bytes for layer_bytes, token_bytes in sizes)
 
 
 def weights_exceed(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:

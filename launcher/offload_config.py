@@ -16,10 +16,12 @@ class OffloadKind(str, Enum):
 
 
 class KVPlace(str, Enum):
-    """Where keys and values of layers in host memory lie: on the card all the time, or with their layers."""
+    """Where keys and values of layers in host memory lie: on the card all the time, or with their layers; `auto`: where
+    a step copies less."""
 
     card = "card"
     host = "host"
+    auto = "auto"
 
 
 @dataclass
@@ -32,7 +34,8 @@ class OffloadConfig:
     # trial at the start shows to be fastest, so that answers may differ from one start to the next.
     host_layers: int | None = 0
     # Where keys and values of layers in host memory lie: card, or host, from where they come for their attention in
-    # every pass. That leaves room on the card for several times as many tokens, and brings all that a pass attends to.
+    # every pass. That leaves room on the card for several times as many tokens, or more layers, and brings all that a
+    # pass attends to; auto: where a step of the workload copies less by the plan.
     kv: KVPlace = KVPlace.card
     # Where layers are read from in every pass that host memory does not hold either: `checkpoint`, the model's own
     # files, or a folder with a copy of them on a faster disk. Nothing is written. Null: such a run is refused.
@@ -56,7 +59,7 @@ class OffloadConfig:
             )
 
     def _kv_problems(self) -> Iterator[str]:
-        if self.kv == KVPlace.card:
+        if self.kv != KVPlace.host:
             return
         if self.enabled == OffloadKind.off:
             yield "offload.kv=host is for layers in host memory, but offload.enabled=off. Leave one of them out."

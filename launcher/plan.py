@@ -13,10 +13,9 @@ from launcher.engine_config import PrefillGraphs
 from launcher.hardware import Card, Inventory
 from launcher.memory import Demand
 from launcher.memory_fit import largest_context
-from launcher.offload import OffloadPlan, choose_num_streamed, plan_offload
-from launcher.offload_config import KVPlace
+from launcher.offload import KV_ON_HOST, OffloadPlan, choose_kv_place, choose_num_streamed, plan_offload
 from launcher.offload_disk import largest_host_context, place_layers
-from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE, choose_context, context_limit
+from launcher.plan_context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choose_context, context_limit
 from launcher.shape import ModelShape
 from launcher.topology import Placement, PlanError
 from launcher.units import GIB, MIB
@@ -143,21 +142,28 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         prefill_chunk=run.engine.prefill_chunk,
         rows_per_sequence=run.rows_per_sequence,
         draft_rows=run.speculation.draft_rows,
+        drafting_rows=run.speculation.drafting_rows,
+        drafting_passes=run.speculation.drafting_passes,
         num_ahead=run.num_ahead,
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
         may_share=run.offload.host_layers != 0,
-        kv_on_host=run.offload.kv == KVPlace.host,
     )
 
 
 def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
-    """`demand` with as many layers in host memory, and on the disk, as the run must have there."""
+    """`demand` with as many layers in host memory, and on the disk, as the run must have there, and their keys and
+    values where offload.kv says."""
     limit, _ = context_limit(demand.shape, demand.draft_shape)
     needed = run.engine.max_context or run.needed_tokens
     wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    num_streamed = choose_num_streamed(run, demand, budgets, inventory, needed, wanted, KEPT_FREE)
-    return place_layers(run, demand, inventory, num_streamed)
+    demands = []
+    # offload.disk is for hosts that have no room for keys and values.
+    for kv_on_host in KV_ON_HOST[run.offload.kv] if run.offload.disk is None else (False,):
+        placed = replace(demand, kv_on_host=kv_on_host)
+        num_streamed = choose_num_streamed(run, placed, budgets, inventory, needed, wanted, KEPT_FREE_STREAMED)
+        demands.append(place_layers(run, placed, inventory, num_streamed))
+    return choose_kv_place(run, demands, budgets, inventory, needed, wanted)
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:

@@ -20,6 +20,9 @@ DEFAULT_MAX_CONTEXT = 8192
 # Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
 # 70B on one H200, results/one_card_h200_202611.md).
 KEPT_FREE = 0.02
+# The same where layers are streamed, so that no more of them are than must be: peaks of such runs were 0.4 % below to
+# 0.1 % above (results/one_card_offload_h200_202611.md, streamed_trees_h200_202611.md, streaming_h200_202611.md).
+KEPT_FREE_STREAMED = 0.01
 
 
 def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
@@ -41,7 +44,8 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
     wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
     if not fits(demand, budgets, needed):
         raise refuse_memory(Refused(run, demand, budgets, inventory, needed))
-    most = largest_context(demand, tuple(round(budget * (1 - KEPT_FREE)) for budget in budgets), wanted)
+    kept_free = KEPT_FREE_STREAMED if demand.num_streamed else KEPT_FREE
+    most = largest_context(demand, tuple(round(budget * (1 - kept_free)) for budget in budgets), wanted)
     on_host = largest_host_context(run, demand, inventory, most)
     in_pages = max(on_host // PAGE_SIZE * PAGE_SIZE, needed)
     if on_host < most:

@@ -152,9 +152,19 @@ class SpeculationConfig:
         return max((tree.size for tree in self.trees), default=1 + self.chain)
 
     @property
+    def drafting_rows(self) -> int:
+        """Rows that it takes in a pass in which a draft model drafts: at first its newest token, and the one before."""
+        return max([2, *(tree.top_k for tree in self.trees)])
+
+    @property
     def draft_rows(self) -> int:
-        """Rows that it takes in a pass of a draft model: at first its newest token, and the one before."""
-        return max(2, *(tree.top_k for tree in self.trees), TAKEN_IN if self.choices else 0)
+        """Rows that it takes in a pass of a draft model."""
+        return max(self.drafting_rows, TAKEN_IN if self.choices else 0)
+
+    @property
+    def drafting_passes(self) -> int:
+        """Of a draft model, for all trees that a step may have."""
+        return sum(tree.depth for tree in self.trees) or self.chain
 
     @property
     def num_ahead(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from launcher.offload import OffloadPlan
-from launcher.offload_config import KVPlace
 from launcher.rank import RankContext
 from launcher.tasks.bandwidth import copy_bandwidth
 from parallel.kernels import host_int4
@@ -24,7 +23,7 @@ def open_host_layers(context: RankContext, offload: OffloadPlan) -> HostLayers:
     """Raises RuntimeError: memory for the trial cannot be pinned."""
     offloaded = offload.streamed_layers
     disk = DiskLayers(offload.disk_layers, context.device) if offload.disk_layers else None
-    with_kv = context.job.run.offload.kv == KVPlace.host
+    with_kv = any(offload.kv_host_bytes)
     return HostLayers(offloaded, context.device, share_layers(context, offloaded), disk, with_kv=with_kv)
 
 

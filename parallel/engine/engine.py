@@ -61,7 +61,8 @@ class Engine:
         self.dtype = model.lm_head.weight.dtype
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
-        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        # Of the memory of all graphs.
+        self.pool = pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captures_passes else ()
         if sizes:
             self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool))
@@ -75,6 +76,8 @@ class Engine:
         # The first tokens of answers whose sequences wait for a row.
         self.fresh: dict[Sequence, Tensor] = {}
         self.run_step = self.capture_steps(pool) if self.captures else self.step_rows
+        if self.captures_drafts:
+            self.capture_drafts()
 
     @property
     def captures(self) -> bool:
@@ -87,6 +90,25 @@ class Engine:
         if isinstance(self.speculator, AutoSpeculator):
             return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
         return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
+
+    @property
+    def captures_drafts(self) -> bool:
+        """Whether a draft model's passes are captured though those that check its drafts are not."""
+        drafts = [] if self.speculator is None else self.speculator.drafter.models
+        return self.device.type == "cuda" and not self.captures and bool(drafts)
+
+    @property
+    def drafting(self) -> list[Speculator | TreeSpeculator]:
+        """What makes drafts: one for each tree that a step may have."""
+        if isinstance(self.speculator, AutoSpeculator):
+            return list(self.speculator.trees.values())
+        return [] if self.speculator is None else [self.speculator]
+
+    def capture_drafts(self) -> None:
+        """Graphs of what makes drafts."""
+        # The largest first: the others fit into its memory.
+        for each in sorted(self.drafting, key=lambda each: -each.rows_per_sequence):
+            each.capture_drafts(self.rows, self.pool)
 
     def record_passes(self, *, used: bool = False) -> None:
         """Captures passes of prompts now, so that none of those to come is held up by it: of all sizes, or of those
@@ -114,9 +136,14 @@ class Engine:
         return self.decoder.streamer
 
     @property
-    def steps_keep_host(self) -> bool:
-        """Whether the host computes layers of a step, so that it has queued one only when most of it is done."""
-        return self.streamer is not None and bool(self.streamer.on_host)
+    def looks_first(self) -> bool:
+        """Whether a step is queued once all tokens before it have been seen, not while they are computed.
+
+        Where the host computes layers of a step, or reads them from the disk, it has queued one only when most of it is
+        done, and would see tokens a step late. Where it could be ahead that gains nothing: while it looks, the link
+        brings the next two layers. And a step takes as long as its copies, also one that follows the end of an answer.
+        """
+        return self.streamer is not None
 
     @property
     def models(self) -> nn.ModuleList:
@@ -133,16 +160,22 @@ class Engine:
         """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
         The parts follow what is in the cache, or parts before them, and their sequences have pages. Each layer writes
-        the keys and values of all parts before any part attends to them.
+        the keys and values of all parts before any part attends to them. Before anything else, `prefill_drafts` is to
+        follow.
         """
         hidden = self.hidden_states(parts)
-        if self.speculator is not None:
-            self.speculator.prefill(parts)
         for part in parts:
             part.sequence.num_prefilled = part.end
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
         whole = [row for row, part in enumerate(parts) if part.sequence.is_prefilled]
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
+
+    @torch.inference_mode()
+    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+        """Takes parts of prompts through the draft model, where there is one. By itself: it gives no token, so that the
+        first ones of answers need not wait for it."""
+        if self.speculator is not None:
+            self.speculator.prefill(parts)
 
     @torch.inference_mode()
     def hidden_states(self, parts: Ordered[Part]) -> Tensor:

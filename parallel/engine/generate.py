@@ -1,4 +1,4 @@
-"""Generation: prompts to answers, many at a time, the host always one pass behind the device."""
+"""Generation: prompts to answers, many at a time, the host one pass behind the device, or right at it (look_first)."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ class Generation:
         return bool(parts or running)
 
     def look_first(self) -> None:
-        """Takes all tokens before a step that keeps the host, which would see them a whole step late."""
-        while self.pending and self.engine.steps_keep_host:
+        """Takes all tokens before what is queued next, where the engine says so."""
+        while self.pending and self.engine.looks_first:
             self.take(self.pending.popleft())
 
     def take_arrivals(self) -> None:
@@ -225,7 +225,8 @@ class Generation:
         if started:
             first_tokens = self.engine.start_answers(started, logits)
             self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
-            self.scheduler.retire_sampled()
+        self.engine.prefill_drafts(parts)
+        self.scheduler.retire_sampled()
         self.prefilled_tokens += sum(part.end - part.start for part in parts)
         self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 

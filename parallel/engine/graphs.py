@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-# A step of other numbers of rows runs the next larger graph, its last rows empty.
-SIZES = (1, 2, 4, 8, 16, 32)
+from parallel.engine.limits import graph_sizes
+
 # Before a capture, the step runs this often outside of it: kernels are compiled and libraries set themselves up.
 NUM_WARM_UPS = 2
 
@@ -37,8 +37,3 @@ def capture(run: Callable[[], None], pool: Any = None, num_warm_ups: int = NUM_W
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph
-
-
-def graph_sizes(max_rows: int) -> tuple[int, ...]:
-    """Those up to `max_rows`, and `max_rows` itself."""
-    return (*(size for size in SIZES if size < max_rows), max_rows)

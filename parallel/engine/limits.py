@@ -13,6 +13,8 @@ PAGE_SIZE = 64
 MAX_NODES = 256
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
+# Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 # Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
 # of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
 # 4 bits took, as graphs, 112.7 ms for 512 rows in one, 101.5, 106.7 and 107.5 in 2, 3 and 4, and 220, 175, 188 and 202
@@ -61,6 +63,11 @@ def cut_evenly(num_rows: int, num_sections: int) -> tuple[int, ...]:
     count = min(num_sections, num_tiles)
     ends = [min(math.ceil(num_tiles * place / count) * ROWS_PER_TILE, num_rows) for place in range(1, count + 1)]
     return tuple(end - start for start, end in pairwise((0, *ends)))
+
+
+def graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """Of GRAPH_SIZES those up to `max_rows`, and `max_rows` itself."""
+    return (*(size for size in GRAPH_SIZES if size < max_rows), max_rows)
 
 
 def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:

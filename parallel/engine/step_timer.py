@@ -74,13 +74,28 @@ def prepared_step(
             sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
             sequence.num_sampled = 1
             engine.fresh[sequence] = torch.zeros((), dtype=torch.int64, device=engine.device)
-        with torch.inference_mode(), swapped_communicator(engine.models, communicator):
+        swapped = swapped_communicator(engine.models, communicator), swapped_drafts(engine, communicator)
+        with torch.inference_mode(), swapped[0], swapped[1]:
             engine.arrange(sequences)
             step = _same_step(engine, len(sequences), run_rows or engine.step_rows)
             yield capture(step).replay if engine.captures and not is_captured else step
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
+
+
+@contextmanager
+def swapped_drafts(engine: Engine, communicator: Communicator) -> Iterator[None]:
+    """Drafts with graphs of their own get others where those in place talk through another than `communicator`."""
+    before = [(each, each.graphs) for each in engine.drafting]
+    if communicator is not engine.communicator:
+        for each, graphs in before:
+            each.graphs = None if graphs is None else graphs.anew()
+    try:
+        yield
+    finally:
+        for each, graphs in before:
+            each.graphs = graphs
 
 
 def open_sequence(engine: Engine, index: int, length: int, num_drafts: int) -> EngineSequence:
@@ -101,9 +116,9 @@ def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object])
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call, and of what it queued on the device."""
+    """Of one call, and of what it queued to be computed: copies of layers for the next call go on beside that."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return (time.perf_counter() - start) * 1e3

@@ -6,7 +6,9 @@ before it in the same buffer has computed, which for all but large chunks of pro
 other buffer ends: the copy engine goes from one copy to the next.
 
 Passes are queued by the host, launch by launch, and not captured in a graph. A step takes as long as its copies,
-hundreds of milliseconds for a 70B of which half is streamed; to queue it takes some ten, one step ahead.
+hundreds of milliseconds for a 70B of which half is streamed; to queue it takes some ten, layer by layer meanwhile. What
+lies between two passes has the time that two layers take to come: the draft model's part of it is captured
+(parallel/engine/speculation/draft_graphs.py).
 """
 
 from __future__ import annotations

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from launcher.config import OffloadConfig, OffloadKind, TaskConfig, TaskKind
+from launcher.config import OffloadConfig, OffloadKind, SpeculationConfig, SpeculationKind, TaskConfig, TaskKind
 from launcher.memory import Demand
 from launcher.memory_fit import fits
 from launcher.offload import OffloadPlan
 from launcher.offload_disk import HOST_BYTES_PER_RANK
-from launcher.plan import GIB, KEPT_FREE, Plan
+from launcher.plan import GIB, Plan, plan_run
+from launcher.plan_context import KEPT_FREE_STREAMED
 from launcher.plan_text import describe
 from launcher.shape import TYPICAL_SCHEMES
+from launcher.topology import place_ranks
 from parallel.engine.layout import ALIGNMENT
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
@@ -57,9 +59,30 @@ def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
     assert "graphs" not in lines
 
 
+def test_a_draft_model_beside_streamed_layers_takes_room_for_its_graphs() -> None:
+    """As steps have them, or ten kernels a layer of about 10 kB; and rows of logits in bf16 and float32."""
+
+    def graphs(speculation: SpeculationConfig, batch_size: int = 1) -> int:
+        run, inventory = run_of(speculation=speculation, workload__batch_size=batch_size), cards_of(1)
+        small = replace(LLAMA_8B, linear_bits=4.25)
+        return plan_run(run, place_ranks(run, 1, inventory), AWQ_4, inventory, draft=small).cards[0].lines["graphs"]
+
+    speculation = SpeculationConfig(SpeculationKind.draft, draft_path="org/small", tree_size=64)
+    drafted = graphs(speculation)
+    assert drafted == pytest.approx(55 * 2**20 + 6 * 128256 * (2 + 4), rel=0.05)
+    more = graphs(replace(speculation, tree_top_k=48)) - drafted
+    assert more == pytest.approx((48 - 6) * 128256 * (2 + 4), rel=0.2)
+    looked_up = replace(speculation, kind=SpeculationKind.ngram, draft_path=None)
+    assert "graphs" not in plan(AWQ_4, cards_of(1), speculation=looked_up).cards[0].lines
+    # Trees of five depths and up to eight children, for 1, 2 and 3 sequences.
+    chosen = graphs(replace(speculation, tree_size="auto"), 3)
+    assert chosen == pytest.approx(3 * (3 + 4 + 8 + 5 + 10) * 32 * 10 * 10e3 + 3 * 8 * 128256 * (2 + 4), rel=0.25)
+
+
 def test_one_layer_more_would_not_fit() -> None:
     decided = plan(AWQ_4, cards_of(1), engine__max_context=4096)
-    card, left = decided.cards[0], decided.cards[0].budget_bytes * (1 - KEPT_FREE) - decided.cards[0].predicted_bytes
+    card, room = decided.cards[0], decided.cards[0].budget_bytes * (1 - KEPT_FREE_STREAMED)
+    left = room - card.predicted_bytes
     assert 0 <= left < card.lines["staging"] / 2
 
 

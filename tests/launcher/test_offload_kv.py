@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from launcher.config import KVPlace, OffloadConfig, OffloadKind, TaskConfig, TaskKind
+from launcher.config import (
+    KVPlace,
+    OffloadConfig,
+    OffloadKind,
+    SpeculationConfig,
+    SpeculationKind,
+    TaskConfig,
+    TaskKind,
+)
 from launcher.hardware import Inventory
 from launcher.plan import GIB, Plan
 from launcher.plan_text import describe
@@ -62,6 +70,47 @@ def test_ranks_have_their_heads_there() -> None:
     decided = plan(AWQ_4, inventory, 3, offload=replace(HOSTED, enabled=OffloadKind.on))
     heads = [2, 3, 3]
     assert sorted(streamed(decided).kv_bytes_per_token) == [40 * 2 * num * 128 * 2 for num in heads]
+
+
+def step_ms(decided: Plan, num_tokens: int) -> float:
+    offload = streamed(decided)
+    assert offload.pass_ms is not None
+    return offload.pass_ms + num_tokens * offload.kv_token_ms
+
+
+def test_keys_and_values_lie_where_a_step_copies_less() -> None:
+    """The card has room for sequences at their longest, a pass brings what there is: at a fifteenth of that three more
+    layers stay for less, at the whole of it for as much."""
+    places = [OffloadConfig(kv=place) for place in KVPlace]
+    short, long = {"workload__prompt_tokens": 512}, {"engine__max_context": 2048, "workload__prompt_tokens": 2000}
+    for workload, batch_size, hosted in ((short, 1, True), (long, 12, False)):
+        changes = workload | {"workload__output_tokens": 48, "workload__batch_size": batch_size}
+        on_card, on_host, chosen = (plan(AWQ_4, cards_of(1), offload=each, **changes) for each in places)
+        assert chosen == (on_host if hosted else on_card)
+        tokens = batch_size * (changes["workload__prompt_tokens"] + 24)
+        assert step_ms(chosen, tokens) == min(step_ms(each, tokens) for each in (on_card, on_host))
+        if hosted:
+            assert step_ms(on_host, tokens) < 0.94 * step_ms(on_card, tokens)
+    # With drafts all pages of a sequence come.
+    guessed = SpeculationConfig(SpeculationKind.ngram)
+    full = {"engine__max_context": 2048, "workload__prompt_tokens": 64, "workload__output_tokens": 1984}
+    known, unknown = (
+        plan(AWQ_4, cards_of(1), offload=places[2], workload__batch_size=12, **full, **each)
+        for each in ({}, {"speculation": guessed})
+    )
+    assert streamed(known).kv_token_ms > 0
+    assert streamed(unknown).kv_token_ms == 0
+
+
+def test_where_keys_and_values_lie_is_chosen_of_what_there_is_room_for() -> None:
+    auto = OffloadConfig(kv=KVPlace.auto)
+    # 16 sequences of 832 tokens fit beside no layer but with theirs.
+    fits = plan(AWQ_4, cards_of(1), **of_batch(replace(auto, resident_layers=40), 16, 832))
+    assert streamed(fits).kv_token_ms > 0
+    assert streamed(plan(AWQ_4, with_room(0), offload=auto)).kv_token_ms == 0
+    assert plan(LLAMA_8B, cards_of(1), offload=auto).offload is None
+    with_disk = replace(auto, disk="checkpoint")
+    assert streamed(plan(AWQ_4, cards_of(1), offload=with_disk)).kv_token_ms == 0
 
 
 def test_tokens_that_fit_are_those_that_host_memory_holds_too() -> None:

@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
 }
 OTHER_HARDWARE = ("more free host memory", "a smaller model, or more memory")
 LONG = {"workload__batch_size": 32, "workload__prompt_tokens": 2000}
-HOST = {"offload__enabled": OffloadKind.on, "offload__kv": KVPlace.host}
+HOST, AUTO = ({"offload__enabled": OffloadKind.on, "offload__kv": place} for place in (KVPlace.host, KVPlace.auto))
 
 
 def remedies(message: str) -> list[str]:
@@ -68,6 +68,7 @@ def asked_for(remedy: str, shape: ModelShape, changes: dict[str, Any]) -> tuple[
         (LLAMA_70B, {"gpus": 1, "topology__kind": TopologyKind.single, "offload__enabled": OffloadKind.off}),
         (LLAMA_70B_AWQ, {"gpus": 1, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, **LONG, **HOST}),
+        (LLAMA_70B_AWQ, {"gpus": 1, **LONG, **AUTO}),
         (LLAMA_70B_AWQ, {"gpus": 2, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__disk": "checkpoint", **LONG}),
         (LLAMA_8B, {"gpus": 1, "engine__max_context": 100_000, "workload__prompt_tokens": 90_000}),

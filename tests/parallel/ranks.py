@@ -141,7 +141,9 @@ def prefill_whole(engine: Engine, sequence: EngineSequence) -> Tensor:
     """[1, local vocabulary] after the prompt, which goes through in chunks."""
     size = engine.limits.prefill_chunk
     for start in range(0, len(sequence.prompt), size):
-        logits = engine.prefill([Part(sequence, start, min(start + size, len(sequence.prompt)))])
+        parts = [Part(sequence, start, min(start + size, len(sequence.prompt)))]
+        logits = engine.prefill(parts)
+        engine.prefill_drafts(parts)
     return logits
 
 

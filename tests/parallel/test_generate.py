@@ -36,7 +36,7 @@ class ScriptedEngine:
     most_rows: int = 0
     # Nothing is drafted.
     plan = None
-    steps_keep_host: bool = False
+    looks_first: bool = False
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)
@@ -51,6 +51,9 @@ class ScriptedEngine:
             assert part.start == part.sequence.num_prefilled
             part.sequence.num_prefilled = part.end
         return torch.empty(0)
+
+    def prefill_drafts(self, parts: Sequence[Part]) -> None:
+        """There is no draft model."""
 
     def start_answers(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Tensor:
         return self.next_tokens(sequences)
@@ -81,11 +84,11 @@ def answer_scripts(
     prompt_lengths: Sequence[int] = (),
     batch_size: int = 8,
     prefill_chunk: int = 64,
-    steps_keep_host: bool = False,
+    looks_first: bool = False,
 ) -> tuple[Result, list[tuple[int, str]], ScriptedEngine]:
     """The result, all pieces of text as they were shown, and the engine."""
     limits, shown = EngineLimits(max_context, batch_size, prefill_chunk), []
-    engine = ScriptedEngine(scripts, limits, steps_keep_host=steps_keep_host)
+    engine = ScriptedEngine(scripts, limits, looks_first=looks_first)
     lengths = prompt_lengths or [1] * len(scripts)
     result = generate(
         cast(Engine, engine),
@@ -237,7 +240,7 @@ def test_host_is_one_step_behind_an_end_of_sequence() -> None:
     assert engine.stepped == [[0]] * (len(encode("no")) + 1)
 
 
-def test_host_that_computes_in_steps_shows_a_token_before_the_next_step() -> None:
+def test_host_that_looks_first_shows_a_token_before_the_next_step() -> None:
     """The first too; and no step follows an end."""
     ids, events = encode("one two three"), []
 
@@ -246,20 +249,20 @@ def test_host_that_computes_in_steps_shows_a_token_before_the_next_step() -> Non
             events.append("step")
             return super().step(sequences)
 
-    engine = KeepingEngine([[*ids, EOS]], EngineLimits(100, 1, 64), steps_keep_host=True)
+    engine = KeepingEngine([[*ids, EOS]], EngineLimits(100, 1, 64), looks_first=True)
     rules, show = StopRules(99, frozenset({EOS})), lambda row, text: events.append("text")
     generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, on_text=show)
     assert events == ["text", "step"] * len(ids)
 
 
-@pytest.mark.parametrize("steps_keep_host", [False, True])
-def test_sequences_join_when_others_leave(steps_keep_host: bool) -> None:
+@pytest.mark.parametrize("looks_first", [False, True])
+def test_sequences_join_when_others_leave(looks_first: bool) -> None:
     """Two rows for five prompts: the waiting ones are answered as rows come free, each as it would be alone."""
     texts = ["one two three four five six", "a", "b c", "seven eight nine ten", "d"]
     scripts = [[*encode(text), EOS] for text in texts]
     rules, lengths = StopRules(50, frozenset({EOS})), (3, 70, 1, 5, 64)
     result, _, engine = answer_scripts(
-        scripts, rules, batch_size=2, prompt_lengths=lengths, prefill_chunk=8, steps_keep_host=steps_keep_host
+        scripts, rules, batch_size=2, prompt_lengths=lengths, prefill_chunk=8, looks_first=looks_first
     )
     assert [found.text for found in result.answers] == texts
     assert {tuple(sorted(set(rows))) for rows in engine.stepped} <= {(i,) for i in range(5)} | {

@@ -172,7 +172,6 @@ def logits_of(communicator: Communicator, folder: Path) -> tuple[Tensor, list[Te
         found.append(forced_logits(engine, PROMPTS, FORCED))
         assert isinstance(engine.streamer, SharingStreamer)
         assert set(engine.streamer.on_host) == {0, 1, 2, 3}
-        assert engine.steps_keep_host
         copied.append(bool((engine.streamer.buffers != 0xFF).any()))
     return resident, found, copied
 
@@ -225,6 +224,6 @@ def plain_logits(communicator: Communicator, folder: Path) -> list[Tensor]:
         engine = Engine(model.module, communicator, CPU, EngineLimits(64, 2, 8), host_layers=layers)
         assert engine.streamer is not None
         assert engine.streamer.pass_bytes(1) == layers.streamed_bytes
-        assert not engine.steps_keep_host
+        assert not engine.streamer.on_host
         found.append(forced_logits(engine, PROMPTS, FORCED))
     return found

@@ -1,6 +1,7 @@
 """Speculative decoding: answers stay what they are without it, and drafts that are right are taken."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -187,6 +188,32 @@ def timed_steps(communicator: Communicator, folder: Path, speculation: Speculati
 def test_timed_steps_leave_the_engine_as_it_was(speculation: Speculation, folders: dict[str, Path]) -> None:
     times = run_on_ranks(timed_steps, 1, folders["llama"], speculation)[0]
     assert all(len(each) == 2 and min(each) > 0 for each in times)
+
+
+def order_of(communicator: Communicator, folder: Path) -> list[str]:
+    """What is queued of a prompt in two chunks and a step, in turn."""
+    engine = make_engine(communicator, folder, speculation=DRAFT, draft=folder, prefill_chunk=16)
+    found: list[str] = []
+
+    def noted(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args: found.append(name) or call(*args)
+
+    assert engine.speculator is not None
+    for owner, name in (
+        (engine, "hidden_states"),
+        (engine, "start_answers"),
+        (engine.speculator, "prefill"),
+        (engine, "step"),
+    ):
+        setattr(owner, name, noted(name, getattr(owner, name)))
+    generate(engine, numbered([list(range(5, 30))]), demo_tokenizer(), StopRules(2))
+    return found
+
+
+def test_first_tokens_do_not_wait_for_the_draft_model(folders: dict[str, Path]) -> None:
+    assert run_on_ranks(order_of, 1, folders["llama"])[0] == [
+        *("hidden_states", "prefill", "hidden_states", "start_answers", "prefill", "step")
+    ]
 
 
 # Scripted logits: what comes next depends on the newest token alone.

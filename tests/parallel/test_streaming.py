@@ -13,6 +13,8 @@ from transformers import LlamaConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
+from parallel.engine.generate import StopRules, generate
 from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -22,7 +24,7 @@ from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
-from tests.parallel.ranks import CPU, build, forced_logits, make_engine, numbered, run_on_ranks
+from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write_model
 from tests.parallel.streamed import answers, demo_runs, poisoned
 from tests.parallel.test_overlap import Cut, cut_passes
@@ -83,6 +85,28 @@ def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Pa
     folder = write_model(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False), tmp_path)
     for resident, streamed in run_on_ranks(cut_states, 2, folder, cut):
         assert torch.equal(resident, streamed)
+
+
+def steps_to_an_end(communicator: Communicator) -> list[int]:
+    """Those of an answer that ends after six tokens: of the resident model, and with layers in host memory, on the
+    disk."""
+    prompt = numbered(prompts_of("demo")[:1])
+    (tokens,) = answers(make_engine(communicator, DEMO), prompt)
+    assert tokens[5] not in tokens[:5]
+
+    def num_steps(engine: Engine) -> int:
+        steps, step = [], engine.step
+        engine.step = lambda sequences: steps.append(0) or step(sequences)  # type: ignore[method-assign]
+        (answer,) = generate(engine, prompt, demo_tokenizer(), StopRules(50, frozenset({tokens[5]}))).answers
+        assert answer.token_ids == tokens[:6]
+        return len(steps)
+
+    places = ({}, {"streamed": (1, 3)}, {"on_disk": (2,)})
+    return [num_steps(make_engine(communicator, DEMO, **each)) for each in places]
+
+
+def test_no_pass_is_streamed_after_an_end_of_sequence() -> None:
+    assert run_on_ranks(steps_to_an_end, 1)[0] == [6, 5, 5]
 
 
 def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[int]], list[float]]:

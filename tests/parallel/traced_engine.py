@@ -52,7 +52,7 @@ class TracedEngine:
     slots: dict[int, bytes] = field(default_factory=dict)
     # Nothing is drafted.
     plan = None
-    steps_keep_host = False
+    looks_first = False
 
     def reset(self) -> None:
         self.pages.reset()
@@ -80,6 +80,9 @@ class TracedEngine:
         for part in parts:
             self.read(part.sequence, part.end)
         return torch.empty(0)
+
+    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+        """There is no draft model."""
 
     def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
         assert all(sequence.is_prefilled and not sequence.num_sampled for sequence in sequences)

@@ -12,6 +12,7 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.rows import Rows
+from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.drafter import HistoryDrafter, ModelDrafter
 from parallel.engine.speculation.token_tree import ROOT, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_draft import TreeDraftModel, make_candidates
@@ -57,17 +58,27 @@ def time_plan(
     def median_ms(run_rows: Callable[[int], object]) -> float:
         return statistics.median(time_rows(engine, contexts, num_steps, communicator, run_rows, plan.depth))
 
-    pass_ms, drafter = median_ms(pass_rows(engine, plan, FullTrees(plan))), drafter_of(engine, plan)
+    if plan.size == 1:
+        pass_ms = median_ms(engine.plain_rows)
+        return PlanCost(pass_ms, 0.0, pass_ms)
+    full = speculator_of(engine, plan, FullTrees(plan))
+    pass_ms, drafter = median_ms(pass_rows(engine, full)), drafter_of(engine, plan)
     if drafter is None:
         return PlanCost(pass_ms, 0.0, pass_ms)
-    return PlanCost(pass_ms, median_ms(draft_rows(engine, drafter)), median_ms(pass_rows(engine, plan, drafter)))
+    drafting = speculator_of(engine, plan, drafter)
+    return PlanCost(pass_ms, median_ms(draft_rows(engine, drafting)), median_ms(pass_rows(engine, drafting)))
 
 
-def pass_rows(engine: Engine, plan: TreePlan, drafter: TreeDrafter) -> Callable[[int], object]:
-    """A step of the engine's first rows, so many, with trees of `drafter`."""
-    if plan.size == 1:
-        return engine.plain_rows
+def speculator_of(engine: Engine, plan: TreePlan, drafter: TreeDrafter) -> TreeSpeculator:
+    """With trees of `drafter`, which is captured where the engine's is; with the communicator of its first use."""
     speculator = TreeSpeculator(drafter, plan, engine.limits, engine.sampler, engine.target.stored, engine.device)
+    if engine.captures_drafts and drafter.models:
+        speculator.graphs = DraftGraphs(speculator.draft, engine.rows, engine.pool)
+    return speculator
+
+
+def pass_rows(engine: Engine, speculator: TreeSpeculator) -> Callable[[int], object]:
+    """A step of the engine's first rows, so many."""
     return lambda num_rows: speculator.step(engine.rows.first(num_rows), engine.row_logits)
 
 
@@ -79,7 +90,6 @@ def drafter_of(engine: Engine, plan: TreePlan) -> TreeDraftModel | None:
     return TreeDraftModel(speculator.drafter.model, speculator.drafter.sampler, plan)
 
 
-def draft_rows(engine: Engine, drafter: TreeDraftModel) -> Callable[[int], object]:
-    assert engine.speculator is not None
-    history = engine.speculator.history.tokens
-    return lambda num_rows: drafter.propose(engine.rows.first(num_rows), history[:num_rows])
+def draft_rows(engine: Engine, speculator: TreeSpeculator) -> Callable[[int], object]:
+    """What of such a step makes drafts."""
+    return lambda num_rows: speculator.propose(engine.rows.first(num_rows))

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from parallel.engine.paged_model import Part
 from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.tree_plan import TreePlan
 
@@ -83,7 +84,9 @@ class Drafter(Protocol):
 class Speculator:
     """Drafts of an engine's rows. `given` [rows, 2 + 2 * num_drafts] int64 is what the last step gave to each row: how
     many drafts it had that could be accepted; up to 1 + num_drafts tokens, then -1; places of the drafts among them,
-    counted from 1, then -1."""
+    counted from 1, then -1. `graphs`: what `propose` runs in place of `draft`, where that is captured."""
+
+    graphs: DraftGraphs[Tensor] | None = None
 
     def __init__(self, drafter: Drafter, num_drafts: int, limits: EngineLimits, sampler: Sampler, device: torch.device):
         self.drafter, self.num_drafts, self.sampler = drafter, num_drafts, sampler
@@ -95,6 +98,15 @@ class Speculator:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> Tensor:
+        """Drafts of `rows`, the engine's first; until the next."""
+        return self.draft(rows) if self.graphs is None else self.graphs.run(len(rows.tokens))
+
+    def capture_drafts(self, rows: Rows, pool: Any) -> None:
+        """Graphs, in the memory `pool`, of what `propose` does for the engine's `rows`."""
+        self.graphs = DraftGraphs(self.draft, rows, pool)
+        self.graphs.prepare()
+
+    def draft(self, rows: Rows) -> Tensor:
         return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
 
     def step(self, rows: Rows, row_logits: Callable[[Rows], Tensor]) -> None:

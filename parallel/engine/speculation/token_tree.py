@@ -44,6 +44,10 @@ class TokenTree:
     masks: Tensor
     places: Tensor
 
+    def __getitem__(self, rows: slice) -> TokenTree:
+        columns = (self.tokens, self.parents, self.depths, self.masks, self.places)
+        return TokenTree(*(column[rows] for column in columns))
+
 
 def choose_nodes(newest: Tensor, found: Candidates, plan: TreePlan) -> TokenTree:
     """The tree of the `newest` tokens [rows] and the best candidates: the best tree, as scores only fall.

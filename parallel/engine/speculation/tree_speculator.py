@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from parallel.engine.paged_model import Part
 from parallel.engine.pages import PagedKV, move_tokens
 from parallel.engine.rows import Rows, slots_at
 from parallel.engine.sampling import Sampler
+from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.token_tree import NO_TOKEN, TokenTree, follow
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -52,6 +53,8 @@ class TreeSpeculator:
     """As Speculator, with trees: in `given` places are those in the tree, whose depth is the most drafts. `stored`: the
     model's pages, see PagedModel; `history`: shared with others, where there are any."""
 
+    graphs: DraftGraphs[TokenTree] | None = None
+
     def __init__(
         self,
         drafter: TreeDrafter,
@@ -71,6 +74,13 @@ class TreeSpeculator:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> TokenTree:
+        return self.draft(rows) if self.graphs is None else self.graphs.run(len(rows.tokens))
+
+    def capture_drafts(self, rows: Rows, pool: Any) -> None:
+        self.graphs = DraftGraphs(self.draft, rows, pool)
+        self.graphs.prepare()
+
+    def draft(self, rows: Rows) -> TokenTree:
         return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
 
     def step(self, rows: Rows, row_logits: Callable[[Rows | TreeRows], Tensor]) -> None:

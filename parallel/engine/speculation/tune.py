@@ -40,8 +40,9 @@ def tune(engine: Engine) -> PlanCosts | None:
 def shared_cost(engine: Engine, speculator: AutoSpeculator, plan: TreePlan, num_sequences: int) -> PlanCost:
     """Of the first rank; drafts by themselves, and the step itself, as the engine runs it."""
     contexts = [max(1, min(CONTEXT, engine.limits.max_context // 2))] * num_sequences
-    drafter, timed = drafter_of(engine, plan), (engine, contexts, NUM_STEPS, engine.communicator)
-    draft_ms = 0.0 if drafter is None else statistics.median(time_rows(*timed, draft_rows(engine, drafter)))
+    timed, draft_ms = (engine, contexts, NUM_STEPS, engine.communicator), 0.0
+    if drafter_of(engine, plan) is not None:
+        draft_ms = statistics.median(time_rows(*timed, draft_rows(engine, speculator.trees[plan])))
     speculator.plan = plan
     step_ms = statistics.median(time_rows(*timed, engine.run_step, is_captured=True))
     speculator.plan = PLAIN
