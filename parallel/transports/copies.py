@@ -1,25 +1,36 @@
 """All-reduce of large messages by the copy engines of the cards, through slots in pinned host memory.
 
-It leaves the multiprocessors to whatever runs beside it, but for the sums, so that it is worth most on a stream of its
-own. The order of all that it does is in copy_plan.py. Calls may come on any stream, each rank's in one order; they
-are queued behind one another. It cannot be captured in a graph: its flags count calls.
+It leaves the multiprocessors to whatever runs beside it, but for the sums, so that it is worth most beside products.
+The order of all that it does is in copy_plan.py. Calls may come on any stream, each rank's in one order, and one may
+begin before another has ended.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import ERROR_STRIDE, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
-from parallel.transports.copy_layout import COUNTS, LANES, UNIT_BYTES, CopyLayout, choose_layout
-from parallel.transports.copy_plan import plan_all_reduce
-from parallel.transports.copy_streams import Call, CardStreams
+from parallel.transports.channel import (
+    ERROR_STRIDE,
+    REDUCTIONS,
+    Channel,
+    OverChannel,
+    is_aligned,
+    open_channel,
+    reduce_aligned,
+)
+from parallel.transports.copy_layout import MEETINGS, UNIT_BYTES, CopyLayout, choose_layout
+from parallel.transports.copy_plan import next_lane
+from parallel.transports.copy_streams import PARAMETERS, CardStreams
 from parallel.transports.copy_watch import CopyWatch
 from parallel.transports.shared_region import SharedRegion
 
-# Of a sum: own, out, what came from the peers; units, units from one peer to the next, rank.
-PARAMETERS = "PPPiii"
+# Makes the current stream wait for a call's end.
+Join = Callable[[], None]
 
 
 class CopyChannel(Channel[CopyLayout]):
@@ -31,12 +42,18 @@ class CopyChannel(Channel[CopyLayout]):
     def __init__(
         self, region: SharedRegion, layout: CopyLayout, rank: int, device: torch.device, *, timeout_sec: float
     ) -> None:
-        flags = [[region.word(layout.flag(each, lane)) for lane in LANES] for each in range(layout.world_size)]
-        errors = [region.word(each * ERROR_STRIDE) for each in range(layout.world_size)]
-        self.watch = CopyWatch(rank, flags, errors, timeout_sec)
+        ranks = range(layout.world_size)
+        meetings = [
+            [[region.word(layout.flag(lane, meeting, writer, reader)) for reader in ranks] for writer in ranks]
+            for lane in range(layout.num_lanes)
+            for meeting in MEETINGS
+        ]
+        progress = [region.word(layout.progress(each)) for each in ranks]
+        errors = [region.word(each * ERROR_STRIDE) for each in ranks]
+        self.watch = CopyWatch(rank, meetings, progress, errors, timeout_sec)
         super().__init__(region, layout, rank, device, timeout_sec=timeout_sec)
-        self.streams = CardStreams(region, layout, rank, device)
-        self.segments = 0
+        self.streams = CardStreams(region, layout, rank, device, self.state.data_ptr())
+        self.device, self.lane = device, 0
         self.watch.start()
 
     @property
@@ -49,13 +66,21 @@ class CopyChannel(Channel[CopyLayout]):
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
-        plan = plan_all_reduce(self.layout, self.rank, source.nbytes, self.segments)
-        counts = tuple(self.watch.queued)
-        kernel = self.kernels[REDUCTIONS[source.dtype]]
-        # First: what is queued must be what a release goes beyond.
-        self.watch.queued = [(count + more) % COUNTS for count, more in zip(counts, plan.raised, strict=True)]
-        self.segments = (self.segments + plan.num_segments) % self.layout.num_slots
-        self.streams.run(plan.operations, Call(source.data_ptr(), target.data_ptr(), kernel, counts))
+        self.start(source, target)()
+
+    def start(self, source: Tensor, target: Tensor) -> Join:
+        """The same, once the current stream comes to it; both must be kept until the result is called."""
+        kernel, stream = self.kernels[REDUCTIONS[source.dtype]], self.current_stream()
+        first, self.lane = self.lane, next_lane(self.layout, source.nbytes, self.lane)
+        events = self.streams.start(source.nbytes, first, kernel, source.data_ptr(), target.data_ptr(), stream)
+        return partial(self._join, events)
+
+    def _join(self, events: list[int]) -> None:
+        self.streams.wait(events, self.current_stream())
+
+    def current_stream(self) -> int:
+        stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
+        return stream
 
     def close(self) -> None:
         super().close()
@@ -77,14 +102,28 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
     def __init__(self, inner: Communicator, channel: CopyChannel) -> None:
         super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
+        # Whether what is captured is copied too.
+        self.captures = False
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        # By what all ranks know: the length and the type, not where the tensor lies.
-        if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
-            return self.inner.all_reduce(tensor)
-        if torch.cuda.is_current_stream_capturing():
+        if not self.takes(tensor):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
+
+    def start_all_reduce(self, tensor: Tensor) -> Join | None:
+        """Sums up `tensor` in place, once the current stream comes to it; None: `all_reduce` must do it.
+
+        Keep `tensor` until the result is called: what the current stream is given from then on comes after the sum.
+        """
+        if not self.takes(tensor) or not is_aligned(tensor, UNIT_BYTES):
+            return None
+        return self.channel.start(tensor, tensor)
+
+    def takes(self, tensor: Tensor) -> bool:
+        """By what all ranks know: the length and the type, not where the tensor lies."""
+        if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
+            return False
+        return self.captures or not torch.cuda.is_current_stream_capturing()
 
 
 def wrap_copies(

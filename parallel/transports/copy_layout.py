@@ -7,39 +7,33 @@ from dataclasses import dataclass
 PAGE_BYTES = 4096
 UNIT_BYTES = 16
 FLAG_STRIDE = 64
-# Flags count in 32 bits, and wrap.
+# Flags are 32 bits.
 COUNTS = 2**32
 MAX_RANKS = 4
 MIB = 1024 * 1024
-# Each has a flag a rank, and two streams on every card.
-LANES = (0, 1)
+# What ranks meet for in a turn: slots are written, sums are written, everything was read.
+MEETINGS = WRITTEN, SUMMED, READ = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class CopyLayout:
-    """A page of error words, a page of flags, then the slots of each rank; the sizes that go through them, in bytes."""
+    """Error words, words of progress, flags, then the slots of each rank; the sizes that go through them, in bytes."""
 
     world_size: int
-    segment_bytes: int
-    # What is copied at a time of a segment, on two ranks.
+    # What is exchanged in a turn, at most.
     piece_bytes: int
-    # How many segments are under way at once.
-    ahead: int
+    # How many turns are under way at once.
+    num_lanes: int
 
     def __post_init__(self) -> None:
         assert 2 <= self.world_size <= MAX_RANKS, self.world_size
         # Slots are whole pages, so that each lies near the processor of the rank that writes it.
-        assert self.segment_bytes > 0 and self.segment_bytes % PAGE_BYTES == 0, self.segment_bytes
-        assert self.piece_bytes > 0 and self.piece_bytes % UNIT_BYTES == 0, self.piece_bytes
+        assert self.piece_bytes > 0 and self.piece_bytes % PAGE_BYTES == 0, self.piece_bytes
+        assert self.num_lanes > 0, self.num_lanes
 
     @property
     def in_two_steps(self) -> bool:
         return self.world_size > 2
-
-    @property
-    def num_slots(self) -> int:
-        """Of a rank, one segment each."""
-        return 2 * self.ahead
 
     @property
     def num_bytes(self) -> int:
@@ -47,19 +41,26 @@ class CopyLayout:
 
     def own(self, rank: int) -> tuple[int, int]:
         """Start and end of the slots that `rank` writes."""
-        area = self.num_slots * self.segment_bytes
-        return 2 * PAGE_BYTES + rank * area, 2 * PAGE_BYTES + (rank + 1) * area
+        slots = -(-self.flag(self.num_lanes, 0, 0, 0) // PAGE_BYTES) * PAGE_BYTES
+        area = self.num_lanes * self.piece_bytes
+        return slots + rank * area, slots + (rank + 1) * area
 
-    def slot(self, rank: int, segment: int) -> int:
-        return self.own(rank)[0] + segment % self.num_slots * self.segment_bytes
+    def slot(self, rank: int, lane: int) -> int:
+        return self.own(rank)[0] + lane * self.piece_bytes
 
-    def flag(self, rank: int, lane: int) -> int:
-        return PAGE_BYTES + (rank * len(LANES) + lane) * FLAG_STRIDE
+    def progress(self, rank: int) -> int:
+        """A word that changes whenever the card of `rank` has added something up."""
+        return PAGE_BYTES + rank * FLAG_STRIDE
+
+    def flag(self, lane: int, meeting: int, writer: int, reader: int) -> int:
+        """The word by which `writer` tells `reader` that it has come to a meeting of a lane."""
+        place = (lane * len(MEETINGS) + meeting) * self.world_size**2 + writer * self.world_size + reader
+        return 2 * PAGE_BYTES + place * FLAG_STRIDE
 
     @property
     def stride_bytes(self) -> int:
         """From one peer's bytes to the next one's in a buffer."""
-        return part_bytes(self.segment_bytes, self.world_size) if self.in_two_steps else self.segment_bytes
+        return part_bytes(self.piece_bytes, self.world_size) if self.in_two_steps else self.piece_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -67,17 +68,18 @@ class CopyLayout:
 
     @property
     def staging_bytes(self) -> int:
-        """Of all buffers on a card, one for each segment that is under way."""
-        return self.ahead * self.buffer_bytes
+        """Of all buffers on a card, one for each lane."""
+        return self.num_lanes * self.buffer_bytes
 
 
 def choose_layout(world_size: int) -> CopyLayout:
-    """The one in use: 64 MiB of host memory and 16 MiB of each card on two ranks, 128 and 12 MiB on four."""
+    """The one in use: 36 MiB of host memory and 18 MiB of each card on two ranks, 64 and 12 MiB on four."""
     if world_size == 2:
-        return CopyLayout(world_size, segment_bytes=8 * MIB, piece_bytes=2 * MIB, ahead=2)
-    return CopyLayout(world_size, segment_bytes=4 * MIB, piece_bytes=4 * MIB, ahead=4)
+        # So that a section of 768 rows of a 70B goes in two pieces: each costs the host five calls of the driver.
+        return CopyLayout(world_size, piece_bytes=6 * MIB, num_lanes=3)
+    return CopyLayout(world_size, piece_bytes=4 * MIB, num_lanes=4)
 
 
 def part_bytes(num_bytes: int, world_size: int) -> int:
-    """Of a segment, for each rank; the last parts may be shorter."""
+    """Of a piece, for each rank; the last parts may be shorter."""
     return -(-num_bytes // (UNIT_BYTES * world_size)) * UNIT_BYTES

@@ -1,22 +1,22 @@
 """What the streams of a card do for an all-reduce by its copy engines, and what waits for what.
 
-A message goes in segments. Each rank copies its segment into a slot of its own in host memory and raises a flag; it
-waits for all ranks' flags, copies what it needs of the others' slots into a buffer on its card, and adds it to its own.
+A message goes in pieces. Each has a turn on one of the lanes, which are streams that take turns; a lane has one slot of
+each rank in host memory and one buffer on each card. In its turn a rank
 
-- Two ranks take the whole segment and are done: each byte crosses a link once in each direction. A segment goes in
-  pieces, so that both directions are busy, but is added at once: a kernel may wait long for multiprocessors.
-- Three and four take their part of the segment only, copy the sum of it back into their slot, and fetch the sums of the
-  other parts straight into the message: 1.33 and 1.5 times the message instead of 2 and 3.
+- copies the piece into its slot, and meets the others: the slots are written;
+- copies what it needs of the others' slots into its buffer, and adds it to its own;
+- meets the others once more: everything was read, and the lane is free for another turn.
 
-Streams come in two lanes, each with its flags. On two ranks pieces take turns, so that one lane copies while the other
-raises its flag; on more the first lane carries parts and the second sums, since parts must not wait behind them.
+Two ranks take the whole piece: each byte crosses a link once in each direction. Three and four take their part of the
+piece only, copy the sum of it back into their slot, meet in between, and fetch the sums of the other parts straight
+into the message: 1.33 and 1.5 times the message instead of 2 and 3. While one lane copies to the host another copies
+from it, so that both directions are busy.
 
-Why slots can be used again: let D be `ahead`; a rank has 2 D slots. `done(s)` is the event after which it has read all
-that it needs of segment s, and its copies to the slot of s wait for its own `done(s - D)`. That came after the flags of
-all ranks for s - D, and a rank raises such a flag only after it has itself waited for its `done(s - 2 D)`, directly or
-by way of what its sums are made of. So when a slot is written again, 2 D segments later, every rank has read it. D
-buffers on the card are enough: what is copied there waits for the rank's own flag too, thus for `done(s - D)`. For the
-same reason results may overwrite the message: its copy to the slot came before the flag.
+To meet is to write 1 for each of the others, to wait for 1 from each, and then to write 0 over what they wrote. A rank
+comes to the next meeting of a lane only after it has met all others at this one, which differs from it; so nobody finds
+a word that the other has not yet put back, and the values are the same in every turn: a captured graph can do it again.
+
+Results may overwrite the message: its copy to the slot came before, on the same stream.
 
 Why it cannot stop: in the order in which operations are listed, the same on all ranks, each waits only for what comes
 before it. So streams that share a queue of the card by chance cost time and nothing else.
@@ -24,41 +24,24 @@ before it. So streams that share a queue of the card by chance cost time and not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 
-from parallel.transports.copy_layout import LANES, CopyLayout, part_bytes
-
-PARTS, SUMS = LANES
-# Streams: the one that a call comes on, one for sums, and two of each lane.
-CALLER, ADD = "caller", "add"
-SEND, RECEIVE = ("send 0", "send 1"), ("receive 0", "receive 1")
-START = "start"
+from parallel.transports.copy_layout import READ, SUMMED, UNIT_BYTES, WRITTEN, CopyLayout, part_bytes
 
 
 @dataclass(frozen=True)
-class Record:
-    """An event for what the stream has been given so far."""
+class Begin:
+    """The lane waits for what the caller's stream has been given before the call."""
 
-    stream: str
-    event: str
-
-
-@dataclass(frozen=True)
-class Wait:
-    """For the event as it was recorded last; for nothing where it never was."""
-
-    stream: str
-    event: str
+    lane: int
 
 
 @dataclass(frozen=True)
 class ToHost:
     """`num_bytes` from `start` of the message, or of the result where they are sums, to `place` in the region."""
 
-    stream: str
+    lane: int
     start: int
     place: int
     num_bytes: int
@@ -69,7 +52,7 @@ class ToHost:
 class ToCard:
     """`num_bytes` from `place` in the region to `at` in the buffers, or in the result where they are sums."""
 
-    stream: str
+    lane: int
     place: int
     at: int
     num_bytes: int
@@ -77,83 +60,57 @@ class ToCard:
 
 
 @dataclass(frozen=True)
-class Raise:
-    """This rank's flag of the lane, to what it was before the call and `count`; what came before is seen first."""
+class Meet:
+    """All ranks come to this point of the lane; what each of them did before is seen by all."""
 
-    stream: str
     lane: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Await:
-    """All ranks' flags of the lane, each to be at least what it was before the call and `count`."""
-
-    stream: str
-    lane: int
-    count: int
+    meeting: int
 
 
 @dataclass(frozen=True)
 class Add:
     """Into `num_bytes` of the result from `start`: the message there and what lies from `at` in the buffers."""
 
-    stream: str
+    lane: int
     start: int
     num_bytes: int
     at: int
 
 
-Operation = Record | Wait | ToHost | ToCard | Raise | Await | Add
-
-
 @dataclass(frozen=True)
-class Plan:
-    """All operations of a call, in the order of their issue, and by how much it moves the counts on."""
+class End:
+    """The caller's stream waits for what the lane has been given so far."""
 
-    operations: tuple[Operation, ...]
-    num_segments: int
-    raised: tuple[int, ...]
+    lane: int
 
 
-@dataclass(frozen=True)
-class Segment:
-    """`number` counts over all calls."""
-
-    number: int
-    start: int
-    num_bytes: int
+Operation = Begin | ToHost | ToCard | Meet | Add | End
 
 
 @lru_cache(maxsize=64)
-def plan_all_reduce(layout: CopyLayout, rank: int, num_bytes: int, first: int) -> Plan:
-    """The operations of `rank` for `num_bytes`; `first` is the first segment's number, modulo `layout.num_slots`."""
+def plan_all_reduce(layout: CopyLayout, rank: int, num_bytes: int, first_lane: int) -> tuple[Operation, ...]:
+    """What `rank` does for a message of `num_bytes`, in the order of issue; pieces take lanes from `first_lane` on."""
     planner = Planner(layout, rank)
-    spans = split(num_bytes, layout.segment_bytes)
-    segments = [Segment(number, *span) for number, span in enumerate(spans, start=first)]
-    planner.add(Record(CALLER, START), *(Wait(stream, START) for stream in SEND))
-    (plan_two_steps if layout.in_two_steps else plan_one_step)(planner, segments)
-    planner.add(Wait(CALLER, planner.done(segments[-1])))
-    return Plan(tuple(planner.operations), len(segments), tuple(planner.raised))
+    pieces = cut(num_bytes, layout.piece_bytes)
+    lanes = [(first_lane + place) % layout.num_lanes for place in range(len(pieces))]
+    for place, (lane, piece) in enumerate(zip(lanes, pieces, strict=True)):
+        if place < layout.num_lanes:
+            planner.add(Begin(lane))
+        planner.exchange(lane, *piece)
+    planner.add(*(End(lane) for lane in lanes[: layout.num_lanes]))
+    return tuple(planner.operations)
 
 
-def split(num_bytes: int, most: int) -> list[tuple[int, int]]:
-    """Start and length of pieces of up to `most`."""
-    return [(start, min(most, num_bytes - start)) for start in range(0, num_bytes, most)]
+def cut(num_bytes: int, most: int) -> list[tuple[int, int]]:
+    """Start and length of as few pieces of up to `most` as there can be, about alike, in whole units."""
+    count = -(-num_bytes // most)
+    each = part_bytes(num_bytes, count)
+    return [(start, min(each, num_bytes - start)) for start in range(0, num_bytes, each)]
 
 
-def plan_one_step(planner: Planner, segments: Sequence[Segment]) -> None:
-    for segment in segments:
-        planner.exchange_all(segment)
-
-
-def plan_two_steps(planner: Planner, segments: Sequence[Segment]) -> None:
-    """The sums of a segment come after the parts of the next, which would wait for them in a queue that both share."""
-    planner.exchange_parts(segments[0])
-    for before, segment in pairwise(segments):
-        planner.exchange_parts(segment)
-        planner.exchange_sums(before)
-    planner.exchange_sums(segments[-1])
+def next_lane(layout: CopyLayout, num_bytes: int, first_lane: int) -> int:
+    """Where the call after one of `num_bytes` begins."""
+    return (first_lane + len(cut(num_bytes, layout.piece_bytes))) % layout.num_lanes
 
 
 @dataclass
@@ -163,85 +120,48 @@ class Planner:
     layout: CopyLayout
     rank: int
     operations: list[Operation] = field(default_factory=list)
-    raised: list[int] = field(default_factory=lambda: [0] * len(LANES))
 
     def add(self, *operations: Operation) -> None:
         self.operations += operations
 
-    def exchange_all(self, segment: Segment) -> None:
-        """A segment to and from the other ranks in pieces, then its sum."""
-        pieces = split(segment.num_bytes, self.layout.piece_bytes)
-        turns = [(segment.number + place) % len(LANES) for place in range(len(pieces))]
-        lanes = sorted(set(turns))
-        self.add(*(Wait(SEND[lane], self.done(segment)) for lane in lanes))
-        for lane, (start, num_bytes) in zip(turns, pieces, strict=True):
-            self.send(lane, segment, start, num_bytes)
-            for peer in self.peers():
-                self.fetch(lane, segment, peer, start, num_bytes, self.buffer(segment, peer) + start)
-        self.sum(segment, lanes, 0, segment.num_bytes)
-        self.add(Record(ADD, self.done(segment)))
-
-    def exchange_parts(self, segment: Segment) -> None:
-        """A segment to the other ranks, and this rank's part of theirs; then its sum."""
-        self.add(Wait(SEND[PARTS], self.done(segment)))
-        self.send(PARTS, segment, 0, segment.num_bytes)
-        start, num_bytes = self.part(segment, self.rank)
+    def exchange(self, lane: int, start: int, num_bytes: int) -> None:
+        """One turn: the sum of `num_bytes` of the message from `start`."""
+        self.add(ToHost(lane, start, self.layout.slot(self.rank, lane), num_bytes), Meet(lane, WRITTEN))
+        at, size = self.part(num_bytes, self.rank) if self.layout.in_two_steps else (0, num_bytes)
         for peer in self.peers():
-            self.fetch(PARTS, segment, peer, start, num_bytes, self.buffer(segment, peer))
-        self.sum(segment, (PARTS,), start, num_bytes)
-        self.add(Record(ADD, self.summed(segment)))
+            self.fetch(lane, self.layout.slot(peer, lane) + at, self.buffer(lane, peer), size)
+        # Also of nothing: it is how others see that this rank goes on.
+        self.add(Add(lane, start + at, size, self.buffer(lane)))
+        if self.layout.in_two_steps:
+            self.exchange_sums(lane, start, num_bytes)
+        self.add(Meet(lane, READ))
 
-    def exchange_sums(self, segment: Segment) -> None:
-        """The sum of this rank's part, in place of the part, to the other ranks, and theirs."""
-        self.add(Wait(SEND[SUMS], self.summed(segment)))
-        self.send(SUMS, segment, *self.part(segment, self.rank), is_sum=True)
+    def exchange_sums(self, lane: int, start: int, num_bytes: int) -> None:
+        """The sum of this rank's part, in place of the part, which no one else reads, to the others, and theirs."""
+        at, size = self.part(num_bytes, self.rank)
+        if size:
+            self.add(ToHost(lane, start + at, self.layout.slot(self.rank, lane) + at, size, is_sum=True))
+        self.add(Meet(lane, SUMMED))
         for peer in self.peers():
-            start, num_bytes = self.part(segment, peer)
-            self.fetch(SUMS, segment, peer, start, num_bytes, segment.start + start, is_sum=True)
-        self.add(Record(RECEIVE[SUMS], self.done(segment)))
+            at, size = self.part(num_bytes, peer)
+            self.fetch(lane, self.layout.slot(peer, lane) + at, start + at, size, is_sum=True)
 
-    def send(self, lane: int, segment: Segment, start: int, num_bytes: int, is_sum: bool = False) -> None:
-        """Bytes of a segment to this rank's slot; its flag; and the wait for all ranks' before anything is fetched."""
-        place = self.layout.slot(self.rank, segment.number) + start
+    def fetch(self, lane: int, place: int, at: int, num_bytes: int, is_sum: bool = False) -> None:
         if num_bytes:
-            self.add(ToHost(SEND[lane], segment.start + start, place, num_bytes, is_sum))
-        self.raised[lane] += 1
-        self.add(Raise(SEND[lane], lane, self.raised[lane]), Await(RECEIVE[lane], lane, self.raised[lane]))
-
-    def fetch(
-        self, lane: int, segment: Segment, peer: int, start: int, num_bytes: int, at: int, is_sum: bool = False
-    ) -> None:
-        if num_bytes:
-            place = self.layout.slot(peer, segment.number) + start
-            self.add(ToCard(RECEIVE[lane], place, at, num_bytes, is_sum))
-
-    def sum(self, segment: Segment, lanes: Sequence[int], start: int, num_bytes: int) -> None:
-        """Of what has been fetched on `lanes`."""
-        for lane in lanes:
-            received = f"received {lane}"
-            self.add(Record(RECEIVE[lane], received), Wait(ADD, received))
-        if num_bytes:
-            self.add(Add(ADD, segment.start + start, num_bytes, self.buffer(segment)))
+            self.add(ToCard(lane, place, at, num_bytes, is_sum))
 
     def peers(self) -> list[int]:
         """From the next rank on, so that ranks do not all read one slot at once."""
         world_size = self.layout.world_size
         return [(self.rank + distance) % world_size for distance in range(1, world_size)]
 
-    def part(self, segment: Segment, rank: int) -> tuple[int, int]:
-        """Start within the segment and length of what `rank` sums up; the last may be empty."""
-        most = part_bytes(segment.num_bytes, self.layout.world_size)
-        start = min(rank * most, segment.num_bytes)
-        return start, min(most, segment.num_bytes - start)
+    def part(self, num_bytes: int, rank: int) -> tuple[int, int]:
+        """Start within a piece and length of what `rank` sums up; the last may be empty."""
+        most = part_bytes(num_bytes, self.layout.world_size)
+        start = min(rank * most, num_bytes)
+        return start, min(most, num_bytes - start)
 
-    def buffer(self, segment: Segment, peer: int | None = None) -> int:
+    def buffer(self, lane: int, peer: int | None = None) -> int:
         """Where on the card the bytes of a peer go, or of the first: peers are in rank order, without this rank."""
-        at = segment.number % self.layout.ahead * self.layout.buffer_bytes
         place = 0 if peer is None else peer - (peer > self.rank)
-        return at + place * self.layout.stride_bytes
-
-    def done(self, segment: Segment) -> str:
-        return f"done {segment.number % self.layout.ahead}"
-
-    def summed(self, segment: Segment) -> str:
-        return f"summed {segment.number % self.layout.ahead}"
+        return lane * self.layout.buffer_bytes + place * self.layout.stride_bytes

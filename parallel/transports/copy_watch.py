@@ -1,25 +1,24 @@
 """The limit on waits that have no kernel: a thread that sees a peer fall silent, says so, and lets the card go on.
 
 A card that awaits a flag in a stream waits for ever; nothing can call it back. But flags lie in memory that the host
-can write. A rank waits for a peer while it has itself raised more flags than the peer has. If the peer raises none for
-as long as it may take, this rank writes its error word and then all flags far ahead, so that every card runs on, over
-what is wrong now. Every rank reads all error words before it believes a result, hence whoever got a wrong sum by this
-sees the error too: the word was there before the flags were.
+can write. A rank waits for a peer at a meeting where its own word is still up and the peer's is not: who has met
+everybody puts all words back. If the peer adds nothing up for as long as it may take, this rank writes its error word
+and then raises all flags, again and again, so that every card runs on, over what is wrong now. Every rank reads all
+error words before it believes a result, hence whoever got a wrong sum by this sees the error too: the word was there
+before the flags were.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
-
-from parallel.transports.copy_layout import COUNTS
 
 # A tenth of a second more does not matter to a limit of seconds, and the thread costs the rank nothing that shows.
 INTERVAL_SEC = 0.1
-# Beyond all waits that are queued now or soon, and still ahead of them as counts that wrap.
-RELEASE = COUNTS // 4
+# Each release lets a lane of a card go on by one meeting, of some hundreds that may be queued.
+RELEASE_INTERVAL_SEC = 0.0005
 
 
 class Word(Protocol):
@@ -28,45 +27,44 @@ class Word(Protocol):
     value: int
 
 
+# By writer and reader.
+Meeting = Sequence[Sequence[Word]]
+
+
 class Silence:
-    """Which peer has raised no flag for too long while this rank's are ahead of it."""
+    """Which peer has been waited for too long while it did nothing."""
 
     def __init__(self) -> None:
-        self.since: dict[int, tuple[tuple[int, ...], float]] = {}
+        self.since: dict[int, tuple[int, float]] = {}
 
-    def find(
-        self, own: Sequence[int], peers: Mapping[int, tuple[int, ...]], now: float, limit_sec: float
-    ) -> int | None:
-        """`own` and `peers`: the counts of each lane, now. To be asked every now and then."""
-        for peer, counts in peers.items():
-            if not any(is_behind(theirs, ours) for theirs, ours in zip(counts, own, strict=True)):
-                self.since.pop(peer, None)
-                continue
-            seen = self.since.get(peer)
-            if seen is None or seen[0] != counts:
-                self.since[peer] = (counts, now)
-            elif now - seen[1] >= limit_sec:
-                return peer
-        return None
-
-
-def is_behind(count: int, other: int) -> bool:
-    """Of counts that wrap: both are within half of what 32 bits count."""
-    return 0 < (other - count) % COUNTS < COUNTS // 2
+    def find(self, awaited: Iterable[int], progress: Mapping[int, int], now: float, limit_sec: float) -> int | None:
+        """`awaited`: peers, now; `progress`: differs whenever a peer has done something. To be asked now and then."""
+        before, self.since = self.since, {}
+        for peer in awaited:
+            seen = before.get(peer)
+            self.since[peer] = (progress[peer], now) if seen is None or seen[0] != progress[peer] else seen
+        return next((peer for peer, (_, since) in self.since.items() if now - since >= limit_sec), None)
 
 
 class CopyWatch:
     """Watches the flags of all ranks from a thread of its own until it is stopped.
 
     Args:
-        flags: by rank and lane.
+        meetings: of all lanes.
+        progress: of each rank, by its card.
         errors: by rank; a word other than 0 is the peer that did not answer that rank, plus one.
     """
 
-    def __init__(self, rank: int, flags: Sequence[Sequence[Word]], errors: Sequence[Word], timeout_sec: float) -> None:
-        self.rank, self.flags, self.errors, self.timeout_sec = rank, flags, errors, timeout_sec
-        # Flags that this rank will have raised after all that is queued, by lane.
-        self.queued = [0] * len(flags[rank])
+    def __init__(
+        self,
+        rank: int,
+        meetings: Sequence[Meeting],
+        progress: Sequence[Word],
+        errors: Sequence[Word],
+        timeout_sec: float,
+    ) -> None:
+        self.rank, self.meetings, self.progress, self.errors = rank, meetings, progress, errors
+        self.timeout_sec = timeout_sec
         self.silence = Silence()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="host memory copies", daemon=True)
@@ -81,8 +79,9 @@ class CopyWatch:
 
     def look(self, now: float) -> None:
         """What the thread does each time."""
-        if not any(word.value for word in self.errors):
-            missing = self._find_silent(now)
+        if self.failure() is None:
+            progress = {rank: word.value for rank, word in enumerate(self.progress)}
+            missing = self.silence.find(self._awaited(), progress, now, self.timeout_sec)
             if missing is None:
                 return
             self.errors[self.rank].value = missing + 1
@@ -93,17 +92,24 @@ class CopyWatch:
         found = ((word.value - 1, rank) for rank, word in enumerate(self.errors) if word.value)
         return next(found, None)
 
-    def _find_silent(self, now: float) -> int | None:
-        counts = [tuple(word.value for word in words) for words in self.flags]
-        peers = {rank: each for rank, each in enumerate(counts) if rank != self.rank}
-        return self.silence.find(counts[self.rank], peers, now, self.timeout_sec)
+    def _awaited(self) -> list[int]:
+        peers = [peer for peer in range(len(self.errors)) if peer != self.rank]
+        return [peer for peer in peers if any(self._waits_for(peer, meeting) for meeting in self.meetings)]
+
+    def _waits_for(self, peer: int, meeting: Meeting) -> bool:
+        return bool(meeting[self.rank][peer].value and not meeting[peer][self.rank].value)
 
     def _release(self) -> None:
-        """Again each time: a card that is late may still write what it was told to."""
-        for words in self.flags:
-            for lane, word in enumerate(words):
-                word.value = (self.queued[lane] + RELEASE) % COUNTS
+        """Again each time: cards put the words back, and wait for them at the next meeting."""
+        for meeting in self.meetings:
+            for writer, words in enumerate(meeting):
+                for reader, word in enumerate(words):
+                    if writer != reader:
+                        word.value = 1
 
     def _run(self) -> None:
-        while not self.stopped.wait(min(INTERVAL_SEC, self.timeout_sec / 4)):
+        while not self.stopped.wait(self._interval()):
             self.look(time.monotonic())
+
+    def _interval(self) -> float:
+        return RELEASE_INTERVAL_SEC if self.failure() else min(INTERVAL_SEC, self.timeout_sec / 4)

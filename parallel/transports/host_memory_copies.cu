@@ -6,9 +6,12 @@
 
 #define THREADS 32
 
-// Units of 16 bytes. Peers lie in rank order without this rank, `stride` units apart. `out` may be `own`.
+// Units of 16 bytes. Peers lie in rank order without this rank, `stride` units apart. `out` may be `own`. Every launch
+// leaves another number in `progress`, in host memory; `count` is on the card.
 template <class Element>
-__device__ __forceinline__ void add(const uint4* own, uint4* out, const uint4* peers, int units, int stride, int rank) {
+__device__ __forceinline__ void add(const uint4* own, uint4* out, const uint4* peers, u32* count, u32* progress,
+                                    int units, int stride, int rank) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *(volatile u32*)progress = atomicAdd(count, 1u) + 1;
   for (int at = blockIdx.x * THREADS + threadIdx.x; at < units; at += gridDim.x * THREADS) {
     uint4 values[WORLD];
 #pragma unroll
@@ -26,8 +29,8 @@ __device__ __forceinline__ void add(const uint4* own, uint4* out, const uint4* p
 
 #define KERNEL(name, element)                                                                                          \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-  name(const uint4* own, uint4* out, const uint4* peers, int units, int stride, int rank) {                            \
-    add<element>(own, out, peers, units, stride, rank);                                                                \
+  name(const uint4* own, uint4* out, const uint4* peers, u32* count, u32* progress, int units, int stride, int rank) { \
+    add<element>(own, out, peers, count, progress, units, stride, rank);                                               \
   }
 
 KERNEL(reduce_bfloat16, BFloat16)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import NoReturn
 
 import torch
 
@@ -130,11 +132,26 @@ def driver_call(name: str, *args: object) -> None:
     Raises:
         TransportError: it returned an error, or there is no driver.
     """
-    try:
-        code = getattr(driver(), name)(*args)
-    except OSError as error:
-        raise TransportError(f"cannot load CUDA's driver: {error}.") from None
+    code = driver_function(name)(*args)
     if code != 0:
-        text = ctypes.c_char_p()
-        driver().cuGetErrorName(code, ctypes.byref(text))
-        raise TransportError(f"{name} failed with {(text.value or b'').decode() or code}.")
+        raise_for(name, code)
+
+
+def driver_function(name: str) -> Callable[..., int]:
+    """A function of CUDA's driver; addresses, handles and sizes go to it as types of C, or would lose their upper half.
+
+    Raises:
+        TransportError: there is no driver, or it is too old to have this.
+    """
+    try:
+        function: Callable[..., int] = driver()[name]
+    except (OSError, AttributeError) as error:
+        raise TransportError(f"cannot load CUDA's driver: {error}.") from None
+    return function
+
+
+def raise_for(name: str, code: int) -> NoReturn:
+    """Raises TransportError: the driver's function returned an error."""
+    text = ctypes.c_char_p()
+    driver().cuGetErrorName(code, ctypes.byref(text))
+    raise TransportError(f"{name} failed with {(text.value or b'').decode() or code}.")

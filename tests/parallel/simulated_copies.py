@@ -12,23 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.transports.copy_layout import CopyLayout
-from parallel.transports.copy_plan import (
-    CALLER,
-    Add,
-    Await,
-    Operation,
-    Raise,
-    Record,
-    ToCard,
-    ToHost,
-    Wait,
-    plan_all_reduce,
-)
+from parallel.transports.copy_plan import Add, Begin, End, Meet, Operation, ToCard, ToHost, next_lane, plan_all_reduce
 
 FLOAT_BYTES = 4
 Floats = NDArray[np.float32]
 # Gives False while it must wait, then one True for each bit of its work.
 Steps = Iterator[bool]
+
+
+CALLER = "caller"
+# By lane, meeting, writer and reader.
+Words = dict[tuple[int, int, int, int], bool]
+Change = Callable[[Sequence[Operation]], Sequence[Operation]]
 
 
 @dataclass
@@ -41,33 +36,28 @@ class Ticket:
 class SimulatedRank:
     """A card with its streams. Copies and sums take several turns, so that others may see them half done."""
 
-    def __init__(
-        self, layout: CopyLayout, rank: int, region: Floats, flags: dict[tuple[int, int], int], one_queue: bool
-    ) -> None:
-        self.layout, self.rank, self.region, self.flags, self.one_queue = layout, rank, region, flags, one_queue
+    def __init__(self, layout: CopyLayout, rank: int, region: Floats, words: Words, one_queue: bool) -> None:
+        self.layout, self.rank, self.region, self.words, self.one_queue = layout, rank, region, words, one_queue
         self.staging = np.full(layout.staging_bytes // FLOAT_BYTES, np.nan, dtype=np.float32)
-        self.queues: dict[str, deque[Steps]] = {}
-        self.events: dict[str, Ticket] = {}
-        self.counts, self.segments = [0, 0], 0
+        self.queues: dict[str | int, deque[Steps]] = {}
+        self.lane = 0
 
-    def all_reduce(self, message: Floats, change: Callable[[Sequence[Operation]], Sequence[Operation]]) -> None:
-        plan = plan_all_reduce(self.layout, self.rank, message.nbytes, self.segments)
-        for each in change(plan.operations):
-            self.queue(each.stream, self.start(each, message, tuple(self.counts)))
-        self.counts = [count + more for count, more in zip(self.counts, plan.raised, strict=True)]
-        self.segments = (self.segments + plan.num_segments) % self.layout.num_slots
+    def all_reduce(self, message: Floats, change: Change) -> None:
+        started = Ticket()
+        self.queue(CALLER, self.fire(started))
+        for each in change(plan_all_reduce(self.layout, self.rank, message.nbytes, self.lane)):
+            if isinstance(each, Begin):
+                self.queue(each.lane, self.wait(started))
+            elif isinstance(each, End):
+                ended = Ticket()
+                self.queue(each.lane, self.fire(ended))
+                self.queue(CALLER, self.wait(ended))
+            else:
+                self.queue(each.lane, STEPS[type(each)](self, each, message))
+        self.lane = next_lane(self.layout, message.nbytes, self.lane)
 
-    def queue(self, stream: str, steps: Steps) -> None:
+    def queue(self, stream: str | int, steps: Steps) -> None:
         self.queues.setdefault("" if self.one_queue else stream, deque()).append(steps)
-
-    def start(self, each: Any, message: Floats, counts: tuple[int, ...]) -> Steps:
-        """Takes note of what an operation means when it is issued; the rest happens as its stream comes to it."""
-        if isinstance(each, Record):
-            ticket = self.events[each.event] = Ticket()
-            return self.fire(ticket)
-        if isinstance(each, Wait):
-            return self.wait(self.events.get(each.event, Ticket(fired=True)))
-        return STEPS[type(each)](self, each, message, counts)
 
     def fire(self, ticket: Ticket) -> Steps:
         ticket.fired = True
@@ -78,23 +68,25 @@ class SimulatedRank:
             yield False
         yield True
 
-    def to_host(self, each: ToHost, message: Floats, counts: tuple[int, ...]) -> Steps:
+    def to_host(self, each: ToHost, message: Floats) -> Steps:
         return move(message, each.start, self.region, each.place, each.num_bytes)
 
-    def to_card(self, each: ToCard, message: Floats, counts: tuple[int, ...]) -> Steps:
+    def to_card(self, each: ToCard, message: Floats) -> Steps:
         return move(self.region, each.place, message if each.is_sum else self.staging, each.at, each.num_bytes)
 
-    def raise_flag(self, each: Raise, message: Floats, counts: tuple[int, ...]) -> Steps:
-        self.flags[self.rank, each.lane] = counts[each.lane] + each.count
-        yield True
+    def meet(self, each: Meet, message: Floats) -> Steps:
+        peers = [peer for peer in range(self.layout.world_size) if peer != self.rank]
+        theirs = [(each.lane, each.meeting, peer, self.rank) for peer in peers]
+        for peer in peers:
+            self.words[each.lane, each.meeting, self.rank, peer] = True
+            yield True
+        while not all(self.words.get(word) for word in theirs):
+            yield False
+        for word in theirs:
+            self.words[word] = False
+            yield True
 
-    def await_flags(self, each: Await, message: Floats, counts: tuple[int, ...]) -> Steps:
-        for rank in range(self.layout.world_size):
-            while self.flags.get((rank, each.lane), 0) < counts[each.lane] + each.count:
-                yield False
-        yield True
-
-    def add(self, each: Add, message: Floats, counts: tuple[int, ...]) -> Steps:
+    def add(self, each: Add, message: Floats) -> Steps:
         for start, num_bytes in halves(each.num_bytes):
             own = part(message, each.start + start, num_bytes)
             stride = self.layout.stride_bytes
@@ -109,8 +101,7 @@ class SimulatedRank:
 STEPS: dict[type, Callable[..., Steps]] = {
     ToHost: SimulatedRank.to_host,
     ToCard: SimulatedRank.to_card,
-    Raise: SimulatedRank.raise_flag,
-    Await: SimulatedRank.await_flags,
+    Meet: SimulatedRank.meet,
     Add: SimulatedRank.add,
 }
 
@@ -137,7 +128,7 @@ class Simulation:
 
     layout: CopyLayout
     seed: int
-    change: Callable[[Sequence[Operation]], Sequence[Operation]] = lambda operations: operations
+    change: Change = lambda operations: operations
     # Whether all streams of a rank share a queue of its card.
     one_queue: bool = False
     wrong: list[str] = field(default_factory=list)
@@ -145,9 +136,9 @@ class Simulation:
     def __post_init__(self) -> None:
         self.random, self.values = random.Random(self.seed), np.random.default_rng(self.seed)
         region = np.full(self.layout.num_bytes // FLOAT_BYTES, np.nan, dtype=np.float32)
-        flags: dict[tuple[int, int], int] = {}
+        words: Words = {}
         ranks = range(self.layout.world_size)
-        self.ranks = [SimulatedRank(self.layout, rank, region, flags, self.one_queue) for rank in ranks]
+        self.ranks = [SimulatedRank(self.layout, rank, region, words, self.one_queue) for rank in ranks]
 
     def run(self, sizes: Sequence[int]) -> list[str]:
         """What came out wrong of messages of so many bytes, queued at once; "stopped" where nothing could go on."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,29 +21,42 @@ from torch import Tensor
 from parallel.communicator import TransportError
 from parallel.transports import channel, copy_streams
 from parallel.transports.copies import CopiedHostMemory, CopyChannel
-from parallel.transports.copy_layout import COUNTS, CopyLayout
+from parallel.transports.copy_layout import CopyLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
 from tests.parallel.test_host_memory import Counting
 from tools.ranks_on_one_card import ordered_sum
 
 CPU = torch.device("cpu")
 LAYOUTS = {
-    2: CopyLayout(2, segment_bytes=4096, piece_bytes=1024, ahead=2),
-    3: CopyLayout(3, segment_bytes=4096, piece_bytes=4096, ahead=2),
-    4: CopyLayout(4, segment_bytes=4096, piece_bytes=4096, ahead=3),
+    2: CopyLayout(2, piece_bytes=4096, num_lanes=3),
+    3: CopyLayout(3, piece_bytes=4096, num_lanes=2),
+    4: CopyLayout(4, piece_bytes=4096, num_lanes=3),
 }
 DTYPES = {"reduce_bfloat16": torch.bfloat16, "reduce_float16": torch.float16, "reduce_float32": torch.float32}
 SIZES = (16, 48, 1040, 4096, 4112, 12_304, 40_960)
 
 
 class Driver:
-    """What copy_streams.py calls of the driver."""
+    """What copy_streams.py calls of the driver; arguments come as values, whatever type of C they had."""
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
+        self.kernels: dict[int, Kernel] = {}
+        self.events = itertools.count(1)
+        self.refused = ""
+        self.calls: list[str] = []
 
-    def __call__(self, name: str, *args: Any) -> None:
-        getattr(self, name)(*args)
+    def function(self, name: str) -> Any:
+        def call(*args: Any) -> int:
+            self.calls.append(name)
+            getattr(self, name)(*(arg.value if isinstance(arg, ctypes._SimpleCData) else arg for arg in args))
+            return int(name == self.refused)
+
+        call.__name__ = name
+        return call
+
+    def call(self, name: str, *args: Any) -> None:
+        self.function(name)(*args)
 
     def cuMemAlloc_v2(self, address: Any, num_bytes: int) -> None:
         buffer = ctypes.create_string_buffer(b"\xff" * num_bytes, num_bytes)
@@ -51,19 +66,43 @@ class Driver:
     def cuMemFree_v2(self, address: int) -> None:
         del self.memory[address]
 
-    def cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+    def cuEventCreate(self, event: Any, flags: int) -> None:
+        event._obj.value = next(self.events)
+        self.memory[event._obj.value] = None
+
+    def cuEventDestroy_v2(self, event: int) -> None:
+        del self.memory[event]
+
+    def cuEventRecord(self, event: int, stream: int | None) -> None:
+        assert event in self.memory
+
+    def cuStreamWaitEvent(self, stream: int | None, event: int, flags: int) -> None:
+        assert event in self.memory and flags == 0
+
+    def cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int | None) -> None:
         ctypes.memmove(target, source, num_bytes)
 
     cuMemcpyHtoDAsync_v2 = cuMemcpyDtoHAsync_v2
 
-    def cuStreamWriteValue32_v2(self, stream: int, address: int, value: int, flags: int) -> None:
-        assert flags == 0 and 0 <= value < COUNTS
-        ctypes.c_uint32.from_address(address).value = value
+    def cuStreamBatchMemOp_v2(self, stream: int | None, count: int, parts: Any, flags: int) -> None:
+        assert flags == 0 and len(parts) == 48 * count
+        for at in range(0, len(parts), 48):
+            kind, address, value = struct.unpack_from("@i4xQI", parts, at)
+            word = ctypes.c_uint32.from_address(address)
+            if kind == copy_streams.WRITE:
+                word.value = value
+                continue
+            assert kind == copy_streams.WAIT
+            while ctypes.c_int32(word.value - value).value < 0:
+                time.sleep(1e-5)
 
-    def cuStreamWaitValue32_v2(self, stream: int, address: int, value: int, flags: int) -> None:
-        assert flags == 0 and 0 <= value < COUNTS
-        while ctypes.c_int32(ctypes.c_uint32.from_address(address).value - value).value < 0:
-            time.sleep(1e-5)
+    def cuLaunchKernel(self, function: int, *args: Any) -> None:
+        blocks, *rest, stream, pointers, extra = args
+        assert rest == [1, 1, copy_streams.THREADS, 1, 1, 0] and extra is None
+        types = [ctypes.c_uint64] * 5 + [ctypes.c_int32] * 3
+        values = [each.from_address(at).value for each, at in zip(types, pointers, strict=True)]
+        assert blocks == max(1, -(-values[5] // copy_streams.THREADS))
+        self.kernels[function](*values)
 
 
 class Stream:
@@ -71,31 +110,28 @@ class Stream:
 
     def __init__(self, *_: object) -> None: ...
 
-    def wait_event(self, event: object) -> None: ...
-
     def synchronize(self) -> None: ...
-
-
-class Event:
-    def record(self, stream: Stream) -> None: ...
 
 
 class Kernel:
     """host_memory_copies.cu, for one type."""
 
-    def __init__(self, name: str) -> None:
-        self.dtype = DTYPES[name]
+    world_size = 0
+
+    def __init__(self, name: str, function: int) -> None:
+        self.dtype, self.function = DTYPES[name], function
 
     def __call__(
-        self, grid: object, threads: int, own: int, out: int, peers: int, units: int, stride: int, rank: int
+        self, own: int, out: int, peers: int, count: int, progress: int, units: int, stride: int, rank: int
     ) -> None:
-        assert units > 0
-        world_size = self.world_size
-        values = [self.at(peers + 16 * stride * place, units).clone() for place in range(world_size - 1)]
+        counter = ctypes.c_uint32.from_address(count)
+        counter.value += 1
+        ctypes.c_uint32.from_address(progress).value = counter.value
+        if not units:
+            return
+        values = [self.at(peers + 16 * stride * place, units).clone() for place in range(self.world_size - 1)]
         values.insert(rank, self.at(own, units))
         self.at(out, units).copy_(ordered_sum(values))
-
-    world_size = 0
 
     def at(self, address: int, units: int) -> Tensor:
         return torch.frombuffer((ctypes.c_char * (16 * units)).from_address(address), dtype=self.dtype)
@@ -104,20 +140,29 @@ class Kernel:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
-    monkeypatch.setattr(copy_streams, "driver_call", driver)
-    monkeypatch.setattr(copy_streams, "declare_types", lambda: None)
-    monkeypatch.setattr(channel, "load_kernel", lambda path, name, *_: Kernel(name))
-    for name, fake in {"Stream": Stream, "Event": Event, "current_stream": Stream}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(copy_streams, "driver_call", driver.call)
+    monkeypatch.setattr(copy_streams, "driver_function", driver.function)
+    monkeypatch.setattr(copy_streams, "raise_for", refuse)
+
+    def load(path: Path, name: str, *_: object) -> Kernel:
+        kernel = Kernel(name, 1000 + len(driver.kernels))
+        return driver.kernels.setdefault(kernel.function, kernel)
+
+    monkeypatch.setattr(channel, "load_kernel", load)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(CopyChannel, "current_stream", lambda self: 7)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return driver
 
 
+def refuse(name: str, code: int) -> None:
+    raise TransportError(f"{name} {code}")
+
+
 @contextlib.contextmanager
-def opened(world_size: int, timeout_sec: float = 100, first_count: int = 0) -> Iterator[list[CopyChannel]]:
-    """A channel a rank, whose flags have been raised `first_count` times before."""
+def opened(world_size: int, timeout_sec: float = 100) -> Iterator[list[CopyChannel]]:
+    """A channel a rank."""
     layout = LAYOUTS[world_size]
     descriptor = create_memory(layout.num_bytes)
     region = SharedRegion(descriptor, layout.num_bytes)
@@ -128,10 +173,6 @@ def opened(world_size: int, timeout_sec: float = 100, first_count: int = 0) -> I
     for each in channels:
         for kernel in each.kernels.values():
             kernel.world_size = world_size  # type: ignore[attr-defined]
-        for words in each.watch.flags:
-            for word in words:
-                word.value = first_count
-        each.watch.queued = [first_count] * len(each.watch.queued)
     try:
         yield channels
     finally:
@@ -144,11 +185,10 @@ def on_ranks(channels: list[CopyChannel], call: Any) -> None:
         list(pool.map(call, channels))
 
 
-@pytest.mark.parametrize("first_count", (0, COUNTS - 7))
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_sums_in_rank_order_of_every_type_and_size(driver: Driver, world_size: int, first_count: int) -> None:
-    """In place and not, and while the counts of flags wrap."""
-    with opened(world_size, first_count=first_count) as channels:
+def test_sums_in_rank_order_of_every_type_and_size(driver: Driver, world_size: int) -> None:
+    """In place and not; afterwards nothing is left, in flags or of memory and events."""
+    with opened(world_size) as channels:
         for dtype in DTYPES.values():
             for num_bytes in SIZES:
                 sources = [torch.randn(num_bytes // dtype.itemsize).to(dtype) for _ in channels]
@@ -160,8 +200,28 @@ def test_sums_in_rank_order_of_every_type_and_size(driver: Driver, world_size: i
                 assert all(torch.equal(found, expected) for found in (*targets, *in_place)), (dtype, num_bytes)
         for each in channels:
             each.check()
+            assert not any(word.value for meeting in each.watch.meetings for words in meeting for word in words)
+            assert all(word.value for word in each.watch.progress)
         assert driver.memory
     assert not driver.memory
+
+
+@pytest.mark.parametrize(("num_bytes", "calls"), [(4096, 9), (8192, 17), (12288, 25), (24576, 40)])
+def test_a_call_asks_little_of_the_driver(driver: Driver, num_bytes: int, calls: int) -> None:
+    """Five calls for each piece, two before and two after those of each lane but that they begin at one event."""
+    with opened(2) as channels:
+        tensors = [torch.ones(num_bytes // 4) for _ in channels]
+        for _ in range(2):
+            driver.calls.clear()
+            on_ranks(channels, lambda each: each.all_reduce(tensors[each.rank], tensors[each.rank]))
+            assert len(driver.calls) == calls * len(channels)
+
+
+def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
+    with opened(2) as channels:
+        driver.refused = "cuEventRecord"
+        with pytest.raises(TransportError, match="cuEventRecord 1"):
+            channels[0].all_reduce(torch.ones(4), torch.ones(4))
 
 
 def test_a_missing_rank_is_an_error_on_all_and_nobody_waits_for_ever(driver: Driver) -> None:
@@ -203,6 +263,10 @@ def test_whole_units_of_known_types_are_copied_and_nothing_that_is_captured(
         assert inner.calls == 3
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         ranks[0].all_reduce(torch.ones(1024))
+        assert ranks[0].start_all_reduce(torch.ones(1024)) is None
+        ranks[0].captures = True
+        assert ranks[0].takes(torch.ones(1024))
+        ranks[0].captures = False
         ranks[0].min_bytes = 8192
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         ranks[0].all_reduce(torch.ones(1024))
