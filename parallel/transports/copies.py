@@ -7,7 +7,7 @@ begin before another has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -28,9 +28,6 @@ from parallel.transports.copy_plan import next_lane
 from parallel.transports.copy_streams import PARAMETERS, CardStreams
 from parallel.transports.copy_watch import CopyWatch
 from parallel.transports.shared_region import SharedRegion
-
-# Makes the current stream wait for a call's end.
-Join = Callable[[], None]
 
 
 class CopyChannel(Channel[CopyLayout]):
@@ -66,17 +63,20 @@ class CopyChannel(Channel[CopyLayout]):
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum over the ranks of `source`, into `target`, which may be the same."""
-        self.start(source, target)()
+        self.join(self.start(source, target))
 
-    def start(self, source: Tensor, target: Tensor) -> Join:
-        """The same, once the current stream comes to it; both must be kept until the result is called."""
+    def start(self, source: Tensor, target: Tensor) -> dict[int, int]:
+        """The same, once the current stream comes to it; the events of its end, for `join`, by lane.
+
+        Keep both until they were waited for.
+        """
         kernel, stream = self.kernels[REDUCTIONS[source.dtype]], self.current_stream()
         first, self.lane = self.lane, next_lane(self.layout, source.nbytes, self.lane)
-        events = self.streams.start(source.nbytes, first, kernel, source.data_ptr(), target.data_ptr(), stream)
-        return partial(self._join, events)
+        return self.streams.start(source.nbytes, first, kernel, source.data_ptr(), target.data_ptr(), stream)
 
-    def _join(self, events: list[int]) -> None:
-        self.streams.wait(events, self.current_stream())
+    def join(self, ends: Mapping[int, int]) -> None:
+        """What the current stream is given from now on comes after `ends`."""
+        self.streams.wait(ends.values(), self.current_stream())
 
     def current_stream(self) -> int:
         stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -99,30 +99,44 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
 
     name = "host_memory_copies"
 
+    # Whether what is captured is copied too.
+    captures = False
+
     def __init__(self, inner: Communicator, channel: CopyChannel) -> None:
         super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
-        # Whether what is captured is copied too.
-        self.captures = False
+        # Of sums that were started and not joined, by lane.
+        self.ends: dict[int, int] = {}
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if not self.takes(tensor):
             return self.inner.all_reduce(tensor)
         return reduce_aligned(self.channel.all_reduce, tensor, UNIT_BYTES)
 
-    def start_all_reduce(self, tensor: Tensor) -> Join | None:
-        """Sums up `tensor` in place, once the current stream comes to it; None: `all_reduce` must do it.
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Sums up in place a tensor that `can_start`, once the current stream comes to it.
 
-        Keep `tensor` until the result is called: what the current stream is given from then on comes after the sum.
+        Keep it until the result is called: what the current stream is given from then on comes after the sum.
         """
-        if not self.takes(tensor) or not is_aligned(tensor, UNIT_BYTES):
-            return None
-        return self.channel.start(tensor, tensor)
+        ends = self.channel.start(tensor, tensor)
+        self.ends |= ends
+        return partial(self.channel.join, ends)
+
+    def join(self) -> None:
+        """What the current stream is given from now on comes after all sums that were started."""
+        self.channel.join(self.ends)
+        self.ends = {}
+
+    def can_start(self, tensor: Tensor) -> bool:
+        return self.takes(tensor) and is_aligned(tensor, UNIT_BYTES)
 
     def takes(self, tensor: Tensor) -> bool:
         """By what all ranks know: the length and the type, not where the tensor lies."""
         if tensor.dtype not in REDUCTIONS or tensor.nbytes < self.min_bytes or tensor.nbytes % UNIT_BYTES:
             return False
+        return self.copies_now()
+
+    def copies_now(self) -> bool:
         return self.captures or not torch.cuda.is_current_stream_capturing()
 
 

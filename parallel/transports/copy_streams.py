@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import cycle
@@ -68,7 +68,6 @@ class CardStreams:
         self.started = create_event()
         self.events = [[create_event() for _ in range(NUM_EVENTS)] for _ in lanes]
         self.next_event = [cycle(each) for each in self.events]
-        self.last_event = [each[-1] for each in self.events]
         # Not torch's: the plan counts it among the buffers of the communicator.
         self.staging = allocate(layout.staging_bytes)
         self.caller = Handle()
@@ -84,25 +83,24 @@ class CardStreams:
         self.program = lru_cache(maxsize=NUM_PROGRAMS)(self._prepare)
         self._try_flags()
 
-    def start(self, num_bytes: int, first_lane: int, kernel: Kernel, source: int, target: int, stream: int) -> list[int]:
-        """Queues a call whose message is there when `stream` comes to it; the events of its end."""
+    def start(self, num_bytes: int, first_lane: int, kernel: Kernel, source: int, target: int, stream: int) -> dict[int, int]:
+        """Queues a call whose message is there when `stream` comes to it; the events of its end, by lane."""
         program: Program = self.program(num_bytes, first_lane, kernel)
         self.caller.value = stream
         for place, offset in program.sources:
             place.value = source + offset
         for place, offset in program.targets:
             place.value = target + offset
-        events = []
+        ends = {}
         for event, lane in program.ends:
-            event.value = self.last_event[lane] = next(self.next_event[lane])
-            events.append(self.last_event[lane])
+            event.value = ends[lane] = next(self.next_event[lane])
         for function, arguments in program.calls:
             code = function(*arguments)
             if code:
                 raise_for(function.__name__, code)
-        return events
+        return ends
 
-    def wait(self, events: Sequence[int], stream: int) -> None:
+    def wait(self, events: Iterable[int], stream: int) -> None:
         """What `stream` is given from now on comes after `events`."""
         for event in events:
             code = self.wait_event(Handle(stream), Handle(event), 0)

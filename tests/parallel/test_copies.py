@@ -45,6 +45,7 @@ class Driver:
         self.events = itertools.count(1)
         self.refused = ""
         self.calls: list[str] = []
+        self.waited: list[tuple[int | None, int]] = []
 
     def function(self, name: str) -> Any:
         def call(*args: Any) -> int:
@@ -78,6 +79,7 @@ class Driver:
 
     def cuStreamWaitEvent(self, stream: int | None, event: int, flags: int) -> None:
         assert event in self.memory and flags == 0
+        self.waited.append((stream, event))
 
     def cuMemcpyDtoHAsync_v2(self, target: int, source: int, num_bytes: int, stream: int | None) -> None:
         ctypes.memmove(target, source, num_bytes)
@@ -217,6 +219,23 @@ def test_a_call_asks_little_of_the_driver(driver: Driver, num_bytes: int, calls:
             assert len(driver.calls) == calls * len(channels)
 
 
+def test_sums_that_were_started_are_waited_for_once_each_and_all_by_a_join(driver: Driver) -> None:
+    with opened(2) as channels:
+        ranks = [CopiedHostMemory(Counting(), each) for each in channels]
+        tensors = [[torch.ones(count) for count in (4, 2000, 8)] for _ in ranks]
+        on_ranks(ranks, lambda each: [each.start_all_reduce(one) for one in tensors[each.channel.rank]])  # type: ignore[arg-type]
+        assert all((one == 2).all() for mine in tensors for one in mine)
+        # Lane 0 has the first and the last piece of four, and one wait is enough for both.
+        waits = [driver.waited.copy()]
+        ranks[0].join()
+        ranks[0].join()
+        waits.append(driver.waited.copy())
+        assert waits[1][: len(waits[0])] == waits[0]
+        found = {event for _, event in waits[1][len(waits[0]) :]}
+        assert len(waits[1]) - len(waits[0]) == 3 and len(found) == 3
+        assert found == {channels[0].streams.events[lane][place] for lane, place in ((0, 1), (1, 0), (2, 0))}
+
+
 def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
     with opened(2) as channels:
         driver.refused = "cuEventRecord"
@@ -263,9 +282,9 @@ def test_whole_units_of_known_types_are_copied_and_nothing_that_is_captured(
         assert inner.calls == 3
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         ranks[0].all_reduce(torch.ones(1024))
-        assert ranks[0].start_all_reduce(torch.ones(1024)) is None
+        assert not ranks[0].can_start(torch.ones(1024))
         ranks[0].captures = True
-        assert ranks[0].takes(torch.ones(1024))
+        assert ranks[0].can_start(torch.ones(1024)) and not ranks[0].can_start(torch.ones(4, 6).T)
         ranks[0].captures = False
         ranks[0].min_bytes = 8192
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
