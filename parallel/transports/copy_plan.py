@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from parallel.transports.copy_layout import READ, SUMMED, UNIT_BYTES, WRITTEN, CopyLayout, part_bytes
+from parallel.transports.copy_layout import READ, SUMMED, WRITTEN, CopyLayout, part_bytes
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ class Program:
 class CardStreams:
     """Carries out the operations of one rank on its card; what they say of order is all that is kept."""
 
-    def __init__(
-        self, region: SharedRegion, layout: CopyLayout, rank: int, device: torch.device, count: int
-    ) -> None:
+    def __init__(self, region: SharedRegion, layout: CopyLayout, rank: int, device: torch.device, count: int) -> None:
         """`count`: the address on the card of 4 bytes that are 0."""
         self.region, self.layout, self.rank, self.count = region, layout, rank, count
         lanes = range(layout.num_lanes)
@@ -83,7 +81,9 @@ class CardStreams:
         self.program = lru_cache(maxsize=NUM_PROGRAMS)(self._prepare)
         self._try_flags()
 
-    def start(self, num_bytes: int, first_lane: int, kernel: Kernel, source: int, target: int, stream: int) -> dict[int, int]:
+    def start(
+        self, num_bytes: int, first_lane: int, kernel: Kernel, source: int, target: int, stream: int
+    ) -> dict[int, int]:
         """Queues a call whose message is there when `stream` comes to it; the events of its end, by lane."""
         program: Program = self.program(num_bytes, first_lane, kernel)
         self.caller.value = stream

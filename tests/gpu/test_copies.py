@@ -24,15 +24,15 @@ from tools.ranks_on_one_card import ordered_sum
 
 pytestmark = pytest.mark.gpu
 
-# Segments and pieces that a message of some KiB fills many times over.
+# Pieces that a message of some KiB fills many times over.
 SMALL_LAYOUTS = {
-    2: CopyLayout(2, segment_bytes=64 * KIB, piece_bytes=16 * KIB, ahead=2),
-    3: CopyLayout(3, segment_bytes=64 * KIB, piece_bytes=64 * KIB, ahead=2),
-    4: CopyLayout(4, segment_bytes=64 * KIB, piece_bytes=64 * KIB, ahead=3),
+    2: CopyLayout(2, piece_bytes=16 * KIB, num_lanes=3),
+    3: CopyLayout(3, piece_bytes=64 * KIB, num_lanes=2),
+    4: CopyLayout(4, piece_bytes=64 * KIB, num_lanes=4),
 }
-# Bytes around units, parts, pieces and segments, and of several segments.
+# Bytes around units, parts and pieces, and of many pieces.
 SMALL_BYTES = (16, 32, 48, 80, 16 * KIB - 16, 16 * KIB + 16, 64 * KIB, 64 * KIB + 16, 100_000, 400_000, 700_016)
-LARGE_BYTES = (16, 2 * MIB + 16, 8 * MIB, 8 * MIB + 16, 20 * MIB + 48, 32 * MIB)
+LARGE_BYTES = (16, 6 * MIB, 6 * MIB + 16, 8 * MIB + 16, 20 * MIB + 48, 32 * MIB)
 
 
 def open_on_a_card(
@@ -92,7 +92,12 @@ def soak(communicator: HostMemory, layout: CopyLayout) -> int:
     for step in range(num_calls):
         count, turn = 8 * generator.randint(1, 2 ** generator.randint(1, 15)), step % 2
         with torch.cuda.stream(streams[turn]):
-            tensor = copies.all_reduce(values(copies.rank, step, count, torch.bfloat16, device))
+            tensor = values(copies.rank, step, count, torch.bfloat16, device)
+            # Also begun before those ahead have ended.
+            if step % 3:
+                copies.start_all_reduce(tensor)()
+            else:
+                copies.all_reduce(tensor)
             wrong[turn] += (tensor != expected_sum(copies.world_size, step, count, torch.bfloat16, device)).any()
     copies.barrier()
     return int(sum(wrong).item())
@@ -124,6 +129,41 @@ def capture(communicator: HostMemory) -> bool:
 
 def test_what_is_captured_goes_another_way(tmp_path: Path) -> None:
     assert list(run_on_one_card(capture, 2, tmp_path)) == [True, True]
+
+
+def replay(communicator: HostMemory, layout: CopyLayout) -> list[str]:
+    """What came out wrong of a graph of sums that are under way at once, of fresh values, between calls."""
+    copies, device = open_on_a_card(communicator, layout)
+    copies.captures = True
+    counts = (8, 5000, 40_000, 8, 100_000)
+    messages = [torch.zeros(count, dtype=torch.bfloat16, device=device) for count in counts]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(2):
+            joins = [copies.start_all_reduce(message) for message in messages]
+            joins[0]()
+            copies.join()
+    wrong: list[str] = []
+    for step in range(0, 300, 10):
+        for place, message in enumerate(messages):
+            message.copy_(values(copies.rank, step + place, len(message), torch.bfloat16, device))
+        graph.replay()
+        alone = copies.all_reduce(values(copies.rank, step + 5, 8 * (step + 1), torch.bfloat16, device))
+        if not torch.equal(alone, expected_sum(copies.world_size, step + 5, 8 * (step + 1), torch.bfloat16, device)):
+            wrong.append(f"step {step}, by itself")
+        for place, message in enumerate(messages):
+            once = expected_sum(copies.world_size, step + place, len(message), torch.bfloat16, device)
+            if not torch.equal(message, ordered_sum([once] * copies.world_size)):
+                wrong.append(f"step {step}, message {place}")
+    copies.barrier()
+    copies.channel.close()
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_a_graph_of_copies_sums_up_fresh_values_each_time(world_size: int, tmp_path: Path) -> None:
+    results = run_on_one_card(replay, world_size, tmp_path, SMALL_LAYOUTS[world_size])
+    assert list(results) == [[]] * world_size
 
 
 def lose_peer(communicator: HostMemory) -> str:

@@ -99,7 +99,7 @@ class Driver:
                 time.sleep(1e-5)
 
     def cuLaunchKernel(self, function: int, *args: Any) -> None:
-        blocks, *rest, stream, pointers, extra = args
+        blocks, *rest, _, pointers, extra = args
         assert rest == [1, 1, copy_streams.THREADS, 1, 1, 0] and extra is None
         types = [ctypes.c_uint64] * 5 + [ctypes.c_int32] * 3
         values = [each.from_address(at).value for each, at in zip(types, pointers, strict=True)]

@@ -54,7 +54,9 @@ def test_the_one_that_is_missing_is_named_and_not_who_waits_for_it_too() -> None
     watches[0].look(1.0)
     # Everyone sees the error, and no card has to wait.
     assert [watch.failure() for watch in watches] == [(2, 0)] * 3
-    flags = [each[writer][reader] for each in meetings for writer in range(3) for reader in range(3) if writer != reader]
+    flags = [
+        each[writer][reader] for each in meetings for writer in range(3) for reader in range(3) if writer != reader
+    ]
     assert all(flag.value for flag in flags)
     # A card puts back what it has waited for: the next look of anyone lets it go on again.
     meetings[1][2][0].value = 0
