@@ -120,12 +120,16 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
         """
         ends = self.channel.start(tensor, tensor)
         self.ends |= ends
-        return partial(self.channel.join, ends)
+        return partial(self._join, ends)
 
     def join(self) -> None:
         """What the current stream is given from now on comes after all sums that were started."""
-        self.channel.join(self.ends)
-        self.ends = {}
+        self._join(self.ends)
+
+    def _join(self, ends: Mapping[int, int]) -> None:
+        self.channel.join(ends)
+        # What was joined must not be so again: it may have been in a graph, and the next join outside of it.
+        self.ends = {lane: event for lane, event in self.ends.items() if ends.get(lane) != event}
 
     def can_start(self, tensor: Tensor) -> bool:
         return self.takes(tensor) and is_aligned(tensor, UNIT_BYTES)

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -219,21 +219,38 @@ def test_a_call_asks_little_of_the_driver(driver: Driver, num_bytes: int, calls:
             assert len(driver.calls) == calls * len(channels)
 
 
-def test_sums_that_were_started_are_waited_for_once_each_and_all_by_a_join(driver: Driver) -> None:
+def test_sums_that_were_started_are_waited_for_once(driver: Driver) -> None:
     with opened(2) as channels:
-        ranks = [CopiedHostMemory(Counting(), each) for each in channels]
+        ranks = [copied(each) for each in channels]
         tensors = [[torch.ones(count) for count in (4, 2000, 8)] for _ in ranks]
-        on_ranks(ranks, lambda each: [each.start_all_reduce(one) for one in tensors[each.channel.rank]])  # type: ignore[arg-type]
+        joins: list[list[Callable[[], None]]] = [[], []]
+        for place in range(3):
+            on_ranks(
+                ranks, lambda each, at=place: joins[each.rank].append(each.start_all_reduce(tensors[each.rank][at]))
+            )  # type: ignore[arg-type]
         assert all((one == 2).all() for mine in tensors for one in mine)
-        # Lane 0 has the first and the last piece of four, and one wait is enough for both.
-        waits = [driver.waited.copy()]
-        ranks[0].join()
-        ranks[0].join()
-        waits.append(driver.waited.copy())
-        assert waits[1][: len(waits[0])] == waits[0]
-        found = {event for _, event in waits[1][len(waits[0]) :]}
-        assert len(waits[1]) - len(waits[0]) == 3 and len(found) == 3
-        assert found == {channels[0].streams.events[lane][place] for lane, place in ((0, 1), (1, 0), (2, 0))}
+        # The pieces had lanes 0, 1 and 2, 0: lane 0 the second time with its second event.
+        (first, second), (middle, *_), (last, *_) = channels[0].streams.events[0][:2], *channels[0].streams.events[1:]
+        assert waits_of(driver, joins[0][0]) == [first]
+        assert waits_of(driver, joins[0][1]) == [middle, last]
+        assert waits_of(driver, ranks[0].join) == [second]
+        assert waits_of(driver, ranks[0].join) == []
+        # All of the other rank's at once: one wait for each lane.
+        assert len(waits_of(driver, ranks[1].join)) == 3 and waits_of(driver, ranks[1].join) == []
+
+
+def copied(channel: CopyChannel) -> CopiedHostMemory:
+    found = CopiedHostMemory(Counting(), channel)
+    found.rank = channel.rank
+    return found
+
+
+def waits_of(driver: Driver, join: Callable[[], None]) -> list[int]:
+    """Events that the caller's stream waits for."""
+    before = len(driver.waited)
+    join()
+    assert {stream for stream, _ in driver.waited[before:]} <= {7}
+    return [event for _, event in driver.waited[before:]]
 
 
 def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
