@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -304,6 +305,63 @@ def test_products_leave_sums_what_they_take(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_captured: answer)
         asked = ((both, 1000), (both, 1001), (copies, 1), (other, 10**9))
         assert tuple(side.multiprocessors(*each) for each in asked) == found
+
+
+class Copies(CopiedHostMemory):
+    """Says what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def can_start(self, tensor: Tensor) -> bool:
+        return len(tensor) > 1
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        self.asked.append("start")
+        return lambda: self.asked.append("wait")
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.asked.append("sum")
+        return tensor
+
+    def join(self) -> None:
+        self.asked.append("join")
+
+
+class Streams:
+    """A stream that knows what it waits for."""
+
+    def __init__(self) -> None:
+        self.waits: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.waits.append(other)
+
+    wait_event = wait_stream
+
+    def record_event(self) -> str:
+        return "event"
+
+
+def test_sums_by_copies_begin_on_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side stream has no part in them; what copies cannot start goes there, and a join ends both."""
+    current, side, copies = Streams(), SideStream(torch.device("cpu")), Copies()
+    side.stream = Streams()  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    both = object.__new__(BySize)
+    both.limits, both.communicators = [], [copies]
+    started = side.start_all_reduce(both, torch.ones(2))
+    assert (current.waits, side.stream.waits) == ([], [])  # type: ignore[union-attr]
+    started.wait()
+    side.start_all_reduce(both, torch.ones(1)).wait()
+    assert (current.waits, side.stream.waits) == (["event"], [current])  # type: ignore[union-attr]
+    side.join()
+    side.join()
+    assert copies.asked == ["start", "wait", "sum", "join"]
+    assert current.waits == ["event", side.stream, side.stream]
+    # Into a graph that is being captured, and out of it again.
+    assert side.stream.waits == [current] * 3  # type: ignore[union-attr]
 
 
 def test_ranks_agree_on_what_dequantises(folders: dict[str, Path]) -> None:
