@@ -11,11 +11,11 @@ from typing import Any
 from launcher.config import BaselineKind, QuantizeKind, WeightsKind
 from launcher.events import EventFollower
 from launcher.failures import RunFailed
-from launcher.hardware import Inventory
+from launcher.hardware.inventory import Inventory
 from launcher.job import Job, save_job
-from launcher.report import package_version, read_results
-from launcher.start import SIGNAL_EXIT_CODE, StartRanks
-from launcher.telemetry import Telemetry
+from launcher.processes.start import SIGNAL_EXIT_CODE, StartRanks
+from launcher.report.report import package_version, read_results
+from launcher.telemetry.sampler import Telemetry
 
 # Those that are not called as they are here.
 PACKAGES = {BaselineKind.deepspeed_zero: "deepspeed"}

@@ -11,26 +11,31 @@ from typing import Any
 
 from launcher.baseline_runs import run_baselines
 from launcher.config import ConfigError, HardwareKind, QuantizeKind, RunConfig, TaskKind, TopologyKind, WeightsKind
-from launcher.console import print_note, print_options, print_plan, print_report, print_warning
-from launcher.disk import find_disk_folder, measure_disk
-from launcher.draft import find_draft
 from launcher.events import EventFollower
 from launcher.failures import Failure, RunFailed
-from launcher.grid import largest_plan
-from launcher.grid_plan import plan_grid
-from launcher.hardware import Inventory, read_inventory
+from launcher.hardware.inventory import Inventory, read_inventory
 from launcher.job import Job, save_job
 from launcher.locks import held_output
-from launcher.model_files import download_model, download_texts, find_local_model
-from launcher.options import rank_options
-from launcher.plan import captures_passes, plan_run
+from launcher.models.disk_files import find_disk_folder, measure_disk
+from launcher.models.draft import find_draft
+from launcher.models.files import download_model, download_texts, find_local_model
+from launcher.models.shape import (
+    ModelShape,
+    quantized_shape,
+    shape_from_checkpoint,
+    shape_from_config,
+    shape_from_facts,
+)
+from launcher.plan.grid import largest_plan, plan_grid
+from launcher.plan.options import rank_options
+from launcher.plan.plan import captures_passes, plan_run
+from launcher.plan.timed import keep_calibration, plan_timed
+from launcher.plan.topology import Placement, place_ranks, resolve_world_size
+from launcher.processes.start import StartRanks
 from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
-from launcher.report import base_report, build_report, slow_kernels
-from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
-from launcher.start import StartRanks
-from launcher.telemetry import Telemetry
-from launcher.timing.find import keep_calibration, plan_timed
-from launcher.topology import Placement, place_ranks, resolve_world_size
+from launcher.report.console import print_note, print_options, print_plan, print_report, print_warning
+from launcher.report.report import base_report, build_report, slow_kernels
+from launcher.telemetry.sampler import Telemetry
 from parallel.checkpoint.headers import read_checkpoint
 
 WITHOUT_MODEL = (TaskKind.probe, TaskKind.calibrate)
@@ -91,7 +96,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
     if run.task.kind == TaskKind.calibrate:
-        report["calibration_file"] = str(keep_calibration(job, inventory, report))
+        report["calibration_file"] = str(keep_calibration(run, placement, inventory, report))
     print_report(report)
     for line in slow_kernels(report):
         print_warning(f"slower than it could be: {line}")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from launcher.config import ModelFacts
-from launcher.shape import shape_from_facts
+from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES

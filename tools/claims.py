@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.plan import DRIVER_RESERVED_BYTES
+from launcher.plan.plan import DRIVER_RESERVED_BYTES
 from launcher.units import GIB
 
 ROOT = Path(__file__).parent.parent

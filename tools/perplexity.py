@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from launcher.shape import shape_from_checkpoint
+from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator

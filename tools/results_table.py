@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.accuracy_text import accuracy_page
+from launcher.report.accuracy_text import accuracy_page
 
 MIB = 2**20
 UNKNOWN = "-"

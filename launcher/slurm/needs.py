@@ -9,10 +9,12 @@ from importlib.resources import files
 from omegaconf import OmegaConf
 
 from launcher.config import HardwareConfig, HardwareKind, RunConfig, TaskConfig, TaskKind
-from launcher.draft import find_draft
-from launcher.hardware import Inventory, read_inventory
-from launcher.memory_weights import stored_bytes
-from launcher.plan import Plan, plan_run
+from launcher.hardware.inventory import Inventory, read_inventory
+from launcher.memory.weights import stored_bytes
+from launcher.models.draft import find_draft
+from launcher.plan.plan import Plan, plan_run
+from launcher.plan.timed import predict_run
+from launcher.plan.topology import place_ranks, resolve_world_size
 from launcher.run import WITHOUT_MODEL, find_model
 from launcher.slurm.duration import (
     Duration,
@@ -20,9 +22,7 @@ from launcher.slurm.duration import (
     minutes_of,
     minutes_without_model,
 )
-from launcher.timing.find import predict_run
 from launcher.timing.predict import Times
-from launcher.topology import place_ranks, resolve_world_size
 from launcher.units import GIB
 
 # Host memory of a rank beside its card, in GiB. Two ranks of a 70B in 4 bits peaked at 3.0 to 3.1 each, files of

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import RunConfig, SpeculationKind
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens, load_model

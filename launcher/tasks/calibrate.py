@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.memory import Demand
-from launcher.rank import RankContext
-from launcher.shape import ModelShape
+from launcher.memory.demand import Demand
+from launcher.models.shape import ModelShape
+from launcher.rank.context import RankContext
 from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.requests import random_prompts
 from launcher.tasks.weights import config_of_shape, give_back

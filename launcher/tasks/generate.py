@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from launcher.config import KVDType, SamplingConfig, SpeculationConfig, SpeculationKind
-from launcher.plan import Plan
+from launcher.plan.plan import Plan
 from launcher.prompts import Prompt, prompt_key
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
 from launcher.tasks.fused_rows import choose_fused_rows
 from launcher.tasks.host_layers import open_host_layers

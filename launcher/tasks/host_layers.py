@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from launcher.offload import OffloadPlan
-from launcher.rank import RankContext
+from launcher.plan.offload import OffloadPlan
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import copy_bandwidth
 from parallel.kernels import host_int4
 from parallel.kernels.held import host_refusal

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result

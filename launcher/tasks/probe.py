@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from parallel.communicator import Communicator, open_communicator
 from parallel.selftest import deadline, time_all_reduce
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from launcher.config import WeightsKind
-from launcher.rank import RankContext
-from launcher.shape import ModelShape
+from launcher.models.shape import ModelShape
+from launcher.rank.context import RankContext
 from launcher.tasks.model_texts import read_texts
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.formats.scheme import Scheme

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launcher.workload import middle_tokens
+from launcher.config.workload import middle_tokens
 
 ALL_REDUCES_PER_LAYER = 2
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.memory import Demand
-from launcher.shape import DTYPE_BYTES, part_bytes
+from launcher.memory.demand import Demand
+from launcher.models.shape import DTYPE_BYTES, part_bytes
 from launcher.timing.load import Work
 
 PLAIN_BITS = 16.0

@@ -2,7 +2,7 @@
 
 The model's own modules keep their weights; this calls them with as few launches as they need: q, k and v in one linear,
 gate and up in one, residual sums within norms, rotation within the write to the cache. It knows the families of
-launcher/model_config.py, whose layers differ in biases and in norms of queries and keys only.
+launcher/models/config_json.py, whose layers differ in biases and in norms of queries and keys only.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from parallel.kernels.operators import operator
 SOURCE = Path(__file__).with_name("paged_attention.cu")
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
-# Not cuDNN's, which builds a plan for each new length (launcher/rank.py has the measurement).
+# Not cuDNN's, which builds a plan for each new length (launcher/rank/context.py has the measurement).
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launcher.config import ModelFacts
-from launcher.shape import shape_from_facts
+from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.headers import read_checkpoint

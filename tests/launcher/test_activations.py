@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from launcher.config import ModelFacts
-from launcher.memory import Demand
-from launcher.shape import shape_from_facts
+from launcher.memory.demand import Demand
+from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator

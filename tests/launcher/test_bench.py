@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launcher.baseline_runs import refusal, run_baselines
-from launcher.bench_text import predicted_row
 from launcher.config import (
     BaselineKind,
     BenchConfig,
@@ -20,11 +19,12 @@ from launcher.config import (
     WorkloadConfig,
 )
 from launcher.failures import Failure, RunFailed
-from launcher.hardware import read_inventory
+from launcher.hardware.inventory import read_inventory
 from launcher.job import Job
-from launcher.report import predicted_times
+from launcher.processes.start import SIGNAL_EXIT_CODE, StartRanks
+from launcher.report.bench_text import predicted_row
+from launcher.report.report import predicted_times
 from launcher.run import check_baselines
-from launcher.start import SIGNAL_EXIT_CODE, StartRanks
 from launcher.timing.predict import Times
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run

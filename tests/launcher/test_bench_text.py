@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.bench_text import bench_table
+from launcher.report.bench_text import bench_table
 from tests.launcher.sweep_jobs import bench_report
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks import calibrate
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
 from launcher.timing.fit import Calibration, fit_rates, with_older

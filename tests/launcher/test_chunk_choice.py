@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 
 from launcher.config import HardwareConfig, HardwareKind
-from launcher.engine_config import UNTIMED_CHUNK
-from launcher.hardware import Inventory, read_inventory
-from launcher.offload_config import OffloadConfig, OffloadKind
-from launcher.plan import Plan
-from launcher.report import planned
-from launcher.shape import quantized_shape
+from launcher.config.engine import UNTIMED_CHUNK
+from launcher.config.offload import OffloadConfig, OffloadKind
+from launcher.hardware.inventory import Inventory, read_inventory
+from launcher.models.shape import quantized_shape
+from launcher.plan.plan import Plan
+from launcher.plan.timed import plan_timed
+from launcher.plan.topology import place_ranks
+from launcher.report.report import planned
 from launcher.timing.chunk_choice import LEAST_SHARE, SIZES, UNNOTICED_MS, choose_chunk, predict_chunk
-from launcher.timing.find import plan_timed
 from launcher.timing.fit import fit_rates
 from launcher.timing.published import Facts, rates_from_facts
-from launcher.topology import place_ranks
 from tests.launcher.test_plan import LLAMA_70B, RTX_4090, run_of
 from tests.launcher.test_timing import WIDE, Machine
 

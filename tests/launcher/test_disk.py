@@ -20,14 +20,14 @@ from launcher.config import (
     TaskKind,
     WeightsKind,
 )
-from launcher.disk import find_disk_folder, measure_disk
-from launcher.memory_streamed import stored_layer_bytes
-from launcher.offload import OffloadPlan
-from launcher.offload_disk import ASSUMED_GB_PER_SEC, HOST_BYTES_PER_RANK, OTHER_PACK_BYTES
-from launcher.plan import GIB, Plan, demand_of
-from launcher.plan_text import describe
-from launcher.shape import TYPICAL_SCHEMES, quantized_shape
-from launcher.topology import place_ranks
+from launcher.memory.streamed import stored_layer_bytes
+from launcher.models.disk_files import find_disk_folder, measure_disk
+from launcher.models.shape import TYPICAL_SCHEMES, quantized_shape
+from launcher.plan.offload import OffloadPlan
+from launcher.plan.offload_disk import ASSUMED_GB_PER_SEC, HOST_BYTES_PER_RANK, OTHER_PACK_BYTES
+from launcher.plan.plan import GIB, Plan, demand_of
+from launcher.plan.topology import place_ranks
+from launcher.report.plan_text import describe
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.test_plan import (

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from launcher.config import EngineConfig, WeightsKind
-from launcher.draft import Draft
+from launcher.config.model import ModelFacts
 from launcher.job import Job
-from launcher.model_facts import ModelFacts
-from launcher.rank import RankContext
-from launcher.shape import ModelShape, quantized_shape, shape_from_facts
+from launcher.models.draft import Draft
+from launcher.models.shape import ModelShape, quantized_shape, shape_from_facts
+from launcher.rank.context import RankContext
 from launcher.tasks import calibrate, fused_rows, weights
 from launcher.tasks.fused_rows import choose_fused_rows
 from parallel.communicator import Communicator

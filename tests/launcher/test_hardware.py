@@ -13,9 +13,10 @@ import pynvml as real
 import pytest
 from pydantic import TypeAdapter
 
-from launcher import hardware, host, nvml
 from launcher.config import ConfigError, HardwareConfig, HardwareKind
-from launcher.hardware import Card, Inventory, Link, read_inventory
+from launcher.hardware import host, inventory, nvml
+from launcher.hardware.inventory import _READERS, PATHS, Card, Inventory, Link, read_inventory
+from launcher.telemetry import sources
 from tests.fakes.nvml import MIB, FakeCard, FakeNvml, two_h200, two_rtx4090
 
 FIRST = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
@@ -239,7 +240,7 @@ def test_round_trip_as_json(rtx4090s: FakeNvml, config: HardwareConfig) -> None:
 
 
 def test_every_kind_has_a_reader() -> None:
-    assert set(hardware._READERS) == set(HardwareKind)
+    assert set(_READERS) == set(HardwareKind)
 
 
 def test_constants_are_those_of_pynvml() -> None:
@@ -249,12 +250,11 @@ def test_constants_are_those_of_pynvml() -> None:
     assert nvml.P2P_READ in (real.NVML_P2P_CAPS_INDEX_READ, real.NVML_P2P_CAPS_INDEX_READ[0])
     assert (nvml.TEMPERATURE_GPU, nvml.MAX_NVLINKS) == (real.NVML_TEMPERATURE_GPU, real.NVML_NVLINK_MAX_LINKS)
     levels = ("INTERNAL", "SINGLE", "MULTIPLE", "HOSTBRIDGE", "NODE", "SYSTEM")
-    assert list(hardware.PATHS) == [getattr(real, f"NVML_TOPOLOGY_{level}") for level in levels]
+    assert list(PATHS) == [getattr(real, f"NVML_TOPOLOGY_{level}") for level in levels]
 
 
 def test_every_question_exists_in_pynvml() -> None:
-    files = ("nvml", "hardware", "telemetry_sources")
-    text = "".join(Path(nvml.__file__).with_name(f"{name}.py").read_text() for name in files)
+    text = "".join(Path(str(module.__file__)).read_text() for module in (nvml, inventory, sources))
     names = set(re.findall(r'"(nvml[A-Z]\w+)"', text))
     assert len(names) > 20
     assert [name for name in names if not hasattr(real, name)] == []

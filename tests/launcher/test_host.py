@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher import host
+from launcher.hardware import host
 
 TAKEN_BYTES = 300 * 2**20
 # Its parent has more than this process ever has.
 SCRIPT = f"""
 import mmap
-from launcher import host
+from launcher.hardware import host
 before = host.peak_bytes()
 pages = mmap.mmap(-1, {TAKEN_BYTES})
 pages.write(bytes(1) * {TAKEN_BYTES // 2})

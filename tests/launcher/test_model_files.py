@@ -13,10 +13,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from launcher.config import ConfigError, ModelConfig, QuantizeKind, RunConfig
-from launcher.model_files import download_model, find_local_model
+from launcher.models.files import download_model, find_local_model
+from launcher.models.shape import ModelShape
+from launcher.plan.topology import PlanError
 from launcher.run import find_model
-from launcher.shape import ModelShape
-from launcher.topology import PlanError
 from parallel.checkpoint.headers import CheckpointError
 from tests.launcher.models import DEMO
 
@@ -144,7 +144,7 @@ def test_hub_that_cannot_be_reached_is_refused_with_what_to_check(tmp_path: Path
     """In a process of its own: huggingface_hub reads its address once. Port 9 answers nobody."""
     program = (
         "from launcher.config import ConfigError, ModelConfig\n"
-        "from launcher.model_files import download_model\n"
+        "from launcher.models.files import download_model\n"
         "try:\n    download_model(ModelConfig('org/name'))\n"
         "except ConfigError as error:\n    print(error)\n"
     )

@@ -10,15 +10,15 @@ import pytest
 from pydantic import TypeAdapter
 
 from launcher.config import OffloadConfig, OffloadKind, SpeculationConfig, SpeculationKind, TaskConfig, TaskKind
-from launcher.memory import Demand
-from launcher.memory_fit import fits
-from launcher.offload import OffloadPlan
-from launcher.offload_disk import HOST_BYTES_PER_RANK
-from launcher.plan import GIB, Plan, plan_run
-from launcher.plan_context import KEPT_FREE_STREAMED
-from launcher.plan_text import describe
-from launcher.shape import TYPICAL_SCHEMES
-from launcher.topology import place_ranks
+from launcher.memory.demand import Demand
+from launcher.memory.fit import fits
+from launcher.models.shape import TYPICAL_SCHEMES
+from launcher.plan.context import KEPT_FREE_STREAMED
+from launcher.plan.offload import OffloadPlan
+from launcher.plan.offload_disk import HOST_BYTES_PER_RANK
+from launcher.plan.plan import GIB, Plan, plan_run
+from launcher.plan.topology import place_ranks
+from launcher.report.plan_text import describe
 from parallel.engine.layout import ALIGNMENT
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run

@@ -17,9 +17,9 @@ from launcher.config import (
     TaskConfig,
     TaskKind,
 )
-from launcher.hardware import Inventory
-from launcher.plan import GIB, Plan
-from launcher.plan_text import describe
+from launcher.hardware.inventory import Inventory
+from launcher.plan.plan import GIB, Plan
+from launcher.report.plan_text import describe
 from launcher.timing.fit import fit_rates
 from launcher.timing.predict import Copies, predict_times, read_tokens
 from parallel.engine.limits import PAGE_SIZE

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from launcher.config import Aim, OffloadKind, SpeculationConfig, SpeculationKind
-from launcher.options import Option, rank_options
-from launcher.options_text import options_table
-from launcher.plan import plan_run
-from launcher.topology import place_ranks
+from launcher.plan.options import Option, rank_options
+from launcher.plan.plan import plan_run
+from launcher.plan.topology import place_ranks
+from launcher.report.options_text import options_table
 from launcher.units import GIB
 from tests.launcher.forked import run
 from tests.launcher.models import DEMO

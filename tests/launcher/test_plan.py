@@ -7,7 +7,6 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from launcher import plan_remedies
 from launcher.config import (
     DType,
     HardwareConfig,
@@ -27,16 +26,17 @@ from launcher.config import (
     TopologyKind,
     TransportKind,
 )
-from launcher.engine_config import PrefillGraphs
-from launcher.hardware import Card, Inventory, Link, read_inventory
-from launcher.memory import Demand
-from launcher.memory_fit import fits
-from launcher.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
-from launcher.plan_text import describe, plan_tables
-from launcher.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
-from launcher.timing.find import plan_timed
+from launcher.config.engine import PrefillGraphs
+from launcher.hardware.inventory import Card, Inventory, Link, read_inventory
+from launcher.memory.demand import Demand
+from launcher.memory.fit import fits
+from launcher.models.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
+from launcher.plan import remedies as plan_remedies
+from launcher.plan.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
+from launcher.plan.timed import plan_timed
+from launcher.plan.topology import PlanError, place_ranks, plan_topology, resolve_world_size
+from launcher.report.plan_text import describe, plan_tables
 from launcher.timing.predict import Times
-from launcher.topology import PlanError, place_ranks, plan_topology, resolve_world_size
 from launcher.units import MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.kernels.held import held_bits

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from launcher.config import HardwareConfig, HardwareKind, OffloadConfig, OffloadKind
-from launcher.hardware import read_inventory
-from launcher.options import rank_options, variants
-from launcher.plan import Plan
-from launcher.shape import ModelShape, quantized_shape
-from launcher.timing.find import plan_timed
+from launcher.hardware.inventory import read_inventory
+from launcher.models.shape import ModelShape, quantized_shape
+from launcher.plan.options import rank_options, variants
+from launcher.plan.plan import Plan
+from launcher.plan.timed import plan_timed
+from launcher.plan.topology import PlanError, place_ranks
 from launcher.timing.predict import Times
-from launcher.topology import PlanError, place_ranks
 from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, run_of
 
 CARDS = HardwareConfig(HardwareKind.facts, "a card", 23.99, 1008.0, 4, 16, bf16_tflops=165.0)

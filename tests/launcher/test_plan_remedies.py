@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from launcher.config import KVDType, OffloadConfig, OffloadKind, RunConfig, TopologyKind
-from launcher.offload_config import KVPlace
-from launcher.plan import plan_run
-from launcher.shape import ModelShape, quantized_shape
-from launcher.topology import PlanError, place_ranks, resolve_world_size
+from launcher.config.offload import KVPlace
+from launcher.models.shape import ModelShape, quantized_shape
+from launcher.plan.plan import plan_run
+from launcher.plan.topology import PlanError, place_ranks, resolve_world_size
 from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, refused, run_of
 
 # Of a run, by the key in the message; sums of tokens are one token of prompt and the answer.

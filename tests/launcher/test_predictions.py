@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.accuracy import compare, point_row, summarise_errors
-from launcher.accuracy_text import accuracy_page
 from launcher.config import PredictionsConfig, TaskConfig, TaskKind
-from launcher.grid import GridPoint
-from launcher.rank import RankContext
+from launcher.plan.grid import GridPoint
+from launcher.rank.context import RankContext
+from launcher.report.accuracy import compare, point_row, summarise_errors
+from launcher.report.accuracy_text import accuracy_page
 from launcher.tasks.predictions import keep_rows, warm_up_prompts
 from launcher.timing.fit import Calibration
 from launcher.timing.load import Work

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from launcher.bench_text import parts_table, prefill_text
+from launcher.report.bench_text import parts_table, prefill_text
 from launcher.tasks.breakdown import Piece, part_of
 from launcher.tasks.prefill_breakdown import PREFILL_PARTS, break_down_passes, busy_us
 from parallel.engine.chunk_timer import chunk_lengths

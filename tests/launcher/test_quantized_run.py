@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.model_config import read_model_config
-from launcher.shape import TYPICAL_SCHEMES, shape_from_checkpoint
+from launcher.models.config_json import read_model_config
+from launcher.models.shape import TYPICAL_SCHEMES, shape_from_checkpoint
 from parallel.checkpoint.formats.config import READERS
 from parallel.checkpoint.headers import read_checkpoint
 from tests.launcher.forked import run

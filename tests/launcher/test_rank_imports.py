@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.rank_imports import UNUSED, begin_context, lean_imports
+from launcher.rank.imports import UNUSED, begin_context, lean_imports
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from launcher import rank_transport
 from launcher.config import TransportKind
 from launcher.events import EventWriter
-from launcher.rank import RankContext
-from launcher.rank_transport import open_transport
+from launcher.rank import transport as rank_transport
+from launcher.rank.context import RankContext
+from launcher.rank.transport import open_transport
 from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
 from parallel.norm_trial import NORM_BYTES

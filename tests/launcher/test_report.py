@@ -9,17 +9,18 @@ from typing import Any, cast
 
 import pytest
 
-from launcher import report as report_module
 from launcher.config import LimitsConfig, ModelFacts
-from launcher.console import print_report
 from launcher.failures import Failure
-from launcher.hardware import Inventory
+from launcher.hardware.inventory import Inventory
 from launcher.job import Job
-from launcher.outcome import report_failure, write_report
-from launcher.plan import plan_run
-from launcher.report import base_report, build_report, failure_report, slow_kernels
-from launcher.shape import shape_from_facts
-from launcher.telemetry import CardUsage, Telemetry
+from launcher.models.shape import shape_from_facts
+from launcher.plan.plan import plan_run
+from launcher.report import report as report_module
+from launcher.report.console import print_report
+from launcher.report.outcome import report_failure, write_report
+from launcher.report.report import base_report, build_report, failure_report, slow_kernels
+from launcher.telemetry.sampler import Telemetry
+from launcher.telemetry.usage import CardUsage
 from tests.launcher.jobs import make_job, make_run
 
 CONTRACT = {

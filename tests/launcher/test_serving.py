@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from launcher.bench_text import requests_text
 from launcher.config import WorkloadConfig
+from launcher.report.bench_text import requests_text
 from launcher.tasks.requests import arrival_times
 from launcher.tasks.serving import serving
 from launcher.tasks.summary import MeasuredRun

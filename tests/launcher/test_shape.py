@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from transformers import PretrainedConfig as Config
 
 from launcher.config import ModelFacts
-from launcher.shape import (
+from launcher.models.shape import (
     DTYPE_BYTES,
     SUPPORTED,
     ModelShape,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ConfigError, QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
-from launcher.draft import read_vocabulary
-from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
-from launcher.plan import Plan, plan_run
-from launcher.shape import DTYPE_BYTES
-from launcher.topology import place_ranks
+from launcher.memory.demand import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
+from launcher.models.draft import read_vocabulary
+from launcher.models.shape import DTYPE_BYTES
+from launcher.plan.plan import Plan, plan_run
+from launcher.plan.topology import place_ranks
 from parallel.engine.limits import PAGE_SIZE
 from tests.launcher.forked import run, run_together
 from tests.launcher.models import change_json, copy_demo

@@ -17,19 +17,20 @@ import psutil
 import pytest
 from torch.distributed import HashStore
 
-from launcher import rank_processes, torchrun
 from launcher.cli import handle_signals
 from launcher.config import ConfigError, PeerAccess
 from launcher.failures import Failure, RunFailed, read_first_failure, write_first_failure
 from launcher.job import Job, build_environment, load_job, save_job
-from launcher.peers import GONE, GONE_OR_ZOMBIE, find_dead_peer, wait_for_dead_peer
+from launcher.processes import ranks as rank_processes
+from launcher.processes import torchrun
+from launcher.processes.peers import GONE, GONE_OR_ZOMBIE, find_dead_peer, wait_for_dead_peer
+from launcher.processes.ranks import plain_environment, run_ranks
+from launcher.processes.start import FORWARDED_SIGNALS, find_cause, interrupted, prepare_run_dir
 from launcher.prompts import Prompt
-from launcher.rank_processes import plain_environment, run_ranks
-from launcher.start import FORWARDED_SIGNALS, find_cause, interrupted, prepare_run_dir
 from tests.launcher.cli import wait_until
 from tests.launcher.jobs import make_job, make_run
 
-# In place of launcher/worker.py.
+# In place of launcher/rank/worker.py.
 RANK = """
 import json, os, pathlib, signal, socket, subprocess, sys, time
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1]).parent
@@ -173,9 +174,11 @@ def test_peer_that_told_its_failure_is_not_waited_for(tmp_path: Path) -> None:
 
 def write_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, then: str = "") -> Path:
     """The package of a launcher whose ranks do this; the file of their job."""
-    (folder / "launcher").mkdir()
-    (folder / "launcher" / "__init__.py").write_text("")
-    (folder / "launcher" / "worker.py").write_text(RANK + then)
+    package = folder / "launcher" / "rank"
+    package.mkdir(parents=True)
+    for file in (package.parent / "__init__.py", package / "__init__.py"):
+        file.touch()
+    (package / "worker.py").write_text(RANK + then)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     return folder / "job.json"
@@ -271,7 +274,7 @@ def test_rank_whose_parent_was_gone_before_it_began_does_nothing(tmp_path: Path)
     """Linux tells only ranks that have asked by then."""
     (tmp_path / "logs").mkdir()
     environment = {**os.environ, "RANK": "0", rank_processes.PARENT: str(os.getpid() + 1)}
-    command = [sys.executable, "-m", "launcher.worker", str(tmp_path / "job.json")]
+    command = [sys.executable, "-m", "launcher.rank.worker", str(tmp_path / "job.json")]
     assert subprocess.run(command, env=environment, check=False, timeout=60).returncode == 1
     assert list((tmp_path / "logs").iterdir()) == []
 

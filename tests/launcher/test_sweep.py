@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.config import ConfigError, SamplingConfig
-from launcher.report import config_values
+from launcher.report.report import config_values
 from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
 from tests.launcher.cli import SHORT, Result
 from tests.launcher.forked import run

@@ -13,12 +13,12 @@ import psutil
 import pynvml as real
 import pytest
 
-from launcher import telemetry
 from launcher.config import HardwareConfig, HardwareKind
-from launcher.hardware import Inventory, read_inventory
-from launcher.telemetry import CardUsage, Telemetry
-from launcher.telemetry_sources import resident_bytes
-from launcher.telemetry_usage import IDLE_BIT, THROTTLE_REASONS, Curve, Sample, Tally, throttle_names
+from launcher.hardware.inventory import Inventory, read_inventory
+from launcher.telemetry import sampler
+from launcher.telemetry.sampler import Telemetry
+from launcher.telemetry.sources import resident_bytes
+from launcher.telemetry.usage import IDLE_BIT, THROTTLE_REASONS, CardUsage, Curve, Sample, Tally, throttle_names
 from tests.fakes.nvml import MIB, FakeNvml, Script, two_rtx4090
 
 # Holds {num_bytes} of memory that is really there from the moment it prints, until its input ends.
@@ -36,8 +36,8 @@ LONG_SEC, SHORT_SEC = 120.0, 60.0
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that a busy machine holds up is waited for."""
-    monkeypatch.setattr(telemetry, "FIRST_SAMPLE_SEC", LONG_SEC)
-    monkeypatch.setattr(telemetry, "LAST_SAMPLE_SEC", LONG_SEC)
+    monkeypatch.setattr(sampler, "FIRST_SAMPLE_SEC", LONG_SEC)
+    monkeypatch.setattr(sampler, "LAST_SAMPLE_SEC", LONG_SEC)
 
 
 @pytest.fixture
@@ -320,8 +320,8 @@ def test_exit_does_not_wait_for_the_interval_and_takes_a_last_sample(
 def test_a_driver_that_hangs_holds_up_neither_start_nor_end(
     fake: FakeNvml, inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "FIRST_SAMPLE_SEC", 0.1)
-    monkeypatch.setattr(telemetry, "LAST_SAMPLE_SEC", 0.1)
+    monkeypatch.setattr(sampler, "FIRST_SAMPLE_SEC", 0.1)
+    monkeypatch.setattr(sampler, "LAST_SAMPLE_SEC", 0.1)
     fake.free_to_answer.clear()
     start_sec = time.monotonic()
     with Telemetry(tmp_path, inventory, (0,), interval_sec=0.05) as running:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from launcher.config import ModelFacts, WeightsKind, WorkloadConfig
-from launcher.draft import Draft
 from launcher.job import Job
+from launcher.models.draft import Draft
+from launcher.models.shape import shape_from_config, shape_from_facts
 from launcher.prompts import Prompt
-from launcher.shape import shape_from_config, shape_from_facts
 from launcher.tasks.tokens import (
     check_known,
     check_lengths,

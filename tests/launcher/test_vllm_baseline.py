@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launcher.baselines import vllm
-from launcher.hardware_config import LimitsConfig, PeerAccess
+from launcher.config.hardware import LimitsConfig, PeerAccess
 from tests.launcher.jobs import make_job, make_run
 
 CARD_BYTES = 96 * 2**30

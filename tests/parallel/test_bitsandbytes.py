@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from launcher.shape import shape_from_checkpoint
+from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.formats.nf4 import nf4_codebook
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
-from launcher.shape import TYPICAL_SCHEMES
+from launcher.models.shape import TYPICAL_SCHEMES
 from parallel.checkpoint import dummy
 from parallel.checkpoint.dummy import STANDARD_DEVIATION, fill_dummy
 from parallel.checkpoint.formats.scheme import Scheme

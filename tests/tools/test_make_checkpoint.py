@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.shape import SUPPORTED, TABLES, part_bytes, shape_from_checkpoint
+from launcher.models.shape import SUPPORTED, TABLES, part_bytes, shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load, run_on_ranks
