@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from parallel.communicator import Communicator
 from parallel.kernels.blocks import Block, whole
+from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.kernels.fused import add_rms_norm
-from parallel.kernels.held import MIN_FUSED_ROWS
 
 Slices = tuple[slice, ...]
 

@@ -18,8 +18,8 @@ from parallel.checkpoint.dummy import Pool, quantized_values
 from parallel.checkpoint.formats.scheme import Box, Scheme
 from parallel.communicator import Communicator
 from parallel.kernels.choice import pack_linear
+from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.kernels.grouping import GroupedLinear
-from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.kernels.merge import merge
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear

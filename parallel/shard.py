@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from parallel.checkpoint.formats.config import read_scheme
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.communicator import Communicator
-from parallel.kernels.held import MIN_FUSED_ROWS
+from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.linear import LINEARS, adopt
 
 

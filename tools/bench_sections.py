@@ -23,12 +23,13 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, pieces, side_stream
+from parallel.engine import limits
 from parallel.engine.chunk_timer import time_chunks
 from parallel.engine.engine import Engine
 from parallel.engine.limits import MOST_SECTIONS, EngineLimits
 from parallel.engine.merged import LayerMerger
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.prefill import pieces, side_stream
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels.grouping import GroupedLinear
 from parallel.partition import choose_grain
 from parallel.selftest import EAGER_BYTES

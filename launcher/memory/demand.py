@@ -13,7 +13,7 @@ from launcher.memory.streamed import linear_load, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.engine.limits import SAMPLED_ROWS, EngineLimits, choose_sections, graph_sizes
-from parallel.kernels.held import (
+from parallel.kernels.footprint import (
     DEQUANTIZED_AT_A_TIME,
     HOST_INT4_PRODUCT_BYTES,
     held_bits,
@@ -228,9 +228,9 @@ class Demand:
     def _activations(self, rank: int, max_context: int) -> int:
         """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
-        Written for parallel/engine/decoder.py, overlap.py and halves.py; e is the size of an element in bytes. On a
-        card norms, rotation and activation write nothing but their results; plain torch needs copies, in float32 but
-        for the activation's.
+        Written for decoder.py, prefill/overlap.py and prefill/halves.py of parallel/engine; e is the size of an element
+        in bytes. On a card norms, rotation and activation write nothing but their results; plain torch needs copies, in
+        float32 but for the activation's.
         """
         e, shape = DTYPE_BYTES[self.dtype], self.shape
         prompt = min(self.prefill_chunk, self.batch_size * max_context)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.engine.limits import EngineLimits, graphed_rows
-from parallel.kernels.held import product_bytes
+from parallel.kernels.footprint import product_bytes
 
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
@@ -66,7 +66,7 @@ class Layer:
 def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_passes: bool) -> int:
     """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs.
 
-    Written for parallel/engine/pieces.py and fresh_pass.py; decode steps fit into the memory of passes.
+    Written for pieces.py and fresh.py of parallel/engine/prefill; decode steps fit into the memory of passes.
     """
     sizes = graphed_rows(prefill_chunk) if captures_passes else ()
     tokens = max(sizes, default=0)
@@ -92,7 +92,8 @@ def prompt_keys_bytes(layer: Layer, head_dim: int, kv_bytes: int, num_rows: int,
     """What so many tokens of prompts attend to: keys and values of some parts at a time, and where those of all are;
     plain torch has masks too, of booleans and of numbers.
 
-    Written for parallel/engine/part_attention.py. `kv_bytes`: of a number in the cache; other numbers are converted.
+    Written for parallel/engine/prefill/part_attention.py. `kv_bytes`: of a number in the cache; other numbers are
+    converted.
     """
     e, max_context = layer.element_bytes, limits.max_context
     converted = kv_bytes if kv_bytes != e else 0

@@ -18,7 +18,7 @@ from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
 from parallel.checkpoint.formats.scheme import Scheme, inputs_problem
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.kernels.held import stored_bits
+from parallel.kernels.footprint import stored_bits
 from parallel.partition import split_by_grain, split_by_heads
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

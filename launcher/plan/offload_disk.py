@@ -12,7 +12,7 @@ from launcher.memory.fit import largest
 from launcher.memory.kv import host_kv_bytes
 from launcher.memory.streamed import ring_bytes
 from launcher.units import GIB
-from parallel.kernels.held import predict_kernel
+from parallel.kernels.footprint import predict_kernel
 from parallel.offload.spread import spread_layers
 
 # Of host memory for the process of a rank beside its layers: Python, torch and CUDA, and buffers for reading.

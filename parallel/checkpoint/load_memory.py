@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.quantize_schemes import ROUNDED_AT_A_TIME, ROUNDING_BYTES
-from parallel.kernels.held import BLOCK_ELEMENTS, held_bits, predict_kernel, stored_bits
+from parallel.kernels.footprint import BLOCK_ELEMENTS, held_bits, predict_kernel, stored_bits
 
 # A byte a weight is what decoding and rounding give.
 VALUE_BYTES = 1.0

@@ -20,7 +20,7 @@ from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
 from parallel.engine.pages import PageAllocator, pages_for
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler

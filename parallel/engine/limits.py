@@ -22,9 +22,9 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 # and 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
 SECTIONS = ((255, 1), (4096, 2))
 MOST_SECTIONS = 4
-# Where weights are dequantised, passes from so many rows on go in two halves, which share them (parallel/engine/
-# halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200
-# took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
+# Where weights are dequantised, passes from so many rows on go in two halves, which share them
+# (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two
+# H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
 MIN_HALVED_ROWS = 1024
 # The same where passes are captured as graphs.
 GRAPHED_HALVED_ROWS = 257

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_sections
 from parallel.engine.pages import PagedKV, allocate_pages, pages_for, positions_and_slots
-from parallel.engine.part_attention import attend_parts
-from parallel.engine.pass_graphs import PassGraphs
-from parallel.engine.pass_order import run_pass
+from parallel.engine.prefill.graphs import PassGraphs
+from parallel.engine.prefill.order import run_pass
+from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows

@@ -16,8 +16,8 @@ class PrefixCache(PageAllocator):
 
     Such a page is known by its tokens and by the page before it, so by every token up to its end; nothing is told by a
     hash alone. It is known from its reservation on: who reserved it later must not be prefilled before its keys and
-    values are there, or queued (pass_shares.py). Once nobody holds it, it waits, known, until pages are short: then the
-    one that was given back first is lent anew.
+    values are there, or queued (prefill/shares.py). Once nobody holds it, it waits, known, until pages are short: then
+    the one that was given back first is lent anew.
 
     Who holds a known page holds all before it, and gives them back last page first. So none is lent anew before those
     that follow it, and a key never names a page that has become another's.

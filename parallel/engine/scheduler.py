@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
 from parallel.engine.pages import OutOfPagesError
-from parallel.engine.pass_shares import share_pass
+from parallel.engine.prefill.shares import share_pass
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.kernels.dequantize import pack_pairs
+from parallel.kernels.footprint import MAX_TINYGEMM_ROWS
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_TINYGEMM_ROWS
 from parallel.quantized import QuantizedWeight, by_blocks
 
 GROUP_SIZES = (256, 128, 64, 32)

@@ -42,7 +42,7 @@ def open_engine(communicator: Communicator, kind: str) -> Engine:
     model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
     scheme = QUANTIZE_SCHEMES.get(kind)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
-    # Launch by launch; tests/gpu/test_pass_graphs.py has graphs.
+    # Launch by launch; tests/gpu/test_prefill_graphs.py has graphs.
     limits.GRAPHED_ROWS = ()
     # Several blocks in gate_up and in down.
     grouping.DEQUANTIZED_AT_A_TIME = 256 * 256

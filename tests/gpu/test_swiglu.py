@@ -12,8 +12,8 @@ from torch import Tensor
 from parallel.engine import merged
 from parallel.engine.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
 from parallel.kernels import wide
+from parallel.kernels.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels.fused import silu_mul
-from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 from parallel.kernels.merge import merge
 from tools.linear_formats import (
     FORMATS,

@@ -17,7 +17,7 @@ from parallel.communicator import Around, Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pages import FP8, allocate_pages, pages_for
-from parallel.engine.part_attention import attend_parts
+from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation

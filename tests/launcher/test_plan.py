@@ -39,7 +39,7 @@ from launcher.report.plan_text import describe, plan_tables
 from launcher.timing.predict import Times
 from launcher.units import MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.kernels.held import held_bits
+from parallel.kernels.footprint import held_bits
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 LLAMA_70B = shape_from_facts(

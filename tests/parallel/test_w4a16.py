@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.kernels import tiles, w4a16
-from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
+from parallel.kernels.footprint import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.wide import Layout
 from parallel.quantized import QuantizedWeight
 

@@ -9,7 +9,7 @@ import pytest
 
 from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.pages import pages_for
-from parallel.engine.pass_shares import share_pass
+from parallel.engine.prefill.shares import share_pass
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.sequence import Sequence as EngineSequence
 

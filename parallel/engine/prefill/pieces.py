@@ -1,6 +1,6 @@
 """A pass of prompts cut at its attentions: what lies between two of them has the same shapes whatever the prompts are.
 
-So each piece can be captured as a graph (pass_graphs.py). Attention, whose shapes depend on the length of every prompt,
+So each piece can be captured as a graph (graphs.py). Attention, whose shapes depend on the length of every prompt,
 is queued launch by launch between them, through buffers that stay where they are.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_sections
 from parallel.engine.pages import PagedKV
-from parallel.engine.pass_order import open_pass
+from parallel.engine.prefill.order import open_pass
 from parallel.linear import Update
 
 

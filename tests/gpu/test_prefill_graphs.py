@@ -21,7 +21,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.merged import LayerMerger
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels import grouping
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card

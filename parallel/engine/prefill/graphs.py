@@ -1,4 +1,4 @@
-"""Passes of prompts captured as CUDA graphs for some numbers of rows: whole (fresh_pass.py), and piece by piece.
+"""Passes of prompts captured as CUDA graphs for some numbers of rows: whole (fresh.py), and piece by piece.
 
 A layer of a pass takes the host 0.6 to 2 ms to queue launch by launch on a machine where a launch takes 13 us, which is
 longer than the card needs for its share of some hundred tokens; as a graph and its attention it takes a tenth. To
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.fresh_pass import MAX_PROMPTS, FreshPass
 from parallel.engine.graphs import capture
 from parallel.engine.limits import MOST_SECTIONS
 from parallel.engine.pages import PagedKV
-from parallel.engine.pieces import PassBuffers, Pieces
+from parallel.engine.prefill.fresh import MAX_PROMPTS, FreshPass
+from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.kernels.ranges_attention import refusal
 
 # What does again what was captured.

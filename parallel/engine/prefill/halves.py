@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Decoder
-from parallel.engine.overlap import ALL, Columns, PassInSections, Section
 from parallel.engine.pages import PagedKV
-from parallel.engine.side_stream import Sum
+from parallel.engine.prefill.overlap import ALL, Columns, PassInSections, Section
+from parallel.engine.prefill.side_stream import Sum
 from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import silu_mul
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.halves import PassInHalves
-from parallel.engine.overlap import PassInSections, cut_in_sections
 from parallel.engine.pages import PagedKV
+from parallel.engine.prefill.halves import PassInHalves
+from parallel.engine.prefill.overlap import PassInSections, cut_in_sections
 
 
 def run_pass(

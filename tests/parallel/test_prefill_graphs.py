@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, pass_graphs
+from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
-from parallel.engine.fresh_pass import prompt_bounds
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.pages import pages_for
-from parallel.engine.pass_graphs import PassGraphs, Recorded
+from parallel.engine.prefill import graphs as pass_graphs
+from parallel.engine.prefill.fresh import prompt_bounds
+from parallel.engine.prefill.graphs import PassGraphs, Recorded
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from tests.parallel.quantized_models import write_pair
