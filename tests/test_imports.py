@@ -24,6 +24,7 @@ MODULES = {
     for package in ("launcher", "parallel", "conf")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
+BELOW_ENGINE = ("parallel.kernels", "parallel.transports")
 OUTSIDE_RANKS = [name for name in MODULES if name.startswith("launcher") and not name.startswith(IN_RANKS)]
 
 
@@ -109,6 +110,13 @@ def test_packages_of_the_launcher_build_on_one_another_in_one_direction() -> Non
 def test_parallel_imports_nothing_of_ours(module: str) -> None:
     foreign = {name for name in imports(module, at_top=False) if package(name) in OURS}
     assert {name for name in foreign if package(name) != "parallel"} == set()
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if name.startswith(("parallel.kernels", "parallel.transports"))]
+)
+def test_kernels_and_transports_know_nothing_of_the_engine(module: str) -> None:
+    assert not {name for name in imports(module, at_top=False) if name.startswith("parallel.engine")}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -29,9 +29,9 @@ from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sampling import gather_logits
 from parallel.engine.sequence import Sequence
+from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
 from parallel.rounded import Rounded
 from parallel.shard import build_sharded_model

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from launcher.config.model import QuantizeKind
-from parallel.engine.limits import MAX_NODES
 from parallel.engine.speculation.tree_plan import CHAINS, TAKEN_IN, TREES, TreePlan
+from parallel.kernels.limits import MAX_NODES
 
 # A step of more rows than this takes longer than what drafts that far ahead save.
 MAX_DRAFTS = 16

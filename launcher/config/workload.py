@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from parallel.engine.limits import MAX_NODES
+from parallel.kernels.limits import MAX_NODES
 
 # Tokens of a random prompt where workload.prompt_tokens does not say.
 RANDOM_PROMPT_TOKENS = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from parallel.engine.limits import PAGE_SIZE
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.offload.spread import NUM_STAGED
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from launcher.plan.offload_disk import largest_host_context
 from launcher.plan.refusal import refuse_memory
 from launcher.plan.remedies import Refused
 from launcher.plan.topology import PlanError
-from parallel.engine.limits import PAGE_SIZE
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.offload.spread import NUM_STAGED
 
 DEFAULT_MAX_CONTEXT = 8192

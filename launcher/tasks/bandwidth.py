@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from launcher.tasks.measure import cache_bytes, weights_bytes
 from launcher.units import MIB
 from parallel.engine.engine import Engine
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import PagedKV
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import PagedKV
 from parallel.offload.disk_layers import DiskLayers
 
 # Far above the caches of any card (50 MB on an H200, 72 MB on an RTX 4090).

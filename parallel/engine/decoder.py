@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
 from parallel.engine.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
-from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
+from parallel.kernels.pages import PagedKV
 from parallel.linear import Update
 from parallel.offload.host_kv import HostKV
 from parallel.offload.streamer import Streamer

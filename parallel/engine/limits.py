@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-# Tokens of a page of the KV cache.
-PAGE_SIZE = 64
-# Tokens of a sequence that attention tells apart in one pass.
-MAX_NODES = 256
+from parallel.kernels.limits import PAGE_SIZE
+
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
 # Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
@@ -23,8 +21,8 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 SECTIONS = ((255, 1), (4096, 2))
 MOST_SECTIONS = 4
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them
-# (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two
-# H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
+# (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on
+# two H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
 MIN_HALVED_ROWS = 1024
 # The same where passes are captured as graphs.
 GRAPHED_HALVED_ROWS = 257

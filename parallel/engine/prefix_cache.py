@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import SCRATCH_PAGE, PageAllocator
+from parallel.engine.page_allocator import PageAllocator
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import SCRATCH_PAGE
 
 # The page before, SCRATCH_PAGE at the start of a prompt, and the tokens of the page.
 Key = tuple[int, tuple[int, ...]]

@@ -16,12 +16,12 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import FP8, allocate_pages, pages_for
 from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.kernels.pages import FP8, allocate_pages, pages_for
 from parallel.partition import choose_grain
 from parallel.shard import build_sharded_model
 from tests.launcher.cli import wait_until

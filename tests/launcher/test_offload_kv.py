@@ -22,7 +22,7 @@ from launcher.plan.plan import GIB, Plan
 from launcher.report.plan_text import describe
 from launcher.timing.fit import fit_rates
 from launcher.timing.predict import Copies, predict_times, read_tokens
-from parallel.engine.limits import PAGE_SIZE
+from parallel.kernels.limits import PAGE_SIZE
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.test_offload import AWQ_4, streamed

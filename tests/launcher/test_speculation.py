@@ -12,7 +12,7 @@ from launcher.models.draft import read_vocabulary
 from launcher.models.shape import DTYPE_BYTES
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import place_ranks
-from parallel.engine.limits import PAGE_SIZE
+from parallel.kernels.limits import PAGE_SIZE
 from tests.launcher.forked import run, run_together
 from tests.launcher.models import change_json, copy_demo
 from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, cards_of, run_of

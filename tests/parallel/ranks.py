@@ -18,10 +18,10 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.kernels.pages import pages_for
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.partition import choose_grain

@@ -17,12 +17,12 @@ from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
-from parallel.engine.pages import pages_for
 from parallel.engine.prefill import graphs as pass_graphs
 from parallel.engine.prefill.fresh import prompt_bounds
 from parallel.engine.prefill.graphs import PassGraphs, Recorded
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.kernels.pages import pages_for
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of

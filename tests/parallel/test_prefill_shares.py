@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import pages_for
 from parallel.engine.prefill.shares import share_pass
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import pages_for
 
 
 def sequences_of(*lengths: int) -> list[EngineSequence]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder
 from parallel.engine.graphs import capture
 from parallel.engine.limits import MOST_SECTIONS
-from parallel.engine.pages import PagedKV
 from parallel.engine.prefill.fresh import MAX_PROMPTS, FreshPass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
+from parallel.kernels.pages import PagedKV
 from parallel.kernels.ranges_attention import refusal
 
 # What does again what was captured.

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Decoder
-from parallel.engine.pages import PagedKV
 from parallel.engine.prefill.overlap import ALL, Columns, PassInSections, Section
 from parallel.engine.prefill.side_stream import Sum
 from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import silu_mul
+from parallel.kernels.pages import PagedKV
 
 # (rows of the first half, blocks of gate and up that it is multiplied by before the sum of the second is waited for).
 # Where memory is stacked on the chip, products and dequantising are so fast, and the link between cards so slow beside

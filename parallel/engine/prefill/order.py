@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.pages import PagedKV
 from parallel.engine.prefill.halves import PassInHalves
 from parallel.engine.prefill.overlap import PassInSections, cut_in_sections
+from parallel.kernels.pages import PagedKV
 
 
 def run_pass(

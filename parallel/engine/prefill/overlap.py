@@ -23,9 +23,9 @@ from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.merged import swiglu
-from parallel.engine.pages import PagedKV
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, rms_norm
+from parallel.kernels.pages import PagedKV
 from parallel.kernels.wide import sparing
 
 ALL = slice(None)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend
-from parallel.engine.pages import PagedKV, positions_and_slots
+from parallel.engine.page_allocator import positions_and_slots
 from parallel.engine.rows import to_device
 from parallel.engine.sequence import Part
 from parallel.kernels.paged_attention import prefill_attention
+from parallel.kernels.pages import PagedKV
 from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
 
 

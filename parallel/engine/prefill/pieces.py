@@ -14,8 +14,8 @@ from torch import Tensor
 
 from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_sections
-from parallel.engine.pages import PagedKV
 from parallel.engine.prefill.order import open_pass
+from parallel.kernels.pages import PagedKV
 from parallel.linear import Update
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.kernels.limits import PAGE_SIZE
 
 
 def share_pass(sequences: Sequence[EngineSequence], room: int) -> list[Part]:
