@@ -1,4 +1,4 @@
-"""Whether what a run takes fits, and how much of it would. No torch."""
+"""Whether what a run takes fits, and how much of it would."""
 
 from __future__ import annotations
 

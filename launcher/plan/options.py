@@ -38,7 +38,8 @@ class Option:
     tokens_per_sec: float | None = None
 
 
-RANKS: dict[Aim, Callable[[Option], float]] = {
+# What is least for the best option of an aim.
+COSTS: dict[Aim, Callable[[Option], float]] = {
     Aim.latency: lambda option: option.tpot_ms or float("inf"),
     Aim.throughput: lambda option: -(option.tokens_per_sec or 0.0),
     Aim.context: lambda option: -(option.kv_tokens or 0),
@@ -54,8 +55,8 @@ def rank_options(
         draft: of the model that guesses, where one does; every copy has its own.
     """
     options = list(find_options(run, shape, inventory, num_cards, draft))
-    rank = RANKS[run.plan.aim]
-    return sorted(options, key=lambda option: (not option.fits, rank(option)))
+    cost = COSTS[run.plan.aim]
+    return sorted(options, key=lambda option: (not option.fits, cost(option)))
 
 
 def find_options(

@@ -1,4 +1,4 @@
-"""Which rates a run is predicted with: those measured on such cards, else those that published facts give. No torch."""
+"""Which rates a run is predicted with: those measured on such cards, else those that published facts give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far predicted times are from measured ones: rows of numbers, their errors, and what they come to. No torch."""
+"""How far predicted times are from measured ones: rows of numbers, their errors, and what they come to."""
 
 from __future__ import annotations
 

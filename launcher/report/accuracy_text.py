@@ -1,4 +1,4 @@
-"""Predicted against measured, as Markdown. No torch."""
+"""Predicted against measured, as Markdown."""
 
 from __future__ import annotations
 

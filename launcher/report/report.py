@@ -219,9 +219,7 @@ def card_report(job: Job, rank: int, usage: CardUsage, result: dict[str, Any]) -
 
     `host_peak_bytes` is of the rank's process: the most that was resident, mapped files and shared pages included.
     """
-    seen = asdict(usage)
-    if usage.peak_bytes is not None:
-        seen["peak_bytes"] = usage.peak_bytes - (usage.baseline_bytes or 0)
+    seen = asdict(usage) | {"peak_bytes": usage.own_peak_bytes}
     predicted_bytes = job.plan.cards[rank].predicted_bytes if job.plan else None
     from_rank = {name: result.get(name) for name in ("memory", "host_peak_bytes")}
     return seen | {"name": job.placement.names[rank], "predicted_bytes": predicted_bytes} | from_rank

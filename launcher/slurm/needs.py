@@ -1,4 +1,4 @@
-"""What a run asks of SLURM: cards, cores, host memory and minutes, each with where its figure comes from. No torch."""
+"""What a run asks of SLURM: cards, cores, host memory and minutes, each with where its figure comes from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from launcher.config import HardwareConfig, HardwareKind, RunConfig, TaskConfig,
 from launcher.hardware.inventory import Inventory, read_inventory
 from launcher.memory.weights import stored_bytes
 from launcher.models.draft import find_draft
+from launcher.models.find import find_model
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.timed import predict_run
 from launcher.plan.topology import place_ranks, resolve_world_size
-from launcher.run import WITHOUT_MODEL, find_model
+from launcher.run import WITHOUT_MODEL
 from launcher.slurm.duration import (
     Duration,
     longest_prompt_tokens,

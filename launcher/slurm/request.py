@@ -1,4 +1,4 @@
-"""What a job of a sweep asks of SLURM: what its plan needs, unless hydra.launcher says otherwise. No torch."""
+"""What a job of a sweep asks of SLURM: what its plan needs, unless hydra.launcher says otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waits for the jobs of a sweep, and says of each what became of it. No torch."""
+"""Waits for the jobs of a sweep, and says of each what became of it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from launcher.report.accuracy import POINTS_FILE, Row, point_row, summarise_erro
 from launcher.report.accuracy_text import accuracy_page
 from launcher.tasks.bench import Bench, open_agreement
 from launcher.tasks.fused_rows import choose_fused_rows
-from launcher.tasks.generate import append_lines, open_engine
+from launcher.tasks.generate import append_lines
+from launcher.tasks.loaded import open_engine
 from launcher.tasks.measure import kernels, memory
 from launcher.tasks.summary import summarise
 from launcher.tasks.weights import give_back, load_sharded_model

@@ -78,6 +78,11 @@ class CardUsage:
     # Packets sent again during the run: a riser, a slot or a cable that loses bits.
     pcie_replays: int | None = None
 
+    @property
+    def own_peak_bytes(self) -> int | None:
+        """This run's: without what others held before it."""
+        return None if self.peak_bytes is None else self.peak_bytes - (self.baseline_bytes or 0)
+
 
 # Field of CardUsage -> the field of Sample whose highest value it is.
 PEAKS = {

@@ -1,4 +1,4 @@
-"""What predictions are asked of: the work of a model on a rank, and the requests that it gets. No torch."""
+"""What predictions are asked of: the work of a model on a rank, and the requests that it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates of cards that are not here, from published facts and from how near to them an H200 comes. No torch."""
+"""Rates of cards that are not here, from published facts and from how near to them an H200 comes."""
 
 from __future__ import annotations
 

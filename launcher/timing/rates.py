@@ -1,4 +1,4 @@
-"""What a machine's cards do in what time: lines over bytes, from which predict.py adds up a model's steps. No torch."""
+"""What a machine's cards do in what time: lines over bytes, from which predict.py adds up a model's steps."""
 
 from __future__ import annotations
 

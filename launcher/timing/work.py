@@ -1,4 +1,4 @@
-"""From a model's shape to what predictions count: bytes of a layer, of the head and of a message. No torch."""
+"""From a model's shape to what predictions count: bytes of a layer, of the head and of a message."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from launcher.config import ConfigError, ModelConfig, QuantizeKind, RunConfig
 from launcher.models.files import download_model, find_local_model
+from launcher.models.find import find_model
 from launcher.models.shape import ModelShape
 from launcher.plan.topology import PlanError
-from launcher.run import find_model
 from parallel.checkpoint.headers import CheckpointError
 from tests.launcher.models import DEMO
 
