@@ -18,7 +18,7 @@ from parallel.checkpoint.formats.config import read_scheme
 from parallel.checkpoint.formats.scheme import Scheme
 from parallel.communicator import Communicator
 from parallel.kernels.footprint import MIN_FUSED_ROWS
-from parallel.linear import LINEARS, adopt
+from parallel.layers.linear import LINEARS, adopt
 
 
 def share_process_group(device: torch.device) -> None:

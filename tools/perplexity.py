@@ -33,8 +33,8 @@ from parallel.engine.sampling import gather_logits
 from parallel.engine.sequence import Sequence
 from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
-from parallel.rounded import Rounded
 from parallel.shard import build_sharded_model
+from parallel.transports.rounded import Rounded
 from tools.corpus import collect
 from tools.demo_tokenizer import encode_stream
 from tools.demo_training import CONTEXT, evaluate

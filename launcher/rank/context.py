@@ -21,9 +21,9 @@ from launcher.processes.start import rank_log
 from launcher.rank.transport import open_transport
 from launcher.units import GIB
 from parallel.communicator import Communicator
-from parallel.selftest import DECODE_BYTES
 from parallel.shard import share_process_group
-from parallel.transport_choice import PREFILL_BYTES, Range
+from parallel.transports.choice import PREFILL_BYTES, Range
+from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
 
 

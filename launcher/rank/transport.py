@@ -11,10 +11,10 @@ import torch
 from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
-from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
-from parallel.rounded import Rounded, find_wrong_rounded_sums, time_rounded
-from parallel.selftest import DECODE_BYTES, check_transport
-from parallel.transport_choice import (
+from parallel.transports import host_memory_norm
+from parallel.transports.by_size import BySize
+from parallel.transports.channel import Channel
+from parallel.transports.choice import (
     PREFILL_BYTES,
     TIMED_BYTES,
     TIMED_COPIES_BYTES,
@@ -30,13 +30,13 @@ from parallel.transport_choice import (
     plan_ranges,
     prove,
 )
-from parallel.transports import host_memory_norm
-from parallel.transports.by_size import BySize
-from parallel.transports.channel import Channel
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import EXACT, INT8, wrap_dense, wrap_int8
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.host_memory_norm import wrap_norm
+from parallel.transports.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
+from parallel.transports.rounded import Rounded, find_wrong_rounded_sums, time_rounded
+from parallel.transports.selftest import DECODE_BYTES, check_transport
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 
 OnTimeout = Callable[[TransportError], None]

@@ -30,11 +30,11 @@ from parallel.communicator import ElidedAllReduce
 from parallel.engine.chunk_timer import time_apart
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.footprint import held_bits
 from parallel.kernels.pages import pages_for
+from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain
 from parallel.product_trial import rows_limit
 from parallel.shard import build_sharded_model

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.rank.context import RankContext
 from parallel.communicator import Communicator, open_communicator
-from parallel.selftest import deadline, time_all_reduce
+from parallel.transports.selftest import deadline, time_all_reduce
 
 
 def run_probe(context: RankContext) -> dict[str, Any]:

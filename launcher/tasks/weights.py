@@ -19,7 +19,7 @@ from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.engine.merged import LayerMerger
+from parallel.layers.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.product_trial import FusedRows, rows_limit
 from parallel.shard import ShardedModel, build_sharded_model

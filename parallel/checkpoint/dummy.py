@@ -21,7 +21,7 @@ from parallel.checkpoint.load import LoadResult, move_buffers, place
 from parallel.checkpoint.match import parameter_owners
 from parallel.checkpoint.quantize import FLOAT8_MAX
 from parallel.checkpoint.quantized import install, local_box
-from parallel.linear import ShardedLayer
+from parallel.layers.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 from parallel.shard import ShardedModel
 

@@ -26,7 +26,7 @@ from parallel.checkpoint.quantize_schemes import widen
 from parallel.checkpoint.quantized import install, local_box, local_slices, place_linear
 from parallel.checkpoint.read import TensorSlice, check_finite, is_finite
 from parallel.checkpoint.read_ahead import LIMIT_BYTES, ReadAhead
-from parallel.linear import ShardedLayer
+from parallel.layers.linear import ShardedLayer
 from parallel.shard import ShardedModel
 
 Stored = dict[str, Tensor]

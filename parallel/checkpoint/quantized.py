@@ -9,7 +9,7 @@ from parallel.checkpoint.formats.scheme import Box, Scheme, part_slices
 from parallel.checkpoint.headers import CheckpointError, TensorEntry
 from parallel.checkpoint.read import TensorSlice
 from parallel.kernels.choice import pack_linear
-from parallel.linear import ShardedLayer
+from parallel.layers.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 
 Slices = dict[str, TensorSlice]

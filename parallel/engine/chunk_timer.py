@@ -16,7 +16,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.kernels.pages import pages_for
-from parallel.linear import swapped_communicator
+from parallel.layers.linear import swapped_communicator
 
 # Of a card's clock in a millisecond, at most.
 CYCLES_PER_MS = 3_000_000

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
-from parallel.engine.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
 from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
 from parallel.kernels.pages import PagedKV
-from parallel.linear import Update
+from parallel.layers.linear import Update
+from parallel.layers.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
 from parallel.offload.host_kv import HostKV
 from parallel.offload.streamer import Streamer
 

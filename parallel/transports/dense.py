@@ -67,7 +67,7 @@ EXACT = LineFormat(
     # first is read, and the link is used one way for longer.
     launches=((MAX_BYTES, 32, 1),),
 )
-# A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch parallel/rounded.py.
+# A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch rounded.py.
 INT8 = LineFormat(
     "host_memory_int8",
     "host_memory_int8.cu",

@@ -26,11 +26,11 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
 from parallel.engine.step_timer import prepared_step, time_drafts
+from parallel.layers.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.partition import choose_grain

@@ -18,10 +18,10 @@ from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.sequence import Sequence
 from parallel.kernels import grouping
 from parallel.kernels.pages import pages_for
+from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.parallel.ranks import build

@@ -20,9 +20,9 @@ from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels import grouping
+from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.parallel.passes import parts_of

@@ -19,7 +19,7 @@ from launcher.plan.offload_disk import HOST_BYTES_PER_RANK
 from launcher.plan.plan import GIB, Plan, plan_run
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
-from parallel.engine.layout import ALIGNMENT
+from parallel.layers.layout import ALIGNMENT
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.test_plan import (

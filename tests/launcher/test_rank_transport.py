@@ -15,14 +15,14 @@ from launcher.rank.context import RankContext
 from launcher.rank.transport import open_transport
 from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
-from parallel.norm_trial import NORM_BYTES
-from parallel.selftest import DECODE_BYTES
-from parallel.transport_choice import PREFILL_BYTES, Proof, Range
 from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
+from parallel.transports.choice import PREFILL_BYTES, Proof, Range
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.dense import EXACT, INT8
 from parallel.transports.host_memory import KIB, HostMemory
+from parallel.transports.norm_trial import NORM_BYTES
+from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import TwoStepHostMemory
 from tests.launcher.jobs import make_job, make_run

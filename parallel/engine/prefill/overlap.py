@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.merged import swiglu
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, rms_norm
 from parallel.kernels.pages import PagedKV
 from parallel.kernels.wide import sparing
+from parallel.layers.merged import swiglu
 
 ALL = slice(None)
 

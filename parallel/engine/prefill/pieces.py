@@ -16,7 +16,7 @@ from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_sections
 from parallel.engine.prefill.order import open_pass
 from parallel.kernels.pages import PagedKV
-from parallel.linear import Update
+from parallel.layers.linear import Update
 
 
 @dataclass(frozen=True)

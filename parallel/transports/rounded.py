@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator
-from parallel.selftest import Timing, agreed_number, time_calls, timing_of
+from parallel.transports.selftest import Timing, agreed_number, time_calls, timing_of
 
 # As in host_memory_int8.cu: numbers that share a scale, and the largest code.
 GROUP = 12

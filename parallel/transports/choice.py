@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from parallel.communicator import Communicator, TransportError
-from parallel.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
+from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
 
 KIB = 1024

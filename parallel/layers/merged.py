@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parallel.engine.layout import gather_layer
 from parallel.kernels.blocks import Block, side_by_side, whole, with_bias
 from parallel.kernels.fused import silu_mul
 from parallel.kernels.merge import merge
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
-from parallel.linear import ColumnParallelLinear
+from parallel.layers.layout import gather_layer
+from parallel.layers.linear import ColumnParallelLinear
 
 # Of more tokens two launches are as fast as one, or faster: 106 us for 64 where one takes 114, 65.5 for 32 where one
 # takes 64.2 (gate and up of Llama-70B in 4 bits at TP2 on an H200).

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels import reference
-from parallel.selftest import DECODE_BYTES, Timing, agreed_number, time_calls, timing_of
+from parallel.transports.selftest import DECODE_BYTES, Timing, agreed_number, time_calls, timing_of
 
 # One row is a token of a 70B.
 HIDDEN_SIZE = DECODE_BYTES // 2
