@@ -21,7 +21,6 @@ from typing import BinaryIO
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tools.fills import BLOCK_ELEMENTS as BLOCK_ELEMENTS
 from tools.fills import Fills
 from tools.quantization import WRITERS, quantized_tensors
 from tools.stored import Shard, Tensor, make_header, plan_shards, write_index

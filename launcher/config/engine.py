@@ -41,6 +41,8 @@ class PrefillGraphs(str, Enum):
 
 @dataclass
 class SamplingConfig:
+    """How tokens are drawn from logits, and what ends an answer."""
+
     # 0 is greedy.
     temperature: float = 0.0
     # 0 keeps every token.
@@ -65,6 +67,8 @@ class SamplingConfig:
 
 @dataclass
 class EngineConfig:
+    """How a model is run on its cards: context and KV cache, passes of prefill, all-reduces."""
+
     # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
     # and the model's own limit goes.
     max_context: int | None = None

@@ -28,6 +28,8 @@ class PeerAccess(str, Enum):
 
 @dataclass
 class HardwareConfig:
+    """This machine's cards (local), none (cpu), or such as are published (facts), whose numbers follow, of one card."""
+
     kind: HardwareKind = HardwareKind.local
     name: str = "local"
     memory_gib: float = 0.0
@@ -60,6 +62,8 @@ class HardwareConfig:
 
 @dataclass
 class LimitsConfig:
+    """What a run may use of the hardware it has."""
+
     # Treat each card as if it had this much memory.
     card_memory_gib: float | None = None
     # Take no more host memory than this for all ranks beside their cards.

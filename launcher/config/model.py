@@ -59,6 +59,8 @@ class ModelFacts:
 
 @dataclass
 class ModelConfig:
+    """A model and the form of its weights."""
+
     # What `path` is called on the command line.
     key: ClassVar[str] = "model.path"
     # A local folder, pkg://PACKAGE/FOLDER for what ships with a package, or a hub name such as org/name.
@@ -82,4 +84,6 @@ class ModelConfig:
 
 @dataclass
 class DraftModelConfig(ModelConfig):
+    """The small model of speculation.kind=draft, found and downloaded as the model is."""
+
     key: ClassVar[str] = "speculation.draft_path"

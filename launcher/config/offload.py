@@ -26,6 +26,8 @@ class KVPlace(str, Enum):
 
 @dataclass
 class OffloadConfig:
+    """Where layers lie that do not fit the cards, who computes them, and where their keys and values are."""
+
     # Stream layers that do not fit from host memory, each ahead of its use, in every pass: auto, on or off.
     enabled: OffloadKind = OffloadKind.auto
     # Decoder layers that stay on the card; null: as many as fit.

@@ -25,22 +25,6 @@ from parallel.engine.speculation.tree_plan import TreePlan
 MAX_CARDS = 4
 # A year: torch counts timeouts in 64 bits of nanoseconds, and infinity is no JSON.
 MAX_TIMEOUT_SEC = 365 * 24 * 3600
-# Sections with rules of their own.
-CHECKED = (
-    "model",
-    "workload",
-    "hardware",
-    "limits",
-    "sampling",
-    "engine",
-    "offload",
-    "speculation",
-    "probe",
-    "bench",
-    "predictions",
-    "calibrate",
-    "timeouts",
-)
 
 
 class ConfigError(ValueError):
@@ -65,6 +49,8 @@ class TopologyConfig:
 
 @dataclass
 class TimeoutsConfig:
+    """How long ranks wait for one another before the run fails."""
+
     # Self-test of the links before the model is loaded.
     selftest_sec: float = 60.0
     # Any single collective after that.
@@ -78,6 +64,11 @@ class TimeoutsConfig:
 
 @dataclass
 class RunConfig:
+    """A run as it was asked for: the sections of conf/, and what belongs to none of them.
+
+    A section with a method `problems` is checked by it; rules that concern several are here.
+    """
+
     # Cards (ranks) to use; null follows topology, or the processes that torchrun started, or 1.
     gpus: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -141,8 +132,9 @@ class RunConfig:
         """Every rule that the values break, each as a sentence with the value, the rule and the knob."""
         if self.gpus is not None and not 1 <= self.gpus <= MAX_CARDS:
             yield f"gpus={self.gpus} must be from 1 to {MAX_CARDS}."
-        for name in CHECKED:
-            yield from getattr(self, name).problems()
+        for section in vars(self).values():
+            if hasattr(section, "problems"):
+                yield from section.problems()
         if max(self.bench.tree_sizes, default=1) > 1 and not isinstance(self.speculation.tree_size, int):
             yield from self.speculation.depth_problems()
         if self.task.kind in (TaskKind.generate, TaskKind.plan):

@@ -30,6 +30,8 @@ class BaselineKind(str, Enum):
 
 @dataclass
 class WorkloadConfig:
+    """The requests: what a plan counts with, what task=bench sends."""
+
     # Tokens of a prompt that the plan counts with; null where the prompts themselves tell (task=bench: 512).
     prompt_tokens: int | None = None
     # Tokens to generate per prompt, at most.
@@ -71,6 +73,8 @@ class WorkloadConfig:
 
 @dataclass
 class BenchConfig:
+    """What task=bench measures beside its workload."""
+
     # Others that run the same workload in ranks of their own afterwards: deepspeed, transformers, vllm; where
     # layers are streamed accelerate, which holds the same layers on the card, and deepspeed_zero, which holds none.
     baselines: list[BaselineKind] = field(default_factory=list)

@@ -63,6 +63,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Inventory:
+    """The machine of a run: its cards in CUDA's order, every pair of them as a link, and the host."""
+
     # "nvml" | "facts" | "none"
     source: str
     cards: tuple[Card, ...]

@@ -16,8 +16,9 @@ from launcher.config import (
     TaskKind,
     WeightsKind,
 )
+from launcher.models.config_json import ShapeError
 from launcher.models.files import download_model, find_local_model
-from launcher.models.shape import ModelShape, ShapeError, quantized_shape, shape_from_checkpoint, shape_from_config
+from launcher.models.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config
 from parallel.checkpoint.headers import read_checkpoint
 
 TOKENIZER = "tokenizer.json"

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import ModelFacts
-from launcher.models.config_json import SUPPORTED as SUPPORTED
-from launcher.models.config_json import ShapeError as ShapeError
-from launcher.models.config_json import read_model_config
+from launcher.models.config_json import ShapeError, read_model_config
 from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
 from parallel.checkpoint.formats.scheme import Scheme, inputs_problem
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint

@@ -43,6 +43,8 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run with a model will do and take; made before any rank starts, and followed by all of them."""
+
     placement: Placement
     dtype: str
     # Rows in which MLP and vocabulary are dealt over the ranks.
@@ -127,6 +129,11 @@ def captures_passes(run: RunConfig, placement: Placement, inventory: Inventory) 
 
 
 def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:
+    """What the bytes of such a run depend on, nothing being streamed.
+
+    Raises:
+        PlanError: the dtype cannot be run on that device.
+    """
     transport = placement.transport
     if placement.topology == TopologyKind.dual_nvlink.value:
         transport += " over nvlink"

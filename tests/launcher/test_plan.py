@@ -30,7 +30,8 @@ from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import Card, Inventory, Link, read_inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
-from launcher.models.shape import ModelShape, ShapeError, quantized_shape, shape_from_facts
+from launcher.models.config_json import ShapeError
+from launcher.models.shape import ModelShape, quantized_shape, shape_from_facts
 from launcher.plan import remedies as plan_remedies
 from launcher.plan.plan import DRIVER_RESERVED_BYTES, GIB, Plan, captures_passes, plan_run
 from launcher.plan.timed import plan_timed

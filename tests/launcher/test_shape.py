@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from transformers import PretrainedConfig as Config
 
 from launcher.config import ModelFacts
+from launcher.models.config_json import SUPPORTED, ShapeError
 from launcher.models.shape import (
     DTYPE_BYTES,
-    SUPPORTED,
     ModelShape,
-    ShapeError,
     part_bytes,
     shape_from_checkpoint,
     shape_from_facts,
