@@ -24,7 +24,7 @@ from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
 # Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
-# sums, and what is left out (tests/launcher/test_activations.py).
+# sums, and what is left out (tests/launcher/memory/test_activations.py).
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
 # Of what plain torch norms or rotates, at most; where it is not in float32, that too.
 PLAIN_TORCH_COPIES = 2

@@ -13,7 +13,7 @@ from parallel.kernels.limits import PAGE_SIZE
 SAMPLED_ROWS = 64
 # Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
-# Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
+# Where there are several ranks, a pass of up to so many rows goes in so many sections (prefill/overlap.py), one
 # of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
 # 4 bits took, as graphs, 112.7 ms for 512 rows in one, 101.5, 106.7 and 107.5 in 2, 3 and 4, and 220, 175, 188 and 202
 # for 1024 (results/LOG.md). By the rates of an RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584

@@ -25,8 +25,8 @@ from launcher.tasks.tokens import (
     text_tokenizer,
 )
 from launcher.tasks.weights import Source, config_of, config_of_shape
+from tests.launcher.demo_model import DEMO, copy_demo
 from tests.launcher.jobs import make_job, make_run
-from tests.launcher.models import DEMO, copy_demo
 
 FACTS = ModelFacts(64, 256, 2, 8, 4, 16, 512, 2048)
 

@@ -23,7 +23,7 @@ from launcher.models.shape import (
 from parallel.kernels.fused import rotary_tables
 from parallel.kernels.rotations import ROPE_TYPES
 from parallel.partition import choose_grain, split_by_grain
-from tests.launcher.test_config import composed
+from tests.launcher.config.test_config import composed
 
 # Eight heads over four key/value heads: uneven over three ranks.
 SIZES = {

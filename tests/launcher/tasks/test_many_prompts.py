@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from launcher.tasks import generate
 from tests.launcher import cli
 from tests.launcher.cli import LIMIT_SEC, SHORT, Result, texts
+from tests.launcher.demo_model import DEMO, TEMPLATE, change_json, copy_demo
 from tests.launcher.forked import ForkedProcess, run, run_together, started
-from tests.launcher.models import DEMO, TEMPLATE, change_json, copy_demo
 
 PROMPTS = ["def mean(values):\n", "import os\u2028", "class A:\n    def __init__(self", "é", "x = [", "for i in range("]
 # Float32, so that what else is in a batch leaves no trace in an answer.

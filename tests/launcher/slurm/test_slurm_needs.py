@@ -17,7 +17,7 @@ from launcher.slurm.needs import find_needs, hardware_of
 from launcher.slurm.request import Request, request_of
 from launcher.timing.predict import Times
 from tests.launcher.cli import environment
-from tests.launcher.test_config import composed
+from tests.launcher.config.test_config import composed
 
 PARAMS: dict[str, Any] = {"cards": "rtx4090", "timeout_min": None, "mem_gb": None, "cpus_per_task": None}
 SMALL = ("model=llama3_1_8b", "model.weights=dummy")

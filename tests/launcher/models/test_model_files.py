@@ -18,7 +18,7 @@ from launcher.models.find import find_model
 from launcher.models.shape import ModelShape
 from launcher.plan.topology import PlanError
 from parallel.checkpoint.headers import CheckpointError
-from tests.launcher.models import DEMO
+from tests.launcher.demo_model import DEMO
 
 HUB_NAME = "org/name"
 

@@ -23,7 +23,7 @@ from parallel.engine.limits import EngineLimits
 from tests.launcher.cli import texts
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
-from tests.launcher.test_timing import Machine
+from tests.launcher.timing.test_timing import Machine
 from tools.predictions import main
 
 # Of the demo model on one of two ranks; the machine's sizes are far above.

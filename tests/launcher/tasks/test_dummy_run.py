@@ -11,8 +11,8 @@ import pytest
 
 from tests.launcher import cli
 from tests.launcher.cli import SHORT
+from tests.launcher.demo_model import DEMO, WEIGHTS, copy_demo
 from tests.launcher.forked import run, run_together
-from tests.launcher.models import DEMO, WEIGHTS, copy_demo
 from tools.quantization import AWQ
 
 # A model of a shape that no folder has; the hub is never asked.

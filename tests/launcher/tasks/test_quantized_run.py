@@ -10,8 +10,8 @@ from launcher.models.config_json import read_model_config
 from launcher.models.shape import TYPICAL_SCHEMES, shape_from_checkpoint
 from parallel.checkpoint.formats.config import READERS
 from parallel.checkpoint.headers import read_checkpoint
+from tests.launcher.demo_model import DEMO, change_json, copy_demo
 from tests.launcher.forked import run
-from tests.launcher.models import DEMO, change_json, copy_demo
 from tools.quantize_checkpoint import main as quantize
 
 SHORT = ("hardware=cpu", "workload.output_tokens=12", "engine.comm_share_steps=0")
