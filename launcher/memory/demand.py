@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
+from launcher.memory.activations import activations_bytes, logits_bytes
 from launcher.memory.kv import kv_lines
-from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, prompt_keys_bytes
+from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes
 from launcher.memory.process import process_lines
 from launcher.memory.streamed import linear_load, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.engine.limits import SAMPLED_ROWS, EngineLimits, choose_sections, graph_sizes
+from parallel.engine.limits import EngineLimits, graph_sizes
 from parallel.kernels.footprint import (
-    DEQUANTIZED_AT_A_TIME,
-    HOST_INT4_PRODUCT_BYTES,
-    held_bits,
-    host_int4_bits,
     host_refusal,
 )
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
-# Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
-# sums, and what is left out (tests/launcher/memory/test_activations.py).
-SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
-# Of what plain torch norms or rotates, at most; where it is not in float32, that too.
-PLAIN_TORCH_COPIES = 2
-FLOAT32_BYTES = 4
-# Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
-TREE_MASK_BYTES = 4
 FP8_BYTES = 1
 # Of a token in the table from which drafts are made.
 TOKEN_BYTES = 4
@@ -113,19 +101,6 @@ class Demand:
             for rank, (part, streamed) in enumerate(zip(parts, streamed_lines(self), strict=True))
         )
 
-    def sharing(self, layer_bytes: int) -> dict[str, int]:
-        """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
-        dequantised."""
-        scheme = self.shape.scheme
-        if not self.host_computes or scheme is None:
-            return {}
-        held = held_bits(scheme, self.device, self.dtype, self.shape.hidden_size)
-        wider = max(0.0, host_int4_bits(scheme, self.shape.hidden_size) / held - 1)
-        rows = max(self.prefill_chunk, self.batch_size * self.rows_per_sequence)
-        own = self._layer(0).product(rows, DEQUANTIZED_AT_A_TIME)
-        dequantizing = max(0, HOST_INT4_PRODUCT_BYTES - own)
-        return {"sharing": math.ceil(NUM_STAGED * layer_bytes * wider) + dequantizing}
-
     def host_bytes(self) -> tuple[int, ...]:
         """Weights in host memory, of each rank: streamed layers, and the embedding, of which a pass reads few rows."""
         parts = self._part_bytes(self.shape.num_layers)
@@ -174,7 +149,7 @@ class Demand:
     def _varying(self, rank: int, max_context: int) -> dict[str, int]:
         models = [each for each in (self, self.draft) if each is not None]
         cache = kv_lines(self, rank, max_context)
-        activations = max(each._activations(rank, max_context) for each in models)
+        activations = max(activations_bytes(each, rank, max_context) for each in models)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
         return cache | {"activations": activations} | self._graphs(rank) | ({"load": load} if load else {})
 
@@ -184,18 +159,18 @@ class Demand:
             return {}
         if self.num_streamed:
             return {} if self.draft is None else {"graphs": self.draft._draft_graphs(rank)}
-        layer, captures = self._layer(rank), self.captures_passes
+        layer, captures = self.layer(rank), self.captures_passes
         return {"graphs": graphs_bytes(layer, self.shape.num_layers, self.prefill_chunk, captures_passes=captures)}
 
     def _draft_graphs(self, rank: int) -> int:
         rows, num_graphs = self.batch_size * self.drafting_rows, len(graph_sizes(self.batch_size))
         num_layers = num_graphs * self.drafting_passes * self.shape.num_layers
-        return draft_graphs_bytes(self._layer(rank), rows, num_layers, self._logits(rank, rows))
+        return draft_graphs_bytes(self.layer(rank), rows, num_layers, logits_bytes(self, rank, rows))
 
     def _load(self, rank: int) -> int:
         """Peak beside the weights that stay, of the tensor whose load takes most."""
         shape, stored_bytes = self.shape, DTYPE_BYTES[self.shape.dtype]
-        queries = self._local(shape.num_heads)[rank] * shape.head_dim
+        queries = self.local(shape.num_heads)[rank] * shape.head_dim
         intermediate = split_by_grain(shape.intermediate_size, self.world_size, self.grain)[rank]
         linear = max(queries, intermediate) * shape.hidden_size
         # A plain tensor becomes what it stays, beside itself where its dtype changes.
@@ -221,50 +196,21 @@ class Demand:
 
     def kv_bytes_per_token(self) -> tuple[int, ...]:
         """Keys and values of one token of one sequence on each rank: layers x 2 x local KV heads x head_dim."""
-        element_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
-        heads = split_by_heads(self.shape.num_kv_heads, self.world_size, self.shape.num_kv_heads)
-        return tuple(self.shape.num_layers * 2 * num * self.shape.head_dim * element_bytes for num in heads)
-
-    def _activations(self, rank: int, max_context: int) -> int:
-        """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
-
-        Written for decoder.py, prefill/overlap.py and prefill/halves.py of parallel/engine; e is the size of an element
-        in bytes. On a card norms, rotation and activation write nothing but their results; plain torch needs copies, in
-        float32 but for the activation's.
-        """
-        e, shape = DTYPE_BYTES[self.dtype], self.shape
-        prompt = min(self.prefill_chunk, self.batch_size * max_context)
-        rows = self.batch_size * self.rows_per_sequence
-        packed = shape.scheme is not None
-        # A kernel that multiplies packed weights by so many rows takes less than this, which dequantises.
-        sections = choose_sections(prompt, self.world_size, lambda _: packed)
-        largest = max(sections)
-        # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
-        tokens = max(prompt if packed else largest, rows)
-        layer = self._layer(rank)
-        hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
-        on_cpu = self.device == "cpu"
-        normed = largest if len(sections) > 1 else tokens
-        plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * normed if on_cpu else 0
-        steps = layer.linear_steps(tokens) | {
-            "norm": plain * hidden,
-            "rotation": tokens * (qkv + queries) * e + plain * queries,
-            # Queries, their outputs apart and together.
-            "attention": 3 * tokens * queries * e + self._prompt_keys(rank, largest, max_context),
-            "logits": self._logits(rank, rows),
-            "decode": self._plain_decode(max_context, self._local(shape.num_heads)[rank], keys) if on_cpu else 0,
-        }
-        if packed and len(sections) > 1:
-            # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
-            weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
-            kept = largest * (2 * qkv + 4 * queries) * e
-            steps["attention"] = kept + self._prompt_keys(rank, largest, max_context) + weights
-        # The residual stream, the update that is added to it, and the norm of the sum.
-        return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
-
-    def _layer(self, rank: int) -> Layer:
         shape = self.shape
-        queries, keys = (self._local(num)[rank] * shape.head_dim for num in (shape.num_heads, shape.num_kv_heads))
+        return tuple(
+            shape.num_layers * 2 * num * shape.head_dim * self.kv_element_bytes
+            for num in self.local(shape.num_kv_heads)
+        )
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Of a number in the cache."""
+        return FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
+
+    def layer(self, rank: int) -> Layer:
+        """One decoder layer as `rank` computes it."""
+        shape = self.shape
+        queries, keys = (self.local(num)[rank] * shape.head_dim for num in (shape.num_heads, shape.num_kv_heads))
         return Layer(
             hidden=shape.hidden_size,
             queries=queries,
@@ -276,25 +222,6 @@ class Demand:
             scheme=shape.scheme,
         )
 
-    def _logits(self, rank: int, rows: int) -> int:
-        """Of last tokens alone, or of what a step checks: this rank's part, and that in float32 where the likeliest is
-        looked for, or some rows at a time gathered from all ranks, joined, sampled."""
-        e, vocab_size = DTYPE_BYTES[self.dtype], self.shape.vocab_size
-        local = rows * split_by_grain(vocab_size, self.world_size, self.grain)[rank]
-        if not self.is_sampled:
-            return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
-        return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
-
-    def _prompt_keys(self, rank: int, num_rows: int, max_context: int) -> int:
-        kv_bytes = FP8_BYTES if self.kv_dtype == KVDType.fp8.value else DTYPE_BYTES[self.dtype]
-        return prompt_keys_bytes(self._layer(rank), self.shape.head_dim, kv_bytes, num_rows, self.limits(max_context))
-
-    def _plain_decode(self, max_context: int, heads: int, keys: int) -> int:
-        """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and
-        without what is absent; of every row scores, and their softmax, and what it sees of a tree."""
-        per_row = 2 * heads * FLOAT32_BYTES + (TREE_MASK_BYTES if self.rows_per_sequence > 1 else 0)
-        per_token = keys * (DTYPE_BYTES[self.dtype] + 2 * FLOAT32_BYTES) + self.rows_per_sequence * per_row
-        return self.batch_size * (max_context + self.num_ahead) * per_token
-
-    def _local(self, num_heads: int) -> tuple[int, ...]:
+    def local(self, num_heads: int) -> tuple[int, ...]:
+        """How many of so many heads each rank has."""
         return split_by_heads(num_heads, self.world_size, self.shape.num_kv_heads)

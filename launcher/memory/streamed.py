@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from launcher.memory.weights import stored_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from launcher.units import MIB
 from parallel.checkpoint.load_memory import load_bytes
+from parallel.kernels.footprint import DEQUANTIZED_AT_A_TIME, HOST_INT4_PRODUCT_BYTES, held_bits, host_int4_bits
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import split_by_grain, split_by_heads
 
@@ -29,13 +31,27 @@ def streamed_lines(demand: Demand) -> tuple[dict[str, int], ...]:
         return ({},) * demand.world_size
     staged = NUM_STAGED if demand.num_streamed > demand.num_disk else 0
     sizes = demand.layer_bytes()
-    staging = [{"staging": staged * size} | demand.sharing(size) if staged else {} for size in sizes]
+    staging = [{"staging": staged * size} | sharing_lines(demand, size) if staged else {} for size in sizes]
     rings = ring_bytes(demand) if demand.device == "cpu" else (0,) * demand.world_size
     disk = [
         {"disk": made_layer_bytes(demand, rank) + ring} if demand.num_disk else {} for rank, ring in enumerate(rings)
     ]
     on_cpu = [{"host_weights": size} if demand.device == "cpu" else {} for size in demand.host_bytes()]
     return tuple(a | b | c for a, b, c in zip(staging, disk, on_cpu, strict=True))
+
+
+def sharing_lines(demand: Demand, layer_bytes: int) -> dict[str, int]:
+    """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
+    dequantised."""
+    scheme = demand.shape.scheme
+    if not demand.host_computes or scheme is None:
+        return {}
+    held = held_bits(scheme, demand.device, demand.dtype, demand.shape.hidden_size)
+    wider = max(0.0, host_int4_bits(scheme, demand.shape.hidden_size) / held - 1)
+    rows = max(demand.prefill_chunk, demand.batch_size * demand.rows_per_sequence)
+    own = demand.layer(0).product(rows, DEQUANTIZED_AT_A_TIME)
+    dequantizing = max(0, HOST_INT4_PRODUCT_BYTES - own)
+    return {"sharing": math.ceil(NUM_STAGED * layer_bytes * wider) + dequantizing}
 
 
 def ring_bytes(demand: Demand) -> tuple[int, ...]:

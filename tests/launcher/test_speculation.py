@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ConfigError, QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
-from launcher.memory.demand import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
+from launcher.memory.activations import SAMPLING_BYTES_PER_LOGIT
+from launcher.memory.demand import TOKEN_BYTES
 from launcher.models.draft import read_vocabulary
 from launcher.models.shape import DTYPE_BYTES
 from launcher.plan.plan import Plan, plan_run

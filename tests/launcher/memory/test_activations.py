@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from launcher.config import ModelFacts
+from launcher.memory.activations import attended_bytes
 from launcher.memory.demand import Demand
 from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
@@ -173,7 +174,7 @@ def test_what_parts_attend_to_takes_what_is_predicted(kv_dtype: str, max_context
     query = torch.randn(2 * num_parts, 8, facts.head_dim).to(torch.bfloat16)
     gathered = EngineLimits(max_context, num_parts, 2 * num_parts).gathered_keys
     measured = peak_bytes(lambda: attend_parts(parts, 1.0, gathered)(query, cache))
-    predicted = demand._prompt_keys(0, 2 * num_parts, max_context)
+    predicted = attended_bytes(demand, 0, 2 * num_parts, max_context)
     assert 0.95 * measured <= predicted <= 1.3 * measured
 
 
