@@ -16,7 +16,7 @@ from launcher.plan.topology import place_ranks
 from parallel.kernels.limits import PAGE_SIZE
 from tests.launcher.demo_model import change_json, copy_demo
 from tests.launcher.forked import run, run_together
-from tests.launcher.plan.test_plan import LLAMA_8B, LLAMA_70B, cards_of, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, cards_of, run_of
 from tests.parallel.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 

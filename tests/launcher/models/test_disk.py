@@ -30,7 +30,7 @@ from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
-from tests.launcher.plan.test_plan import (
+from tests.launcher.plans import (
     CPU,
     LLAMA_70B,
     LLAMA_70B_AWQ,

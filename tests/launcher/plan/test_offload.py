@@ -22,7 +22,7 @@ from launcher.report.plan_text import describe
 from parallel.layers.layout import ALIGNMENT
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
-from tests.launcher.plan.test_plan import (
+from tests.launcher.plans import (
     CPU,
     LLAMA_8B,
     LLAMA_70B,

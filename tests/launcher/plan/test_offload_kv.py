@@ -26,7 +26,7 @@ from parallel.kernels.limits import PAGE_SIZE
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plan.test_offload import AWQ_4, streamed
-from tests.launcher.plan.test_plan import LLAMA_8B, NO_TIMES, cards_of, plan, refused, run_of
+from tests.launcher.plans import LLAMA_8B, NO_TIMES, cards_of, plan, refused, run_of
 from tests.launcher.timing.test_timing import LOAD, WIDE, Machine
 
 # A token in a layer: 2 x 8 heads x 128 x 2 bytes.

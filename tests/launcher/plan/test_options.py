@@ -18,7 +18,7 @@ from launcher.report.options_text import options_table
 from launcher.units import GIB
 from tests.launcher.demo_model import DEMO
 from tests.launcher.forked import run
-from tests.launcher.plan.test_plan import LLAMA_8B, LLAMA_70B_AWQ, cards_of, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B_AWQ, cards_of, run_of
 
 ARGUMENTS = ("task=plan", "topology=all", "hardware=rtx4090", "gpus=4", "model=llama3_3_70b_awq")
 PROMPT = "workload.prompt_tokens=512"

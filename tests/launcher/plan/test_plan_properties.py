@@ -17,7 +17,7 @@ from launcher.plan.plan import Plan
 from launcher.plan.timed import plan_timed
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.timing.predict import Times
-from tests.launcher.plan.test_plan import LLAMA_8B, LLAMA_70B, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, run_of
 
 CARDS = HardwareConfig(HardwareKind.facts, "a card", 23.99, 1008.0, 4, 16, bf16_tflops=165.0)
 LARGE = replace(CARDS, memory_gib=200.0)

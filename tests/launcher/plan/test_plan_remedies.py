@@ -13,7 +13,7 @@ from launcher.config.offload import KVPlace
 from launcher.models.shape import ModelShape, quantized_shape
 from launcher.plan.plan import plan_run
 from launcher.plan.topology import PlanError, place_ranks, resolve_world_size
-from tests.launcher.plan.test_plan import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, refused, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, refused, run_of
 
 # Of a run, by the key in the message; sums of tokens are one token of prompt and the answer.
 FIELDS: dict[str, tuple[str, Any]] = {

@@ -11,7 +11,7 @@ from launcher.hardware.inventory import read_inventory
 from launcher.plan.timed import plan_timed
 from launcher.plan.topology import place_ranks
 from launcher.timing.predict import Times
-from tests.launcher.plan.test_plan import LLAMA_8B, run_of
+from tests.launcher.plans import LLAMA_8B, run_of
 
 FACTS = HardwareConfig(
     HardwareKind.facts,

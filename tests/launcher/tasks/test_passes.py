@@ -12,7 +12,7 @@ from launcher.tasks.passes import assumed, pass_row
 from parallel.engine.speculation.pass_timer import PlanCost
 from parallel.engine.speculation.tree_plan import TreePlan
 from tests.launcher.forked import run
-from tests.launcher.plan.test_plan import LLAMA_70B, cards_of, plan, run_of
+from tests.launcher.plans import LLAMA_70B, cards_of, plan, run_of
 from tests.parallel.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 

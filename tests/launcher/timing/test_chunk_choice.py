@@ -19,7 +19,7 @@ from launcher.report.report import planned
 from launcher.timing.chunk_choice import LEAST_SHARE, SIZES, UNNOTICED_MS, choose_chunk, predict_chunk
 from launcher.timing.fit import fit_rates
 from launcher.timing.published import Facts, rates_from_facts
-from tests.launcher.plan.test_plan import LLAMA_70B, RTX_4090, run_of
+from tests.launcher.plans import LLAMA_70B, RTX_4090, run_of
 from tests.launcher.timing.test_timing import WIDE, Machine
 
 INT4 = quantized_shape(LLAMA_70B, "int4")
