@@ -37,9 +37,10 @@ from parallel.transports import dense
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import wrap_copies
 from parallel.transports.dense import wrap_dense
-from parallel.transports.host_memory import KIB, wrap_host_memory
+from parallel.transports.host_memory import wrap_host_memory
 from parallel.transports.selftest import EAGER_BYTES
 from parallel.transports.two_step import wrap_two_step
+from parallel.units import KIB
 from tools.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
 
 FACTS = ModelFacts(8192, 28672, 80, 64, 8, 128, 32768, 8192)

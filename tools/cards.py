@@ -15,7 +15,7 @@ import psutil
 from launcher.config import HardwareConfig
 from launcher.hardware import nvml
 from launcher.hardware.inventory import Card, read_inventory
-from launcher.units import GIB
+from parallel.units import GIB
 
 LOCK_FOLDER = Path(tempfile.gettempdir()) / "launch70b-cards"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.config import ConfigError, HardwareConfig, HardwareKind
 from launcher.hardware import host, nvml
-from launcher.units import GIB
+from parallel.units import GIB
 
 # NVML's nvmlGpuTopologyLevel_t: the nearest thing that two cards' PCIe paths share.
 PATHS = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.units import MIB
 from parallel.transports.copy_layout import choose_layout
+from parallel.units import MIB
 
 # CUDA context, kernels and cuBLAS workspace: 701 MiB measured on an H200 with torch 2.11 (8B bf16, one rank: NVML's
 # count less what torch had reserved). Python with torch and transformers on the CPU: 409 MiB resident measured with

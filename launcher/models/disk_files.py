@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.config import ConfigError, RunConfig
-from launcher.units import MIB
 from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
+from parallel.units import MIB
 
 # The value of offload.disk that means the model's own files.
 OWN_FILES = "checkpoint"

@@ -11,9 +11,9 @@ from launcher.memory.demand import Demand
 from launcher.memory.fit import largest
 from launcher.memory.kv import host_kv_bytes
 from launcher.memory.streamed import ring_bytes
-from launcher.units import GIB
 from parallel.kernels.footprint import predict_kernel
 from parallel.offload.spread import spread_layers
+from parallel.units import GIB
 
 # Of host memory for the process of a rank beside its layers: Python, torch and CUDA, and buffers for reading.
 HOST_BYTES_PER_RANK = 4 * GIB

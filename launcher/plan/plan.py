@@ -18,8 +18,8 @@ from launcher.plan.context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choos
 from launcher.plan.offload import KV_ON_HOST, OffloadPlan, choose_kv_place, choose_num_streamed, plan_offload
 from launcher.plan.offload_disk import largest_host_context, place_layers
 from launcher.plan.topology import Placement, PlanError
-from launcher.units import GIB, MIB
 from parallel.partition import choose_grain
+from parallel.units import GIB, MIB
 
 # The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
 # (capacities in public PyTorch out-of-memory messages).

@@ -11,7 +11,7 @@ from launcher.memory.kv import host_kv_bytes
 from launcher.memory.streamed import ring_bytes
 from launcher.plan.remedies import Refused, kv_on_host, other_runs, smaller_runs, streaming
 from launcher.plan.topology import PlanError
-from launcher.units import GIB
+from parallel.units import GIB
 
 
 def refuse_memory(refused: Refused) -> PlanError:

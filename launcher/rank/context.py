@@ -19,12 +19,12 @@ from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job
 from launcher.processes.start import rank_log
 from launcher.rank.transport import open_transport
-from launcher.units import GIB
 from parallel.communicator import Communicator
 from parallel.shard import share_process_group
 from parallel.transports.choice import PREFILL_BYTES, Range
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
+from parallel.units import GIB
 
 
 @dataclass(frozen=True)

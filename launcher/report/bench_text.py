@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.amounts import amount, count, number, percent
-from launcher.units import GIB
+from parallel.units import GIB
 
 ENGINE = "launch70b"
 NUM_LISTED = 4

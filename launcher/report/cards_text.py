@@ -8,7 +8,7 @@ from rich.table import Table
 
 from launcher.amounts import UNKNOWN, amount, number
 from launcher.report.plan_text import memory_unit
-from launcher.units import GIB
+from parallel.units import GIB
 
 
 def cards_table(cards: list[dict[str, Any]]) -> Table:

@@ -7,7 +7,7 @@ from rich.table import Table
 from launcher.amounts import UNKNOWN, amount, number
 from launcher.config import Aim
 from launcher.plan.options import Option
-from launcher.units import GIB
+from parallel.units import GIB
 
 # Narrow, so that reasons beside them have room.
 COLUMNS = ("ms a token", "TTFT ms", "tokens/s,\nall copies", "KV tokens,\nall copies", "GiB a\ncard")

@@ -9,8 +9,8 @@ from launcher.models.shape import ModelShape
 from launcher.plan.offload import OffloadPlan
 from launcher.plan.plan import Plan
 from launcher.timing.predict import Times
-from launcher.units import GIB, KIB, MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.units import GIB, KIB, MIB
 
 # What carries messages between cards is timed when ranks start, size by size.
 TRANSPORTS = {"nccl": "nccl; pinned host memory for sizes at which it is faster, unless engine.transport=nccl"}

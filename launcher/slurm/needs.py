@@ -24,7 +24,7 @@ from launcher.slurm.duration import (
     minutes_without_model,
 )
 from launcher.timing.predict import Times
-from launcher.units import GIB
+from parallel.units import GIB
 
 # Host memory of a rank beside its card, in GiB. Two ranks of a 70B in 4 bits peaked at 3.0 to 3.1 each, files of
 # libraries included (`host_peak_bytes`, results/early_start_h200_202611.json); four ranks have .25 more of slots of

@@ -18,8 +18,8 @@ import torch
 from parallel.communicator import Communicator, TransportError
 from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
+from parallel.units import KIB
 
-KIB = 1024
 # Odd sizes too: the last line of a message is seldom full.
 SUM_BYTES = (4, 1000, DECODE_BYTES, 100_000, 256 * KIB, 1024 * KIB)
 TIMED_BYTES = (4 * KIB, DECODE_BYTES, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB)

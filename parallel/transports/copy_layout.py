@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.units import MIB
+
 PAGE_BYTES = 4096
 UNIT_BYTES = 16
 FLAG_STRIDE = 64
 # Flags count in 32 bits, and wrap.
 COUNTS = 2**32
 MAX_RANKS = 4
-MIB = 1024 * 1024
 # Each has a flag a rank, and two streams on every card.
 LANES = (0, 1)
 

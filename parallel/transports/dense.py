@@ -20,8 +20,9 @@ from parallel.transports.channel import (
     open_channel,
     reduce_aligned,
 )
-from parallel.transports.host_memory import KIB, MAX_RANKS
+from parallel.transports.host_memory import MAX_RANKS
 from parallel.transports.shared_region import SharedRegion
+from parallel.units import KIB
 
 MAX_BYTES = 2048 * KIB
 UNIT_BYTES = 16

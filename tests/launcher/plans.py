@@ -11,8 +11,9 @@ import pytest
 from launcher.config import ModelConfig, ModelFacts, OffloadConfig, OffloadKind, RunConfig, TaskConfig, TaskKind
 from launcher.hardware.inventory import Card, Inventory, Link
 from launcher.models.shape import ModelShape, shape_from_facts
-from launcher.plan.plan import GIB, Plan, plan_run
+from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import PlanError, place_ranks
+from parallel.units import GIB
 from tests.launcher.jobs import RTX_4090
 
 LLAMA_70B = shape_from_facts(

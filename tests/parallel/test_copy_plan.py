@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
-from parallel.transports.copy_layout import LANES, MIB, UNIT_BYTES, CopyLayout, choose_layout, part_bytes
+from parallel.transports.copy_layout import LANES, UNIT_BYTES, CopyLayout, choose_layout, part_bytes
 from parallel.transports.copy_plan import (
     ADD,
     CALLER,
@@ -25,6 +25,7 @@ from parallel.transports.copy_plan import (
     Wait,
     plan_all_reduce,
 )
+from parallel.units import MIB
 from tests.parallel.simulated_copies import Simulation
 
 SEED = int.from_bytes(os.urandom(4), "little")

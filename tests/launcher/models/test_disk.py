@@ -25,9 +25,10 @@ from launcher.models.disk_files import find_disk_folder, measure_disk
 from launcher.models.shape import TYPICAL_SCHEMES, quantized_shape
 from launcher.plan.offload import OffloadPlan
 from launcher.plan.offload_disk import ASSUMED_GB_PER_SEC, HOST_BYTES_PER_RANK, OTHER_PACK_BYTES
-from launcher.plan.plan import GIB, Plan, demand_of
+from launcher.plan.plan import Plan, demand_of
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
+from parallel.units import GIB
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plans import (

@@ -21,12 +21,13 @@ from launcher.config import (
 from launcher.hardware.inventory import read_inventory
 from launcher.memory.demand import Demand
 from launcher.models.shape import ModelShape, quantized_shape
-from launcher.plan.plan import DRIVER_RESERVED_BYTES, GIB
+from launcher.plan.plan import DRIVER_RESERVED_BYTES
 from launcher.plan.timed import plan_timed
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import plan_tables
 from launcher.timing.predict import Times
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.units import GIB
 from tests.launcher.jobs import RTX_4090
 from tests.launcher.plans import (
     CPU,

@@ -16,10 +16,11 @@ from launcher.models.shape import TYPICAL_SCHEMES
 from launcher.plan.context import KEPT_FREE_STREAMED
 from launcher.plan.offload import OffloadPlan
 from launcher.plan.offload_disk import HOST_BYTES_PER_RANK
-from launcher.plan.plan import GIB, Plan, plan_run
+from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
 from parallel.layers.layout import ALIGNMENT
+from parallel.units import GIB
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plans import (

@@ -18,11 +18,12 @@ from launcher.config import (
     TaskKind,
 )
 from launcher.hardware.inventory import Inventory
-from launcher.plan.plan import GIB, Plan
+from launcher.plan.plan import Plan
 from launcher.report.plan_text import describe
 from launcher.timing.fit import fit_rates
 from launcher.timing.predict import Copies, predict_times, read_tokens
 from parallel.kernels.limits import PAGE_SIZE
+from parallel.units import GIB
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plan.test_offload import AWQ_4, streamed

@@ -15,7 +15,7 @@ from launcher.plan.options import Option, rank_options
 from launcher.plan.plan import plan_run
 from launcher.plan.topology import place_ranks
 from launcher.report.options_text import options_table
-from launcher.units import GIB
+from parallel.units import GIB
 from tests.launcher.demo_model import DEMO
 from tests.launcher.forked import run
 from tests.launcher.plans import LLAMA_8B, LLAMA_70B_AWQ, cards_of, run_of

@@ -13,12 +13,12 @@ from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import read_inventory
 from launcher.models.config_json import ShapeError
 from launcher.models.shape import quantized_shape
-from launcher.plan.plan import GIB, Plan, captures_passes
+from launcher.plan.plan import Plan, captures_passes
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
-from launcher.units import MIB
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.kernels.footprint import held_bits
+from parallel.units import GIB, MIB
 from tests.launcher.jobs import RTX_4090
 from tests.launcher.plans import (
     CPU,

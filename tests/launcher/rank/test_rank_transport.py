@@ -20,11 +20,12 @@ from parallel.transports.by_size import BySize
 from parallel.transports.choice import PREFILL_BYTES, Proof, Range
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.dense import EXACT, INT8
-from parallel.transports.host_memory import KIB, HostMemory
+from parallel.transports.host_memory import HostMemory
 from parallel.transports.norm_trial import NORM_BYTES
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import TwoStepHostMemory
+from parallel.units import KIB
 from tests.launcher.jobs import make_job, make_run
 
 CPU = torch.device("cpu")
