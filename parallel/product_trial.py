@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from parallel.checkpoint.dummy import Pool, quantized_values
-from parallel.checkpoint.formats.scheme import Box, Scheme
 from parallel.communicator import Communicator
+from parallel.footprint import MIN_FUSED_ROWS
+from parallel.formats.scheme import Box, Scheme
 from parallel.kernels.choice import pack_linear
-from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.kernels.grouping import GroupedLinear
 from parallel.kernels.merge import merge
 from parallel.kernels.w4a16 import W4A16Linear

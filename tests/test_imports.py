@@ -24,7 +24,9 @@ MODULES = {
     for package in ("launcher", "parallel", "conf")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-BELOW_ENGINE = tuple(f"parallel.{name}" for name in ("checkpoint", "kernels", "layers", "offload", "transports"))
+BELOW_ENGINE = tuple(
+    f"parallel.{name}" for name in ("checkpoint", "formats", "kernels", "layers", "offload", "transports")
+)
 OUTSIDE_RANKS = [name for name in MODULES if name.startswith("launcher") and not name.startswith(IN_RANKS)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from parallel.kernels.footprint import MIN_FUSED_ROWS
+from parallel.footprint import MIN_FUSED_ROWS
 
 AUTO = "auto"
 # Tokens of prompt in a pass while answers wait for it, where nobody knows how long passes take.

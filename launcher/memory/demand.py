@@ -13,7 +13,7 @@ from launcher.memory.streamed import linear_load, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.engine.limits import EngineLimits, graph_sizes
-from parallel.kernels.footprint import (
+from parallel.footprint import (
     host_refusal,
 )
 from parallel.offload.spread import NUM_STAGED

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.engine.limits import EngineLimits, graphed_rows
-from parallel.kernels.footprint import product_bytes
+from parallel.footprint import product_bytes
+from parallel.formats.scheme import Scheme
 
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).

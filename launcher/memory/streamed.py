@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launcher.memory.weights import stored_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.checkpoint.load_memory import load_bytes
-from parallel.kernels.footprint import DEQUANTIZED_AT_A_TIME, HOST_INT4_PRODUCT_BYTES, held_bits, host_int4_bits
+from parallel.footprint import DEQUANTIZED_AT_A_TIME, HOST_INT4_PRODUCT_BYTES, held_bits, host_int4_bits
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import split_by_grain, split_by_heads
 from parallel.units import MIB

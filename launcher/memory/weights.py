@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
-from parallel.kernels.footprint import held_bits, stored_bits
+from parallel.footprint import held_bits, stored_bits
 
 # Bits of the weights that a quantised checkpoint leaves as they are, and the share of them from which they count:
 # smaller ones are group indices and symmetric zeros.

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.formats.config import read_scheme
-from parallel.checkpoint.formats.scheme import FormatError
+from parallel.formats.config import read_scheme
+from parallel.formats.scheme import FormatError
 from parallel.kernels.rotations import ROPE_TYPES
 
 # What distinguishes the families: a fact, or the name of the config.json field that says it.

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.config import ConfigError, RunConfig
-from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
+from parallel.checkpoint.headers import Checkpoint, TensorEntry, read_checkpoint
+from parallel.formats.scheme import CheckpointError
 from parallel.units import MIB
 
 # The value of offload.disk that means the model's own files.

@@ -12,11 +12,11 @@ from typing import Any
 
 from launcher.config import ModelFacts
 from launcher.models.config_json import ShapeError, read_model_config
-from parallel.checkpoint.formats.config import SUPPORTED as SUPPORTED_FORMATS
-from parallel.checkpoint.formats.scheme import Scheme, inputs_problem
 from parallel.checkpoint.headers import Checkpoint, read_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.kernels.footprint import stored_bits
+from parallel.footprint import stored_bits
+from parallel.formats.config import SUPPORTED as SUPPORTED_FORMATS
+from parallel.formats.scheme import Scheme, inputs_problem
 from parallel.partition import split_by_grain, split_by_heads
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

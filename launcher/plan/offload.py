@@ -29,7 +29,7 @@ from launcher.plan.offload_disk import (
 from launcher.plan.refusal import refuse_host_memory
 from launcher.plan.remedies import Refused, shorter_sequences
 from launcher.plan.topology import PlanError
-from parallel.kernels.footprint import host_refusal
+from parallel.footprint import host_refusal
 
 # What copies from pinned memory reach, by PCIe generation, over 16 lanes: 55 measured on an H200 (5.0); 25 and 12.4 are
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.

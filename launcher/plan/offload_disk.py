@@ -11,7 +11,7 @@ from launcher.memory.demand import Demand
 from launcher.memory.fit import largest
 from launcher.memory.kv import host_kv_bytes
 from launcher.memory.streamed import ring_bytes
-from parallel.kernels.footprint import predict_kernel
+from parallel.footprint import predict_kernel
 from parallel.offload.spread import spread_layers
 from parallel.units import GIB
 

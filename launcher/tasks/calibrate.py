@@ -32,7 +32,7 @@ from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
-from parallel.kernels.footprint import held_bits
+from parallel.footprint import held_bits
 from parallel.kernels.pages import pages_for
 from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain

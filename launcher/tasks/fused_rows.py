@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.models.shape import ModelShape
 from launcher.rank.context import RankContext
-from parallel.kernels.footprint import OWN_KERNELS, predict_kernel
+from parallel.footprint import OWN_KERNELS, predict_kernel
 from parallel.partition import split_by_grain
 from parallel.product_trial import FusedRows, measure_fused_rows
 

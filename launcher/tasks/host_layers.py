@@ -7,8 +7,8 @@ import torch
 from launcher.plan.offload import OffloadPlan
 from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import copy_bandwidth
+from parallel.footprint import host_refusal
 from parallel.kernels import host_int4
-from parallel.kernels.footprint import host_refusal
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.exchange import MAX_BYTES
 from parallel.offload.host_layers import NOTHING_SHARED, HostLayers, SharedLayers

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.config.hardware import LANE_GB_PER_SEC
 from launcher.config.tasks import RATED_FORMATS
 from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
-from parallel.kernels.footprint import MIN_FUSED_ROWS
+from parallel.footprint import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
 # linears, two H200 at Llama-70B's shapes (results/).

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.footprint import MAX_TINYGEMM_ROWS
 from parallel.kernels.dequantize import pack_pairs
-from parallel.kernels.footprint import MAX_TINYGEMM_ROWS
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.quantized import QuantizedWeight, by_blocks
 

@@ -24,8 +24,8 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from parallel.communicator import Communicator
+from parallel.footprint import MIN_FUSED_ROWS
 from parallel.kernels.blocks import Block, whole
-from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.kernels.fused import add_rms_norm
 
 Slices = tuple[slice, ...]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import wide
-from parallel.kernels.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels.fused import silu_mul
 from parallel.kernels.merge import merge
 from parallel.layers import merged

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
@@ -21,6 +20,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.formats.scheme import Scheme
 from parallel.kernels.pages import pages_for
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.host_layers import HostLayers, HostLoader

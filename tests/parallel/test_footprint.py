@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.checkpoint.formats.scheme import Scheme
-from parallel.kernels.footprint import (
+from parallel.footprint import (
     DEQUANTIZED_AT_A_TIME,
     WIDE_WORKSPACE_BYTES,
     held_bits,
     predict_kernel,
     product_bytes,
 )
+from parallel.formats.scheme import Scheme
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight

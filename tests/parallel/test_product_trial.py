@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
+from parallel.footprint import MIN_FUSED_ROWS
 from parallel.kernels import choice, w4a16
-from parallel.kernels.footprint import MIN_FUSED_ROWS
 from parallel.kernels.grouping import GroupedLinear
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear

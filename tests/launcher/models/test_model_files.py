@@ -17,7 +17,7 @@ from launcher.models.files import download_model, find_local_model
 from launcher.models.find import find_model
 from launcher.models.shape import ModelShape
 from launcher.plan.topology import PlanError
-from parallel.checkpoint.headers import CheckpointError
+from parallel.formats.scheme import CheckpointError
 from tests.launcher.demo_model import DEMO
 
 HUB_NAME = "org/name"

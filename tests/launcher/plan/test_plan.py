@@ -17,7 +17,7 @@ from launcher.plan.plan import Plan, captures_passes
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.kernels.footprint import held_bits
+from parallel.footprint import held_bits
 from parallel.units import GIB, MIB
 from tests.launcher.jobs import RTX_4090
 from tests.launcher.plans import (

@@ -8,8 +8,8 @@ import pytest
 
 from launcher.models.config_json import read_model_config
 from launcher.models.shape import TYPICAL_SCHEMES, shape_from_checkpoint
-from parallel.checkpoint.formats.config import READERS
 from parallel.checkpoint.headers import read_checkpoint
+from parallel.formats.config import READERS
 from tests.launcher.demo_model import DEMO, change_json, copy_demo
 from tests.launcher.forked import run
 from tools.quantize_checkpoint import main as quantize

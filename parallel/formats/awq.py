@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Box, Part, Scheme
-from parallel.checkpoint.formats.unpack import cut_groups, trim, unpack
+from parallel.formats.scheme import Box, Part, Scheme
+from parallel.formats.unpack import cut_groups, trim, unpack
 from parallel.quantized import QuantizedWeight, by_blocks
 
 PER_WORD = 8

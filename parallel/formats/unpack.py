@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Box, Range, Scheme
+from parallel.formats.scheme import Box, Range, Scheme
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Box, Part, Scheme
-from parallel.checkpoint.formats.unpack import cut_groups, trim, unpack
+from parallel.formats.scheme import Box, Part, Scheme
+from parallel.formats.unpack import cut_groups, trim, unpack
 from parallel.quantized import QuantizedWeight
 
 FLOATS = ("F16", "BF16", "F32")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from parallel.checkpoint.formats import awq, compressed_tensors, fp8_block, gptq, nf4
-from parallel.checkpoint.formats.scheme import Box, Part, Scheme
+from parallel.formats import awq, compressed_tensors, fp8_block, gptq, nf4
+from parallel.formats.scheme import Box, Part, Scheme
 from parallel.quantized import QuantizedWeight
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Box, Part, Scheme
-from parallel.checkpoint.formats.unpack import cut_groups, trim, unpack
-from parallel.checkpoint.headers import CheckpointError
+from parallel.formats.scheme import Box, CheckpointError, Part, Scheme
+from parallel.formats.unpack import cut_groups, trim, unpack
 from parallel.quantized import QuantizedWeight
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from parallel.checkpoint.formats.scheme import FormatError, Scheme
+from parallel.formats.scheme import FormatError, Scheme
 
 Section = dict[str, Any]
 SUPPORTED = (

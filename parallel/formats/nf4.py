@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import NESTED_GROUP, TEXT, Box, Part, Scheme, group_range
-from parallel.checkpoint.formats.unpack import cut_groups, split_bytes, trim
-from parallel.checkpoint.headers import CheckpointError
+from parallel.formats.scheme import NESTED_GROUP, TEXT, Box, CheckpointError, Part, Scheme, group_range
+from parallel.formats.unpack import cut_groups, split_bytes, trim
 from parallel.quantized import QuantizedWeight
 
 PER_BYTE = 2

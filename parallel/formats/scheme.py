@@ -24,6 +24,10 @@ class FormatError(ValueError):
     """A way of quantising that cannot be loaded; the message names the field, its value and what is supported."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file (and tensor) and the remedy."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What config.json says about the quantised linears. `layout` is a key of `registry.FORMATS`.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parallel.checkpoint.formats import compressed_tensors
-from parallel.checkpoint.formats.scheme import Box, Part, Scheme
+from parallel.formats import compressed_tensors
+from parallel.formats.scheme import Box, Part, Scheme
 from parallel.quantized import QuantizedWeight
 
 FLOATS = ("F32", "BF16", "F16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.checkpoint.formats.scheme import NESTED_GROUP, Scheme
+from parallel.formats.scheme import NESTED_GROUP, Scheme
 
 # Above this many rows tinygemm's weight is dequantised for F.linear: the time of tinygemm grows with every row (10.1 ms
 # a step at one row, 24.2 at 8, 40.4 at 16: one rank's linears of Llama-70B at TP2, H200, torch 2.11), that of F.linear
