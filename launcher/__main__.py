@@ -4,7 +4,7 @@ import sys
 
 
 def run() -> int:
-    from launcher import torchrun
+    from launcher.processes import torchrun
     from launcher.streams import open_streams
 
     stdout = open_streams()
@@ -25,6 +25,6 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    from launcher.start import end_process
+    from launcher.processes.start import end_process
 
     end_process(run())

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import BaselineKind, QuantizeKind, WeightsKind
-from launcher.events import EventFollower
 from launcher.failures import RunFailed
-from launcher.hardware import Inventory
-from launcher.job import Job, save_job
-from launcher.report import package_version, read_results
-from launcher.start import SIGNAL_EXIT_CODE, StartRanks
-from launcher.telemetry import Telemetry
+from launcher.hardware.inventory import Inventory
+from launcher.job import Job
+from launcher.processes.start import SIGNAL_EXIT_CODE, StartRanks
+from launcher.report.report import package_version, read_results
+from launcher.watch import watch_ranks
 
 # Those that are not called as they are here.
 PACKAGES = {BaselineKind.deepspeed_zero: "deepspeed"}
@@ -35,18 +34,14 @@ def run_baseline(job: Job, kind: BaselineKind, inventory: Inventory, start_ranks
     if row["error"] is not None:
         return row
     job = baseline_job(job, kind)
-    watched = [rank if card is None else card for rank, card in enumerate(job.placement.cards)]
-    folder = Path(job.run_dir)
     try:
-        with Telemetry(folder, inventory, watched) as telemetry, EventFollower(folder):
-            start_ranks(job, save_job(job))
+        telemetry = watch_ranks(job, inventory, start_ranks)
     except RunFailed as error:
         if error.exit_code >= SIGNAL_EXIT_CODE:
             raise
         return row | {"error": f"{error.failure.type}: {error.failure.message}"}
-    usages = telemetry.summary()
-    peaks = [usage.peak_bytes - (usage.baseline_bytes or 0) for usage in usages if usage.peak_bytes is not None]
-    measured = read_results(folder, job.placement.world_size)[0]
+    peaks = [usage.own_peak_bytes for usage in telemetry.summary() if usage.own_peak_bytes is not None]
+    measured = read_results(Path(job.run_dir), job.placement.world_size)[0]
     return row | measured | {"comm_share": None, "peak_bytes": max(peaks, default=None)}
 
 

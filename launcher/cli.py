@@ -1,7 +1,7 @@
 """The command line: Hydra composes, every failure becomes one sentence and one line of JSON, the exit code tells.
 
 Hydra runs in one process per run. Where torchrun made this process one of several ranks, rank 0 composes and the
-others wait for its job (launcher/torchrun.py).
+others wait for its job (launcher/processes/torchrun.py).
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from launcher import torchrun
 from launcher.config import ConfigError, RunConfig, to_run_config
-from launcher.console import print_note
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.locks import InUse, held
-from launcher.outcome import discard_report, report_failure, write_report
 from launcher.override_errors import explain_composition, quoting_hint
-from launcher.run import execute
-from launcher.start import (
+from launcher.processes import torchrun
+from launcher.processes.start import (
     FORWARDED_SIGNALS,
     SIGNAL_EXIT_CODE,
     StartRanks,
@@ -35,6 +32,9 @@ from launcher.start import (
     interrupted,
     start_ranks,
 )
+from launcher.report.console import print_note
+from launcher.report.outcome import discard_report, report_failure, write_report
+from launcher.run import execute
 from launcher.sweeps.announce import Announce
 from launcher.sweeps.finish import finish_sweep
 from launcher.sweeps.resume import finished_report, goes_on, resume_arguments

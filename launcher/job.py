@@ -8,13 +8,13 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from launcher.config import BaselineKind, PeerAccess, RunConfig
-from launcher.draft import Draft
-from launcher.grid import GridPoint
-from launcher.plan import Plan
+from launcher.models.draft import Draft
+from launcher.models.shape import ModelShape
+from launcher.plan.grid import GridPoint
+from launcher.plan.plan import Plan
+from launcher.plan.topology import Placement
 from launcher.prompts import Prompt
-from launcher.shape import ModelShape
 from launcher.timing.predict import Times
-from launcher.topology import Placement
 
 
 @dataclass(frozen=True)

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.baseline_runs import run_baselines
-from launcher.config import ConfigError, HardwareKind, QuantizeKind, RunConfig, TaskKind, TopologyKind, WeightsKind
-from launcher.console import print_note, print_options, print_plan, print_report, print_warning
-from launcher.disk import find_disk_folder, measure_disk
-from launcher.draft import find_draft
-from launcher.events import EventFollower
+from launcher.config import ConfigError, HardwareKind, RunConfig, TaskKind, TopologyKind, WeightsKind
 from launcher.failures import Failure, RunFailed
-from launcher.grid import largest_plan
-from launcher.grid_plan import plan_grid
-from launcher.hardware import Inventory, read_inventory
-from launcher.job import Job, save_job
+from launcher.hardware.inventory import Inventory, read_inventory
+from launcher.job import Job
 from launcher.locks import held_output
-from launcher.model_files import download_model, download_texts, find_local_model
-from launcher.options import rank_options
-from launcher.plan import captures_passes, plan_run
+from launcher.models.disk_files import find_disk_folder, measure_disk
+from launcher.models.draft import find_draft
+from launcher.models.find import Model, find_model
+from launcher.plan.grid import largest_plan, plan_grid
+from launcher.plan.options import rank_options
+from launcher.plan.plan import captures_passes, plan_run
+from launcher.plan.timed import keep_calibration, plan_timed
+from launcher.plan.topology import Placement, place_ranks, resolve_world_size
+from launcher.processes.start import StartRanks
 from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
-from launcher.report import base_report, build_report, slow_kernels
-from launcher.shape import ModelShape, quantized_shape, shape_from_checkpoint, shape_from_config, shape_from_facts
-from launcher.start import StartRanks
-from launcher.telemetry import Telemetry
-from launcher.timing.find import keep_calibration, plan_timed
-from launcher.topology import Placement, place_ranks, resolve_world_size
-from parallel.checkpoint.headers import read_checkpoint
+from launcher.report.console import print_note, print_options, print_plan, print_report, print_warning
+from launcher.report.report import base_report, build_report, slow_kernels
+from launcher.telemetry.sampler import Telemetry
+from launcher.watch import watch_ranks
 
 WITHOUT_MODEL = (TaskKind.probe, TaskKind.calibrate)
-
-# Raises where a run of a model of that shape cannot work; what it returns is not read.
-CheckShape = Callable[[ModelShape], object]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that a run will load, or facts about one; `folder` is None for facts."""
-
-    shape: ModelShape
-    folder: Path | None
 
 
 def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_size: int | None) -> dict[str, Any]:
@@ -71,27 +57,39 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
         # Before the model, which may have to be downloaded.
         prompts = read_prompts(run)
         job = replace(job, prompts=unanswered(job, prompts))
-    if run.task.kind not in WITHOUT_MODEL:
-        is_grid = run.task.kind == TaskKind.predictions
-        plan, prepare = (plan_grid, prepare_grid) if is_grid else (plan_run, prepare_job)
-        model = find_model(run, lambda shape: plan(run, placement, shape, inventory))
-        job = prepare(job, model, inventory)
+    job = decide(job, inventory)
     if run.task.kind == TaskKind.plan:
         return base_report(job)
     if is_complete(job):
         print_note(f"every prompt of prompts_file={run.prompts_file} has its answer in {job.output_path}.")
         return base_report(job) | {"outputs": []}
-    watched = [rank if card is None else card for rank, card in enumerate(placement.cards)]
-    with held_answers(job, prompts), Telemetry(run_dir, inventory, watched) as telemetry, EventFollower(run_dir):
+    with held_answers(job, prompts):
         try:
-            start_ranks(job, save_job(job))
+            telemetry = watch_ranks(job, inventory, start_ranks)
         except RunFailed as error:
             raise RunFailed(hint_at_answers(job, error.failure), error.exit_code) from None
+    return measured_report(job, inventory, telemetry, start_ranks)
+
+
+def decide(job: Job, inventory: Inventory) -> Job:
+    """`job` with its model and plan, where its task has a model."""
+    run = job.run
+    if run.task.kind in WITHOUT_MODEL:
+        return job
+    is_grid = run.task.kind == TaskKind.predictions
+    plan, prepare = (plan_grid, prepare_grid) if is_grid else (plan_run, prepare_job)
+    model = find_model(run, lambda shape: plan(run, job.placement, shape, inventory))
+    return prepare(job, model, inventory)
+
+
+def measured_report(job: Job, inventory: Inventory, telemetry: Telemetry, start_ranks: StartRanks) -> dict[str, Any]:
+    """The report of ranks that have ended well, printed; baselines, where there are some, are run for it."""
+    run = job.run
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
     if run.task.kind == TaskKind.calibrate:
-        report["calibration_file"] = str(keep_calibration(job, inventory, report))
+        report["calibration_file"] = str(keep_calibration(run, job.placement, inventory, report))
     print_report(report)
     for line in slow_kernels(report):
         print_warning(f"slower than it could be: {line}")
@@ -173,37 +171,6 @@ def unanswered(job: Job, prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
     if job.run.prompts_file is None:
         return prompts
     return prompts_to_do(prompts, job.output_path, resume=job.run.resume)
-
-
-def find_model(run: RunConfig, check: CheckShape) -> Model:
-    """Finds (or downloads) the model and decides its shape.
-
-    Args:
-        check: raises for a shape that the run cannot have; called before weights are downloaded.
-
-    Raises:
-        ValueError: no such model, its files are missing, truncated or of a kind that is not read, or it is quantised
-            and model.quantize is set.
-    """
-
-    def rounded(shape: ModelShape) -> ModelShape:
-        kind = run.model.quantize
-        return shape if kind == QuantizeKind.none else quantized_shape(shape, kind.value)
-
-    model = find_stored_model(run, lambda shape: check(rounded(shape)))
-    return replace(model, shape=rounded(model.shape))
-
-
-def find_stored_model(run: RunConfig, check: CheckShape) -> Model:
-    """The model as it is stored; facts do where task=plan or dummy weights have no folder."""
-    folder, is_dummy = find_local_model(run.model), run.model.weights == WeightsKind.dummy
-    if folder is None and run.model.shape is not None and (is_dummy or run.task.kind == TaskKind.plan):
-        return Model(shape_from_facts(run.model.shape), None)
-    if folder is None and not is_dummy:
-        check(shape_from_config(download_texts(run.model)))
-    folder = folder or download_model(run.model)
-    shape = shape_from_config(folder) if is_dummy else shape_from_checkpoint(folder, read_checkpoint(folder))
-    return Model(shape, folder)
 
 
 def prepare_grid(job: Job, model: Model, inventory: Inventory) -> Job:

@@ -1,7 +1,7 @@
 """stdout and stderr that outlive their readers: a run goes on where nobody listens, and says so at its end.
 
 A pager that was left, `| head`, a full disk or a terminal that went away must not end a run of hours; all that it has
-to say is in its folder too. No torch.
+to say is in its folder too.
 """
 
 from __future__ import annotations

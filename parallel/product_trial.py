@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from parallel.checkpoint.dummy import Pool, quantized_values
-from parallel.checkpoint.formats.scheme import Box, Scheme
 from parallel.communicator import Communicator
+from parallel.footprint import MIN_FUSED_ROWS
+from parallel.formats.scheme import Box, Scheme
 from parallel.kernels.choice import pack_linear
 from parallel.kernels.grouping import GroupedLinear
-from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.kernels.merge import merge
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
-from parallel.transport_choice import faster_up_to
+from parallel.transports.choice import faster_up_to
 
 TRIED_ROWS = (MIN_FUSED_ROWS, 512, 1024, 2048)
 # Of the trial's weight, at most: 64 MiB at 4 bits, which with all else that a product touches no card's cache keeps.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.kernels.held import BLOCK_ELEMENTS
+from parallel.footprint import BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)

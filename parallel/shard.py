@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from parallel.checkpoint.formats.config import read_scheme
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.communicator import Communicator
-from parallel.kernels.held import MIN_FUSED_ROWS
-from parallel.linear import LINEARS, adopt
+from parallel.footprint import MIN_FUSED_ROWS
+from parallel.formats.config import read_scheme
+from parallel.formats.scheme import Scheme
+from parallel.layers.linear import LINEARS, adopt
 
 
 def share_process_group(device: torch.device) -> None:

@@ -6,9 +6,9 @@ local_ranks.PRELOADED += (
     "pytest",
     "tests.parallel.ranks",
     "launcher.cli",
-    "launcher.rank",
+    "launcher.rank.context",
     "launcher.tasks",
-    "launcher.worker",
+    "launcher.rank.worker",
     "tests.frozen",
 )
 # Several runs share the cores: threads that spin while they wait keep others from their work.

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from launcher.config import RunConfig, to_run_config
 from launcher.sweeps.resume import is_resume_folder
-from launcher.units import GIB
+from parallel.units import GIB
 from tests.launcher.forked import run_together
 from tools import claims, slurm
 from tools.results_table import choose_render

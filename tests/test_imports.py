@@ -18,12 +18,15 @@ OURS = ("launcher", "parallel", "conf", "tools", "tests")
 # Packages that take a second or more to import, or that need torch.
 HEAVY = ("torch", "transformers", "deepspeed", "accelerate")
 # What runs inside a rank.
-IN_RANKS = ("launcher.worker", "launcher.rank", "launcher.tasks", "launcher.baselines")
+IN_RANKS = ("launcher.rank.", "launcher.tasks", "launcher.baselines")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("launcher", "parallel", "conf")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
+BELOW_ENGINE = tuple(
+    f"parallel.{name}" for name in ("checkpoint", "formats", "kernels", "layers", "offload", "transports")
+)
 OUTSIDE_RANKS = [name for name in MODULES if name.startswith("launcher") and not name.startswith(IN_RANKS)]
 
 
@@ -45,7 +48,7 @@ def walk(node: ast.AST, *, at_top: bool) -> Iterator[ast.AST]:
 
 
 def imported_names(module: str, node: ast.AST) -> set[str]:
-    """Dotted names, of modules where they are ours (`from launcher import host` is launcher.host)."""
+    """Dotted names, of modules where they are ours (`from launcher import host` is launcher.hardware.host)."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
     if not isinstance(node, ast.ImportFrom):
@@ -74,17 +77,48 @@ def heavy_imports(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
+def part(module: str) -> str:
+    """launcher.plan for all of its modules; modules beside the packages stand for themselves."""
+    return ".".join(module.split(".")[:2])
+
+
+@cache
+def parts_below(name: str) -> frozenset[str]:
+    """Parts of `launcher` that one imports at the top level of its modules, itself left out."""
+    used = (each for module in MODULES if part(module) == name for each in imports(module, at_top=True))
+    return frozenset(part(each) for each in used if package(each) == "launcher" and each in MODULES) - {name}
+
+
+def find_cycle(name: str, path: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Parts that import one another, from `name` on; empty where none do."""
+    if name in path:
+        return (*path[path.index(name) :], name)
+    return next((cycle for each in sorted(parts_below(name)) if (cycle := find_cycle(each, (*path, name)))), ())
+
+
 def test_there_are_modules_to_look_at() -> None:
     assert {"launcher.cli", "parallel.engine.engine", "launcher.tasks.generate", "launcher"} <= set(MODULES)
     assert len(OUTSIDE_RANKS) > 20
     assert "torch" in heavy_imports("parallel.communicator")
-    assert "torch" in heavy_imports("launcher.rank")
+    assert "torch" in heavy_imports("launcher.rank.context")
+
+
+def test_packages_of_the_launcher_build_on_one_another_in_one_direction() -> None:
+    assert "launcher.memory" in parts_below("launcher.plan")
+    assert find_cycle("launcher.__main__") == find_cycle("launcher.rank") == find_cycle("launcher.tasks") == ()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("parallel")])
 def test_parallel_imports_nothing_of_ours(module: str) -> None:
     foreign = {name for name in imports(module, at_top=False) if package(name) in OURS}
     assert {name for name in foreign if package(name) != "parallel"} == set()
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if name.startswith(("parallel.kernels", "parallel.transports"))]
+)
+def test_what_the_engine_builds_on_knows_nothing_of_it(module: str) -> None:
+    assert not {name for name in imports(module, at_top=False) if name.startswith("parallel.engine")}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -104,7 +138,9 @@ def test_outside_ranks_nobody_uses_what_needs_torch_of_parallel(module: str) -> 
     assert {name for name in used if heavy_imports(name)} == set()
 
 
-@pytest.mark.parametrize("module", ["launcher.run", "launcher.start", "launcher.rank_processes", "launcher.telemetry"])
+@pytest.mark.parametrize(
+    "module", ["launcher.run", "launcher.processes.start", "launcher.processes.ranks", "launcher.telemetry.sampler"]
+)
 def test_what_comes_before_ranks_start_uses_no_torch(module: str) -> None:
     """Not even inside a function: they would wait a second or more for its import."""
     assert not {package(name) for name in imports(module, at_top=False)} & set(HEAVY)

@@ -68,7 +68,7 @@ def test_it_is_the_installed_one_that_answers(installed: Path, tmp_path: Path) -
     program = (
         "import launcher, conf\n"
         "from launcher.config import ModelConfig\n"
-        "from launcher.model_files import find_local_model\n"
+        "from launcher.models.files import find_local_model\n"
         "print(launcher.__file__, conf.__file__, find_local_model(ModelConfig('pkg://launcher/models/demo')))"
     )
     env = environment({"PYTHONPATH": str(installed)})

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from parallel.communicator import Communicator
-from parallel.rounded import time_rounded
-from parallel.selftest import EAGER_BYTES, time_all_reduce
 from parallel.transports import dense, host_memory
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import EXACT, INT8, DenseHostMemory, wrap_dense, wrap_int8
-from parallel.transports.host_memory import KIB, HostMemory, wrap_host_memory
+from parallel.transports.host_memory import HostMemory, wrap_host_memory
+from parallel.transports.rounded import time_rounded
+from parallel.transports.selftest import EAGER_BYTES, time_all_reduce
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
+from parallel.units import KIB
 from tools.card_ranks import CardRank
 from tools.norm_cards import bench_norms, describe
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from parallel.engine.pages import PAGE_SIZE
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import Launch, choose_launch, choose_splits, in_clusters
 from parallel.kernels.binaries import read_or_compile
 from parallel.kernels.launch import architecture, load_kernel, read_source
+from parallel.kernels.limits import PAGE_SIZE
 from tools.bench_chain import HEAD_DIM, Chain, Layer, Shape, capture, time_graph
 
 CASES = [(1, 640), (8, 640), (32, 640), (8, 4096), (32, 4096)]

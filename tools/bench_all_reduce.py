@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from parallel.transports import host_memory
-from parallel.transports.host_memory import KIB, choose_launch
+from parallel.transports.host_memory import choose_launch
+from parallel.units import KIB
 from tools.all_reduce_cards import bench
 from tools.all_reduce_soak import soak
 from tools.card_ranks import is_started_by_torchrun, run_on_cards

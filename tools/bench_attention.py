@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, pages_for
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import (
     MAX_DEPTH,
@@ -34,7 +33,9 @@ from parallel.kernels.attention_launch import (
     unit_bytes,
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.node_bits import chain_masks
+from parallel.kernels.pages import FP8, PagedKV, allocate_pages, pages_for
 from tools.attention_variants import NAMES, time_all
 from tools.bench_linears import measure_copy
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import PAGE_SIZE
 from parallel.kernels import fused, launch
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.paged_attention import attend
 from parallel.kernels.w4a16 import w4a16
 from parallel.kernels.w8a16 import w8a16

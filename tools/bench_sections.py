@@ -18,27 +18,29 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from launcher.config import ModelFacts
-from launcher.shape import shape_from_facts
+from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits, pieces, side_stream
+from parallel.engine import limits
 from parallel.engine.chunk_timer import time_chunks
 from parallel.engine.engine import Engine
 from parallel.engine.limits import MOST_SECTIONS, EngineLimits
-from parallel.engine.merged import LayerMerger
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.prefill import pieces, side_stream
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels.grouping import GroupedLinear
+from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain
-from parallel.selftest import EAGER_BYTES
 from parallel.shard import build_sharded_model, share_process_group
 from parallel.transports import dense
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import wrap_copies
 from parallel.transports.dense import wrap_dense
-from parallel.transports.host_memory import KIB, wrap_host_memory
+from parallel.transports.host_memory import wrap_host_memory
+from parallel.transports.selftest import EAGER_BYTES
 from parallel.transports.two_step import wrap_two_step
+from parallel.units import KIB
 from tools.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
 
 FACTS = ModelFacts(8192, 28672, 80, 64, 8, 128, 32768, 8192)

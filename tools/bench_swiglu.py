@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.footprint import MAX_NARROW_ROWS
 from parallel.kernels.fused import silu_mul
-from parallel.kernels.held import MAX_NARROW_ROWS
 from tools.bench_linears import NUM_LAYERS, SHAPES, Call, cycle, own_calls, takes, time_calls
 from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
 from tools.linear_launches import narrow_launches

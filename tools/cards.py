@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from launcher import nvml
 from launcher.config import HardwareConfig
-from launcher.hardware import Card, read_inventory
-from launcher.units import GIB
+from launcher.hardware import nvml
+from launcher.hardware.inventory import Card, read_inventory
+from parallel.units import GIB
 
 LOCK_FOLDER = Path(tempfile.gettempdir()) / "launch70b-cards"
 

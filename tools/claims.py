@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launcher.plan import DRIVER_RESERVED_BYTES
-from launcher.units import GIB
+from launcher.plan.plan import DRIVER_RESERVED_BYTES
+from parallel.units import GIB
 
 ROOT = Path(__file__).parent.parent
 GB = 1e9

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.outcome import REPORT
+from launcher.report.outcome import REPORT
 from launcher.sweeps.jobs import SweepJob, find_jobs, read_overrides, read_report
 from launcher.sweeps.rows import Row, job_row, split_overrides, varying_keys
 from launcher.sweeps.table import VALUES

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from parallel.checkpoint.formats.nf4 import STATE, nf4_codebook
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import BYTES_PER_ELEMENT
+from parallel.formats.nf4 import STATE, nf4_codebook
+from parallel.formats.scheme import Scheme
 from tools.nf4 import nested_map, state_bytes
 from tools.quantization import TORCH_DTYPES, WRITERS
 from tools.stored import Linear, Tensor

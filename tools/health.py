@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config import HardwareConfig
-from launcher.hardware import Inventory, read_inventory
+from launcher.hardware.inventory import Inventory, read_inventory
 
 
 def problems(inventory: Inventory, torch_cuda: str | None, folder: Path) -> Iterator[str]:

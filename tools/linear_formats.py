@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from parallel.footprint import UNIT_INPUTS, WIDE_WORKSPACE_BYTES
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.held import UNIT_INPUTS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.tiles import OUTPUTS_PER_TILE, Launch, choose_launch
 from parallel.quantized import QuantizedWeight
 

@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
+from parallel.footprint import MAX_NARROW_ROWS, UNIT_INPUTS
 from parallel.kernels import w4a16, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, UNIT_INPUTS
 from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch
 from tools.linear_formats import FORMATS, AnyLaunch, Expected, OwnFormat, check_launch, rounded_codebook
 

@@ -129,7 +129,7 @@ def rank_main(
 
 @contextmanager
 def joined(rank: int, world_size: int, store: Path, timeout_sec: float) -> Iterator[Any]:
-    """What launcher/rank.py does for a rank on the CPU, without a job and without a port."""
+    """What launcher/rank/context.py does for a rank on the CPU, without a job and without a port."""
     import torch
     import torch.distributed as dist
 

@@ -21,12 +21,11 @@ from typing import BinaryIO
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tools.fills import BLOCK_ELEMENTS as BLOCK_ELEMENTS
+from parallel.units import GIB
 from tools.fills import Fills
 from tools.quantization import WRITERS, quantized_tensors
 from tools.stored import Shard, Tensor, make_header, plan_shards, write_index
 
-GIB = 1024**3
 # Each family, and what makes all its layers attend to everything, as the engine does.
 FULL_ATTENTION: dict[str, dict[str, None]] = {
     "llama": {},

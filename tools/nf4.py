@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.nf4 import STATE, nf4_codebook
-from parallel.checkpoint.formats.scheme import NESTED_GROUP, TEXT_BYTES, Scheme
+from parallel.formats.nf4 import STATE, nf4_codebook
+from parallel.formats.scheme import NESTED_GROUP, TEXT_BYTES, Scheme
 
 
 def nested_map() -> Tensor:

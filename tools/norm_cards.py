@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from parallel.communicator import Communicator
-from parallel.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
-from parallel.selftest import DECODE_BYTES
 from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
 from parallel.transports.dense import EXACT
-from parallel.transports.host_memory import KIB, HostMemory
+from parallel.transports.host_memory import HostMemory
 from parallel.transports.host_memory_norm import wrap_norm
+from parallel.transports.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
+from parallel.transports.selftest import DECODE_BYTES
+from parallel.units import KIB
 from tools.card_ranks import CardRank
 
 ROW_BLOCKS = (1, 2, 4, 8)

@@ -23,18 +23,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from launcher.shape import shape_from_checkpoint
+from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sampling import gather_logits
 from parallel.engine.sequence import Sequence
+from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
-from parallel.rounded import Rounded
 from parallel.shard import build_sharded_model
+from parallel.transports.rounded import Rounded
 from tools.corpus import collect
 from tools.demo_tokenizer import encode_stream
 from tools.demo_training import CONTEXT, evaluate

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.accuracy import POINTS_FILE, Row, point_row, summarise_errors
-from launcher.accuracy_text import accuracy_page
-from launcher.grid import GridPoint, point_run
 from launcher.job import Job, load_job
-from launcher.timing.find import predict_by
+from launcher.plan.grid import GridPoint, point_run
+from launcher.plan.timed import predict_by
+from launcher.report.accuracy import POINTS_FILE, Row, point_row, summarise_errors
+from launcher.report.accuracy_text import accuracy_page
 from launcher.timing.fit import fit_rates
 from launcher.timing.rates import Rates
 from launcher.timing.store import load_calibration

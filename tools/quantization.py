@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.config import read_scheme
-from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Part, Scheme, stored_shape
+from parallel.formats.config import read_scheme
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Part, Scheme, stored_shape
 from tools.nf4 import pack_nf4
 from tools.stored import Linear
 from tools.stored import Tensor as StoredTensor

@@ -15,10 +15,9 @@ import torch
 from safetensors import safe_open
 
 from parallel.checkpoint.headers import Checkpoint, TensorEntry, read_checkpoint
+from parallel.units import GIB
 from tools.quantization import WRITERS, Writer, quantized_tensors
 from tools.stored import Shard, make_header, plan_shards, write_index
-
-GIB = 1024**3
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.hardware import Card
+from launcher.hardware.inventory import Card
 from tools.cards import LOCK_FOLDER, CardLock, CardState, read_cards, take_cards
 
 LAUNCHER = (sys.executable, "-m", "launcher")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.accuracy_text import accuracy_page
+from launcher.report.accuracy_text import accuracy_page
+from parallel.units import MIB
 
-MIB = 2**20
 UNKNOWN = "-"
 RUN_COLUMNS = (
     "run", "cards", "dtype", "load s", "GB/s", "TTFT ms", "ms/token p50", "p99", "tokens/s", "communication",

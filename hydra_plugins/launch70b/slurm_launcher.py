@@ -75,7 +75,7 @@ class SlurmLauncher(Submitit):
         """An array of jobs, or one job, and what to know of each while it runs."""
         import submitit
 
-        from launcher.console import print_note
+        from launcher.report.console import print_note
         from launcher.slurm.wait import SlurmJob
 
         executor = submitit.SlurmExecutor(folder=self.params["submitit_folder"], max_num_timeout=0)
@@ -117,8 +117,8 @@ class SlurmLauncher(Submitit):
         """The job itself, in a process of its own on the cluster. A restarted one goes on from its answers."""
         from launcher.cli import handle_signals
         from launcher.failures import RunFailed
+        from launcher.processes.start import SIGNAL_EXIT_CODE, end_process
         from launcher.slurm.commands import num_restarts, requeue_if_out_of_time
-        from launcher.start import SIGNAL_EXIT_CODE, end_process
 
         # In place of submitit's, which ignores SIGTERM.
         handle_signals()

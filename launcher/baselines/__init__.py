@@ -16,7 +16,7 @@ from launcher.baselines.vllm import open_vllm
 from launcher.config import BaselineKind
 from launcher.events import EventWriter
 from launcher.job import Job
-from launcher.rank import open_device
+from launcher.rank.context import open_device
 
 BASELINES: dict[BaselineKind, Callable[[Job, torch.device], Baseline]] = {
     BaselineKind.deepspeed: open_deepspeed,

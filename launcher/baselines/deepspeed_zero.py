@@ -13,7 +13,7 @@ from launcher.baselines.deepspeed import spare_compiler
 from launcher.baselines.measure import Baseline
 from launcher.baselines.token_times import timed_generate
 from launcher.job import Job
-from launcher.shape import ModelShape
+from launcher.models.shape import ModelShape
 
 
 def open_deepspeed_zero(job: Job, device: torch.device) -> Baseline:

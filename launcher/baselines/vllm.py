@@ -10,7 +10,7 @@ import torch
 
 from launcher.baselines.measure import Baseline
 from launcher.config import WeightsKind
-from launcher.hardware_config import LimitsConfig, PeerAccess
+from launcher.config.hardware import LimitsConfig, PeerAccess
 from launcher.job import Job
 
 RANK_VARIABLES = (

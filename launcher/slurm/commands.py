@@ -1,4 +1,4 @@
-"""What SLURM's own commands say and do about jobs. No torch."""
+"""What SLURM's own commands say and do about jobs."""
 
 from __future__ import annotations
 

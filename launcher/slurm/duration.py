@@ -1,4 +1,4 @@
-"""How many minutes a job asks for: its predicted work, its load and its start, with room. No torch."""
+"""How many minutes a job asks for: its predicted work, its load and its start, with room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run asks of SLURM: cards, cores, host memory and minutes, each with where its figure comes from. No torch."""
+"""What a run asks of SLURM: cards, cores, host memory and minutes, each with where its figure comes from."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from importlib.resources import files
 from omegaconf import OmegaConf
 
 from launcher.config import HardwareConfig, HardwareKind, RunConfig, TaskConfig, TaskKind
-from launcher.draft import find_draft
-from launcher.hardware import Inventory, read_inventory
-from launcher.memory_weights import stored_bytes
-from launcher.plan import Plan, plan_run
-from launcher.run import WITHOUT_MODEL, find_model
+from launcher.hardware.inventory import Inventory, read_inventory
+from launcher.memory.weights import stored_bytes
+from launcher.models.draft import find_draft
+from launcher.models.find import find_model
+from launcher.plan.plan import Plan, plan_run
+from launcher.plan.timed import predict_run
+from launcher.plan.topology import place_ranks, resolve_world_size
+from launcher.run import WITHOUT_MODEL
 from launcher.slurm.duration import (
     Duration,
     longest_prompt_tokens,
     minutes_of,
     minutes_without_model,
 )
-from launcher.timing.find import predict_run
 from launcher.timing.predict import Times
-from launcher.topology import place_ranks, resolve_world_size
-from launcher.units import GIB
+from parallel.units import GIB
 
 # Host memory of a rank beside its card, in GiB. Two ranks of a 70B in 4 bits peaked at 3.0 to 3.1 each, files of
 # libraries included (`host_peak_bytes`, results/early_start_h200_202611.json); four ranks have .25 more of slots of

@@ -1,4 +1,4 @@
-"""What a job of a sweep asks of SLURM: what its plan needs, unless hydra.launcher says otherwise. No torch."""
+"""What a job of a sweep asks of SLURM: what its plan needs, unless hydra.launcher says otherwise."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from launcher.amounts import count
 from launcher.config import RunConfig
+from launcher.plan.topology import resolve_world_size
 from launcher.slurm.needs import find_needs
-from launcher.topology import resolve_world_size
 
 # A run that is refused says why in seconds, in its own report, as in a sweep without SLURM.
 REFUSED_MIN = 10

@@ -1,4 +1,4 @@
-"""Waits for the jobs of a sweep, and says of each what became of it. No torch."""
+"""Waits for the jobs of a sweep, and says of each what became of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config import RunConfig
-from launcher.console import print_note
 from launcher.failures import Failure, RunFailed
-from launcher.outcome import REPORT, report_failure
+from launcher.report.console import print_note
+from launcher.report.outcome import REPORT, report_failure
 from launcher.slurm.commands import ENDS, cancel, job_states
 
 POLL_SEC = 2.0

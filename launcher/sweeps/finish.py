@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.console import print_note, print_warning, stderr_console
+from launcher.report.console import print_note, print_warning, stderr_console
 from launcher.sweeps.announce import Sweep
 from launcher.sweeps.jobs import SweepJob, find_jobs
 from launcher.sweeps.rows import OK, Row, sweep_rows

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from launcher.outcome import REPORT
+from launcher.report.outcome import REPORT
 
 OVERRIDES_FILE = Path(".hydra") / "overrides.yaml"
 

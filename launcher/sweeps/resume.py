@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher.config import ConfigError, RunConfig
-from launcher.report import config_values
+from launcher.report.report import config_values
 from launcher.sweeps.jobs import read_report
 
 PREFIX = "resume="

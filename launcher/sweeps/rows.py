@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.sweeps.jobs import SweepJob
-from launcher.units import GIB
+from parallel.units import GIB
 
 Row = dict[str, Any]
 

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from launcher.tasks.measure import cache_bytes, weights_bytes
-from launcher.units import MIB
 from parallel.engine.engine import Engine
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import PagedKV
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import PagedKV
 from parallel.offload.disk_layers import DiskLayers
+from parallel.units import MIB
 
 # Far above the caches of any card (50 MB on an H200, 72 MB on an RTX 4090).
 COPY_BYTES = 512 * MIB

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import RunConfig, SpeculationKind
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
-from launcher.tasks.generate import check_same_tokens, load_model
-from launcher.tasks.measure import communication, kernels, memory
+from launcher.tasks.generate import check_same_tokens
+from launcher.tasks.loaded import load_model
+from launcher.tasks.measure import communication
 from launcher.tasks.passes import time_passes
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
@@ -109,13 +110,8 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     offload = streaming(bench.engine, contexts, step_ms, pinned_copy)
     streamed_ms = None if offload is None else offload["floor_ms"]
     return {
-        "transport": context.transport_summary(),
-        "load": asdict(loaded.load),
-        "fused_rows": None if loaded.fused_rows is None else asdict(loaded.fused_rows),
-        "kernels": kernels(bench.engine),
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,
-        "startup": context.startup,
         **summarise(runs),
         "requests": serving(runs, job.run.workload),
         "speculation": speculated(context, loaded, join_steps(runs), contexts, offload),
@@ -129,7 +125,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "prefill_breakdown": prefill_breakdown(
             bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator
         ),
-        "memory": memory(context.device, bench.engine),
+        **loaded.results(context),
     }
 
 

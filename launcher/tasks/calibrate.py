@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from launcher.memory import Demand
-from launcher.rank import RankContext
-from launcher.shape import ModelShape
+from launcher.memory.demand import Demand
+from launcher.models.shape import ModelShape
+from launcher.rank.context import RankContext
 from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.requests import random_prompts
 from launcher.tasks.weights import config_of_shape, give_back
@@ -30,11 +30,11 @@ from parallel.communicator import ElidedAllReduce
 from parallel.engine.chunk_timer import time_apart
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
-from parallel.kernels.held import held_bits
+from parallel.footprint import held_bits
+from parallel.kernels.pages import pages_for
+from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain
 from parallel.product_trial import rows_limit
 from parallel.shard import build_sharded_model

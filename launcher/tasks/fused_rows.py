@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launcher.rank import RankContext
-from launcher.shape import ModelShape
-from parallel.kernels.held import OWN_KERNELS, predict_kernel
+from launcher.models.shape import ModelShape
+from launcher.rank.context import RankContext
+from parallel.footprint import OWN_KERNELS, predict_kernel
 from parallel.partition import split_by_grain
 from parallel.product_trial import FusedRows, measure_fused_rows
 

@@ -11,35 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from launcher.config import KVDType, SamplingConfig, SpeculationConfig, SpeculationKind
-from launcher.plan import Plan
 from launcher.prompts import Prompt, prompt_key
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
-from launcher.tasks.fused_rows import choose_fused_rows
-from launcher.tasks.host_layers import open_host_layers
-from launcher.tasks.loaded import LoadedModel
-from launcher.tasks.measure import communication, kernels, latencies, memory, reuse
+from launcher.tasks.loaded import LoadedModel, load_model
+from launcher.tasks.measure import communication, latencies, reuse
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.tokens import (
     check_known,
     check_lengths,
     encode_prompts,
-    eos_token_ids,
     load_tokenizer,
-    text_tokenizer,
 )
-from launcher.tasks.weights import load_draft_model, load_sharded_model
 from parallel.engine import generate
-from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Result, StopRules
-from parallel.engine.limits import EngineLimits
-from parallel.engine.sampling import SamplingParams
-from parallel.engine.speculation.speculator import Speculation
-from parallel.engine.speculation.tune import tune
-from parallel.offload.host_layers import HostLayers
 
 WARM_UP_TOKENS = 64
 
@@ -71,12 +57,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     offload = streaming(loaded.engine, contexts, statistics.median(result.step_ms or [0.0]), pinned_copy)
     steps = Steps(result.acceptance, result.step_ms, result.plans)
     return {
-        "transport": context.transport_summary(),
-        "load": asdict(loaded.load),
-        "fused_rows": None if loaded.fused_rows is None else asdict(loaded.fused_rows),
-        "kernels": kernels(loaded.engine),
         "warm_up_sec": warm_up_sec,
-        "startup": context.startup,
         **latencies(result),
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
@@ -84,58 +65,9 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "speculation": speculated(context, loaded, steps, contexts, offload),
         "offload": offload,
         **communication(context, loaded.engine, contexts),
-        "memory": memory(context.device, loaded.engine),
+        **loaded.results(context),
         "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
     }
-
-
-def load_model(context: RankContext, plan: Plan, tokenizer: PreTrainedTokenizerFast | None) -> LoadedModel:
-    run = context.job.run
-    # Read from a file, which may be broken: told before the weights are loaded.
-    eos_ids = eos_token_ids(context.job, tokenizer)
-    host_layers = None if plan.offload is None else open_host_layers(context, plan.offload)
-    fused_rows = choose_fused_rows(context)
-    module, load = load_sharded_model(context, fused_rows, host_layers)
-    draft = load_draft_model(context, fused_rows)
-    speculation = speculation_params(run.speculation, None if draft is None else draft[0])
-    engine = open_engine(context, plan, module, speculation, host_layers)
-    context.reached("loaded")
-    rules = StopRules(
-        max_tokens=run.workload.output_tokens,
-        eos_ids=eos_ids,
-        texts=tuple(run.sampling.stop),
-    )
-    draft_load = None if draft is None else draft[1]
-    return LoadedModel(engine, text_tokenizer(tokenizer), rules, load, draft_load, fused_rows, tune(engine))
-
-
-def open_engine(
-    context: RankContext,
-    plan: Plan,
-    module: PreTrainedModel,
-    speculation: Speculation | None = None,
-    host_layers: HostLayers | None = None,
-) -> Engine:
-    """An engine for the run's workload, as planned, over a model that was loaded."""
-    run = context.job.run
-    return Engine(
-        module,
-        context.communicator,
-        context.device,
-        EngineLimits(
-            plan.max_context,
-            run.workload.batch_size,
-            run.engine.prefill_chunk,
-            plan.prefill_chunk_while_decoding,
-            run.num_ahead,
-            context.job.captures_passes,
-        ),
-        sampling=sampling_params(run.sampling),
-        kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,
-        prefix_cache=run.engine.prefix_cache,
-        speculation=speculation,
-        host_layers=host_layers,
-    )
 
 
 def warm_up(loaded: LoadedModel) -> float:
@@ -183,17 +115,6 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
 def longest_contexts(token_ids: Sequence[list[int]], result: Result) -> list[int]:
     """Tokens of each sequence at its end, prompt and answer."""
     return [len(ids) + len(answer.token_ids) for ids, answer in zip(token_ids, result.answers, strict=True)]
-
-
-def sampling_params(sampling: SamplingConfig) -> SamplingParams:
-    return SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
-
-
-def speculation_params(config: SpeculationConfig, draft: PreTrainedModel | None) -> Speculation | None:
-    if config.kind == SpeculationKind.none:
-        return None
-    ngrams = (config.ngram_max, config.ngram_min)
-    return Speculation(config.kind.value, config.chain, *ngrams, draft, config.tree, config.choices)
 
 
 def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from launcher.offload import OffloadPlan
-from launcher.rank import RankContext
+from launcher.plan.offload import OffloadPlan
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import copy_bandwidth
+from parallel.footprint import host_refusal
 from parallel.kernels import host_int4
-from parallel.kernels.held import host_refusal
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.exchange import MAX_BYTES
 from parallel.offload.host_layers import NOTHING_SHARED, HostLayers, SharedLayers

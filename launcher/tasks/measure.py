@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result
-from parallel.engine.pages import PagedKV
 from parallel.engine.step_timer import time_steps
+from parallel.kernels.pages import PagedKV
 from parallel.kernels.status import LayerSizes, kernel_status
 from parallel.timing import p99
 

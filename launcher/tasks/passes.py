@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import link_bytes
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.pass_timer import PlanCost, time_plan

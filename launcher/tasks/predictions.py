@@ -15,13 +15,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from launcher.accuracy import POINTS_FILE, Row, point_row, summarise_errors
-from launcher.accuracy_text import accuracy_page
-from launcher.grid import GridPoint, point_run
-from launcher.rank import RankContext
+from launcher.plan.grid import GridPoint, point_run
+from launcher.rank.context import RankContext
+from launcher.report.accuracy import POINTS_FILE, Row, point_row, summarise_errors
+from launcher.report.accuracy_text import accuracy_page
 from launcher.tasks.bench import Bench, open_agreement
 from launcher.tasks.fused_rows import choose_fused_rows
-from launcher.tasks.generate import append_lines, open_engine
+from launcher.tasks.generate import append_lines
+from launcher.tasks.loaded import open_engine
 from launcher.tasks.measure import kernels, memory
 from launcher.tasks.summary import summarise
 from launcher.tasks.weights import give_back, load_sharded_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from parallel.communicator import Communicator, open_communicator
-from parallel.selftest import deadline, time_all_reduce
+from parallel.transports.selftest import deadline, time_all_reduce
 
 
 def run_probe(context: RankContext) -> dict[str, Any]:

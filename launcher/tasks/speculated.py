@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.config import SpeculationKind
-from launcher.rank import RankContext
+from launcher.rank.context import RankContext
 from launcher.tasks.loaded import LoadedModel
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.acceptance import Acceptance

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from launcher.config import WeightsKind
-from launcher.rank import RankContext
-from launcher.shape import ModelShape
+from launcher.models.shape import ModelShape
+from launcher.rank.context import RankContext
 from launcher.tasks.model_texts import read_texts
 from parallel.checkpoint.dummy import fill_dummy
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
-from parallel.engine.merged import LayerMerger
+from parallel.formats.scheme import Scheme
+from parallel.layers.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.product_trial import FusedRows, rows_limit
 from parallel.shard import ShardedModel, build_sharded_model

@@ -1,4 +1,4 @@
-"""How many tokens of prompts a pass reads while answers wait for it, by how long such passes take. No torch."""
+"""How many tokens of prompts a pass reads while answers wait for it, by how long such passes take."""
 
 from __future__ import annotations
 

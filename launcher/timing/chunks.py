@@ -1,4 +1,4 @@
-"""How long a pass takes that reads some tokens of some prompts. No torch."""
+"""How long a pass takes that reads some tokens of some prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the times that task=calibrate measured to rates. No torch."""
+"""From the times that task=calibrate measured to rates."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What predictions are asked of: the work of a model on a rank, and the requests that it gets. No torch."""
+"""What predictions are asked of: the work of a model on a rank, and the requests that it gets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launcher.workload import middle_tokens
+from launcher.config.workload import middle_tokens
 
 ALL_REDUCES_PER_LAYER = 2
 

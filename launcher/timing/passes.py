@@ -1,4 +1,4 @@
-"""The passes of a batch of requests one after another, as the engine's scheduler orders them. No torch."""
+"""The passes of a batch of requests one after another, as the engine's scheduler orders them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a model's steps take on cards of known rates, and what holds them: sums of lines. No torch."""
+"""How long a model's steps take on cards of known rates, and what holds them: sums of lines."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Rates of cards that are not here, from published facts and from how near to them an H200 comes. No torch."""
+"""Rates of cards that are not here, from published facts and from how near to them an H200 comes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.hardware_config import LANE_GB_PER_SEC
+from launcher.config.hardware import LANE_GB_PER_SEC
+from launcher.config.tasks import RATED_FORMATS
 from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
-from parallel.kernels.held import MIN_FUSED_ROWS
+from parallel.footprint import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
 # linears, two H200 at Llama-70B's shapes (results/).
@@ -39,7 +40,6 @@ ALL_REDUCE_START_US = 4.5
 WIRE_BYTES_PER_BYTE = 2.0
 LINK_SHARE = 0.8
 POWER_SHARE = 0.7
-FORMATS = tuple(WEIGHTS_SHARE)
 ROWS = tuple(INT4_SHARE)
 TOKENS = (256, 512, 1024, 2048)
 MESSAGE_BYTES = tuple(2**i for i in range(12, 21))
@@ -62,8 +62,8 @@ class Facts:
 
 
 def rates_from_facts(facts: Facts, world_size: int) -> Rates:
-    decode = {name: {rows: step_rates(facts, name, rows) for rows in ROWS} for name in FORMATS}
-    prefill = {name: {tokens: chunk_rates(facts, name, tokens) for tokens in TOKENS} for name in FORMATS}
+    decode = {name: {rows: step_rates(facts, name, rows) for rows in ROWS} for name in RATED_FORMATS}
+    prefill = {name: {tokens: chunk_rates(facts, name, tokens) for tokens in TOKENS} for name in RATED_FORMATS}
     return Rates(
         source=f"published figures of {facts.name}",
         assumptions=assumptions(facts, world_size),

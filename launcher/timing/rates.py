@@ -1,4 +1,4 @@
-"""What a machine's cards do in what time: lines over bytes, from which predict.py adds up a model's steps. No torch."""
+"""What a machine's cards do in what time: lines over bytes, from which predict.py adds up a model's steps."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Rates:
-    """`decode` and `prefill` by format (FORMATS), then by rows of the step and by tokens of the chunk.
+    """`decode` and `prefill` by format (RATED_FORMATS), then by rows of the step and by tokens of the chunk.
 
     `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
     of a token and one that it attends to, of one query head. `parts`: what each prompt in a chunk but the first adds

@@ -1,4 +1,4 @@
-"""Where calibrations are kept: one file for each machine-like thing that rates depend on. No torch."""
+"""Where calibrations are kept: one file for each machine-like thing that rates depend on."""
 
 from __future__ import annotations
 

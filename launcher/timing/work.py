@@ -1,9 +1,9 @@
-"""From a model's shape to what predictions count: bytes of a layer, of the head and of a message. No torch."""
+"""From a model's shape to what predictions count: bytes of a layer, of the head and of a message."""
 
 from __future__ import annotations
 
-from launcher.memory import Demand
-from launcher.shape import DTYPE_BYTES, part_bytes
+from launcher.memory.demand import Demand
+from launcher.models.shape import DTYPE_BYTES, part_bytes
 from launcher.timing.load import Work
 
 PLAIN_BITS = 16.0

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from parallel.checkpoint.headers import CheckpointError, TensorEntry
+from parallel.checkpoint.headers import TensorEntry
 from parallel.checkpoint.read import TensorSlice
+from parallel.formats.scheme import CheckpointError
 
 Bytes = npt.NDArray[np.uint8]
 

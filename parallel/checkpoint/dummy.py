@@ -15,13 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.formats.scheme import Box, Range, Scheme, group_range
-from parallel.checkpoint.formats.unpack import cut_groups
 from parallel.checkpoint.load import LoadResult, move_buffers, place
 from parallel.checkpoint.match import parameter_owners
 from parallel.checkpoint.quantize import FLOAT8_MAX
 from parallel.checkpoint.quantized import install, local_box
-from parallel.linear import ShardedLayer
+from parallel.formats.scheme import Box, Range, Scheme, group_range
+from parallel.formats.unpack import cut_groups
+from parallel.layers.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 from parallel.shard import ShardedModel
 

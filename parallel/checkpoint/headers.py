@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.formats.scheme import CheckpointError
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LENGTH_BYTES = 8
@@ -26,10 +28,6 @@ BYTES_PER_ELEMENT = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file (and tensor) and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint.formats.scheme import Box, Scheme
-from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
+from parallel.checkpoint.headers import Checkpoint, TensorEntry
 from parallel.checkpoint.match import Matches, match_tensors, parameter_owners
 from parallel.checkpoint.quantize import cut_inputs, quantize_weight
 from parallel.checkpoint.quantize_schemes import widen
 from parallel.checkpoint.quantized import install, local_box, local_slices, place_linear
 from parallel.checkpoint.read import TensorSlice, check_finite, is_finite
 from parallel.checkpoint.read_ahead import LIMIT_BYTES, ReadAhead
-from parallel.linear import ShardedLayer
+from parallel.formats.scheme import Box, CheckpointError, Scheme
+from parallel.layers.linear import ShardedLayer
 from parallel.shard import ShardedModel
 
 Stored = dict[str, Tensor]

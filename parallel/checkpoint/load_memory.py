@@ -1,14 +1,14 @@
 """What the load of a linear takes on its device beside what stays there; without torch, for plans.
 
-Bytes are those of parallel/checkpoint/formats, quantize.py and kernels, counted in the code and measured with torch's
+Bytes are those of parallel/formats, quantize.py and kernels, counted in the code and measured with torch's
 profiler on a CPU (tests/parallel/test_load_memory.py).
 """
 
 from __future__ import annotations
 
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.quantize_schemes import ROUNDED_AT_A_TIME, ROUNDING_BYTES
-from parallel.kernels.held import BLOCK_ELEMENTS, held_bits, predict_kernel, stored_bits
+from parallel.footprint import BLOCK_ELEMENTS, held_bits, predict_kernel, stored_bits
+from parallel.formats.scheme import Scheme
 
 # A byte a weight is what decoding and rounding give.
 VALUE_BYTES = 1.0

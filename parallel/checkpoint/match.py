@@ -8,9 +8,17 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Part, Scheme, inputs_problem, is_expected, stored_shape, viewed_shape
-from parallel.checkpoint.headers import Checkpoint, CheckpointError, TensorEntry
+from parallel.checkpoint.headers import Checkpoint, TensorEntry
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import (
+    CheckpointError,
+    Part,
+    Scheme,
+    inputs_problem,
+    is_expected,
+    stored_shape,
+    viewed_shape,
+)
 from parallel.shard import ShardedModel
 
 # Checkpoints of older transformers carry these; models compute them.

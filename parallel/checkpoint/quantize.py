@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Box, Scheme
 from parallel.checkpoint.quantize_schemes import ROUNDED_AT_A_TIME
+from parallel.formats.scheme import Box, Scheme
 from parallel.quantized import QuantizedWeight
 
 # Shares of a group's range that are tried: outliers are cut off where that lowers the squared error.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.checkpoint.formats.scheme import Box, Scheme
+from parallel.formats.scheme import Box, Scheme
 
 # Groups of one partition grain, so that a cut between ranks falls between groups and every rank count gives the same
 # weights. Nats a token that rounding the demo model costs on 65,472 held-out tokens, in groups of 128: 4 bits symmetric

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Box, Scheme, part_slices
-from parallel.checkpoint.headers import CheckpointError, TensorEntry
+from parallel.checkpoint.headers import TensorEntry
 from parallel.checkpoint.read import TensorSlice
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Box, CheckpointError, Scheme, part_slices
 from parallel.kernels.choice import pack_linear
-from parallel.linear import ShardedLayer
+from parallel.layers.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 
 Slices = dict[str, TensorSlice]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.scheme import Slices
-from parallel.checkpoint.headers import CheckpointError, TensorEntry
+from parallel.checkpoint.headers import TensorEntry
+from parallel.formats.scheme import CheckpointError, Slices
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,

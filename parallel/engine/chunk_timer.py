@@ -13,10 +13,10 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
-from parallel.linear import swapped_communicator
+from parallel.kernels.pages import pages_for
+from parallel.layers.linear import swapped_communicator
 
 # Of a card's clock in a millisecond, at most.
 CYCLES_PER_MS = 3_000_000

@@ -2,7 +2,7 @@
 
 The model's own modules keep their weights; this calls them with as few launches as they need: q, k and v in one linear,
 gate and up in one, residual sums within norms, rotation within the write to the cache. It knows the families of
-launcher/model_config.py, whose layers differ in biases and in norms of queries and keys only.
+launcher/models/config_json.py, whose layers differ in biases and in norms of queries and keys only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.communicator import Communicator
-from parallel.engine.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
-from parallel.engine.pages import PagedKV
 from parallel.kernels.fused import rms_norm, rotary_and_cache, rotary_tables
-from parallel.linear import Update
+from parallel.kernels.pages import PagedKV
+from parallel.layers.linear import Update
+from parallel.layers.merged import is_merged, linears_of, local_sizes, merge_layer, swiglu
 from parallel.offload.host_kv import HostKV
 from parallel.offload.streamer import Streamer
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from parallel.communicator import Communicator
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits, graphed_rows
+from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
-from parallel.engine.pages import PageAllocator, pages_for
-from parallel.engine.pass_graphs import PassGraphs
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler
@@ -31,6 +31,7 @@ from parallel.engine.speculation.speculator import Speculation, Speculator
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
 from parallel.engine.tree_rows import TreeRows
+from parallel.kernels.pages import pages_for
 from parallel.offload.host_layers import HostLayers
 from parallel.offload.streamer import Streamer
 

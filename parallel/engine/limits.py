@@ -7,24 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-# Tokens of a page of the KV cache.
-PAGE_SIZE = 64
-# Tokens of a sequence that attention tells apart in one pass.
-MAX_NODES = 256
+from parallel.kernels.limits import PAGE_SIZE
+
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
 # Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
-# Where there are several ranks, a pass of up to so many rows goes in so many sections (parallel/engine/overlap.py), one
+# Where there are several ranks, a pass of up to so many rows goes in so many sections (prefill/overlap.py), one
 # of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
 # 4 bits took, as graphs, 112.7 ms for 512 rows in one, 101.5, 106.7 and 107.5 in 2, 3 and 4, and 220, 175, 188 and 202
 # for 1024 (results/LOG.md). By the rates of an RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584
 # and 595 for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
 SECTIONS = ((255, 1), (4096, 2))
 MOST_SECTIONS = 4
-# Where weights are dequantised, passes from so many rows on go in two halves, which share them (parallel/engine/
-# halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on two H200
-# took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
+# Where weights are dequantised, passes from so many rows on go in two halves, which share them
+# (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on
+# two H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
 MIN_HALVED_ROWS = 1024
 # The same where passes are captured as graphs.
 GRAPHED_HALVED_ROWS = 257

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import EngineLimits, choose_sections
-from parallel.engine.pages import PagedKV, allocate_pages, pages_for, positions_and_slots
-from parallel.engine.part_attention import attend_parts
-from parallel.engine.pass_graphs import PassGraphs
-from parallel.engine.pass_order import run_pass
+from parallel.engine.page_allocator import positions_and_slots
+from parallel.engine.prefill.graphs import PassGraphs
+from parallel.engine.prefill.order import run_pass
+from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention
+from parallel.kernels.pages import PagedKV, allocate_pages, pages_for
 from parallel.kernels.ranges_attention import refusal
 from parallel.offload.host_kv import HostKV
 from parallel.offload.host_layers import HostLayers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import SCRATCH_PAGE, PageAllocator
+from parallel.engine.page_allocator import PageAllocator
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import SCRATCH_PAGE
 
 # The page before, SCRATCH_PAGE at the start of a prompt, and the tokens of the page.
 Key = tuple[int, tuple[int, ...]]
@@ -16,8 +17,8 @@ class PrefixCache(PageAllocator):
 
     Such a page is known by its tokens and by the page before it, so by every token up to its end; nothing is told by a
     hash alone. It is known from its reservation on: who reserved it later must not be prefilled before its keys and
-    values are there, or queued (pass_shares.py). Once nobody holds it, it waits, known, until pages are short: then the
-    one that was given back first is lent anew.
+    values are there, or queued (prefill/shares.py). Once nobody holds it, it waits, known, until pages are short: then
+    the one that was given back first is lent anew.
 
     Who holds a known page holds all before it, and gives them back last page first. So none is lent anew before those
     that follow it, and a key never names a page that has become another's.

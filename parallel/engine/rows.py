@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Tokens
-from parallel.engine.limits import PAGE_SIZE
 from parallel.engine.sequence import Sequence
 from parallel.kernels.attention_reference import TreeMask
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.node_bits import chain_masks
 
 

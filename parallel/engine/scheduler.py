@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pages import OutOfPagesError
-from parallel.engine.pass_shares import share_pass
+from parallel.engine.page_allocator import OutOfPagesError
+from parallel.engine.prefill.shares import share_pass
 from parallel.engine.sampling import sequence_key
 from parallel.engine.sequence import Sequence
 

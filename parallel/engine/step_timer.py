@@ -12,7 +12,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.graphs import capture
 from parallel.engine.sequence import Sequence as EngineSequence
-from parallel.linear import swapped_communicator
+from parallel.layers.linear import swapped_communicator
 
 # The first steps after a change of path are slower.
 NUM_WARM_UPS = 2

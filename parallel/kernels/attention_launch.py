@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-from parallel.engine.limits import MAX_NODES
-from parallel.engine.pages import FP8, PAGE_SIZE
+from parallel.kernels.limits import MAX_NODES, PAGE_SIZE
 from parallel.kernels.node_bits import num_words
+from parallel.kernels.pages import FP8
 
 PARAMETERS = "PPPPPPPPPPfiiiiiii"
 TILE = 16

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.engine.limits import MAX_NODES as MAX_NODES
-from parallel.engine.pages import PAGE_SIZE, as_bits
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.node_bits import WORD_BITS
+from parallel.kernels.pages import as_bits
 
 
 @dataclass(frozen=True)

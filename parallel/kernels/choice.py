@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from parallel.footprint import MIN_FUSED_ROWS, OWN_KERNELS
 from parallel.kernels import dequantize, host_int4, tinygemm, w4a16, w8a16
-from parallel.kernels.held import MIN_FUSED_ROWS, OWN_KERNELS
 from parallel.quantized import QuantizedWeight
 
 
@@ -24,7 +24,7 @@ class Kernel:
     build: Callable[..., nn.Module]
 
 
-# Fastest first; the last one takes everything. parallel/kernels/held.py predicts what each holds.
+# Fastest first; the last one takes everything. parallel/footprint.py predicts what each holds.
 KERNELS = {
     "w4a16": Kernel(w4a16.refusal, w4a16.W4A16Linear),
     "w8a16": Kernel(w8a16.refusal, w8a16.W8A16Linear),

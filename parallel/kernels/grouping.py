@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from parallel.footprint import DEQUANTIZED_AT_A_TIME
 from parallel.kernels.blocks import Block
-from parallel.kernels.held import DEQUANTIZED_AT_A_TIME
 from parallel.quantized import QuantizedWeight
 
 # Outputs of a block are a multiple of it, which the tiles of every kernel divide.

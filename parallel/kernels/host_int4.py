@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from parallel.kernels import dequantize_host
-from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.tinygemm import find_group_size, scales_and_shifts
+from parallel.kernels.grouping import group_inputs
+from parallel.kernels.tinygemm import ShiftedInt4Linear, find_group_size, scales_and_shifts
 from parallel.offload.exchange import multiply_on_host
-from parallel.quantized import QuantizedWeight, by_blocks, row_blocks
+from parallel.quantized import QuantizedWeight, row_blocks
 
 # By what the CPU can do; of the largest, a weight must have a multiple.
 OUTPUTS_PER_BLOCK = (64, 32)
 
 
-class HostInt4Linear(GroupedLinear):
-    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group (bf16 scale and shift).
+class HostInt4Linear(ShiftedInt4Linear):
+    """By the operator for the CPU.
 
     It multiplies where its weight is: on the host, with rows of the card sent there and back, or by the weight
     dequantised on the card.
@@ -32,8 +32,6 @@ class HostInt4Linear(GroupedLinear):
 
     # What the operator reads; an order of inputs is the card's.
     ON_HOST = ("packed", "scales_and_shifts")
-    packed: Tensor
-    scales_and_shifts: Tensor
 
     def __init__(self, weight: QuantizedWeight) -> None:
         group_size = find_group_size(weight)
@@ -60,22 +58,12 @@ class HostInt4Linear(GroupedLinear):
         return host_int4(rows, self.packed, self.scales_and_shifts, self.group_size)
 
     def dequantize(self, outputs: slice) -> Tensor:
-        """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the operator uses, too."""
         if self.packed.device.type == "cuda":
             return dequantize_host.run(self.packed, self.scales_and_shifts, outputs, self.group_size, self.block)
-        shape = (outputs.stop - outputs.start, self.num_in)
+        return self.dequantize_in_blocks(outputs, max(OUTPUTS_PER_BLOCK))
 
-        def some(rows: slice) -> Tensor:
-            return self.dequantize_rows(slice(outputs.start + rows.start, outputs.start + rows.stop))
-
-        return by_blocks(shape, torch.bfloat16, self.packed.device, some, max(OUTPUTS_PER_BLOCK))
-
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        values = unpack_values(self.packed[rows], self.block)
-        # [groups, rows, 2] -> scales and shifts of [rows, groups, 1].
-        scales, shifts = self.scales_and_shifts[:, rows].permute(2, 1, 0).unsqueeze(-1)
-        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16).sub_(8)
-        return torch.addcmul(shifts, centred, scales).flatten(1)
+    def unpack(self, rows: slice) -> Tensor:
+        return unpack_values(self.packed[rows], self.block)
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.kernels.held import UNIT_INPUTS
+from parallel.footprint import UNIT_INPUTS
 from parallel.kernels.launch import Kernel, load_kernel
 from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, WARP
 

@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
 from parallel.kernels.attention_launch import (
     MAX_COUNTERS,
     PARAMETERS,
@@ -27,14 +26,16 @@ from parallel.kernels.attention_launch import (
     num_passes,
     takes_clusters,
 )
-from parallel.kernels.attention_reference import MAX_NODES, TreeMask, attend_gathered
+from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
+from parallel.kernels.limits import MAX_NODES, PAGE_SIZE
 from parallel.kernels.operators import operator
+from parallel.kernels.pages import FP8, PagedKV, pages_for
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
-# Not cuDNN's, which builds a plan for each new length (launcher/rank.py has the measurement).
+# Not cuDNN's, which builds a plan for each new length (launcher/rank/context.py has the measurement).
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

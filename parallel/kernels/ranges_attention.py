@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import PAGE_SIZE, PagedKV, as_bits
 from parallel.kernels.launch import has_tensor_cores
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.paged_attention import prefill_attention
+from parallel.kernels.pages import PagedKV, as_bits
 
 # Of torch's flash attention.
 DTYPES = (torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel.footprint import UNIT_INPUTS
 from parallel.kernels.grouping import GroupedWeight
-from parallel.kernels.held import UNIT_INPUTS
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel
 from parallel.quantized import QuantizedWeight, row_blocks
 

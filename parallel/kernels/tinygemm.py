@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.footprint import MAX_TINYGEMM_ROWS
 from parallel.kernels.dequantize import pack_pairs
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MAX_TINYGEMM_ROWS
 from parallel.quantized import QuantizedWeight, by_blocks
 
 GROUP_SIZES = (256, 128, 64, 32)
@@ -22,11 +22,40 @@ INNER_TILES = (8, 4, 2)
 OUTPUTS_PER_TILE = 8
 
 
-class TinygemmLinear(GroupedLinear):
-    """[..., in] -> [..., out], bf16. Holds 4 bits a weight and 32 a group (bf16 scale and shift)."""
+class ShiftedInt4Linear(GroupedLinear):
+    """[..., in] -> [..., out], bf16, as torch's int4 operators have it: weight = (value - 8) * scale + shift.
+
+    Holds 4 bits a weight and 32 a group: `scales_and_shifts` [groups, out, 2] bf16.
+    """
 
     packed: Tensor
     scales_and_shifts: Tensor
+    group_size: int
+
+    def unpack(self, rows: slice) -> Tensor:
+        """[rows, in] uint8 below 16, of whole tiles of outputs."""
+        raise NotImplementedError
+
+    def dequantize_in_blocks(self, outputs: slice, multiple: int) -> Tensor:
+        """[outputs, in] bf16, columns as they are packed, in plain torch; blocks are multiples of so many outputs."""
+        shape = (outputs.stop - outputs.start, self.num_in)
+
+        def some(rows: slice) -> Tensor:
+            return self.dequantize_rows(slice(outputs.start + rows.start, outputs.start + rows.stop))
+
+        return by_blocks(shape, torch.bfloat16, self.packed.device, some, multiple)
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        values = self.unpack(rows)
+        # [groups, rows, 2] -> scales and shifts of [rows, groups, 1].
+        scales, shifts = self.scales_and_shifts[:, rows].permute(2, 1, 0).unsqueeze(-1)
+        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16).sub_(8)
+        # Rounded once, as in the operators.
+        return torch.addcmul(shifts, centred, scales).flatten(1)
+
+
+class TinygemmLinear(ShiftedInt4Linear):
+    """By the operator for cards."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         group_size = find_group_size(weight)
@@ -44,21 +73,10 @@ class TinygemmLinear(GroupedLinear):
         return product
 
     def dequantize(self, outputs: slice) -> Tensor:
-        """[outputs, in] bf16, columns as they are packed; from the scales and shifts that the kernel uses, too."""
-        shape = (outputs.stop - outputs.start, self.scales_and_shifts.shape[0] * self.group_size)
+        return self.dequantize_in_blocks(outputs, OUTPUTS_PER_TILE)
 
-        def some(rows: slice) -> Tensor:
-            return self.dequantize_rows(slice(outputs.start + rows.start, outputs.start + rows.stop))
-
-        return by_blocks(shape, torch.bfloat16, self.packed.device, some, OUTPUTS_PER_TILE)
-
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        values = unpack_tiles(self.packed[rows.start // OUTPUTS_PER_TILE : rows.stop // OUTPUTS_PER_TILE])
-        # [groups, rows, 2] -> scales and shifts of [rows, groups, 1].
-        scales, shifts = self.scales_and_shifts[:, rows].permute(2, 1, 0).unsqueeze(-1)
-        centred = values.view(len(values), -1, self.group_size).to(torch.bfloat16) - 8
-        # Rounded once, as in the kernel.
-        return torch.addcmul(shifts, centred, scales).flatten(1)
+    def unpack(self, rows: slice) -> Tensor:
+        return unpack_tiles(self.packed[rows.start // OUTPUTS_PER_TILE : rows.stop // OUTPUTS_PER_TILE])
 
 
 def refusal(weight: QuantizedWeight, dtype: torch.dtype) -> str | None:

@@ -11,9 +11,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from parallel.footprint import MIN_FUSED_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels import dequantize_packed, pack_four_bits, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MIN_FUSED_ROWS, UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (

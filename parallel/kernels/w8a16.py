@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from parallel.footprint import MIN_FUSED_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels import dequantize_packed, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
-from parallel.kernels.held import MIN_FUSED_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
 from parallel.kernels.tiles import (

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from parallel.kernels.held import WIDE_WORKSPACE_BYTES
+from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels.launch import Kernel, load_kernel, load_problem
 from parallel.kernels.tensor_map import MAP_BYTES, TENSOR_ALIGNMENT, describe_boxes
 from parallel.kernels.tiles import FOLDER, OUTPUTS_PER_TILE, ROWS_PER_TILE, WARP

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import Checkpoint
 from parallel.checkpoint.load import Step, plain_steps, quantized_steps
 from parallel.checkpoint.match import Matches, match_tensors
-from parallel.engine.layout import Layout
-from parallel.engine.merged import merge_layer
+from parallel.formats.scheme import Scheme
+from parallel.layers.layout import Layout
+from parallel.layers.merged import merge_layer
 from parallel.offload.disk_reads import DiskReads, Stamps
 from parallel.shard import ShardedModel
 

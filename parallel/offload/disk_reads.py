@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.chunks import Chunk, plan_chunks, read_chunk
-from parallel.checkpoint.headers import CheckpointError
 from parallel.checkpoint.read import TensorSlice
 from parallel.checkpoint.read_ahead import CHUNK_BYTES, NUM_THREADS
+from parallel.formats.scheme import CheckpointError
 from parallel.offload.host_memory import HostBuffer
 
 # Each thread has one to fill while one waits to be copied.

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from parallel.engine.pages import PAGE_SIZE, PagedKV
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import PagedKV
 from parallel.offload.copies import CopyQueue, open_copy_queue
 from parallel.offload.embedding import card_view
 from parallel.offload.host_memory import HostBuffer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from parallel.engine.layout import Layout
-from parallel.engine.merged import LayerMerger
-from parallel.linear import ShardedLayer
+from parallel.layers.layout import Layout
+from parallel.layers.linear import ShardedLayer
+from parallel.layers.merged import LayerMerger
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory

@@ -20,8 +20,8 @@ from torch import Tensor
 from parallel.kernels.host_int4 import host_int4
 from parallel.offload.exchange import multiply_on_host
 from parallel.offload.host_memory import HostBuffer
+from parallel.units import MIB
 
-MIB = 1024**2
 # Weights of the trial, together: more than the caches of most hosts hold.
 TRIAL_BYTES = 640 * MIB
 TRIAL_SEC = 0.25

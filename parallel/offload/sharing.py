@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from parallel.engine.layout import Slot
 from parallel.kernels.host_int4 import HostInt4Linear
+from parallel.layers.layout import Slot
 from parallel.offload.host_layers import HostLayer, HostLayers
 from parallel.offload.streamer import Streamer, stays
 

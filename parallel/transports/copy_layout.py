@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.units import MIB
+
 PAGE_BYTES = 4096
 UNIT_BYTES = 16
 FLAG_STRIDE = 64
@@ -13,6 +15,8 @@ MAX_RANKS = 4
 MIB = 1024 * 1024
 # What ranks meet for in a turn: slots are written, sums are written, everything was read.
 MEETINGS = WRITTEN, SUMMED, READ = 0, 1, 2
+# Each has a flag a rank, and two streams on every card.
+LANES = (0, 1)
 
 
 @dataclass(frozen=True)

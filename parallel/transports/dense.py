@@ -20,8 +20,9 @@ from parallel.transports.channel import (
     open_channel,
     reduce_aligned,
 )
-from parallel.transports.host_memory import KIB, MAX_RANKS
+from parallel.transports.host_memory import MAX_RANKS
 from parallel.transports.shared_region import SharedRegion
+from parallel.units import KIB
 
 MAX_BYTES = 2048 * KIB
 UNIT_BYTES = 16
@@ -67,7 +68,7 @@ EXACT = LineFormat(
     # first is read, and the link is used one way for longer.
     launches=((MAX_BYTES, 32, 1),),
 )
-# A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch parallel/rounded.py.
+# A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch rounded.py.
 INT8 = LineFormat(
     "host_memory_int8",
     "host_memory_int8.cu",

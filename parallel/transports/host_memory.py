@@ -29,8 +29,8 @@ from parallel.transports.channel import (
     reduce_aligned,
 )
 from parallel.transports.torch_distributed import open_nccl
+from parallel.units import KIB
 
-KIB = 1024
 DATA_BYTES = 8
 LINE_BYTES = 16
 MAX_RANKS = 4

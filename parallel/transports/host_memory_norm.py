@@ -18,8 +18,9 @@ from parallel.transports.channel import (
     open_channel,
     plain_copy,
 )
-from parallel.transports.host_memory import KIB, MAX_RANKS
+from parallel.transports.host_memory import MAX_RANKS
 from parallel.transports.shared_region import SharedRegion
+from parallel.units import KIB
 
 NAME = "host_memory_norm"
 KERNEL = "reduce_bfloat16_and_norm"

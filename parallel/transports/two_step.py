@@ -14,8 +14,8 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
 from parallel.transports.host_memory import MAX_RANKS
+from parallel.units import MIB
 
-MIB = 1024 * 1024
 PIECE_BYTES = 8 * MIB
 UNIT_BYTES = 16
 # As in host_memory_two_step.cu.

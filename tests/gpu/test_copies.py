@@ -14,9 +14,10 @@ from torch import Tensor
 
 from parallel.communicator import TransportError
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
-from parallel.transports.copy_layout import MIB, CopyLayout
-from parallel.transports.host_memory import KIB, HostMemory
+from parallel.transports.copy_layout import CopyLayout
+from parallel.transports.host_memory import HostMemory
 from parallel.transports.torch_distributed import open_gloo
+from parallel.units import KIB, MIB
 from tests.gpu.one_card import run_on_one_card, start_on_one_card
 from tests.gpu.test_host_memory import DTYPES
 from tools.local_ranks import receive_result

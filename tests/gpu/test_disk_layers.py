@@ -22,8 +22,8 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.kernels import pack_four_bits, w4a16
+from parallel.layers.merged import LayerMerger
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.disk_reads import DiskReads, Stamps
 from parallel.offload.host_layers import HostLayers, HostLoader

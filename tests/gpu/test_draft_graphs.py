@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launcher.config import ModelFacts
-from launcher.shape import shape_from_facts
+from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.headers import read_checkpoint
@@ -26,11 +26,11 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
 from parallel.engine.step_timer import prepared_step, time_drafts
+from parallel.layers.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.partition import choose_grain

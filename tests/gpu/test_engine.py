@@ -17,8 +17,8 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.engine.sampling import SamplingParams
+from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.parallel.ranks import build, demo_tokenizer, make_engine, numbered, run_on_ranks

@@ -20,9 +20,10 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
-from parallel.engine.pages import FP8, PAGE_SIZE
 from parallel.engine.speculation.speculator import Speculation
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8
+from parallel.layers.merged import LayerMerger
 from parallel.offload.copies import CardCopies
 from parallel.offload.host_kv import HostKV
 from parallel.offload.host_layers import HostLayers, HostLoader

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import TransportError
-from parallel.transports.host_memory import KIB, MAX_BYTES, HostMemory
+from parallel.transports.host_memory import MAX_BYTES, HostMemory
+from parallel.units import KIB
 from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
 from tests.gpu.test_host_memory import DTYPES
 from tools.local_ranks import receive_result

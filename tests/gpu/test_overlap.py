@@ -18,10 +18,10 @@ from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence
 from parallel.kernels import grouping
+from parallel.kernels.pages import pages_for
+from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.parallel.ranks import build
@@ -42,7 +42,7 @@ def open_engine(communicator: Communicator, kind: str) -> Engine:
     model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
     scheme = QUANTIZE_SCHEMES.get(kind)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
-    # Launch by launch; tests/gpu/test_pass_graphs.py has graphs.
+    # Launch by launch; tests/gpu/test_prefill_graphs.py has graphs.
     limits.GRAPHED_ROWS = ()
     # Several blocks in gate_up and in down.
     grouping.DEQUANTIZED_AT_A_TIME = 256 * 256

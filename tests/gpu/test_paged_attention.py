@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, allocate_pages, as_bits
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import choose_launch
 from parallel.kernels.fused import rotary_and_cache
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8, PagedKV, allocate_pages, as_bits
 from parallel.kernels.ranges_attention import keys_at, rows_of
 from tests.parallel.paged import Case, gather, make_case, slots_of, write_kv
 from tests.parallel.trees import TreeCase, make_tree_case

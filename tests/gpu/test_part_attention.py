@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from parallel.engine.limits import GATHERED_KEYS
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
-from parallel.engine.part_attention import attend_parts
+from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.sequence import Part, Sequence
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8, PagedKV, pages_for
 from tests.parallel.paged import gather
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import PAGE_SIZE
 from parallel.kernels import fused
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.w4a16 import w4a16
 from parallel.transports.host_memory_norm import NormChannel
 from tests.gpu.one_card import DEVICE

@@ -13,7 +13,7 @@ from parallel.kernels import choice, tinygemm
 from parallel.quantized import QuantizedWeight
 from tests.gpu.cards import needs_two_cards
 from tests.launcher.cli import run
-from tests.launcher.models import DEMO
+from tests.launcher.demo_model import DEMO
 from tools.quantization import WRITERS
 from tools.quantize_checkpoint import main as quantize
 

@@ -17,7 +17,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
+from parallel.layers.merged import LayerMerger
 from parallel.offload.embedding import move_embedding
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.host_memory import HostBuffer

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.engine import merged
-from parallel.engine.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
+from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import wide
 from parallel.kernels.fused import silu_mul
-from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 from parallel.kernels.merge import merge
+from parallel.layers import merged
+from parallel.layers.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
 from tools.linear_formats import (
     FORMATS,
     AnyLaunch,

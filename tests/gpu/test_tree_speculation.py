@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from parallel.engine.pages import PAGE_SIZE, allocate_pages, as_bits, move_tokens
 from parallel.engine.speculation.token_tree import Candidates, choose_nodes, follow
 from parallel.engine.speculation.tree_ngram import merge
 from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import allocate_pages, as_bits, move_tokens
 from tests.gpu.cards import needs_two_cards
 from tests.gpu.test_speculation import FP32, SAMPLED, answers
 from tests.launcher.cli import run

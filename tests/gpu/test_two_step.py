@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.communicator import TransportError
-from parallel.transports.host_memory import KIB
+from parallel.units import KIB
 from tests.gpu.one_card import DEVICE
 from tests.gpu.test_host_memory import DTYPES, assert_sums, fresh
 from tools.ranks_on_one_card import two_step_on_one_card

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.footprint import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
 from parallel.kernels import choice, wide
-from parallel.kernels.held import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
 from tools.linear_formats import (
     FORMATS,
     Expected,

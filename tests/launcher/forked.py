@@ -64,7 +64,7 @@ def run_command_line(
     """What `python -m launcher` does, with ranks that are forked."""
     from launcher import __main__
     from launcher import cli as command_line
-    from launcher.start import end_process
+    from launcher.processes.start import end_process
 
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -87,11 +87,11 @@ class Nursery:
             serve(theirs)
 
     def start_ranks(self, job: Job, job_file: Path) -> None:
-        """What launcher.start.start_ranks does; the store through which ranks find one another is here."""
+        """What launcher.processes.start.start_ranks does; the store through which ranks find one another is here."""
         from torch.distributed import TCPStore
 
         from launcher.failures import RunFailed
-        from launcher.start import find_cause, prepare_run_dir
+        from launcher.processes.start import find_cause, prepare_run_dir
 
         prepare_run_dir(job_file.parent)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -103,7 +103,7 @@ class Nursery:
 
 def serve(connection: Connection) -> None:
     """Starts ranks for each job that it is told of, and tells their exit codes; ends with its parent."""
-    from launcher.start import die_with_parent
+    from launcher.processes.start import die_with_parent
 
     die_with_parent(signal.SIGKILL)
     while True:
@@ -114,8 +114,8 @@ def serve(connection: Connection) -> None:
 
 def fork_rank(job_file: Path, rank: int, world_size: int, port: int) -> int:
     """The process id of a rank, with the variables that torchrun gives it."""
-    from launcher import worker
-    from launcher.start import end_process
+    from launcher.processes.start import end_process
+    from launcher.rank import worker
 
     if pid := os.fork():
         return pid

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.config import ModelConfig, PeerAccess, RunConfig
 from launcher.job import Job
-from launcher.topology import Placement
+from launcher.plan.topology import Placement
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launcher.units import GIB
+from parallel.units import GIB
 
 TIMES = {"tpot_floor_ms": 5.0, "tokens_per_sec": 110.0, "ttft_ms": 115.0, "tpot_ms": 7.0, "comm_share": 0.06}
 TIMES["itl_ms"] = 7.5

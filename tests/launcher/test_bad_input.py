@@ -17,8 +17,8 @@ import pytest
 from parallel.checkpoint.headers import LENGTH_BYTES
 from tests.launcher import cli
 from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, torchrun
+from tests.launcher.demo_model import WEIGHTS, change_weights, copy_demo
 from tests.launcher.forked import run, started
-from tests.launcher.models import WEIGHTS, change_weights, copy_demo
 
 GIB = 2**30
 

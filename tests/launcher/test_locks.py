@@ -18,8 +18,8 @@ import pytest
 from launcher import cli
 from launcher.config import ConfigError
 from launcher.locks import InUse, held, held_output
-from launcher.outcome import store, write_report
 from launcher.prompts import Prompt
+from launcher.report.outcome import store, write_report
 from launcher.run import held_answers
 from launcher.tasks import generate
 from tests.launcher.cli import SHORT, started, wait_until

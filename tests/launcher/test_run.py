@@ -12,7 +12,7 @@ import pytest
 
 from launcher.config import ModelConfig
 from launcher.job import load_job
-from launcher.model_files import find_local_model
+from launcher.models.files import find_local_model
 from parallel.checkpoint.headers import read_checkpoint
 from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, started, torchrun
 from tests.launcher.forked import run

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ConfigError, QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
-from launcher.draft import read_vocabulary
-from launcher.memory import SAMPLING_BYTES_PER_LOGIT, TOKEN_BYTES
-from launcher.plan import Plan, plan_run
-from launcher.shape import DTYPE_BYTES
-from launcher.topology import place_ranks
-from parallel.engine.limits import PAGE_SIZE
+from launcher.memory.activations import SAMPLING_BYTES_PER_LOGIT
+from launcher.memory.demand import TOKEN_BYTES
+from launcher.models.draft import read_vocabulary
+from launcher.models.shape import DTYPE_BYTES
+from launcher.plan.plan import Plan, plan_run
+from launcher.plan.topology import place_ranks
+from parallel.kernels.limits import PAGE_SIZE
+from tests.launcher.demo_model import change_json, copy_demo
 from tests.launcher.forked import run, run_together
-from tests.launcher.models import change_json, copy_demo
-from tests.launcher.test_plan import LLAMA_8B, LLAMA_70B, cards_of, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, cards_of, run_of
 from tests.parallel.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 

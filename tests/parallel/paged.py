@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, as_bits, positions_and_slots
+from parallel.engine.page_allocator import positions_and_slots
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8, PagedKV, as_bits
 
 # Where a page table has no page: reading there is out of bounds.
 NO_PAGE = 2**30

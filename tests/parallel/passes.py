@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from parallel.engine.engine import Engine, Part
-from parallel.engine.pages import pages_for
 from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.kernels.pages import pages_for
 
 
 @contextmanager

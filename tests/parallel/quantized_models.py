@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Config
 
-from parallel.checkpoint.headers import CheckpointError, read_checkpoint
+from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
+from parallel.formats.scheme import CheckpointError
 from tests.parallel.packers import CASES, FLOAT8_CASES, NF4_CASES, Case
 from tests.parallel.ranks import CPU, build, whole_logits
 from tests.parallel.small_models import COMMON, load_whole, write_model

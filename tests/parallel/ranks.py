@@ -11,17 +11,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import pages_for
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
+from parallel.formats.scheme import Scheme
+from parallel.kernels.pages import pages_for
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.partition import choose_grain

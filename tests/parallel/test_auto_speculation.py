@@ -14,7 +14,6 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result, StopRules, generate
-from parallel.engine.pages import PAGE_SIZE
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.auto import AutoSpeculator
@@ -23,6 +22,7 @@ from parallel.engine.speculation.policy import Costs, Policy
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 from parallel.engine.speculation.tune import tune
+from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.draft_models import write_truncated
 from tests.parallel.paged import slots_of
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, prefill_whole, run_on_ranks

@@ -11,9 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from launcher.shape import shape_from_checkpoint
-from parallel.checkpoint.formats.nf4 import nf4_codebook
+from launcher.models.shape import shape_from_checkpoint
 from parallel.communicator import Communicator
+from parallel.formats.nf4 import nf4_codebook
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
 from tools.local_ranks import run_on_ranks

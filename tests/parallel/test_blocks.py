@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.merged import MergedLinear, SideBySide
 from parallel.kernels import grouping
 from parallel.kernels.blocks import Block, products, products_ahead, products_at_once, side_by_side, whole, with_bias
 from parallel.kernels.grouping import GroupedLinear
-from parallel.linear import RowParallelLinear
+from parallel.layers.linear import RowParallelLinear
+from parallel.layers.merged import MergedLinear, SideBySide
 
 
 class Grouped(GroupedLinear):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, open_communicator
-from parallel.linear import ShardedLayer, swapped_communicator
+from parallel.layers.linear import ShardedLayer, swapped_communicator
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, build, run_on_ranks
 

@@ -25,6 +25,23 @@ from parallel.transports.copy_layout import (
 )
 from parallel.transports.copy_plan import Begin, End, Meet, Operation, ToCard, ToHost, cut, next_lane, plan_all_reduce
 from tests.parallel.simulated_copies import Change, Simulation
+from parallel.transports.copy_layout import LANES, UNIT_BYTES, CopyLayout, choose_layout, part_bytes
+from parallel.transports.copy_plan import (
+    ADD,
+    CALLER,
+    RECEIVE,
+    SEND,
+    START,
+    Await,
+    Operation,
+    Raise,
+    ToCard,
+    ToHost,
+    Wait,
+    plan_all_reduce,
+)
+from parallel.units import MIB
+from tests.parallel.simulated_copies import Simulation
 
 SEED = int.from_bytes(os.urandom(4), "little")
 LAYOUTS = {

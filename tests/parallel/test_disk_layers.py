@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from parallel.checkpoint.headers import CheckpointError, read_checkpoint
+from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.checkpoint.read import TensorSlice
 from parallel.communicator import Communicator
 from parallel.engine.speculation.speculator import Speculation
+from parallel.formats.scheme import CheckpointError
 from parallel.offload import disk_reads
 from parallel.offload.disk_reads import DiskReads, Stamps
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig
 
-from launcher.shape import TYPICAL_SCHEMES
+from launcher.models.shape import TYPICAL_SCHEMES
 from parallel.checkpoint import dummy
 from parallel.checkpoint.dummy import STANDARD_DEVIATION, fill_dummy
-from parallel.checkpoint.formats.scheme import Scheme
 from parallel.checkpoint.load import LoadResult
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
+from parallel.formats.scheme import Scheme
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
 from tests.parallel.memory import peak_bytes

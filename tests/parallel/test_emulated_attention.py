@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import Launch, choose_launch, num_passes
+from parallel.kernels.pages import FP8
 from tests.parallel.paged import Case, make_case
 from tests.parallel.trees import make_tree_case
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.rounded import round_to_int8
 from parallel.transports import dense
 from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.dense import EXACT, INT8, LineFormat
+from parallel.transports.rounded import round_to_int8
 from tests.parallel.emulated_ranks import compile_source, pointer, pointers
 from tools.ranks_on_one_card import ordered_sum
 

@@ -11,10 +11,10 @@ from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.graphs import graph_sizes
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.merged import LayerMerger, is_merged
 from parallel.engine.sampling import gather_logits
 from parallel.engine.step_timer import time_steps
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.layers.merged import LayerMerger, is_merged
 from parallel.partition import split_by_heads
 from tests.parallel.ranks import (
     CPU,

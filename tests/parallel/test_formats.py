@@ -11,13 +11,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel.checkpoint.formats.config import read_scheme
-from parallel.checkpoint.formats.registry import FORMATS, format_of
-from parallel.checkpoint.formats.scheme import Box, is_expected
-from parallel.checkpoint.headers import CheckpointError, read_header
+from parallel.checkpoint.headers import read_header
 from parallel.checkpoint.match import viewed
 from parallel.checkpoint.quantized import decode, local_slices
 from parallel.checkpoint.read_ahead import ReadAhead
+from parallel.formats.config import read_scheme
+from parallel.formats.registry import FORMATS, format_of
+from parallel.formats.scheme import Box, CheckpointError, is_expected
 from parallel.quantized import QuantizedWeight
 from tests.parallel.packers import (
     CASES,

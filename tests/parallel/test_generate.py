@@ -15,7 +15,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import PageAllocator
+from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.transports.solo import Solo

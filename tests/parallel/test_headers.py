@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parallel.checkpoint.headers import INDEX_NAME, CheckpointError, read_checkpoint
+from parallel.checkpoint.headers import INDEX_NAME, read_checkpoint
+from parallel.formats.scheme import CheckpointError
 
 WEIGHTS = {
     "a": torch.ones(4, 8, dtype=torch.bfloat16),

@@ -12,10 +12,11 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
-from parallel.engine.pages import FP8, PAGE_SIZE
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8
 from parallel.offload.copies import HostCopies
 from parallel.offload.host_kv import MAX_GAP, HostKV, page_ranges
 from parallel.offload.host_layers import HostLayers, SharedLayers

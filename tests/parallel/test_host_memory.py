@@ -22,7 +22,6 @@ from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.dense import EXACT, INT8, DenseHostMemory, DenseLayout, LineFormat
 from parallel.transports.host_memory import (
     DATA_BYTES,
-    KIB,
     LAUNCHES,
     LINE_BYTES,
     MAX_BYTES,
@@ -43,6 +42,7 @@ from parallel.transports.two_step import (
     TwoStepHostMemory,
     TwoStepLayout,
 )
+from parallel.units import KIB
 from tests.parallel.ranks import CPU, run_on_ranks
 from tools.ranks_on_one_card import ordered_sum
 

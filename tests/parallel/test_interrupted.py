@@ -14,11 +14,12 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.engine.pages import OutOfPagesError
+from parallel.engine.limits import EngineLimits
+from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
+from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
 from tests.parallel.traced_engine import VOCABULARY, TracedEngine, answer_alone

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.formats.config import read_scheme
+from parallel.footprint import DEQUANTIZED_AT_A_TIME, held_bits
+from parallel.formats.config import read_scheme
 from parallel.kernels import grouping, tinygemm
 from parallel.kernels.choice import KERNELS, choose_kernel, pack_linear
 from parallel.kernels.dequantize import DequantizeLinear, pack_pairs
 from parallel.kernels.grouping import GroupedLinear
-from parallel.kernels.held import DEQUANTIZED_AT_A_TIME, held_bits
 from parallel.quantized import QuantizedWeight
 from tests.parallel.packers import CASES, NF4, Drawn, draw
 

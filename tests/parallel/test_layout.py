@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from parallel.engine.layout import ALIGNMENT, gather_layer
+from parallel.layers.layout import ALIGNMENT, gather_layer
 
 
 class Layer(nn.Module):

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel.checkpoint.headers import CheckpointError, read_checkpoint
+from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint, place
 from parallel.checkpoint.read import is_finite
 from parallel.communicator import Communicator
+from parallel.formats.scheme import CheckpointError
 from tests.parallel.ranks import CPU, build, run_on_ranks
 from tests.parallel.test_headers import write_index
 

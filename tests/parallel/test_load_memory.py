@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Box
 from parallel.checkpoint.load_memory import PACK_BLOCK_BYTES, load_bytes
 from parallel.checkpoint.quantize import quantize_weight
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES, ROUNDED_AT_A_TIME, ROUNDING_BYTES
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Box
 from parallel.kernels import w4a16, w8a16
 from parallel.kernels.choice import KERNELS, pack_linear
 from tests.parallel.memory import peak_bytes

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel import norm_trial
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.kernels import reference
-from parallel.selftest import DECODE_BYTES
-from parallel.transport_choice import Proof, Trial, prove
+from parallel.transports import norm_trial
 from parallel.transports.by_size import BySize
+from parallel.transports.choice import Proof, Trial, prove
 from parallel.transports.host_memory_norm import (
     LINES,
     MAX_ROWS,
@@ -23,6 +22,7 @@ from parallel.transports.host_memory_norm import (
     choose_row_blocks,
     row_threads,
 )
+from parallel.transports.selftest import DECODE_BYTES
 from tests.parallel.ranks import CPU, forced_logits, make_engine, run_on_ranks
 from tests.parallel.small_models import prompts_of
 

@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel import linear
 from parallel.communicator import Around, Communicator
-from parallel.engine import halves, limits, merged, overlap, paged_model, part_attention, pieces
+from parallel.engine import limits, paged_model
 from parallel.engine.decoder import Decoder
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
+from parallel.engine.prefill import halves, overlap, part_attention, pieces
+from parallel.engine.prefill.side_stream import SideStream, Sum
 from parallel.engine.sequence import Sequence
-from parallel.engine.side_stream import SideStream, Sum
 from parallel.kernels import wide
 from parallel.kernels.blocks import Block
+from parallel.layers import linear, merged
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.two_step import TwoStepHostMemory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.engine.pages import FP8
 from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import (
     CLUSTER_ROOM_BYTES,
@@ -21,6 +20,7 @@ from parallel.kernels.attention_launch import (
 )
 from parallel.kernels.attention_reference import TreeMask
 from parallel.kernels.node_bits import chain_masks
+from parallel.kernels.pages import FP8
 from tests.parallel.paged import make_case
 from tests.parallel.trees import make_tree_case
 

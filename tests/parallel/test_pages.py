@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.engine.pages import (
-    FP8,
-    PAGE_SIZE,
-    OutOfPagesError,
-    PageAllocator,
-    PagedKV,
-    allocate_pages,
-    move_tokens,
-    pages_for,
-    positions_and_slots,
-)
+from parallel.engine.page_allocator import OutOfPagesError, PageAllocator, positions_and_slots
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8, PagedKV, allocate_pages, move_tokens, pages_for
 from parallel.kernels.ranges_attention import keys_at, rows_of
 from tests.parallel.paged import slots_of, write_kv
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.communicator import Communicator
-from parallel.engine import part_attention
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.pages import FP8, PAGE_SIZE, PagedKV, pages_for
-from parallel.engine.part_attention import attend_parts, group_parts
+from parallel.engine.prefill import part_attention
+from parallel.engine.prefill.part_attention import attend_parts, group_parts
 from parallel.engine.sequence import Part, Sequence
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8, PagedKV, pages_for
 from tests.parallel.paged import gather
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import OutOfPagesError, PageAllocator
+from parallel.engine.page_allocator import OutOfPagesError, PageAllocator
 from parallel.engine.prefix_cache import PrefixCache
+from parallel.kernels.limits import PAGE_SIZE
 
 
 def blocks(text: str, extra: int = 0) -> list[int]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
-from parallel.engine.limits import PAGE_SIZE
-from parallel.engine.pages import FP8, PageAllocator
+from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import SamplingParams
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import FP8
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import CONFIGS
 

@@ -14,13 +14,13 @@ from transformers import LlamaConfig
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
-from parallel.engine.merged import LayerMerger, MergedLinear
+from parallel.footprint import MIN_FUSED_ROWS
 from parallel.kernels import choice, w4a16
 from parallel.kernels.grouping import GroupedLinear
-from parallel.kernels.held import MIN_FUSED_ROWS
 from parallel.kernels.w4a16 import W4A16Linear
 from parallel.kernels.w8a16 import W8A16Linear
-from parallel.linear import RowParallelLinear
+from parallel.layers.linear import RowParallelLinear
+from parallel.layers.merged import LayerMerger, MergedLinear
 from parallel.product_trial import (
     TRIAL_WEIGHTS,
     TRIED_ROWS,

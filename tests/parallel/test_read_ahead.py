@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from parallel.checkpoint import chunks, read_ahead
 from parallel.checkpoint.chunks import Bytes, Chunk, plan_chunks, read_chunk
-from parallel.checkpoint.headers import CheckpointError, read_checkpoint, read_header
+from parallel.checkpoint.headers import read_checkpoint, read_header
 from parallel.checkpoint.load import load_checkpoint
 from parallel.checkpoint.read import DTYPES, TensorSlice
 from parallel.checkpoint.read_ahead import ReadAhead
 from parallel.communicator import Communicator
+from parallel.formats.scheme import CheckpointError
 from tests.parallel.ranks import CPU, build, run_on_ranks
 from tests.parallel.small_models import COMMON
 from tools.bench_load import process_memory, sampled_memory

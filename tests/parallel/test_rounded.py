@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.rounded import Rounded, find_wrong_rounded_sums, group, round_to_int8, ungroup
+from parallel.transports.rounded import Rounded, find_wrong_rounded_sums, group, round_to_int8, ungroup
 from tools.local_ranks import run_on_ranks
 
 

@@ -13,9 +13,11 @@ from tokenizers.models import WordLevel
 
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.engine.pages import OutOfPagesError, PageAllocator, pages_for
+from parallel.engine.limits import EngineLimits
+from parallel.engine.page_allocator import OutOfPagesError, PageAllocator
 from parallel.engine.prefix_cache import PrefixCache
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.kernels.pages import pages_for
 from tests.parallel.traced_engine import EOS, VOCABULARY, TracedEngine, answer_alone
 
 # Of every kind of size: what divides a page, what a page divides, and neither.

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from parallel.checkpoint.formats.config import READERS, read_scheme
-from parallel.checkpoint.formats.registry import format_of
-from parallel.checkpoint.formats.scheme import Box, FormatError, Scheme, inputs_problem, part_slices, stored_shape
+from parallel.formats.config import READERS, read_scheme
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Box, FormatError, Scheme, inputs_problem, part_slices, stored_shape
 from parallel.partition import split_by_grain
 from tests.parallel.packers import AWQ, BY_CHANNEL, GROUPED, NF4, compressed, gptq_config
 

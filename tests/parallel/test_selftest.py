@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.selftest import DECODE_BYTES, SelfTest, TransportError, check_transport
+from parallel.transports.selftest import DECODE_BYTES, SelfTest, TransportError, check_transport
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, run_on_ranks
 

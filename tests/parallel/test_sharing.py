@@ -16,10 +16,10 @@ from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.merged import LayerMerger
 from parallel.kernels import choice, host_int4
 from parallel.kernels.host_int4 import HostInt4Linear, pack_values, unpack_values
 from parallel.kernels.merge import merge
+from parallel.layers.merged import LayerMerger
 from parallel.offload.host_layers import HostLayers, HostLoader, SharedLayers
 from parallel.offload.sharing import SharingStreamer
 from parallel.offload.split import PassCosts, choose_num_on_host, spread_on_host

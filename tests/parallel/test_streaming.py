@@ -15,10 +15,10 @@ from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
-from parallel.engine.layout import ALIGNMENT, Layout
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps
+from parallel.layers.layout import ALIGNMENT, Layout
 from parallel.offload.copies import Pairs
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers

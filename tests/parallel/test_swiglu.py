@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.engine.merged import MAX_SWIGLU_ROWS, MergedLinear, SideBySide, swiglu
 from parallel.kernels import tiles, w4a16, w8a16, wide
 from parallel.kernels.dequantize import DequantizeLinear
 from parallel.kernels.tiles import Launch
+from parallel.layers.merged import MAX_SWIGLU_ROWS, MergedLinear, SideBySide, swiglu
 from parallel.quantized import QuantizedWeight
 from tests.parallel.test_emulated_kernels import (
     NUM_IN,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
-from parallel.selftest import DECODE_BYTES
-from parallel.transport_choice import Proof, Range, faster_up_to, force_ranges, plan_ranges, prove
+from parallel.transports.choice import Proof, Range, faster_up_to, force_ranges, plan_ranges, prove
+from parallel.transports.selftest import DECODE_BYTES
 from tests.parallel.ranks import CPU, run_on_ranks
 
 SIZES = (1024, DECODE_BYTES)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel.footprint import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels import tiles, w4a16
-from parallel.kernels.held import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels.wide import Layout
 from parallel.quantized import QuantizedWeight
 

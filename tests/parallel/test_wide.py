@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.footprint import MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.held import MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels.wide import Card, Launch
 from tests.parallel.test_emulated_kernels import (
     NUM_IN,

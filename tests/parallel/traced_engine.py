@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.engine import Part
-from parallel.engine.limits import PAGE_SIZE, EngineLimits
-from parallel.engine.pages import PageAllocator
+from parallel.engine.limits import EngineLimits
+from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
 from parallel.engine.sequence import Sequence
+from parallel.kernels.limits import PAGE_SIZE
 from parallel.transports.solo import Solo
 
 EOS = 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from launcher.config import ModelFacts
 from parallel.communicator import Communicator
-from parallel.engine import limits, overlap
-from parallel.engine.halves import PassInHalves
+from parallel.engine import limits
+from parallel.engine.prefill import overlap
+from parallel.engine.prefill.halves import PassInHalves
 from tests.parallel.ranks import CPU, run_on_ranks
 from tools.bench_sections import Way, open_engine, time_way
 

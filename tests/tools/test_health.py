@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launcher.config import HardwareConfig, HardwareKind
-from launcher.hardware import Inventory, read_inventory
+from launcher.hardware.inventory import Inventory, read_inventory
 from tests.fakes.nvml import two_rtx4090
 from tools.health import installed_torch_cuda, main, problems
 

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.shape import SUPPORTED, TABLES, part_bytes, shape_from_checkpoint
+from launcher.models.config_json import SUPPORTED
+from launcher.models.shape import TABLES, part_bytes, shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load, run_on_ranks
-from tools.make_checkpoint import BLOCK_ELEMENTS, FULL_ATTENTION, TOKENIZER, main
+from tools.fills import BLOCK_ELEMENTS
+from tools.make_checkpoint import FULL_ATTENTION, TOKENIZER, main
 from tools.quantization import WRITERS
 
 

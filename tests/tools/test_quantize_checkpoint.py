@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launcher.shape import shape_from_checkpoint
+from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load

@@ -18,7 +18,7 @@ import pynvml as real
 import pytest
 
 from launcher.config import HardwareConfig, HardwareKind
-from launcher.hardware import read_inventory
+from launcher.hardware.inventory import read_inventory
 from tests.fakes.nvml import FakeNvml, two_rtx4090
 from tools.cards import CardLock, CardState, lock_card, read_cards, take_cards
 from tools.queue import Queue, check_cards, main, read_jobs

@@ -12,7 +12,6 @@ from torch import Tensor
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 from parallel.engine.speculation.drafter import ModelDrafter
@@ -22,6 +21,7 @@ from parallel.engine.speculation.token_tree import TokenTree
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
 from parallel.engine.speculation.tree_speculator import TreeDrafter, TreeSpeculator
 from parallel.engine.tree_rows import TreeRows
+from parallel.kernels.pages import PagedKV
 
 
 class AutoSpeculator:

@@ -29,12 +29,12 @@ from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import Part
-from parallel.engine.pages import PagedKV
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.kernels.pages import PagedKV
 
 
 @dataclass(frozen=True)

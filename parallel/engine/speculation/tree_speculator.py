@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import Part
-from parallel.engine.pages import PagedKV, move_tokens
 from parallel.engine.rows import Rows, slots_at
 from parallel.engine.sampling import Sampler
 from parallel.engine.speculation.draft_graphs import DraftGraphs
@@ -27,6 +26,7 @@ from parallel.engine.speculation.history import History
 from parallel.engine.speculation.token_tree import NO_TOKEN, TokenTree, follow
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.tree_rows import TreeRows, newest_places, tree_rows
+from parallel.kernels.pages import PagedKV, move_tokens
 
 
 class TreeDrafter(Protocol):

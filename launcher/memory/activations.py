@@ -1,0 +1,84 @@
+"""Bytes of activations: what a pass of prefill or a step takes at its peak, beside weights and cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.memory.layer import prompt_keys_bytes
+from launcher.models.shape import DTYPE_BYTES
+from parallel.engine.limits import SAMPLED_ROWS, choose_sections
+from parallel.partition import split_by_grain
+
+if TYPE_CHECKING:
+    from launcher.memory.demand import Demand
+
+# Sampling works on float32 logits: noise, the logits, their sorted copy with int64 positions, probabilities and their
+# sums, and what is left out (tests/launcher/memory/test_activations.py).
+SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
+# Of what plain torch norms or rotates, at most; where it is not in float32, that too.
+PLAIN_TORCH_COPIES = 2
+FLOAT32_BYTES = 4
+# Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
+TREE_MASK_BYTES = 4
+
+
+def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
+    """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
+
+    Written for decoder.py, prefill/overlap.py and prefill/halves.py of parallel/engine; e is the size of an element
+    in bytes. On a card norms, rotation and activation write nothing but their results; plain torch needs copies, in
+    float32 but for the activation's.
+    """
+    e, shape = DTYPE_BYTES[demand.dtype], demand.shape
+    prompt = min(demand.prefill_chunk, demand.batch_size * max_context)
+    rows = demand.batch_size * demand.rows_per_sequence
+    packed = shape.scheme is not None
+    # A kernel that multiplies packed weights by so many rows takes less than this, which dequantises.
+    sections = choose_sections(prompt, demand.world_size, lambda _: packed)
+    largest = max(sections)
+    # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
+    tokens = max(prompt if packed else largest, rows)
+    layer = demand.layer(rank)
+    hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
+    on_cpu = demand.device == "cpu"
+    normed = largest if len(sections) > 1 else tokens
+    plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * normed if on_cpu else 0
+    steps = layer.linear_steps(tokens) | {
+        "norm": plain * hidden,
+        "rotation": tokens * (qkv + queries) * e + plain * queries,
+        # Queries, their outputs apart and together.
+        "attention": 3 * tokens * queries * e + attended_bytes(demand, rank, largest, max_context),
+        "logits": logits_bytes(demand, rank, rows),
+        "decode": plain_decode_bytes(demand, max_context, demand.local(shape.num_heads)[rank], keys) if on_cpu else 0,
+    }
+    if packed and len(sections) > 1:
+        # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
+        weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
+        kept = largest * (2 * qkv + 4 * queries) * e
+        steps["attention"] = kept + attended_bytes(demand, rank, largest, max_context) + weights
+    # The residual stream, the update that is added to it, and the norm of the sum.
+    return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
+
+
+def attended_bytes(demand: Demand, rank: int, num_rows: int, max_context: int) -> int:
+    """Keys and values that so many tokens of prompts attend to, gathered from their pages."""
+    limits = demand.limits(max_context)
+    return prompt_keys_bytes(demand.layer(rank), demand.shape.head_dim, demand.kv_element_bytes, num_rows, limits)
+
+
+def logits_bytes(demand: Demand, rank: int, rows: int) -> int:
+    """Of last tokens alone, or of what a step checks: this rank's part, and that in float32 where the likeliest is
+    looked for, or some rows at a time gathered from all ranks, joined, sampled."""
+    e, vocab_size = DTYPE_BYTES[demand.dtype], demand.shape.vocab_size
+    local = rows * split_by_grain(vocab_size, demand.world_size, demand.grain)[rank]
+    if not demand.is_sampled:
+        return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
+    return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
+
+
+def plain_decode_bytes(demand: Demand, max_context: int, heads: int, keys: int) -> int:
+    """Attention of a step in plain torch: keys or values of all sequences as they lie in pages, in float32, and
+    without what is absent; of every row scores, and their softmax, and what it sees of a tree."""
+    per_row = 2 * heads * FLOAT32_BYTES + (TREE_MASK_BYTES if demand.rows_per_sequence > 1 else 0)
+    per_token = keys * (DTYPE_BYTES[demand.dtype] + 2 * FLOAT32_BYTES) + demand.rows_per_sequence * per_row
+    return demand.batch_size * (max_context + demand.num_ahead) * per_token

@@ -1,0 +1,104 @@
+"""Bytes of what lies between two attentions of a pass, and of the graphs that have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.engine.limits import EngineLimits, graphed_rows
+from parallel.footprint import product_bytes
+from parallel.formats.scheme import Scheme
+
+# Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
+# six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
+GRAPHS_BYTES = 55 * 1024**2
+# Of a layer's kernels in the graphs of one size of pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card.
+# That was for passes left whole, and for halves whose weights are dequantised block by block, some 120 kernels a layer
+# of a 70B with those of its piece. A section that multiplies by weights as they are has some 26, so that four have 104.
+PASS_GRAPH_BYTES = 1200 * 1024
+# Of those a decode step has a tenth.
+STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
+# Ids, positions and slots of a pass.
+NUM_TOKEN_COLUMNS = 3
+INT64_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Numbers of a token's values in a layer of one rank, and how they are computed."""
+
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    element_bytes: int
+    dtype: str
+    device: str
+    scheme: Scheme | None
+
+    @property
+    def qkv(self) -> int:
+        return self.queries + 2 * self.keys
+
+    def linear_steps(self, tokens: int) -> dict[str, int]:
+        """Bytes of each step of so many tokens, beside the residual stream, its update and the norm of the sum."""
+        e, hidden, queries, qkv = self.element_bytes, self.hidden, self.queries, self.qkv
+        intermediate = self.intermediate
+        return {
+            "qkv": tokens * qkv * e + max(self.product(tokens, qkv * hidden), self.whole_weight(qkv * hidden)),
+            "rotation": tokens * (qkv + queries) * e,
+            "output": tokens * (queries + hidden) * e + self.product(tokens, queries * hidden),
+            "gate_up": tokens * 2 * intermediate * e + self.product(tokens, 2 * intermediate * hidden),
+            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
+            "down": tokens * (intermediate + hidden) * e + self.product(tokens, intermediate * hidden),
+        }
+
+    def product(self, num_rows: int, numel: int) -> int:
+        """Beside its operands, of a product of so many rows with a weight of so many elements."""
+        if self.scheme is None:
+            return 0
+        return product_bytes(self.scheme, self.device, self.dtype, self.element_bytes, num_rows, numel)
+
+    def whole_weight(self, numel: int) -> int:
+        """Of a weight that is dequantised all at once; nothing where it is at hand."""
+        return 0 if self.scheme is None else numel * self.element_bytes
+
+
+def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_passes: bool) -> int:
+    """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs.
+
+    Written for pieces.py and fresh.py of parallel/engine/prefill; decode steps fit into the memory of passes.
+    """
+    sizes = graphed_rows(prefill_chunk) if captures_passes else ()
+    tokens = max(sizes, default=0)
+    kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
+    piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
+    return GRAPHS_BYTES + kept + (piece if tokens else 0) + len(sizes) * num_layers * PASS_GRAPH_BYTES
+
+
+def draft_graphs_bytes(layer: Layer, num_rows: int, num_layers: int, logits_bytes: int) -> int:
+    """Of a draft model, whose passes are captured where those that check its drafts are not: graphs, and the largest
+    step of a pass of so many rows, which has memory of its own.
+
+    Args:
+        num_layers: in all graphs, each as often as it is passed through.
+    """
+    hidden, intermediate = layer.hidden, layer.intermediate
+    activated = 3 * num_rows * intermediate * layer.element_bytes + layer.product(num_rows, 2 * intermediate * hidden)
+    held = 3 * num_rows * hidden * layer.element_bytes + max(activated, logits_bytes)
+    return max(GRAPHS_BYTES, num_layers * STEP_GRAPH_BYTES) + held
+
+
+def prompt_keys_bytes(layer: Layer, head_dim: int, kv_bytes: int, num_rows: int, limits: EngineLimits) -> int:
+    """What so many tokens of prompts attend to: keys and values of some parts at a time, and where those of all are;
+    plain torch has masks too, of booleans and of numbers.
+
+    Written for parallel/engine/prefill/part_attention.py. `kv_bytes`: of a number in the cache; other numbers are
+    converted.
+    """
+    e, max_context = layer.element_bytes, limits.max_context
+    converted = kv_bytes if kv_bytes != e else 0
+    gathered = limits.gathered_keys * layer.keys * (2 * e + converted)
+    places = min(limits.batch_size, num_rows) * max_context * (layer.keys // head_dim) * INT64_BYTES
+    tokens = min(num_rows, max_context)
+    mask = tokens * max_context * (1 + e) if layer.device == "cpu" and tokens < max_context else 0
+    return gathered + places + mask

@@ -1,0 +1,76 @@
+"""How many tokens a sequence may have: what was asked for, or what fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from launcher.config import RunConfig
+from launcher.hardware.inventory import Inventory
+from launcher.memory.demand import Demand
+from launcher.memory.fit import fits, largest_context
+from launcher.models.shape import ModelShape
+from launcher.plan.offload_disk import largest_host_context
+from launcher.plan.refusal import refuse_memory
+from launcher.plan.remedies import Refused
+from launcher.plan.topology import PlanError
+from parallel.kernels.limits import PAGE_SIZE
+from parallel.offload.spread import NUM_STAGED
+
+DEFAULT_MAX_CONTEXT = 8192
+# Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
+# 70B on one H200, results/one_card_h200_202611.md).
+KEPT_FREE = 0.02
+# The same where layers are streamed, so that no more of them are than must be: peaks of such runs were 0.4 % below to
+# 0.1 % above (results/one_card_offload_h200_202611.md, streamed_trees_h200_202611.md, streaming_h200_202611.md).
+KEPT_FREE_STREAMED = 0.01
+
+
+def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
+    """Tokens of a sequence and a sentence that says why so many.
+
+    Raises:
+        PlanError: those that were asked for exceed the model's limit, or do not fit the cards.
+    """
+    limit, limit_reason = context_limit(demand.shape, demand.draft_shape)
+    needed = run.needed_tokens
+    asked = run.engine.max_context
+    if asked is not None:
+        _check_limit(f"engine.max_context={asked}", asked, limit, limit_reason, "Lower it.")
+        if not fits(demand, budgets, asked):
+            raise refuse_memory(Refused(run, demand, budgets, inventory, asked))
+        return asked, "engine.max_context was set."
+    workload = f"workload.prompt_tokens + workload.output_tokens = {needed}"
+    _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
+    wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
+    if not fits(demand, budgets, needed):
+        raise refuse_memory(Refused(run, demand, budgets, inventory, needed))
+    kept_free = KEPT_FREE_STREAMED if demand.num_streamed else KEPT_FREE
+    most = largest_context(demand, tuple(round(budget * (1 - kept_free)) for budget in budgets), wanted)
+    on_host = largest_host_context(run, demand, inventory, most)
+    in_pages = max(on_host // PAGE_SIZE * PAGE_SIZE, needed)
+    if on_host < most:
+        return in_pages, "what host memory has room for (offload.kv=host)."
+    if most < wanted:
+        more = replace(demand, kv_on_host=True).num_kv_hosted - demand.num_kv_hosted > NUM_STAGED
+        hint = "; offload.kv=host has room for more" if more else ""
+        return in_pages, f"what fits beside the weights, with a little kept free{hint}."
+    if wanted == limit:
+        return wanted, f"{limit_reason}."
+    return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
+
+
+def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[int, str]:
+    """The most tokens the model takes here, beside a draft model where there is one, and what sets that limit."""
+    limit, reason = shape.max_positions, f"the model's limit of {shape.max_positions} positions"
+    if shape.sliding_window is not None:
+        # Full attention equals a sliding window up to the window's size.
+        limit = shape.sliding_window
+        reason = f"the model's sliding window of {limit} tokens (attention is full here)"
+    if draft is not None and draft.max_positions < limit:
+        limit, reason = draft.max_positions, f"the draft model's limit of {draft.max_positions} positions"
+    return limit, reason
+
+
+def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:
+    if tokens > limit:
+        raise PlanError(f"{what} exceeds {limit_reason}. {remedy}")

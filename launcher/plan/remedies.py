@@ -1,0 +1,154 @@
+"""The settings nearest to a run that does not fit with which it would, each tried as the plan would try it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launcher.config import MAX_CARDS, KVDType, RunConfig, TopologyKind
+from launcher.hardware.inventory import Inventory
+from launcher.memory.demand import Demand
+from launcher.memory.fit import fits, largest
+from launcher.models.shape import quantized_shape
+from launcher.plan.offload_disk import has_host_room, place_layers
+from launcher.plan.topology import PLAIN_TOPOLOGY
+
+# Kinds of model.quantize to advise, the nearest to the checkpoint first.
+ADVISED_KINDS = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A run that does not fit with sequences of `max_context` tokens."""
+
+    run: RunConfig
+    demand: Demand
+    budgets: tuple[int, ...]
+    inventory: Inventory
+    max_context: int
+
+    def would_fit(self, demand: Demand, max_context: int | None = None) -> bool:
+        """On the cards, and in host memory where layers are streamed."""
+        tokens = self.max_context if max_context is None else max_context
+        on_cards = fits(demand, self.budgets, tokens)
+        return on_cards and has_host_room(self.run, demand, self.inventory, tokens)
+
+    @property
+    def format(self) -> str:
+        return self.demand.dtype if self.demand.shape.quantization == "none" else self.demand.shape.quantization
+
+
+def other_runs(refused: Refused) -> list[str]:
+    """More cards or fewer bits, nothing being streamed."""
+    whole = replace(refused, demand=replace(refused.demand, num_streamed=0))
+    without = "" if refused.run.offload.resident_layers is None else " without offload.resident_layers"
+    return [f"{remedy}{without}" for remedy in (*_more_cards(whole), *_fewer_bits(whole))]
+
+
+def smaller_runs(refused: Refused) -> Iterator[str]:
+    """Settings that need no other hardware."""
+    demand = refused.demand
+    most = largest(lambda tokens: refused.would_fit(demand, tokens), refused.max_context)
+    if most >= 2:
+        yield shorter_sequences(refused.run, most)
+    in_fp8 = replace(demand, kv_dtype=KVDType.fp8.value)
+    if demand.kv_dtype != in_fp8.kv_dtype and refused.would_fit(in_fp8):
+        yield "engine.kv_dtype=fp8"
+    fewer = largest(lambda size: refused.would_fit(replace(demand, batch_size=size)), demand.batch_size - 1)
+    if fewer:
+        yield f"workload.batch_size={fewer}"
+
+
+def shorter_sequences(run: RunConfig, most: int) -> str:
+    """The keys that allow for sequences of `most` tokens: none may exceed engine.max_context."""
+    knobs = [] if most >= run.needed_tokens else [f"workload.prompt_tokens + workload.output_tokens={most}"]
+    if run.engine.max_context is not None or not knobs:
+        knobs.append(f"engine.max_context={most}")
+    return f"sequences of up to {most} tokens ({' and '.join(knobs)})"
+
+
+def streaming(refused: Refused) -> Iterator[str]:
+    """Layers in host memory, where none is there yet; more of them where offload.resident_layers says how many."""
+    demand, num_layers = refused.demand, refused.demand.shape.num_layers
+    if demand.device != "cpu" and refused.run.offload.resident_layers is not None:
+        yield from _fewer_resident(refused, refused.run.offload.resident_layers)
+        return
+    if demand.num_streamed or demand.device == "cpu":
+        return
+    for kv_on_host in _kv_places(refused):
+        for num in range(1, num_layers + 1):
+            if refused.would_fit(replace(demand, num_streamed=num, kv_on_host=kv_on_host)):
+                with_kv = " with offload.kv=host" if kv_on_host > demand.kv_on_host else ""
+                what = f"streams {num} of {num_layers} layers from host memory in every pass"
+                yield f"offload.enabled=on{with_kv}, which {what}"
+                return
+
+
+def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
+    """The most layers that may stay on the card, of fewer than were to."""
+    run, demand, inventory = refused.run, refused.demand, refused.inventory
+    for num in range(resident - 1, -1, -1):
+        if refused.would_fit(place_layers(run, demand, inventory, demand.shape.num_layers - num)):
+            yield f"offload.resident_layers={num}"
+            return
+
+
+def kv_on_host(refused: Refused) -> Iterator[str]:
+    """Keys and values beside their layers, where some of these are in host memory already."""
+    demand, hosted = refused.demand, replace(refused.demand, kv_on_host=True)
+    is_open = demand.device == "cuda" and True in _kv_places(refused)
+    if is_open and hosted.num_kv_hosted > demand.num_kv_hosted and refused.would_fit(hosted):
+        yield f"offload.kv=host, which keeps keys and values of {hosted.num_kv_hosted} layers in host memory"
+
+
+def _kv_places(refused: Refused) -> list[bool]:
+    """Whether keys and values of streamed layers may lie in host memory: as they do, then there; offload.disk is for
+    hosts that have no room for them."""
+    return sorted({refused.demand.kv_on_host, refused.run.offload.disk is None or refused.demand.kv_on_host})
+
+
+def _more_cards(refused: Refused) -> Iterator[str]:
+    """The smallest larger number of cards like the smallest one here."""
+    if refused.demand.device == "cpu":
+        return
+    num_cards = _smallest_num_cards(refused, refused.demand, refused.demand.world_size + 1)
+    if num_cards is not None:
+        more = "" if num_cards <= len(refused.inventory.cards) else f" with {num_cards} such cards"
+        yield f"{_cards_knob(refused.run, num_cards)}{more}"
+
+
+def _fewer_bits(refused: Refused) -> Iterator[str]:
+    """The settings of model.quantize that fit here; where none does, the fewest cards that 4 bits need."""
+    demand = refused.demand
+    if demand.shape.quantization != "none":
+        return
+    smaller = {kind: replace(demand, shape=quantized_shape(demand.shape, kind)) for kind in ADVISED_KINDS}
+    fitting = [f"model.quantize={kind}" for kind, each in smaller.items() if refused.would_fit(each)]
+    if not fitting and demand.device != "cpu":
+        num_cards = _smallest_num_cards(refused, smaller["int4"], 1)
+        fitting = [f"model.quantize=int4 on {_cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
+    if fitting:
+        yield " or ".join(fitting) + _none_as_it_is(refused)
+
+
+def _none_as_it_is(refused: Refused) -> str:
+    """That more cards would not do; empty where they would, and on the CPU."""
+    if refused.demand.device == "cpu" or _smallest_num_cards(refused, refused.demand, 1) is not None:
+        return ""
+    return f" (in {refused.format} no number of such cards from 1 to {MAX_CARDS})"
+
+
+def _cards_knob(run: RunConfig, num_cards: int) -> str:
+    """What asks for so many cards: a topology that was set says how many, too."""
+    topology = "" if run.topology.kind == TopologyKind.auto else f" topology={PLAIN_TOPOLOGY[num_cards].value}"
+    return f"gpus={num_cards}{topology}"
+
+
+def _smallest_num_cards(refused: Refused, demand: Demand, start: int) -> int | None:
+    budget = min(refused.budgets)
+    for num_cards in range(start, min(MAX_CARDS, demand.shape.num_kv_heads) + 1):
+        transport = demand.transport if num_cards == 1 else "nccl"
+        spread = replace(demand, world_size=num_cards, transport=transport)
+        if fits(spread, (budget,) * num_cards, refused.max_context):
+            return num_cards
+    return None

@@ -1,0 +1,83 @@
+"""What task=generate measured, for reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.amounts import UNKNOWN, number, percent
+
+
+def speed_table(report: dict[str, Any]) -> Table:
+    table = Table("measured", "", title=f"{escape(report['model'])} on {report['world_size']} x {report['device']}")
+    load, tpot = report["load"] or {}, report["tpot_ms"] or {}
+    rows = [
+        ("ready to answer", startup_text(report.get("startup"))),
+        ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
+        ("time to first token", f"{number(report['ttft_ms'])} ms"),
+        ("prompt tokens reused", reuse(report["prefix_cache"])),
+        ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
+        ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
+        *accepted_row(report["speculation"]),
+        *streamed_row(report["offload"]),
+        ("share of communication", percent(report["comm_share"])),
+        ("tokens per joule", number(report["tokens_per_joule"])),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def startup_text(startup: dict[str, float] | None) -> str:
+    """When the engine was warm, and what came before it."""
+    if startup is None:
+        return UNKNOWN
+    ready, joined, tested, loaded = (startup[f"{step}_sec"] for step in ("ready", "joined", "links_tested", "loaded"))
+    parts = {"ranks": joined, "links": tested - joined, "model": loaded - tested, "warm-up": ready - loaded}
+    return f"{number(ready)} s: " + ", ".join(f"{name} {number(sec)}" for name, sec in parts.items())
+
+
+def reuse(tokens: dict[str, int] | None) -> str:
+    return UNKNOWN if tokens is None else f"{tokens['reused_tokens']:,} of {tokens['prompt_tokens']:,}"
+
+
+def accepted_row(speculation: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """None without speculation."""
+    if speculation is None:
+        return []
+    mean, drafts, tree = speculation["accepted_per_step"], speculation["num_drafts"], speculation["tree"]
+    of = f"{drafts}" if tree is None else f"a tree of {tree['size']}"
+    rows = [("drafts accepted a step", f"{number(mean)} of {of} ({speculation['kind']})")]
+    rows.append(("passes", f"{number(speculation['passes_per_sec'])} a second"))
+    if speculation["verify_ms"] is not None:
+        parts = f"{number(speculation['draft_ms'])} ms to draft, {number(speculation['verify_ms'])} ms to check"
+        copies = "" if speculation["copy_ms"] is None else f", {number(speculation['copy_ms'])} ms of copies meanwhile"
+        rows.append(("of a step", parts + copies))
+    return rows + ([] if speculation["choices"] is None else [("steps by tree", steps_by_tree(speculation["choices"]))])
+
+
+def steps_by_tree(choices: list[dict[str, Any]]) -> str:
+    """Those that were chosen, as tokens and depth."""
+    chosen = [each for each in choices if each["steps"]]
+    names = ["no drafts" if each["size"] == 1 else f"{each['size']} of depth {each['depth']}" for each in chosen]
+    return ", ".join(f"{each['steps']} x {name}" for each, name in zip(chosen, names, strict=True)) or UNKNOWN
+
+
+def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """None where all layers are on the cards."""
+    if offload is None:
+        return []
+    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a step at {number(offload['gb_per_sec'])} GB/s"
+    if offload["kv_bytes_per_pass"]:
+        amount_text += f" ({offload['kv_bytes_per_pass'] / 1e9:.3g} of them keys and values)"
+    rows = [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
+    if offload["host_layers"]:
+        number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"
+        rows.append(("computed by the host", number_text))
+    disk = offload["disk"]
+    if disk is None:
+        return rows
+    read_text = f"{disk['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]

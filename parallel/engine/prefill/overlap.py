@@ -1,0 +1,140 @@
+"""A pass of many tokens in sections, so that the all-reduces of one go on while the card computes another.
+
+In a layer, with > for a sum that is started and < for one that is waited for:
+  each section: <norm, q k v, attention, o >
+  each section: <norm, gate and up, activation, down >
+A section may attend to tokens of those before it, which are cached by then, never to those after it. Where weights have
+to be dequantised, halves.py has another order, in which that is done once for all rows.
+
+Why so: the sum of a section has the products of all others beside it, and the last ones of a layer those of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.engine.decoder import Attend, Decoder, Tokens
+from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
+from parallel.kernels.fused import add_rms_norm, rms_norm
+from parallel.kernels.pages import PagedKV
+from parallel.kernels.wide import sparing
+from parallel.layers.merged import swiglu
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Neighbouring columns of a section's update: some rows of what is being summed up."""
+
+    sum: Sum
+    rows: slice
+
+    def wait(self) -> Tensor:
+        return self.sum.wait()[self.rows]
+
+
+@dataclass
+class Section:
+    """Some tokens of a pass: their rows, their residual stream, and what is to be added to it, left to right."""
+
+    tokens: Tokens
+    rows: slice
+    residual: Tensor
+    update: list[Columns] = field(default_factory=list)
+    # Added to the sum once, on each rank.
+    bias: Tensor | None = None
+
+    def normed(self, weight: Tensor, eps: float) -> Tensor:
+        """Adds the update, when it has come; the norm of the sum."""
+        if not self.update:
+            return rms_norm(self.residual, weight, eps)
+        return add_rms_norm(self.take_update(), self.residual, weight, eps)
+
+    def take_update(self) -> Tensor:
+        assert self.update
+        columns = [each.wait() for each in self.update]
+        self.update = []
+        update = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+        return update if self.bias is None else update.add_(self.bias)
+
+
+def cut_in_sections(tokens: Tokens, residual: Tensor, sizes: Sequence[int]) -> list[Section]:
+    """Sections of so many tokens, one after the other; `residual` [tokens, hidden]."""
+    rows = [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]
+    return [Section(tokens[each], each, residual[each]) for each in rows]
+
+
+class PassInSections:
+    """A pass layer by layer. What it asks for is queued at once.
+
+    Maps, not generator expressions: they keep nothing of a section while the next one is computed.
+    """
+
+    def __init__(self, decoder: Decoder, sections: Sequence[Section]) -> None:
+        self.decoder, self.sections = decoder, sections
+        self.side: SideStream = side_stream(sections[0].residual.device)
+
+    def run(self, attends: Sequence[Attend], caches: Sequence[PagedKV]) -> None:
+        """All layers; `attends`: that of each section."""
+        num_rows = sum(len(section.residual) for section in self.sections)
+        try:
+            with self.beside_sums():
+                for layer, cache in zip(self.decoder.layers(num_rows), caches, strict=True):
+                    attend_each = partial(self.attend, cache)
+                    self.after_attention(layer, map(attend_each, attends, self.queries(layer, cache)))
+            self.finish()
+        finally:
+            # Whatever was raised, memory that is still summed up must not be used again before that is done.
+            self.side.join()
+
+    def beside_sums(self) -> AbstractContextManager[None]:
+        """Products that are started in this context leave sums the multiprocessors that they take."""
+        largest = max(section.residual.nbytes for section in self.sections)
+        return sparing(self.side.multiprocessors(self.decoder.communicator, largest))
+
+    def attend(self, cache: PagedKV, attend: Attend, query: Tensor) -> Tensor:
+        """[tokens, local heads * head_dim]"""
+        return (attend(query, cache) if self.decoder.num_heads else query).flatten(1)
+
+    def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
+        """Of each section, once its keys and values are cached: [tokens, local heads, head_dim]."""
+
+        def rotated(section: Section, normed: Tensor) -> Tensor:
+            return self.decoder.rotated(layer, normed, section.tokens, cache)
+
+        return map(rotated, self.sections, self.normed(layer.input_layernorm))
+
+    def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
+        """The rest of a layer, from [tokens, local heads * head_dim] of each section on."""
+        self.start_sums(layer.self_attn.o_proj, attended)
+        activated = map(partial(swiglu, layer.mlp.gate_up), self.normed(layer.post_attention_layernorm))
+        self.start_sums(layer.mlp.down_proj, activated)
+
+    def finish(self) -> None:
+        for section in self.sections:
+            section.residual.add_(section.take_update())
+
+    def normed(self, norm: Any) -> Iterator[Tensor]:
+        return (section.normed(norm.weight, self.decoder.eps) for section in self.sections)
+
+    def start_sums(self, linear: Any, inputs: Iterable[Tensor]) -> None:
+        """Multiplies each section's input by a row-parallel linear, and starts its sum before the next is asked for."""
+        self.sum_updates(linear, map(linear.multiply, inputs))
+
+    def sum_updates(self, linear: Any, updates: Iterable[Tensor]) -> None:
+        for section, update in zip(self.sections, updates, strict=True):
+            section.update = [Columns(self.side.start_all_reduce(linear.communicator, update), ALL)]
+            section.bias = self.lasting(linear.bias)
+
+    def lasting(self, bias: Tensor | None) -> Tensor | None:
+        """A bias of a streamed layer, which is added in the next: another layer may lie in its place by then."""
+        return bias if bias is None or self.decoder.streamer is None else bias.clone()

@@ -1,0 +1,195 @@
+"""Which transport carries which sizes of message between cards: each candidate proves itself, the fastest wins.
+
+Every candidate is timed at sizes of its own, the base at all of them. A message goes the way that was the fastest at
+the next larger size, one beyond all sizes the way of the largest.
+
+`base` (NCCL) must work, for it carries whatever the other cannot. Ranks decide alike: they compare the slowest rank's
+times, and one that fails on any rank is left out on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+
+from parallel.communicator import Communicator, TransportError
+from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
+from parallel.transports.shared_region import gather_texts
+from parallel.units import KIB
+
+# Odd sizes too: the last line of a message is seldom full.
+SUM_BYTES = (4, 1000, DECODE_BYTES, 100_000, 256 * KIB, 1024 * KIB)
+TIMED_BYTES = (4 * KIB, DECODE_BYTES, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB)
+# 4 to 128 tokens of a 70B.
+TIMED_MIDDLE_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 2048 * KIB)
+# 2048 tokens of a 70B, one chunk of prefill.
+PREFILL_BYTES = 32 * 1024 * KIB
+TIMED_LARGE_BYTES = (512 * KIB, 1024 * KIB, 2048 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
+# None that the self-test captures: copies cannot be.
+TIMED_COPIES_BYTES = (EAGER_BYTES, PREFILL_BYTES)
+DTYPES = (torch.float32, torch.bfloat16)
+
+C = TypeVar("C", bound=Communicator)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the self-test of one candidate found: the slowest rank's microseconds by message bytes, or why it failed."""
+
+    name: str
+    times_us: dict[int, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate has to do: which of it came out wrong, if any, and how fast it is at so many bytes."""
+
+    find_problem: Callable[[Communicator, torch.device], str]
+    measure: Callable[[Communicator, torch.device, int], Timing]
+
+
+@dataclass(frozen=True)
+class Range:
+    """One transport and the messages it carries: those above the range before it, up to `up_to_bytes` (None: all)."""
+
+    name: str
+    up_to_bytes: int | None
+    reason: str
+    times_us: dict[int, float]
+
+
+def prove(
+    name: str,
+    open_candidate: Callable[[], C],
+    sizes: Sequence[int],
+    *,
+    control: Communicator,
+    device: torch.device,
+    timeout_sec: float,
+    on_timeout: Callable[[TransportError], None],
+    trial: Trial | None = None,
+) -> tuple[C | None, Proof]:
+    """Opens a candidate, checks its sums and times `sizes` bytes; all ranks get the same proof.
+
+    Args:
+        control: a transport on the CPU by which ranks agree, whatever becomes of the candidate.
+        on_timeout: as for `check_transport`.
+        trial: what is asked of it; None: all-reduces.
+    """
+    trial = trial or Trial(find_wrong_sums, time_one)
+    communicator: C | None = None
+    times: dict[int, float] = {}
+    problem = ""
+    with deadline(name, timeout_sec, on_timeout):
+        try:
+            communicator = open_candidate()
+            problem = trial.find_problem(communicator, device)
+            timings = [trial.measure(communicator, device, size) for size in sizes]
+            communicator.barrier()
+            times = {timing.num_bytes: timing.p50_us for timing in timings}
+            late = [str(timing.num_bytes) for timing in timings if not timing.exact]
+            problem = problem or (f"gave wrong sums of {late[0]} bytes after many calls" if late else "")
+        except Exception as error:  # Whatever it is, the candidate is out; the others may work.
+            problem = problem or str(error) or repr(error)
+        proof = agree(name, times, problem, sizes, control)
+    return (communicator if not proof.error else None), proof
+
+
+def find_wrong_sums(communicator: Communicator, device: torch.device) -> str:
+    """Which message came out wrong, if any. Goes through all of them, so that ranks stay in step."""
+    wrong = [
+        f"{num_bytes} bytes of {str(dtype).removeprefix('torch.')}"
+        for num_bytes in SUM_BYTES
+        for dtype in DTYPES
+        if not sums_exactly(communicator, device, num_bytes, dtype)
+    ]
+    return f"gave wrong sums of {wrong[0]}" if wrong else ""
+
+
+def time_one(communicator: Communicator, device: torch.device, num_bytes: int) -> Timing:
+    repeats = 20 if num_bytes <= 2048 * KIB else 3
+    return time_all_reduce(communicator, device, num_bytes, repeats=repeats)
+
+
+def agree(name: str, times: dict[int, float], problem: str, sizes: Sequence[int], control: Communicator) -> Proof:
+    """The proof of all ranks: the first problem that one has, or the slowest rank's times."""
+    cpu = torch.device("cpu")
+    for rank, text in enumerate(gather_texts(control, cpu, problem)):
+        if text:
+            return Proof(name, error=f"rank {rank}: {text}")
+    ours = torch.tensor([times[size] for size in sizes], dtype=torch.float64)
+    slowest = control.all_gather(ours).amax(dim=0)
+    return Proof(name, dict(zip(sizes, slowest.tolist(), strict=True)))
+
+
+def faster_up_to(times: dict[int, float], base: dict[int, float]) -> int:
+    """The largest size up to which every measured time is below `base`'s; 0 where the smallest is not."""
+    limit = 0
+    for size in sorted(times):
+        if times[size] >= base[size]:
+            break
+        limit = size
+    return limit
+
+
+def plan_ranges(base: Proof, others: Sequence[Proof]) -> tuple[Range, ...]:
+    """Who carries what: at each size that was timed, whoever was the fastest; `base` where nobody was faster."""
+    sizes = all_sizes(base, *others)
+    winners = [fastest((base, *others), size) or base for size in sizes]
+    ranges = merge_ranges(sizes, winners, lambda winner, mine: why(winner, (base, *others), mine))
+    return with_failures(ranges, others)
+
+
+def force_ranges(base: Proof, others: Sequence[Proof], reason: str) -> tuple[Range, ...]:
+    """As `plan_ranges`, of `others` alone, since a user asked for them; `base` where none of them was timed."""
+    sizes = all_sizes(base, *others)
+    winners = [fastest(others, size) or base for size in sizes]
+    ranges = merge_ranges(
+        sizes, winners, lambda winner, mine: "what the others do not carry" if winner is base else reason
+    )
+    return with_failures(ranges, others)
+
+
+def all_sizes(*proofs: Proof) -> list[int]:
+    return sorted({size for proof in proofs for size in proof.times_us})
+
+
+def fastest(proofs: Sequence[Proof], size: int) -> Proof | None:
+    """Of those that were timed at `size`; of equal ones the first."""
+    timed = [proof for proof in proofs if size in proof.times_us]
+    return min(timed, key=lambda proof: proof.times_us[size], default=None)
+
+
+def merge_ranges(
+    sizes: Sequence[int], winners: Sequence[Proof], reason: Callable[[Proof, Sequence[int]], str]
+) -> list[Range]:
+    """One range for neighbours with the same winner; the last one has no end."""
+    runs: list[tuple[Proof, list[int]]] = []
+    for size, winner in zip(sizes, winners, strict=True):
+        if not runs or runs[-1][0] is not winner:
+            runs.append((winner, []))
+        runs[-1][1].append(size)
+    ranges = [Range(winner.name, mine[-1], reason(winner, mine), winner.times_us) for winner, mine in runs]
+    return [*ranges[:-1], replace(ranges[-1], up_to_bytes=None)]
+
+
+def with_failures(ranges: list[Range], others: Sequence[Proof]) -> tuple[Range, ...]:
+    """The last range also says who was left out, and why."""
+    failures = [f"{other.name} was left out: {other.error}" for other in others if other.error]
+    last = replace(ranges[-1], reason="; ".join([ranges[-1].reason, *failures]))
+    return (*ranges[:-1], last)
+
+
+def why(winner: Proof, proofs: Sequence[Proof], sizes: Sequence[int]) -> str:
+    """Its time beside the next best's, at the size of a decode step or else the largest of `sizes`."""
+    size = DECODE_BYTES if DECODE_BYTES in sizes else sizes[-1]
+    rival = fastest([proof for proof in proofs if proof is not winner], size)
+    return compare(winner, rival, size) if rival else f"the only one for {size} bytes"
+
+
+def compare(better: Proof, worse: Proof, size: int) -> str:
+    return f"{better.times_us[size]:.1f} us for {size} bytes, where {worse.name} takes {worse.times_us[size]:.1f} us"

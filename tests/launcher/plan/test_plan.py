@@ -1,0 +1,228 @@
+"""Plans as a whole: what can run, what is captured, and a 70B on RTX 4090s."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from launcher.config import DType, HardwareConfig, HardwareKind, LimitsConfig, TaskConfig, TaskKind, TransportKind
+from launcher.config.engine import PrefillGraphs
+from launcher.hardware.inventory import read_inventory
+from launcher.models.config_json import ShapeError
+from launcher.models.shape import quantized_shape
+from launcher.plan.plan import Plan, captures_passes
+from launcher.plan.topology import PlanError, place_ranks
+from launcher.report.plan_text import describe, plan_tables
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.footprint import held_bits
+from parallel.units import GIB, MIB
+from tests.launcher.jobs import RTX_4090
+from tests.launcher.plans import (
+    CPU,
+    LLAMA_8B,
+    LLAMA_70B,
+    LLAMA_70B_AWQ,
+    NO_TIMES,
+    RESIDENT,
+    TINY,
+    cards_of,
+    plan,
+    refused,
+    run_of,
+)
+
+# What can run here
+
+
+def test_too_few_cards_names_cuda_visible_devices() -> None:
+    message = refused(TINY, cards_of(1), 2)
+    assert "gpus=2 but 1 card can be seen" in message
+    assert "CUDA_VISIBLE_DEVICES" in message
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_without_cards_ranks_run_on_the_cpu(world_size: int) -> None:
+    decided = plan(TINY, CPU, world_size)
+    assert (decided.placement.device, decided.tpot_floor_ms) == ("cpu", None)
+    assert decided.placement.transport == ("gloo" if world_size > 1 else "solo")
+    assert [(card.card, card.name) for card in decided.cards] == [(None, "CPU")] * world_size
+    assert {card.budget_bytes for card in decided.cards} == {64 * GIB // world_size}
+
+
+def test_cards_talk_through_nccl_and_one_alone_through_nothing() -> None:
+    assert plan(TINY, cards_of(2), 2).placement.transport == "nccl"
+    assert plan(TINY, cards_of(2), 1).placement.transport == "solo"
+
+
+@pytest.mark.parametrize("kind", [TransportKind.nccl, TransportKind.host_memory])
+def test_transports_between_cards_need_cards(kind: TransportKind) -> None:
+    assert plan(TINY, cards_of(2), 2, engine__transport=kind).placement.transport == "nccl"
+    with pytest.raises(PlanError, match=f"engine.transport={kind.value} connects cards, .* Set engine.transport=auto."):
+        plan(TINY, CPU, 2, engine__transport=kind)
+
+
+def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:
+    message = refused(replace(TINY, num_kv_heads=2), cards_of(4), 4)
+    assert message == "the model has 2 KV heads; over 4 ranks some would hold none. Use gpus=2."
+
+
+def test_quantised_weights_that_cannot_be_loaded_are_planned_but_not_run() -> None:
+    shape = replace(TINY, quantization="quanto", linear_bits=4.25, not_loadable="quanto is unknown.")
+    assert plan(shape, cards_of(1)).placement.world_size == 1
+    message = refused(shape, cards_of(1), task=TaskConfig(TaskKind.generate))
+    assert message.startswith("weights quantised as quanto: quanto is unknown. Set model.path")
+
+
+def test_dtype_is_the_checkpoints_unless_set() -> None:
+    assert plan(replace(TINY, dtype="float16"), cards_of(1)).dtype == "float16"
+    assert plan(TINY, cards_of(1), model__dtype=DType.float32).dtype == "float32"
+
+
+def test_float16_on_the_cpu_names_model_dtype() -> None:
+    assert "model.dtype=float32" in refused(replace(TINY, dtype="float16"), CPU)
+    assert "model.dtype=float32" in refused(TINY, CPU, model__dtype=DType.float16)
+
+
+def test_small_models_are_dealt_in_smaller_grains() -> None:
+    assert plan(LLAMA_70B_AWQ, cards_of(3), 3).grain == 128
+    assert plan(TINY, cards_of(3), 3).grain == 64
+
+
+# Graphs of passes
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate", "captured"),
+    [
+        (PrefillGraphs.auto, 1008.0, False),
+        (PrefillGraphs.auto, 4800.0, True),
+        (PrefillGraphs.auto, None, False),
+        (PrefillGraphs.on, 1008.0, True),
+        (PrefillGraphs.off, 4800.0, False),
+    ],
+)
+def test_small_passes_are_captured_and_planned_where_a_card_would_wait(
+    asked: PrefillGraphs, rate: float | None, captured: bool
+) -> None:
+    inventory = cards_of(2, memory_gb_per_sec=rate)
+    run = run_of(engine__prefill_graphs=asked)
+    assert captures_passes(run, place_ranks(run, 2, inventory), inventory) is captured
+    lines = plan(LLAMA_8B, inventory, 2, engine__prefill_graphs=asked).cards[0].lines
+    never = plan(LLAMA_8B, inventory, 2, engine__prefill_graphs=PrefillGraphs.off).cards[0].lines
+    # 1.1 to 1.4 MiB of each layer for each of seven sizes, beside what their pieces hand to one another.
+    more = lines["graphs"] - never["graphs"]
+    assert (32 * 7 * 1.1 < more / MIB < 32 * 7 * 1.4 + 150) if captured else more == 0
+    assert {**lines, "graphs": 0} == {**never, "graphs": 0}
+
+
+def test_the_slowest_card_and_the_cpu_decide() -> None:
+    cards = cards_of(2, memory_gb_per_sec=4800.0)
+    slower = replace(cards, cards=(cards.cards[0], replace(cards.cards[1], memory_gb_per_sec=1008.0)))
+    run = run_of()
+    assert not captures_passes(run, place_ranks(run, 2, slower), slower)
+    assert captures_passes(run, place_ranks(run, 1, slower), slower)
+    asked = run_of(engine__prefill_graphs=PrefillGraphs.on)
+    assert not captures_passes(asked, place_ranks(asked, 2, CPU), CPU)
+
+
+# Llama-70B on RTX 4090s
+
+
+@pytest.fixture
+def facts() -> HardwareConfig:
+    return HardwareConfig(HardwareKind.facts, RTX_4090, memory_gib=23.99, memory_gb_per_sec=1008)
+
+
+def test_70b_bf16_fits_no_number_of_4090s(facts: HardwareConfig) -> None:
+    message = refused(LLAMA_70B, read_inventory(facts, 2), 2)
+    for part in ("weights in bfloat16 do not fit", "rank 0 on card 0", "rank 1 on card 1", "weights 65.71", "of 23.60",
+                 "model.quantize=int4 (in bfloat16 no number of such cards from 1 to 4)"):  # fmt: skip
+        assert part in message
+    assert "int8" not in message
+    plan(quantized_shape(LLAMA_70B, "int4"), read_inventory(facts, 2), 2)
+    refused(quantized_shape(LLAMA_70B, "int8"), read_inventory(facts, 2), 2)
+
+
+def test_70b_bf16_on_one_4090_names_the_cards_that_4_bits_need(facts: HardwareConfig) -> None:
+    message = refused(LLAMA_70B, read_inventory(facts, 1), 1, **RESIDENT)
+    assert "model.quantize=int4 on gpus=2 (in bfloat16 no number" in message
+
+
+def test_fewer_bits_are_advised_beside_more_cards(facts: HardwareConfig) -> None:
+    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, limits=LimitsConfig(card_memory_gib=12), **RESIDENT)
+    assert "gpus=2 with 2 such cards; or model.quantize=int8 or model.quantize=int4; or offload" in message
+    for kind in ("int8", "int4"):
+        plan(quantized_shape(LLAMA_8B, kind), read_inventory(facts, 1), limits=LimitsConfig(card_memory_gib=12))
+
+
+def test_context_that_does_not_fit_may_fit_beside_fewer_bits(facts: HardwareConfig) -> None:
+    changes = {"engine__max_context": 66000}
+    message = refused(LLAMA_8B, read_inventory(facts, 1), 1, **changes)
+    assert "model.quantize=int8 or model.quantize=int4" in message
+    plan(quantized_shape(LLAMA_8B, "int8"), read_inventory(facts, 1), 1, **changes)
+
+
+def test_fewer_bits_are_advised_on_the_cpu() -> None:
+    small = replace(CPU, host_memory_bytes=12 * GIB)
+    message = refused(LLAMA_8B, small)
+    assert "What would fit: model.quantize=int8 or model.quantize=int4." in message
+    assert "gpus=" not in message
+
+
+@pytest.mark.parametrize("kind", QUANTIZE_SCHEMES)
+def test_rounded_weights_are_counted_as_kernels_hold_them(kind: str) -> None:
+    decided = plan(quantized_shape(LLAMA_8B, kind), cards_of(2), 2)
+    bits = held_bits(QUANTIZE_SCHEMES[kind], "cuda", "bfloat16", LLAMA_8B.hidden_size)
+    for card in decided.cards:
+        linears = card.lines["weights.attention"] + card.lines["weights.mlp"]
+        assert linears == pytest.approx(LLAMA_8B.num_linear_weights / 2 * bits / 8, rel=1e-6)
+
+
+def test_quantised_shape_is_not_rounded_again() -> None:
+    with pytest.raises(ShapeError, match=r"model\.quantize=int4 rounds .* quantised as awq already"):
+        quantized_shape(LLAMA_70B_AWQ, "int4")
+
+
+def test_70b_awq_fits_two_4090s(facts: HardwareConfig) -> None:
+    decided = plan(LLAMA_70B_AWQ, read_inventory(facts, 2), 2)
+    assert decided.placement.topology == "dual_pcie"
+    assert decided.max_context == 8192
+    # 160 KiB a token: what is left of 24 GB beside 18.5 GiB of weights holds some 26 thousand.
+    assert 20_000 < decided.kv_tokens_that_fit < 32_000
+    assert decided.tpot_floor_ms == pytest.approx(18.7, abs=0.3)
+
+
+def test_70b_awq_does_not_fit_one_4090(facts: HardwareConfig) -> None:
+    message = refused(LLAMA_70B_AWQ, read_inventory(facts, 1), 1, **RESIDENT)
+    assert "weights in awq do not fit" in message
+    assert "gpus=2 with 2 such cards" in message
+
+
+def test_weights_beyond_the_host_are_refused_without_advice_about_cards() -> None:
+    message = refused(LLAMA_70B, CPU)
+    assert "on the CPU" in message
+    assert "gpus=" not in message
+
+
+# Output
+
+
+def test_plan_survives_json(facts: HardwareConfig) -> None:
+    adapter = TypeAdapter(Plan)
+    for decided in (plan(LLAMA_70B_AWQ, read_inventory(facts, 3), 3), plan(TINY, CPU, 2)):
+        assert adapter.validate_json(adapter.dump_json(decided)) == decided
+
+
+def test_tables_say_that_numbers_are_predicted() -> None:
+    decided = plan(LLAMA_70B_AWQ, cards_of(4), 4)
+    console = Console(width=140)
+    with console.capture() as captured:
+        for table in plan_tables(decided, LLAMA_70B_AWQ, NO_TIMES):
+            console.print(table)
+    text = captured.get()
+    parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", f"{decided.kv_tokens_that_fit:,}", "left, predicted")
+    assert all(part in text for part in parts)
+    assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ, NO_TIMES) if " ms" in value)

@@ -1,0 +1,252 @@
+"""The report: what the contract promises, null for what was not measured, and how the parts are joined."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from launcher.config import LimitsConfig, ModelFacts
+from launcher.failures import Failure
+from launcher.hardware.inventory import Inventory
+from launcher.job import Job
+from launcher.models.shape import shape_from_facts
+from launcher.plan.plan import plan_run
+from launcher.report import report as report_module
+from launcher.report.console import print_report
+from launcher.report.outcome import report_failure, write_report
+from launcher.report.report import base_report, build_report, failure_report, slow_kernels
+from launcher.telemetry.sampler import Telemetry
+from launcher.telemetry.usage import CardUsage
+from tests.launcher.jobs import make_job, make_run
+
+CONTRACT = {
+    "task", "model", "world_size", "device", "topology", "transport", "load", "ttft_ms", "tpot_ms", "tokens_per_sec",
+    "comm_share", "cards", "predicted", "run_dir", "versions",
+}  # fmt: skip
+MEASURED = (
+    "transport", "load", "ttft_ms", "tpot_ms", "prefix_cache", "tokens_per_sec", "tokens_per_joule", "comm_share",
+)  # fmt: skip
+INVENTORY = Inventory("none", (), (), None, None, 64 * 2**30, 60 * 2**30, 16)
+SHAPE = shape_from_facts(
+    ModelFacts(
+        hidden_size=64,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        vocab_size=512,
+        max_positions=1024,
+    )
+)
+RESULT = {
+    "transport": {"all_sizes": {"name": "gloo", "reason": "why"}},
+    "load": {"bytes_read": 100, "sec": 2.0, "gb_per_sec": 5e-8, "disk_wait_sec": 1.9, "decode_sec": 0.1},
+    "ttft_ms": 20.0,
+    "tpot_ms": {"p50": 10.0, "p99": 12.0},
+    "prefix_cache": {"prompt_tokens": 90, "reused_tokens": 64},
+    "generated_tokens": 30,
+    "generation": {"start": 1000.0, "end": 1002.0},
+    "comm_share": 0.25,
+    "decode_step_ms": {"measured": 10.0, "without_all_reduce": 7.5},
+    "memory": {"weights_bytes": 50},
+    "host_peak_bytes": 5000,
+    "outputs": [{"index": 0, "token_ids": [1, 2]}],
+}
+SLOW_LOAD = {"bytes_read": 300, "sec": 4.0, "disk_wait_sec": 0.5, "decode_sec": 3.0}
+
+
+class FakeTelemetry:
+    """A telemetry that has seen these usages, and `energy_j` over one interval."""
+
+    def __init__(self, *usages: CardUsage, energy_j: float | None = None) -> None:
+        self.usages = usages
+        self.energy_j = energy_j
+        self.asked: tuple[float, float] | None = None
+
+    def summary(self) -> tuple[CardUsage, ...]:
+        return self.usages
+
+    def energy_between(self, start_sec: float, end_sec: float) -> float | None:
+        self.asked = (start_sec, end_sec)
+        return self.energy_j
+
+
+USAGES = (
+    CardUsage(1, "driver's name", "nvml", peak_bytes=700, baseline_bytes=300, power_w=90.0),
+    CardUsage(2, "", "nvml"),
+)
+
+
+def planned_job(run_dir: Path) -> Job:
+    job = make_job(run_dir, cards=True, run=make_run(limits=LimitsConfig(card_memory_gib=24)))
+    on_cpu = make_job(run_dir)
+    return replace(job, plan=plan_run(job.run, on_cpu.placement, SHAPE, INVENTORY))
+
+
+def build(run_dir: Path, *results: dict[str, Any], job: Job | None = None, **telemetry: Any) -> dict[str, Any]:
+    """The report of two ranks, the second of which read more and slower."""
+    (run_dir / "ranks").mkdir()
+    slower = RESULT | {"load": SLOW_LOAD, "ttft_ms": 99.0, "memory": {"weights_bytes": 60}, "host_peak_bytes": 6000}
+    for rank, result in enumerate(results or (RESULT, slower)):
+        (run_dir / "ranks" / f"{rank}.json").write_text(json.dumps(result))
+    fake = FakeTelemetry(*USAGES, **telemetry)
+    return build_report(job or planned_job(run_dir), INVENTORY, cast(Telemetry, fake))
+
+
+def test_every_field_of_the_contract_is_there(tmp_path: Path) -> None:
+    report = build(tmp_path)
+    assert set(report) >= CONTRACT | {"outputs"}
+    for card in report["cards"]:
+        assert {"name", "predicted_bytes", "peak_bytes", "power_w", "energy_j"} <= set(card)
+    assert set(report["load"]) >= {"sec", "bytes_read", "gb_per_sec"}
+    json.dumps(report, allow_nan=False)
+
+
+def test_base_report_has_the_same_fields_with_null_for_what_was_not_measured(tmp_path: Path) -> None:
+    for job in (planned_job(tmp_path), make_job(tmp_path)):
+        report = base_report(job)
+        assert set(report) >= CONTRACT
+        assert {name: report[name] for name in MEASURED} == dict.fromkeys(MEASURED)
+        assert report["cards"] == []
+
+
+def test_job_without_a_model_has_no_predictions(tmp_path: Path) -> None:
+    report = base_report(make_job(tmp_path))
+    assert (report["model"], report["predicted"]) == (None, None)
+
+
+def test_measurements_of_rank_0_are_the_runs(tmp_path: Path) -> None:
+    report = build(tmp_path)
+    for name in ("transport", "ttft_ms", "tpot_ms", "prefix_cache", "comm_share", "decode_step_ms", "outputs"):
+        assert report[name] == RESULT[name]
+
+
+def test_load_is_as_long_as_the_slowest_rank_and_reads_what_all_read(tmp_path: Path) -> None:
+    assert build(tmp_path)["load"] == {
+        "sec": 4.0,
+        "disk_wait_sec": 0.5,
+        "decode_sec": 3.0,
+        "bytes_read": 400,
+        "gb_per_sec": pytest.approx(1e-7),
+        "bytes_read_per_rank": [100, 300],
+        "kernels": {},
+    }
+
+
+def test_speed_covers_the_whole_generation_and_energy_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    for rank in range(2):
+        (tmp_path / "ranks" / f"{rank}.json").write_text(json.dumps(RESULT))
+    fake = FakeTelemetry(*USAGES, energy_j=60.0)
+    report = build_report(planned_job(tmp_path), INVENTORY, cast(Telemetry, fake))
+    assert (report["generated_tokens"], report["tokens_per_sec"], report["tokens_per_joule"]) == (30, 15.0, 0.5)
+    assert fake.asked == (1000.0, 1002.0)
+
+
+@pytest.mark.parametrize("energy_j", [None, 0.0])
+def test_energy_that_was_not_measured_gives_no_tokens_per_joule(tmp_path: Path, energy_j: float | None) -> None:
+    report = build(tmp_path, energy_j=energy_j)
+    assert (report["tokens_per_sec"], report["tokens_per_joule"]) == (15.0, None)
+
+
+def test_run_that_had_nothing_to_do_has_no_speed(tmp_path: Path) -> None:
+    nothing = RESULT | {"generated_tokens": 0, "ttft_ms": None, "tpot_ms": {"p50": None, "p99": None}, "outputs": []}
+    report = build(tmp_path, nothing, nothing, energy_j=5.0)
+    assert (report["tokens_per_sec"], report["tokens_per_joule"], report["ttft_ms"]) == (None, None, None)
+
+
+def test_task_without_a_model_has_no_load(tmp_path: Path) -> None:
+    probed = {"transport": RESULT["transport"], "all_reduce": {"gloo": []}}
+    report = build(tmp_path, probed, probed, job=make_job(tmp_path))
+    assert (report["load"], report["tokens_per_sec"], report["ttft_ms"]) == (None, None, None)
+    assert report["all_reduce"] == {"gloo": []}
+    assert [card["predicted_bytes"] for card in report["cards"]] == [None, None]
+
+
+def test_cards_join_plan_telemetry_and_ranks(tmp_path: Path) -> None:
+    job = planned_job(tmp_path)
+    first, second = build(tmp_path, job=job)["cards"]
+    assert job.plan is not None
+    assert [first["predicted_bytes"], second["predicted_bytes"]] == [c.predicted_bytes for c in job.plan.cards]
+    assert first["name"] == job.placement.names[0]
+    assert (first["memory"], second["memory"]) == ({"weights_bytes": 50}, {"weights_bytes": 60})
+    assert (first["host_peak_bytes"], second["host_peak_bytes"]) == (5000, 6000)
+    assert first["power_w"] == 90.0
+
+
+def test_peak_leaves_out_what_others_held_before_and_stays_null_where_unknown(tmp_path: Path) -> None:
+    first, second = build(tmp_path)["cards"]
+    assert (first["peak_bytes"], first["baseline_bytes"]) == (400, 300)
+    assert (second["peak_bytes"], second["power_w"], second["energy_j"]) == (None, None, None)
+
+
+def test_predictions_stand_apart(tmp_path: Path) -> None:
+    job = planned_job(tmp_path)
+    predicted = build(tmp_path, job=job)["predicted"]
+    assert job.plan is not None
+    assert predicted["tpot_floor_ms"] is None
+    for card, planned in zip(predicted["cards"], job.plan.cards, strict=True):
+        assert card["predicted_bytes"] == planned.predicted_bytes == sum(card["lines"].values())
+
+
+def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "PACKAGES", ("torch", "no-such-package"))
+    versions = report_module.versions()
+    assert versions["torch"] and versions["no-such-package"] is None
+
+
+# Failures
+
+
+def test_failed_run_says_what_it_was_and_why() -> None:
+    failure = Failure("RankDied", "rank 1 died", "a hint", 1, "log")
+    report = failure_report(failure, make_run(), Path("/run"))
+    assert (report["task"], report["model"], report["run_dir"]) == ("generate", "some-model", "/run")
+    assert report["error"] == asdict(failure)
+    assert failure_report(failure, None, None)["task"] is None
+
+
+def test_last_line_and_file_are_the_same_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report({"task": "plan", "é": [None, 1.5]}, tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == json.loads((tmp_path / "report.json").read_text()) == {"task": "plan", "é": [None, 1.5]}
+
+
+def test_failure_is_told_to_people_scripts_and_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = Failure("ValueError", "too [b]long[/b]: " + "x" * 300, "Shorten it.", 0, "/logs/rank0.log")
+    assert report_failure(failure, make_run(), tmp_path, 7) == 7
+    out, err = capsys.readouterr()
+    assert failure.message in err and "Shorten it." in err and "Log: /logs/rank0.log" in err
+    assert json.loads(out)["error"] == json.loads((tmp_path / "report.json").read_text())["error"] == asdict(failure)
+
+
+def test_failure_is_told_even_where_the_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_failure(Failure("OSError", "gone"), None, tmp_path / "missing") == 1
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "gone"
+
+
+def test_an_operation_is_an_own_kernel_where_every_rank_has_it(tmp_path: Path) -> None:
+    first = RESULT | {"kernels": {"own": ["norms", "attention"], "plain_torch": {}}}
+    second = RESULT | {"kernels": {"own": ["norms"], "plain_torch": {"attention": "heads of 80"}}}
+    report = build(tmp_path, first, second)
+    assert report["kernels"] == {"own": ["norms"], "plain_torch": {"attention": "heads of 80"}}
+    report["load"]["kernels"] = {"w4a16 (the fastest)": 3, "dequantize (not w4a16: 8 bits)": 2}
+    assert slow_kernels(report | {"device": "cpu"}) == []
+    assert slow_kernels(report | {"device": "cuda"}) == [
+        "attention in plain torch: heads of 80",
+        "2 linears by dequantize (not w4a16: 8 bits)",
+    ]
+    assert slow_kernels(report | {"device": "cuda", "kernels": None, "load": None}) == []
+
+
+def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = build(tmp_path, RESULT, RESULT) | {"model": "llama[awq]", "run_dir": "/runs/[red]x"}
+    print_report(report)
+    shown = capsys.readouterr().err
+    assert "llama[awq] on" in shown and "report: /runs/[red]x/report.json" in shown

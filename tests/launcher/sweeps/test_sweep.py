@@ -1,0 +1,174 @@
+"""A sweep from the command line to its table and plots, and again after it lost a job."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import ConfigError, SamplingConfig
+from launcher.report.report import config_values
+from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
+from tests.launcher.cli import SHORT, Result
+from tests.launcher.forked import run
+from tests.launcher.jobs import make_run
+
+MARK = 12345.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep") / "jobs"
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> Result:
+    return run("-m", "gpus=2,9,1", *SHORT, folder=folder, sweep=True)
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path, first: Result) -> list[dict[str, Any]]:
+    """As the first sweep left them."""
+    return read_rows(folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path, rows: list[dict[str, Any]]) -> Result:
+    """After job 2 lost its report, and with a mark in the one of job 0."""
+    (folder / "2" / "report.json").unlink()
+    path = folder / "0" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ttft_ms": MARK}))
+    return run("-m", f"resume={folder}", folder=folder.parent / "unused", sweep=True)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "sweep.json").read_text())["jobs"])
+
+
+def test_table_has_a_row_for_every_job(folder: Path, first: Result, rows: list[dict[str, Any]]) -> None:
+    assert first.returncode == 1
+    assert [(row["job"], row["varies"], row["status"]) for row in rows] == [
+        (0, {"gpus": "2"}, "ok"),
+        (1, {"gpus": "9"}, "failed"),
+        (2, {"gpus": "1"}, "ok"),
+    ]
+    assert rows[1]["reason"].startswith("ConfigError: gpus=9 must be from 1 to 4")
+    for row, report in zip(rows, first.reports, strict=True):
+        assert row["tokens_per_sec"] == report["tokens_per_sec"]
+        assert row["folder"] == report["run_dir"]
+
+
+def test_csv_and_markdown_say_the_same(folder: Path, rows: list[dict[str, Any]]) -> None:
+    with (folder / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["gpus"], line["status"]) for line in lines] == [("2", "ok"), ("9", "failed"), ("1", "ok")]
+    assert float(lines[2]["ttft_ms"]) == rows[2]["ttft_ms"]
+    assert "ConfigError: gpus=9 must be" in (folder / "sweep.md").read_text()
+
+
+def test_people_see_the_table_and_how_to_go_on(folder: Path, first: Result) -> None:
+    assert "job 1 failed: ConfigError: gpus=9 must be" in first.stderr
+    assert f"1 of 3 jobs are left to do: -m resume={folder}" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert "Error executing job" not in first.stderr
+
+
+def test_plots_are_of_what_was_measured(folder: Path, first: Result) -> None:
+    names = {path.name for path in (folder / "plots").iterdir()}
+    over_cards = ("tokens_per_sec_over_cards", "ttft_over_cards", "comm_share_over_cards")
+    # CPUs have no power to show, and there was one batch size.
+    assert names == {f"{name}.{suffix}" for name in (*over_cards, "memory") for suffix in ("png", "svg")}
+    assert "gpus=2" in (folder / "plots" / "memory.svg").read_text()
+
+
+def test_resumed_sweep_keeps_what_is_done_and_does_the_rest(
+    folder: Path, rows: list[dict[str, Any]], resumed: Result
+) -> None:
+    kept, failed, again = resumed.reports
+    assert kept["ttft_ms"] == MARK
+    assert failed["error"]["message"].startswith("gpus=9")
+    assert again["world_size"] == 1
+    assert again["tokens_per_sec"] != rows[2]["tokens_per_sec"]
+    after = read_rows(folder)
+    assert [row["status"] for row in after] == ["ok", "failed", "ok"]
+    assert [row["varies"] for row in after] == [row["varies"] for row in rows]
+    assert (after[0]["ttft_ms"], after[2]["ttft_ms"]) == (MARK, again["ttft_ms"])
+    assert resumed.returncode == 1
+
+
+def test_resumed_sweep_says_which_jobs_were_done_and_starts_no_other_folder(folder: Path, resumed: Result) -> None:
+    assert f"done already: {folder / '0'}" in resumed.stderr
+    assert resumed.stderr.count("done already") == 1
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2", "plots"]
+
+
+# Which command line a sweep goes on with
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    text = """
+hydra:
+  overrides:
+    hydra: [hydra.mode=MULTIRUN, hydra.sweep.dir=old, hydra/launcher=basic]
+    task: ["gpus=1,2", "++model=demo", "resume=true"]
+"""
+    (tmp_path / "multirun.yaml").write_text(text)
+    return tmp_path
+
+
+def test_folder_stands_for_the_command_line_of_its_sweep(stored: Path) -> None:
+    assert resume_arguments(["-m", f"resume={stored}"]) == [
+        "-m", "hydra/launcher=basic", "gpus=1,2", "++model=demo", f"hydra.sweep.dir={stored}", "resume=true",
+    ]  # fmt: skip
+
+
+def test_what_is_typed_now_takes_its_place(stored: Path) -> None:
+    arguments = resume_arguments(["--multirun", "gpus=1,2,4", f"resume={stored}", "prompt=x"])
+    assert arguments[2:] == ["gpus=1,2,4", "++model=demo", "prompt=x", f"hydra.sweep.dir={stored}", "resume=true"]
+
+
+@pytest.mark.parametrize("arguments", [["-m", "resume=true", "gpus=1"], ["resume=True"], ["gpus=2"], ["resume=false"]])
+def test_other_command_lines_stay_as_they_are(arguments: list[str]) -> None:
+    assert resume_arguments(arguments) == arguments
+
+
+def test_folder_needs_a_sweep(stored: Path) -> None:
+    with pytest.raises(ConfigError, match="add -m"):
+        resume_arguments([f"resume={stored}"])
+    with pytest.raises(ConfigError, match=r"must be the folder of a sweep, which has a multirun\.yaml"):
+        resume_arguments(["-m", f"resume={stored / 'elsewhere'}"])
+
+
+# Which jobs are done
+
+
+def test_job_is_done_once_its_report_is_complete_and_of_this_config(tmp_path: Path) -> None:
+    run = make_run()
+    assert finished_report(run, tmp_path) is None
+    report = {"task": "bench", "config": config_values(run)}
+    for text, done in [
+        (json.dumps(report), True),
+        (json.dumps(report)[:-5], False),
+        (json.dumps(report | {"error": {"type": "X", "message": "x"}}), False),
+        ('{"task": "bench"}', False),
+    ]:
+        (tmp_path / "report.json").write_text(text)
+        assert (finished_report(run, tmp_path) is not None) == done
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert finished_report(replace(run, resume=True), tmp_path) == report
+    assert finished_report(replace(run, sampling=SamplingConfig(seed=7)), tmp_path) is None
+
+
+def test_answers_of_a_job_that_was_cut_short_are_gone_on_with(tmp_path: Path) -> None:
+    run = make_run(prompts_file="a.txt")
+    assert not goes_on(run, tmp_path).resume
+    (tmp_path / "job.json").write_text(json.dumps({"run": config_values(run)}))
+    assert goes_on(run, tmp_path).resume
+    assert not goes_on(replace(run, prompt="other"), tmp_path).resume
+    assert not goes_on(make_run(), tmp_path).resume
+    assert goes_on(replace(run, output_file="answers.jsonl"), tmp_path / "none").resume
