@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.side_stream import Sum, side_stream
+from parallel.engine.prefill.side_stream import Sum, side_stream
 from parallel.transports.copies import wrap_copies
-from parallel.transports.copy_layout import MIB, CopyLayout
+from parallel.transports.copy_layout import CopyLayout
 from parallel.transports.two_step import wrap_two_step
-from parallel.transports.copies import CopiedHostMemory, wrap_copies
-from parallel.transports.copy_layout import CopyLayout, choose_layout
-from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 from parallel.units import MIB
 from tools.all_reduce_cards import say
 from tools.card_ranks import CardRank, run_on_cards

@@ -12,11 +12,8 @@ FLAG_STRIDE = 64
 # Flags are 32 bits.
 COUNTS = 2**32
 MAX_RANKS = 4
-MIB = 1024 * 1024
 # What ranks meet for in a turn: slots are written, sums are written, everything was read.
 MEETINGS = WRITTEN, SUMMED, READ = 0, 1, 2
-# Each has a flag a rank, and two streams on every card.
-LANES = (0, 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.copy_layout import (
     FLAG_STRIDE,
     MEETINGS,
-    MIB,
     READ,
     SUMMED,
     UNIT_BYTES,
@@ -23,25 +22,19 @@ from parallel.transports.copy_layout import (
     choose_layout,
     part_bytes,
 )
-from parallel.transports.copy_plan import Begin, End, Meet, Operation, ToCard, ToHost, cut, next_lane, plan_all_reduce
-from tests.parallel.simulated_copies import Change, Simulation
-from parallel.transports.copy_layout import LANES, UNIT_BYTES, CopyLayout, choose_layout, part_bytes
 from parallel.transports.copy_plan import (
-    ADD,
-    CALLER,
-    RECEIVE,
-    SEND,
-    START,
-    Await,
+    Begin,
+    End,
+    Meet,
     Operation,
-    Raise,
     ToCard,
     ToHost,
-    Wait,
+    cut,
+    next_lane,
     plan_all_reduce,
 )
 from parallel.units import MIB
-from tests.parallel.simulated_copies import Simulation
+from tests.parallel.simulated_copies import Change, Simulation
 
 SEED = int.from_bytes(os.urandom(4), "little")
 LAYOUTS = {
