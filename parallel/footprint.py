@@ -30,7 +30,7 @@ OWN_ZERO_BITS = 4
 OWN_KERNELS = ("w4a16", "w8a16")
 # Above this many rows they may go through wide.cu, whose blocks leave parts of sums to one another.
 MAX_NARROW_ROWS = 8
-# Two for each of an H200's 132 multiprocessors, of 256 outputs by 128 tokens in float32.
+# Two for each of an H200's 132 multiprocessors, of 128 outputs by 256 tokens in float32, or the other way round.
 WIDE_WORKSPACE_BYTES = 33 * 1024**2
 # Up to so many rows they always multiply by the packed weight; up to how many more, a trial on the card decides
 # (parallel/product_trial.py). At 256 rows both ways took as long on an H200: 52.6 and 55.6 ms (results/LOG.md).

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from parallel.footprint import UNIT_INPUTS, WIDE_WORKSPACE_BYTES
-from parallel.kernels import w4a16, w8a16, wide
+from parallel.kernels import w4a16, w8a16, warp_groups, wide
+from parallel.kernels.packed_layout import Layout
 from parallel.kernels.tiles import OUTPUTS_PER_TILE, Launch, choose_launch
+from parallel.kernels.warp_groups import GroupLaunch
 from parallel.quantized import QuantizedWeight
 
 # The table of "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix E.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
-AnyLaunch = Launch | wide.Launch
+AnyLaunch = Launch | wide.AnyLaunch
 # NaN in e4m3, with its sign: no checkpoint that loads has one.
 E4M3_NAN = (0x7F, 0xFF)
 
@@ -116,7 +118,7 @@ class OwnFormat:
     ) -> None:
         """`workspace`: as of wide.run_kernel."""
         layout = self.wide_layout(swiglu=swiglu)
-        if isinstance(launch, wide.Launch):
+        if isinstance(launch, wide.AnyLaunch):
             wide.run_kernel(
                 launch, rows, weight.packed, weight.scales, weight.codebook, output, layout, workspace=workspace
             )
@@ -147,7 +149,7 @@ class OwnFormat:
             return wide.choose_launch(num_rows, wide.launches_for(layout, units, torch.cuda.current_device()))
         return choose_launch(launches, num_rows, shape[0] // OUTPUTS_PER_TILE)
 
-    def wide_layout(self, *, swiglu: bool = False) -> wide.Layout:
+    def wide_layout(self, *, swiglu: bool = False) -> Layout:
         if self.bits == 8:
             is_float = self.kind == "e4m3"
             return w8a16.wide_layout(is_grouped=self.group_size is not None, is_float=is_float, swiglu=swiglu)
@@ -161,6 +163,8 @@ class OwnFormat:
         device_index, layout = torch.cuda.current_device(), self.wide_layout(swiglu=swiglu)
         if isinstance(launch, wide.Launch):
             wide.compile_kernel(launch, layout, device_index)
+        elif isinstance(launch, GroupLaunch):
+            warp_groups.compile_kernel(launch, layout, device_index)
         elif self.bits == 4:
             w4a16.multiply_kernel(launch, layout, device_index)
         else:
@@ -194,9 +198,8 @@ def compile_in_threads(every: Iterable[tuple[OwnFormat, AnyLaunch, bool]]) -> No
 
 
 def rounds_weights(own: OwnFormat, launch: AnyLaunch) -> bool:
-    """Whether the kernel multiplies by weights that are rounded to bf16, as SCALED in wide_wgmma.cu says."""
-    parts = UNIT_INPUTS // own.group_size if own.group_size else 0
-    return isinstance(launch, wide.Launch) and launch.wgmma and (parts > 2 or (parts > 0 and launch.token_tiles > 8))
+    """Whether the kernel multiplies by weights that are rounded to bf16, as wide_wgmma.cu says."""
+    return isinstance(launch, GroupLaunch) and own.wide_layout().scale_bytes > 0
 
 
 @dataclass(frozen=True)

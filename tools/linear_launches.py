@@ -7,8 +7,9 @@ from itertools import product
 import torch
 
 from parallel.footprint import MAX_NARROW_ROWS, UNIT_INPUTS
-from parallel.kernels import w4a16, wide
+from parallel.kernels import w4a16, warp_groups, wide
 from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch
+from parallel.kernels.warp_groups import GroupLaunch
 from tools.linear_formats import FORMATS, AnyLaunch, Expected, OwnFormat, check_launch, rounded_codebook
 
 # Of both kernels, and of every tile of the second, none of them full.
@@ -19,12 +20,9 @@ MAX_TILE_TOKENS = 128
 # What a thread takes, by its tiles of 16 outputs and 8 tokens (NVRTC 13, sm_80 to sm_90), none of it in memory.
 REGISTERS = ((4, 128), (8, 168), (12, 208), (16, 255))
 REGISTERS_OF_MULTIPROCESSOR = 65536
-# Rows below which warp groups are not tried; tokens of their tiles, in eights; tiles of sums that registers hold, and
-# what shared memory there is.
-MAX_NARROW_WGMMA = 32
-WGMMA_TOKEN_TILES = (8, 16)
-MAX_WGMMA_TILES = 256
-WGMMA_SHARED_BYTES = 227 * 1024
+# Rows up to which warp groups are not tried; their tiles of 8 tokens, and warps that registers are enough for.
+MAX_NARROW_GROUPS = 32
+GROUP_TILES = ((8, 8), (8, 12), (16, 8), (16, 12), (32, 8))
 # An RTX 4090 gives a block so much.
 WIDE_SHARED_BYTES = 99 * 1024
 
@@ -33,7 +31,7 @@ def launches(own: OwnFormat, num_rows: int, num_in: int) -> list[AnyLaunch]:
     """Configurations worth a try for this many rows of so many inputs."""
     narrow = narrow_launches(own, num_rows) if num_rows <= max(w4a16.LAUNCHES) else []
     many = wide_launches(own, num_rows) if num_rows > MAX_NARROW_ROWS else []
-    return [*narrow, *many, *(wgmma_launches(own, num_rows, num_in) if num_rows > MAX_NARROW_WGMMA else [])]
+    return [*narrow, *many, *(group_launches(own, num_rows, num_in) if num_rows > MAX_NARROW_GROUPS else [])]
 
 
 def narrow_launches(own: OwnFormat, num_rows: int) -> list[Launch]:
@@ -57,19 +55,15 @@ def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
     return [each for each in found if 2 * each.stage_bytes(own.wide_layout().unit_bytes) <= WIDE_SHARED_BYTES]
 
 
-def wgmma_launches(own: OwnFormat, num_rows: int, num_in: int) -> list[wide.Launch]:
-    """Of warp groups, on a card that has them; with rings of 3 stages and of 4."""
-    if wide.wgmma_problem(own.wide_layout(), num_in // UNIT_INPUTS, torch.cuda.current_device()):
-        return []
-    few, many = WGMMA_TOKEN_TILES
-    token_tiles = few if num_rows <= few * ROWS_PER_TILE else many
+def group_launches(own: OwnFormat, num_rows: int, num_in: int) -> list[GroupLaunch]:
+    """Of warp groups, where they can be had: tiles of which the rows fill more than half, with 3 units ahead and 4."""
+    layout, device_index = own.wide_layout(), torch.cuda.current_device()
     found = [
-        wide.Launch(token_tiles, row_tiles, out_warps, 1, stages, blocks, wgmma=True)
-        for row_tiles, (out_warps, blocks), stages in product((1, 2), ((4, 2), (8, 1), (12, 1)), (3, 4))
-        if row_tiles * token_tiles * out_warps * blocks <= MAX_WGMMA_TILES
+        GroupLaunch(*tile, stages)
+        for tile, stages in product(GROUP_TILES, (3, 4))
+        if tile[0] * ROWS_PER_TILE < 2 * num_rows
     ]
-    unit_bytes = own.wide_layout().unit_bytes
-    return [each for each in found if each.shared_bytes(3, unit_bytes) <= WGMMA_SHARED_BYTES // each.blocks]
+    return [each for each in found if not warp_groups.problem(each, layout, num_in // UNIT_INPUTS, device_index)]
 
 
 def check_format(name: str, shape: tuple[int, int]) -> None:

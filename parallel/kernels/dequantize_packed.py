@@ -7,8 +7,8 @@ from functools import cache
 from torch import Tensor
 
 from parallel.kernels.launch import Kernel, load_kernel
+from parallel.kernels.packed_layout import Layout
 from parallel.kernels.tiles import FOLDER, WARP, empty_weight
-from parallel.kernels.wide import Layout
 
 # Of a block, and of 128 inputs of 16 outputs that a warp takes, as in the source.
 WARPS = 8

@@ -16,6 +16,7 @@ from parallel.kernels import dequantize_packed, pack_four_bits, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
+from parallel.kernels.packed_layout import Layout
 from parallel.kernels.tiles import (
     OUTPUTS_PER_TILE,
     WARP,
@@ -229,20 +230,18 @@ def launches_for(*, has_codebook: bool, swiglu: bool = False) -> Launches:
 
 
 @cache
-def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> Kernel:
+def multiply_kernel(launch: Launch, layout: Layout, device_index: int) -> Kernel:
     options = (*launch.options(), *layout.options)
     return compile_kernel("w4a16.cu", "w4a16", options, device_index, "PPPPiii" + "P" * layout.has_codebook)
 
 
-def layout_of(packed: Tensor, scales: Tensor, codebook: Tensor | None, *, swiglu: bool = False) -> wide.Layout:
+def layout_of(packed: Tensor, scales: Tensor, codebook: Tensor | None, *, swiglu: bool = False) -> Layout:
     group_size = packed.shape[1] * UNIT_INPUTS // scales.shape[1]
     return find_layout(group_size, scales.shape[2], scales.dtype, has_codebook=codebook is not None, swiglu=swiglu)
 
 
 @cache
-def find_layout(
-    group_size: int, width: int, dtype: torch.dtype, *, has_codebook: bool, swiglu: bool = False
-) -> wide.Layout:
+def find_layout(group_size: int, width: int, dtype: torch.dtype, *, has_codebook: bool, swiglu: bool = False) -> Layout:
     """Of 16 outputs, the scales of a group are `width` numbers of `dtype`, zeros included."""
     group_bytes = width * dtype.itemsize
     defined = {
@@ -255,4 +254,4 @@ def find_layout(
     }
     weight_bytes, scale_bytes = OUTPUTS_PER_TILE * UNIT_INPUTS // 2, UNIT_INPUTS // group_size * group_bytes
     options = tuple(f"-D{name}={value}" for name, value in defined.items())
-    return wide.Layout(options, weight_bytes, scale_bytes, has_codebook, 1 + swiglu)
+    return Layout(options, weight_bytes, scale_bytes, has_codebook, 1 + swiglu)

@@ -17,6 +17,7 @@ from parallel.kernels import dequantize_packed, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
+from parallel.kernels.packed_layout import Layout
 from parallel.kernels.tiles import (
     OUTPUTS_PER_TILE,
     SCALE_BYTES,
@@ -169,9 +170,7 @@ def w8a16(rows: Tensor, packed: Tensor, scales: Tensor, is_float: bool, swiglu: 
     return output
 
 
-def run_kernel(
-    launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, layout: wide.Layout
-) -> None:
+def run_kernel(launch: Launch, rows: Tensor, packed: Tensor, scales: Tensor, output: Tensor, layout: Layout) -> None:
     tiles, units = packed.shape[:2]
     kernel = multiply_kernel(launch, layout, packed.device.index)
     sizes = tiles * OUTPUTS_PER_TILE, units * UNIT_INPUTS, len(rows)
@@ -190,16 +189,16 @@ def launches_for(*, swiglu: bool = False) -> Launches:
 
 
 @cache
-def multiply_kernel(launch: Launch, layout: wide.Layout, device_index: int) -> Kernel:
+def multiply_kernel(launch: Launch, layout: Layout, device_index: int) -> Kernel:
     return compile_kernel("w8a16.cu", "w8a16", (*launch.options(), *layout.options), device_index, "PPPPiii")
 
 
 @cache
-def wide_layout(*, is_grouped: bool, is_float: bool, swiglu: bool = False) -> wide.Layout:
+def wide_layout(*, is_grouped: bool, is_float: bool, swiglu: bool = False) -> Layout:
     defined = {"BITS": 8, "GROUPED": int(is_grouped), "E4M3": int(is_float), "SWIGLU": int(swiglu)}
     options = tuple(f"-D{name}={value}" for name, value in defined.items())
     scale_bytes = OUTPUTS_PER_TILE * SCALE_BYTES * int(is_grouped)
-    return wide.Layout(options, OUTPUTS_PER_TILE * UNIT_INPUTS, scale_bytes, weights_side_by_side=1 + swiglu)
+    return Layout(options, OUTPUTS_PER_TILE * UNIT_INPUTS, scale_bytes, weights_side_by_side=1 + swiglu)
 
 
 def is_grouped(scales: Tensor) -> bool:

@@ -34,11 +34,16 @@ __device__ __forceinline__ u32 describe_tokens(u32 address) { return 1u << 16 | 
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define SUMS_64 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
                 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_128 SUMS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+                 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+                 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+                 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define OF_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 #define OF_TILES_2(t) OF_TILE(t), OF_TILE(t + 1)
 #define OF_TILES_4(t) OF_TILES_2(t), OF_TILES_2(t + 2)
 #define OF_TILES_8(t) OF_TILES_4(t), OF_TILES_4(t + 4)
 #define OF_TILES_16(t) OF_TILES_8(t), OF_TILES_8(t + 8)
+#define OF_TILES_32(t) OF_TILES_16(t), OF_TILES_16(t + 16)
 #define PRODUCT(tokens, sums, a0, a1, a2, a3, b, tiles)                                                            \
   asm volatile("{.reg .b64 at;\nmov.b64 at, {" b ", 0x40000040};\n"                                                \
                "wgmma.mma_async.sync.aligned.m64n" tokens "k16.f32.bf16.bf16 {" sums "}, {" a0 ", " a1 ", " a2 ", " a3 \
@@ -51,8 +56,10 @@ __device__ __forceinline__ void multiply_tokens(float (&d)[NT][4], const u32 (&a
   PRODUCT("64", SUMS_32, "%32", "%33", "%34", "%35", "%36", OF_TILES_8(0));
 #elif NT == 16
   PRODUCT("128", SUMS_64, "%64", "%65", "%66", "%67", "%68", OF_TILES_16(0));
+#elif NT == 32
+  PRODUCT("256", SUMS_128, "%128", "%129", "%130", "%131", "%132", OF_TILES_32(0));
 #else
-#error "tokens of a tile: 64 or 128"
+#error "tokens of a tile: 64, 128 or 256"
 #endif
 }
 

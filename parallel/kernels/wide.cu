@@ -134,7 +134,7 @@ wide(const uint4* __restrict__ weights, const unsigned char* __restrict__ scales
   const int out_warp = (threadIdx.x >> 5) % OUT_WARPS, token_warp = (threadIdx.x >> 5) / OUT_WARPS;
   const u32 address = shared_address(memory);
   DECODER(decoder);
-  const Deal deal(num_tiles, units, num_rows);
+  const Deal deal{units, count_places(num_tiles, num_rows) * units, (int)gridDim.x};
   const int end = deal.begin(blockIdx.x + 1);
   int work = deal.begin(blockIdx.x);
 

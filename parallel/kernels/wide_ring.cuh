@@ -1,40 +1,62 @@
-// The ring of wide_wgmma.cu: STAGES units of 128 inputs in shared memory, filled by one thread with bulk copies. A stage has
-// the tokens' first 64 inputs, their second, the weights of all row tiles, then their scales; of gates and ups, first those
-// of all gates.
+// What wide_wgmma.cu multiplies, in shared memory: two rings, which one thread fills with bulk copies. The first has
+// TOKEN_STAGES times 64 inputs of a tile's tokens, the second WEIGHT_STAGES times the weights of 128 inputs of all its row
+// tiles, then their scales. Weights are taken out, and given free, a unit before the tokens that go with them.
 
 #include "bulk_copies.cuh"
 
-// 64 inputs of all tokens.
+// 64 inputs of all tokens. Boxes that are swapped over 128 bytes begin at multiples of 1024, others of 128.
 #define HALF_BYTES (TOKENS * 128)
-#define WEIGHTS_AT (2 * HALF_BYTES)
-#define SCALES_AT (WEIGHTS_AT + ROW_TILES * WEIGHT_BYTES)
-// Of a row tile: 40 bytes are copied as 48, since copies begin at multiples of 16.
-#define SCALE_BYTES (PARTS * GROUP_BYTES)
+// Of a row tile: 40 bytes are copied as 48, since copies begin at multiples of 16. What all inputs share comes each time.
+#define SCALE_BYTES ((PARTS ? PARTS : 1) * GROUP_BYTES)
 #define SCALE_STEP ((SCALE_BYTES + 15) / 16 * 16)
-// Of all row tiles, of the ups behind the gates: boxes begin at multiples of 128.
-#define SCALES_BYTES ((ROW_TILES >> SWIGLU) * SCALE_STEP)
-#define SCALES_ROOM ((SCALES_BYTES + 127) / 128 * 128)
-#define COPIED_BYTES (SCALES_AT + (1 + SWIGLU) * SCALES_BYTES)
-#define STAGE_BYTES ((SCALES_AT + (1 + SWIGLU) * SCALES_ROOM + 1023) / 1024 * 1024)
+#define SCALES_AT (ROW_TILES * WEIGHT_BYTES)
+#define UNIT_COPIED (SCALES_AT + ROW_TILES * SCALE_STEP)
+#define WEIGHT_STAGE_BYTES ((UNIT_COPIED + 127) / 128 * 128)
+#define WEIGHTS_AT (TOKEN_STAGES * HALF_BYTES)
+#define BARRIERS_AT (WEIGHTS_AT + WEIGHT_STAGES * WEIGHT_STAGE_BYTES)
 // Boxes of weights and of scales are in pieces of 8 bytes.
 #define PIECE 8
 
-struct Barriers {
-  u32 address;
-  __device__ __forceinline__ u32 full(int slot) const { return address + slot * 16; }
-  __device__ __forceinline__ u32 empty(int slot) const { return address + slot * 16 + 8; }
-};
-
-// A place in the ring; `parity` of the phase in which its stage is filled.
+// A place in a ring; `parity` of the phase in which its stage is filled.
+template <int stages>
 struct Slot {
   int index = 0;
   u32 parity = 0;
   __device__ __forceinline__ void step() {
-    if (++index == STAGES) {
+    if (++index == stages) {
       index = 0;
       parity ^= 1;
     }
   }
+};
+typedef Slot<TOKEN_STAGES> TokenSlot;
+typedef Slot<WEIGHT_STAGES> WeightSlot;
+
+struct Ring {
+  const unsigned char* memory;
+
+  __device__ __forceinline__ u32 tokens(const TokenSlot& slot) const {
+    return shared_address(memory) + slot.index * HALF_BYTES;
+  }
+  __device__ __forceinline__ const unsigned char* weights(const WeightSlot& slot) const {
+    return memory + WEIGHTS_AT + slot.index * WEIGHT_STAGE_BYTES;
+  }
+  __device__ __forceinline__ u32 full(const TokenSlot& slot) const { return barrier(slot.index); }
+  __device__ __forceinline__ u32 full(const WeightSlot& slot) const { return barrier(TOKEN_STAGES + slot.index); }
+  template <class AnySlot>
+  __device__ __forceinline__ u32 empty(const AnySlot& slot) const { return full(slot) + 8; }
+
+  // By one thread; each of `readers` says that it has done with a stage.
+  __device__ __forceinline__ void open(int readers) const {
+    for (int i = 0; i < TOKEN_STAGES + WEIGHT_STAGES; i++) {
+      open_barrier(barrier(i), 1);
+      open_barrier(barrier(i) + 8, readers);
+    }
+    show_barriers();
+  }
+
+ private:
+  __device__ __forceinline__ u32 barrier(int stage) const { return shared_address(memory) + BARRIERS_AT + stage * 16; }
 };
 
 // What is copied: X [rows, inputs], and by row tile all weights and all scales.
@@ -42,37 +64,27 @@ struct Maps {
   const TensorMap *tokens, *weights, *scales;
 };
 
-// Fills the ring, a unit at a time, over the end of a tile too. One thread's work.
+// The thread that fills both rings.
 struct Filler {
+  Ring ring;
   Maps maps;
-  u32 ring;
-  Barriers barriers;
-  int left, num_tiles, units, num_rows;
-  // Of the next unit.
-  int unit;
-  Place place;
-  Slot slot;
+  TokenSlot token_slot;
+  WeightSlot weight_slot;
 
-  __device__ __forceinline__ void fill() {
-    if (left == 0) return;
-    const u32 stage = ring + slot.index * STAGE_BYTES, full = barriers.full(slot.index);
-    await_phase(barriers.empty(slot.index), slot.parity ^ 1);
-    arrive_and_announce(full, COPIED_BYTES);
-    copy_box(stage, maps.tokens, unit * 128, place.token, full);
-    copy_box(stage + HALF_BYTES, maps.tokens, unit * 128 + 64, place.token, full);
-#pragma unroll
-    for (int i = 0; i < 1 + SWIGLU; i++) {
-      // Of gates and ups, the first tile of each.
-      const int tile = (place.tile >> SWIGLU) + i * (num_tiles >> 1), share = ROW_TILES >> SWIGLU;
-      copy_box(stage + WEIGHTS_AT + i * share * WEIGHT_BYTES, maps.weights, unit * (WEIGHT_BYTES / PIECE), tile, full);
-      if (PARTS)
-        copy_box(stage + SCALES_AT + i * SCALES_ROOM, maps.scales, unit * SCALE_BYTES / 16 * 16 / PIECE, tile, full);
-    }
-    left--;
-    slot.step();
-    if (++unit == units) {
-      unit = 0;
-      place.step(num_rows);
+  // 128 inputs of a tile.
+  __device__ __forceinline__ void fill(const Place& place, int unit) {
+    const u32 full = ring.full(weight_slot), stage = shared_address(ring.weights(weight_slot));
+    await_phase(ring.empty(weight_slot), weight_slot.parity ^ 1);
+    arrive_and_announce(full, UNIT_COPIED);
+    copy_box(stage, maps.weights, unit * (WEIGHT_BYTES / PIECE), place.tile, full);
+    copy_box(stage + SCALES_AT, maps.scales, PARTS ? unit * SCALE_BYTES / 16 * 16 / PIECE : 0, place.tile, full);
+    weight_slot.step();
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      await_phase(ring.empty(token_slot), token_slot.parity ^ 1);
+      arrive_and_announce(ring.full(token_slot), HALF_BYTES);
+      copy_box(ring.tokens(token_slot), maps.tokens, unit * 128 + half * 64, place.token, ring.full(token_slot));
+      token_slot.step();
     }
   }
 };

@@ -1,11 +1,11 @@
 // How the kernels of many rows (wide.cu, wide_wgmma.cu) deal tiles of Y to blocks.
 //
-// The units of all tiles, in order, are dealt to the blocks in runs of one length, whatever the shape. A tile that
+// The units of tiles, in order, are dealt to blocks in runs of one length, whatever the shape. A tile that
 // several blocks share is left by each as a float32 part; the last to arrive adds them in the order of the inputs, so
 // that sums never depend on which it is. Launches must follow one another, on one stream.
 //
 // Defined by the host: BITS (4 or 8); of a block, OUT_WARPS along the outputs and TOKEN_WARPS along the tokens of its tile,
-// of which each takes RT row tiles of 16 outputs and NT tiles of 8 tokens.
+// of which each takes RT row tiles of 16 outputs and NT tiles of 8 tokens. COPIERS: threads of a block beyond these warps.
 
 #if BITS == 4
 #include "four_bits.cuh"
@@ -25,14 +25,14 @@
 // Blocks that have left their part of a tile; zero between launches.
 __device__ u32 arrivals[MAX_TILES];
 
-// How the units of all tiles are dealt to the blocks.
+__device__ __forceinline__ int count_places(int num_tiles, int num_rows) {
+  return (num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS);
+}
+
+// How the `total` units of tiles of `units` each are dealt to as many blocks; others get none.
 struct Deal {
   int units, total, blocks;
-  __device__ __forceinline__ Deal(int num_tiles, int units, int num_rows)
-      : units(units),
-        total((num_tiles + ROW_TILES - 1) / ROW_TILES * ((num_rows + TOKENS - 1) / TOKENS) * units),
-        blocks(gridDim.x) {}
-  __device__ __forceinline__ int begin(int block) const { return (int)((long long)total * block / blocks); }
+  __device__ __forceinline__ int begin(int block) const { return (int)((long long)total * min(block, blocks) / blocks); }
   __device__ __forceinline__ int block_of(int work) const { return (int)(((work + 1LL) * blocks - 1) / total); }
 };
 
@@ -44,15 +44,21 @@ struct Place {
     tile = index / token_blocks * ROW_TILES;
     token = index % token_blocks * TOKENS;
   }
-  // To the next.
-  __device__ __forceinline__ void step(int num_rows) {
-    token += TOKENS;
-    if (token >= num_rows) {
-      token = 0;
-      tile += ROW_TILES;
-    }
-  }
 };
+
+// The threads that multiply meet; whether any of them says so.
+#if COPIERS
+__device__ __forceinline__ void meet_multipliers() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ bool any_multiplier(bool mine) {
+  u32 any;
+  asm volatile("{.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;}"
+               : "=r"(any) : "r"((u32)mine), "n"(THREADS) : "memory");
+  return any;
+}
+#else
+__device__ __forceinline__ void meet_multipliers() { __syncthreads(); }
+__device__ __forceinline__ bool any_multiplier(bool mine) { return __syncthreads_or(mine); }
+#endif
 
 // Adds up the parts of a tile in the order of its inputs; true in the block that was the last to arrive.
 __device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* parts, const Deal& deal, int index, int first) {
@@ -67,9 +73,9 @@ __device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* part
     for (int t = 0; t < NT; t++)
       own[(r * NT + t) * THREADS] = make_float4(acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]);
   __threadfence();
-  __syncthreads();
+  meet_multipliers();
   // Wraps to zero by itself, ready for the next launch.
-  if (!__syncthreads_or(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
+  if (!any_multiplier(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
   __threadfence();
 #pragma unroll
   for (int r = 0; r < RT; r++)

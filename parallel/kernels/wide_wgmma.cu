@@ -1,33 +1,88 @@
 // Y[m, n] = sum over k of X[m, k] * weight[n, k], as wide.cu and from the same packed weights, by warp groups of sm_90.
 //
-// A tile of Y is 16 * RT * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
-// outputs by all tokens of the tile (wgmma.cuh): while the tensor cores work through 64 inputs, the warps decode the weights
-// of the next, and swap those of the 64 after. All come through a ring of units of 128 inputs (wide_ring.cuh).
+// A tile of Y is 16 * OUT_WARPS outputs of 8 * NT tokens, one block's work at a time. Four warps together multiply 64
+// outputs by all tokens of the tile (wgmma.cuh), 32 inputs at a turn: while the tensor cores are at one turn, the warps
+// decode the weights of the turn three later, and swap those of the turn after that. So a weight's way from shared memory
+// to a product takes four turns, none of which waits for it. One more warp group has the thread that copies
+// (wide_ring.cuh), and gives its registers to the others.
 //
-// SCALED: weights are multiplied by their scale before they are, and so rounded to bf16, as dequantize_packed.cu does;
-// otherwise exact sums of a group are, which takes as many registers again as a warp has outputs.
+// Weights whose inputs have scales in groups are multiplied by them before they are, and so rounded to bf16, as
+// dequantize_packed.cu does.
 //
-// Defined by the host: NT (8 or 16), RT, OUT_WARPS (4, 8 or 12), STAGES, BLOCKS (on a multiprocessor), SWIGLU (0 or 1, then
-// with an even RT), and what four_bits.cuh or eight_bits.cuh asks for, which have the layouts.
+// Tiles go to the blocks in waves, one to each. What is left of them is dealt in units, as in wide.cu, so that parts of
+// sums are written for a part of Y only.
+//
+// Defined by the host: NT (8, 16 or 32), OUT_WARPS (4, 8, 12 or 16), TOKEN_STAGES, WEIGHT_STAGES, and what four_bits.cuh or
+// eight_bits.cuh asks for, which have the layouts; SWIGLU is 0.
 
+#define RT 1
 #define TOKEN_WARPS 1
+#define COPIERS 128
 #include "wide_tiles.cuh"
 #include "wgmma.cuh"
 #include "wide_ring.cuh"
 
-#define SCALED (PARTS > 2 || PARTS > 0 && NT > 8)
+// Registers of each thread: as the block gets them, then of those that copy and those that multiply.
+#define ALL_THREADS (THREADS + COPIERS)
+#define START_REGISTERS (65536 / ALL_THREADS / 8 * 8)
+#define COPY_REGISTERS 24
+#define MULTIPLY_REGISTERS ((START_REGISTERS * ALL_THREADS - COPY_REGISTERS * COPIERS) / THREADS / 8 * 8)
+#define TURNS_PER_LOAD (STEPS_PER_LOAD / 2)
+#define TURNS_PER_SCALE (PARTS ? 4 / PARTS : 4)
+#define OUTPUT_UNIT (PARTS ? 1.0f : UNIT)
 #if BITS == 4
 #define SHORT_SCALES (SCALE_BITS != 32 && !HALF)
 #else
 #define SHORT_SCALES 0
 #endif
-#define OUTPUT_UNIT (SCALED ? 1.0f : UNIT)
-static_assert(!SWIGLU || RT % 2 == 0, "tiles in pairs");
+static_assert(!SWIGLU, "wide.cu has that");
+
+// Units `first` to `stop` of a tile.
+struct Run {
+  int tile, first, stop;
+};
+
+// The work of this block: a tile of each of `num_waves`, then its share of those after them.
+struct Waves {
+  int num_waves;
+  Deal rest;
+  int wave = 0, work, end;
+
+  __device__ __forceinline__ Waves(int num_tiles, int units, int num_rows, int num_waves, int sharing)
+      : num_waves(num_waves),
+        rest{units, (count_places(num_tiles, num_rows) - num_waves * (int)gridDim.x) * units, sharing},
+        work(rest.begin(blockIdx.x)),
+        end(rest.begin(blockIdx.x + 1)) {}
+  __device__ __forceinline__ int total() const { return num_waves * rest.units + end - rest.begin(blockIdx.x); }
+  // Of a tile, its number among those that are dealt.
+  __device__ __forceinline__ int dealt(int tile) const { return tile - num_waves * (int)gridDim.x; }
+
+  __device__ __forceinline__ bool next(Run& run) {
+    if (wave < num_waves) {
+      run = {wave++ * (int)gridDim.x + (int)blockIdx.x, 0, rest.units};
+      return true;
+    }
+    if (work >= end) return false;
+    const int index = work / rest.units, first = work % rest.units, stop = min(rest.units, first + end - work);
+    run = {num_waves * (int)gridDim.x + index, first, stop};
+    work += stop - first;
+    return true;
+  }
+};
+
+__device__ __forceinline__ void copy_all(Filler filler, Waves waves, int num_rows) {
+  Run run;
+  while (waves.next(run)) {
+    const Place place(run.tile, num_rows);
+#pragma unroll 1
+    for (int unit = run.first; unit < run.stop; unit++) filler.fill(place, unit);
+  }
+}
 
 // A scale in two numbers of bf16, each twice: what it is rounded down to, and the rest.
 struct Factor {
   u32 main, rest;
-  __device__ __forceinline__ explicit Factor(u32 scale) {
+  __device__ __forceinline__ void set(u32 scale) {
     const float by = scale_of(scale) * UNIT;
     main = __float_as_uint(by) >> 16;
     main |= main << 16;
@@ -40,203 +95,197 @@ struct Factor {
   }
 };
 
-// Of half a unit's inputs of a row tile: what was loaded, each lane with the inputs of its fragments, and the scales.
-#define HALF_LOADS (4 / STEPS_PER_LOAD)
-#define HALF_PARTS (PARTS > 2 ? PARTS / 2 : 1)
-struct Loaded {
-  uint4 words[HALF_LOADS];
-  u32 scales[HALF_PARTS][2];
-};
-
-// What a warp multiplies: its row tiles of the units in the ring, one after the other. A unit is 2 * RT turns: both halves
-// of its inputs of a row tile, then those of the next.
+// What a warp multiplies: its row tile of the units in the ring, one after the other, four turns each. Fragments of a turn
+// are made three turns ahead; `loaded` and `loaded_scales` are as they lie in memory, `words` swapped.
 struct Multiplier {
-  const unsigned char* ring;
-  const Barriers& barriers;
+  const Ring& ring;
   const Decoder& decoder;
-  // The scales of outputs whose inputs share one.
-  u32 fixed[RT][2] = {};
-  // Of the turns with the first and the second half, four steps.
-  u32 fragments[2][4][4] = {};
-  u32 scales[2][2];
-  Loaded loaded;
-  // Of the unit that is loaded next; `odd`: its number among those of a row tile.
-  Slot slot;
-  bool odd;
+  // Units not yet loaded.
+  int left;
+  u32 fragments[4][2][4] = {};
+  uint4 loaded, words;
+  u32 loaded_scales[2], zeros[2];
+  Factor factors[2];
+  TokenSlot token_slot;
+  WeightSlot weight_slot;
   Swap swap;
 
-  __device__ __forceinline__ Multiplier(const unsigned char* ring, const Barriers& barriers, const Decoder& decoder)
-      : ring(ring), barriers(barriers), decoder(decoder) {}
+  __device__ __forceinline__ Multiplier(const Ring& ring, const Decoder& decoder, int left)
+      : ring(ring), decoder(decoder), left(left) {}
 
-  // Adds `count` units to `acc`.
-  __device__ __forceinline__ void add_units(float (&acc)[RT][NT][4], int count, Filler& filler) {
-    await_phase(barriers.full(slot.index), slot.parity);
-    load(0);
-    decode(0);
-    load(1);
-#pragma unroll 1
-    while (count-- > 0) {
-      const u32 empty = barriers.empty(slot.index);
-      const u32 tokens = describe_tokens(shared_address(ring) + slot.index * STAGE_BYTES);
-      float part[NT][4] = {};
+  // Before the first unit. `is_odd`: whether its number among those of the row tile is.
+  __device__ __forceinline__ void begin(bool is_odd) {
 #pragma unroll
-      for (int turn = 0; turn < 2 * RT; turn++) {
-        const int r = turn / 2, half = turn % 2;
-        start_products();
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          multiply_tokens(PARTS && !SCALED ? part : acc[r], fragments[half][i], tokens + (half * HALF_BYTES + i * 32 >> 4));
-        commit_products();
-        // Into the stage of the unit before the last, which the other warps have most likely done with.
-        if (turn == 0 && threadIdx.x == 0) filler.fill();
-        // Those before these have read their fragments, which are those of the turn after these.
-        await_products<1>();
-        hold(fragments[half ^ 1]);
-        if (turn == 2 * RT - 2) {
-          slot.step();
-          odd = !odd;
-          if (count > 0) await_phase(barriers.full(slot.index), slot.parity);
-        }
-        if (turn + 1 < 2 * RT || count > 0) decode((turn + 1) % (2 * RT));
-        if (turn + 2 < 2 * RT || count > 0) load((turn + 2) % (2 * RT));
-        if (PARTS && !SCALED && (half == 1 || PARTS == 2)) add_part(acc[r], part, scales[half]);
-      }
-      // No product is under way from one round to the next: the compiler would let each wait for the one before.
-      await_products<0>();
-#pragma unroll
-      for (int r = 0; r < RT; r++) hold(acc[r]);
-      hold(fragments[1]);
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) arrive_at(empty);
+    for (int turn = 0; turn < 4; turn++) {
+      load(turn, is_odd);
+      if (turn > 0) decode(turn - 1);
+      prepare(turn);
     }
+    finish_loading();
+  }
+
+  // Adds a unit to `acc`; the one after it `is_odd`.
+  __device__ __forceinline__ void add_unit(float (&acc)[NT][4], bool is_odd) {
+#pragma unroll
+    for (int turn = 0; turn < 4; turn++) {
+      if (turn % 2 == 0) await_phase(ring.full(token_slot), token_slot.parity);
+      const u32 tokens = describe_tokens(ring.tokens(token_slot)) + (turn % 2 * 64 >> 4);
+      start_products();
+#pragma unroll
+      for (int i = 0; i < 2; i++) multiply_tokens(acc, fragments[turn][i], tokens + (i * 32 >> 4));
+      commit_products();
+      load(turn, is_odd);
+      // Those before these have read their fragments, and their tokens.
+      await_products<1>();
+      const int before = (turn + 3) % 4;
+      hold(fragments[before]);
+      if (turn == 2) give_free(done);
+      decode(before);
+      hold(fragments[before]);
+      prepare(turn);
+      if (turn % 2 == 1) {
+        done = ring.empty(token_slot);
+        token_slot.step();
+      }
+    }
+    finish_loading();
+    // No product is under way from one round to the next: the compiler would let each wait for the one before.
+    await_products<0>();
+    hold(acc);
+    hold(fragments[3]);
+    give_free(done);
   }
 
  private:
-  __device__ __forceinline__ void load(int turn) {
-    const int r = turn / 2, half = turn % 2, g = (threadIdx.x & 31) >> 2, place = (threadIdx.x >> 5) * RT + r;
-    const int stored = SWIGLU ? (place >> 1) + (place & 1) * (ROW_TILES >> 1) : place;
-    const unsigned char* stage = ring + slot.index * STAGE_BYTES;
-#pragma unroll
-    for (int i = 0; i < HALF_LOADS; i++) {
-      loaded.words[i] = *(const uint4*)(stage + WEIGHTS_AT + stored * WEIGHT_BYTES + (half * HALF_LOADS + i) * 512 +
-                                        (threadIdx.x & 31) * 16);
-      swap(loaded.words[i]);
-    }
+  // The barrier of the half of a unit's tokens that is given free next.
+  u32 done;
+
+  __device__ __forceinline__ void give_free(u32 empty) const {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) arrive_at(empty);
+  }
+
+  // What a turn of the next unit needs. Beyond the last unit, of whatever is there, for products that nobody asks for.
+  __device__ __forceinline__ void load(int turn, bool is_odd) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (turn == 0 && left > 0) await_phase(ring.full(weight_slot), weight_slot.parity);
+    const unsigned char* stage = ring.weights(weight_slot);
+    if (turn % TURNS_PER_LOAD == 0)
+      loaded = *(const uint4*)(stage + warp * WEIGHT_BYTES + turn / TURNS_PER_LOAD * 512 + lane * 16);
+    if (turn % TURNS_PER_SCALE) return;
     // 40 bytes of every other unit begin in the middle of 16.
-    const unsigned char* group = stage + SCALES_AT + (SWIGLU ? (place & 1) * SCALES_ROOM + (place >> 1) * SCALE_STEP
-                                                             : place * SCALE_STEP) +
-                                 (SCALE_BYTES % 16 && odd ? 8 : 0);
+    const unsigned char* group = stage + SCALES_AT + warp * SCALE_STEP + turn / TURNS_PER_SCALE * GROUP_BYTES +
+                                 (SCALE_BYTES % 16 && is_odd ? 8 : 0);
 #pragma unroll
-    for (int p = 0; p < HALF_PARTS; p++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        loaded.scales[p][i] = PARTS ? load_scale(group + ((half * PARTS >> 1) + p) * GROUP_BYTES, g, i) : fixed[r][i];
+    for (int i = 0; i < 2; i++) loaded_scales[i] = load_scale(group, lane >> 2, i);
   }
 
-  // The fragments of what was loaded last, for its turn.
-  __device__ __forceinline__ void decode(int turn) {
-    const int half = turn % 2;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      u32(&a)[4] = fragments[half][i];
-      const u32(&scale)[2] = loaded.scales[i * HALF_PARTS / 4];
-      decode_step(a, decoder, loaded.words[i / STEPS_PER_LOAD], half * 4 + i, zero_of(scale[0]), zero_of(scale[1]));
-      if (SCALED) {
-        const Factor upper(scale[0]), lower(scale[1]);
-        for (int j = 0; j < 4; j++) a[j] = j & 1 ? lower(a[j]) : upper(a[j]);
-      }
+  __device__ __forceinline__ void prepare(int turn) {
+    if (turn % TURNS_PER_LOAD == 0) {
+      words = loaded;
+      swap(words);
     }
-    scales[half][0] = loaded.scales[0][0];
-    scales[half][1] = loaded.scales[0][1];
+    if (turn % TURNS_PER_SCALE) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      zeros[i] = zero_of(loaded_scales[i]);
+      factors[i].set(loaded_scales[i]);
+    }
   }
 
-  // Adds the sums of a group, and clears them.
-  __device__ __forceinline__ static void add_part(float (&acc)[NT][4], float (&part)[NT][4], const u32 (&scale)[2]) {
-    await_products<0>();
-    hold(part);
+  __device__ __forceinline__ void decode(int turn) {
 #pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        acc[t][j] += part[t][j] * scale_of(scale[j >> 1]);
-        part[t][j] = 0;
-      }
+    for (int i = 0; i < 2; i++) {
+      u32(&a)[4] = fragments[turn][i];
+      decode_step(a, decoder, words, 2 * turn + i, zeros[0], zeros[1]);
+      if (PARTS)
+        for (int j = 0; j < 4; j++) a[j] = factors[j & 1](a[j]);
+    }
+  }
+
+  __device__ __forceinline__ void finish_loading() {
+    give_free(ring.empty(weight_slot));
+    weight_slot.step();
+    left--;
   }
 };
 
-// A warp's outputs of a tile, two neighbouring ones of a token at a time.
-__device__ __forceinline__ void store(const float (&acc)[RT][NT][4], const u32 (&fixed)[RT][2], unsigned short* y,
-                                      int tile0, int token0, int num_tiles, int num_rows) {
-  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
-  const size_t num_out = num_tiles * 16 >> SWIGLU;
+// Four lanes c give one another their words: each gets word c of all four.
+__device__ __forceinline__ void exchange_words(u32 (&r)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
 #pragma unroll
-  for (int r = 0; r < RT; r += 1 + SWIGLU)
+  for (int i = 0; i < 4; i += 2) {
+    const u32 got = __shfl_xor_sync(~0u, odd ? r[i] : r[i + 1], 1);
+    (odd ? r[i] : r[i + 1]) = got;
+  }
 #pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        auto output = [&](int tile, int j) {
-          return acc[tile][t][j] * OUTPUT_UNIT * (PARTS ? 1.0f : scale_of(fixed[tile][i]));
-        };
-        u32 pair = to_pair(output(r, 2 * i), output(r, 2 * i + 1));
-        if (SWIGLU) {
-          const u32 ups = to_pair(output(r + SWIGLU, 2 * i), output(r + SWIGLU, 2 * i + 1));
-          pair = silu_mul_one(pair, ups) | (u32)silu_mul_one(pair >> 16, ups >> 16) << 16;
-        }
-        // Two tokens of output g become two outputs of token g.
-        pair = transpose_pairs(pair);
-        const int m = token0 + t * 8 + g;
-        if (tile0 + r < num_tiles && m < num_rows)
-          *(u32*)(y + m * num_out + tile_at<SWIGLU>(tile0 + r, num_tiles) * 16 + 8 * i + 2 * c) = pair;
-      }
+  for (int i = 0; i < 2; i++) {
+    const u32 got = __shfl_xor_sync(~0u, upper ? r[i] : r[i + 2], 2);
+    (upper ? r[i] : r[i + 2]) = got;
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+// A warp's outputs of a tile, eight neighbouring ones of a token at a time. `scales`: of outputs whose inputs share one.
+__device__ __forceinline__ void store(const float (&acc)[NT][4], const unsigned char* scales, unsigned short* y, int tile,
+                                      int token0, int num_tiles, int num_rows) {
+  if (tile >= num_tiles) return;
+  const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  float unit[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    unit[i] = OUTPUT_UNIT * (PARTS ? 1.0f : scale_of(load_scale(scales + tile * GROUP_BYTES, g, i)));
+#pragma unroll
+  for (int t = 0; t < NT; t += 2) {
+    u32 r[4];
+    // Two tokens of output g become two outputs of token g.
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float(&sums)[4] = acc[t + (i >> 1)];
+      r[i] = transpose_pairs(to_pair(sums[2 * (i & 1)] * unit[i & 1], sums[2 * (i & 1) + 1] * unit[i & 1]));
+    }
+    exchange_words(r);
+    const int m = token0 + (t + (c >> 1)) * 8 + g;
+    if (m < num_rows)
+      *(uint4*)(y + (size_t)m * num_tiles * 16 + tile * 16 + 8 * (c & 1)) = make_uint4(r[0], r[1], r[2], r[3]);
+  }
+}
+
+// `num_waves` of tiles whole, the rest by the first `sharing` blocks.
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
 wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scale_map,
      const __grid_constant__ TensorMap tokens, const unsigned char* __restrict__ scales, unsigned short* __restrict__ y,
-     float4* __restrict__ parts, int num_tiles, int units, int num_rows CODEBOOK_PARAMETER) {
-  DYNAMIC_SHARED(memory);
-  const u32 ring = shared_address(memory);
-  const Barriers barriers{ring + STAGES * STAGE_BYTES};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      open_barrier(barriers.full(i), 1);
-      open_barrier(barriers.empty(i), OUT_WARPS);
-    }
-    show_barriers();
-  }
+     float4* __restrict__ parts, int num_tiles, int units, int num_rows, int num_waves, int sharing CODEBOOK_PARAMETER) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Ring ring{memory};
+  if (threadIdx.x == 0) ring.open(OUT_WARPS);
   __syncthreads();
-  DECODER(decoder);
-  const Deal deal(num_tiles, units, num_rows);
-  const int end = deal.begin(blockIdx.x + 1);
-  int work = deal.begin(blockIdx.x);
+  Waves waves(num_tiles, units, num_rows, num_waves, sharing);
 
   wait_for_predecessors();
 
-  Filler filler{{&tokens, &weights, &scale_map}, ring, barriers, end - work, num_tiles, units, num_rows, work % units,
-                Place(work / units, num_rows)};
-  if (threadIdx.x == 0)
-    for (int i = 0; i < STAGES - 2; i++) filler.fill();
-
-  Multiplier multiplier(memory, barriers, decoder);
-  while (work < end) {
-    const int stop = min(end, (work / units + 1) * units), index = work / units, first = work;
-    const Place place(index, num_rows);
-    const int tile0 = place.tile + (threadIdx.x >> 5) * RT;
-#pragma unroll
-    for (int r = 0; r < RT; r++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (!PARTS && tile0 + r < num_tiles)
-          multiplier.fixed[r][i] =
-              load_scale(scales + tile_at<SWIGLU>(tile0 + r, num_tiles) * GROUP_BYTES, (threadIdx.x & 31) >> 2, i);
+  if (threadIdx.x >= THREADS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+    if (threadIdx.x == THREADS) copy_all(Filler{ring, {&tokens, &weights, &scale_map}}, waves, num_rows);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+    DECODER(decoder);
+    Multiplier multiplier(ring, decoder, waves.total());
+    Run run, next;
+    bool more = waves.next(run);
+    if (more) multiplier.begin(run.first & 1);
+    while (more) {
+      more = waves.next(next);
+      float acc[RT][NT][4] = {};
+#pragma unroll 1
+      for (int unit = run.first; unit < run.stop; unit++)
+        multiplier.add_unit(acc[0], (unit + 1 < run.stop ? unit + 1 : next.first) & 1);
+      if (!more) let_successor_start();
+      const int index = waves.dealt(run.tile);
+      if (run.stop - run.first == units || join_parts(acc, parts, waves.rest, index, index * units + run.first)) {
+        const Place place(run.tile, num_rows);
+        store(acc[0], scales, y, place.tile + (threadIdx.x >> 5), place.token, num_tiles, num_rows);
+      }
+      run = next;
     }
-    multiplier.odd = work % units & 1;
-    float acc[RT][NT][4] = {};
-    multiplier.add_units(acc, stop - work, filler);
-    work = stop;
-    if (work == end) let_successor_start();
-    if (stop - first < units && !join_parts(acc, parts, deal, index, first)) continue;
-    store(acc, multiplier.fixed, y, tile0, place.token, num_tiles, num_rows);
   }
 }

@@ -13,17 +13,16 @@ from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import wide
 from parallel.kernels.fused import silu_mul
 from parallel.kernels.merge import merge
+from parallel.kernels.warp_groups import GroupLaunch
 from parallel.layers import merged
 from parallel.layers.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
 from tools.linear_formats import (
     FORMATS,
     AnyLaunch,
-    Expected,
     OwnFormat,
     Packed,
     compile_in_threads,
     rounded_codebook,
-    rounds_weights,
 )
 from tools.linear_launches import launches
 
@@ -78,13 +77,8 @@ def test_one_kernel_gives_bit_for_bit_what_two_give_and_what_float64_does(name: 
             found = check_launch(own, launch, rows, packed, num_out)
             assert torch.equal(layer.swiglu(rows), found)
             gate, up = (rows.double() @ exact.double().t()).chunk(2, dim=1)
-            lost = 2e-3
-            if rounds_weights(own, launch):
-                # Some weights, which lie right between two numbers of bf16, to the other one.
-                gate, up = Expected.of(own, rows, weight, packed).rounded.chunk(2, dim=1)
-                lost = 3e-2
             # Gate, up, silu and the product are each rounded to bf16.
-            allowed = (F.silu(gate) * up).abs() * 2**-5 + up.abs() * gate.abs().clamp(max=1) * 2**-6 + lost
+            allowed = (F.silu(gate) * up).abs() * 2**-5 + up.abs() * gate.abs().clamp(max=1) * 2**-6 + 2e-3
             assert ((found.double() - F.silu(gate) * up).abs() <= allowed).all(), f"{num_rows} of {num_out} x {num_in}"
 
 
@@ -94,7 +88,11 @@ def test_every_launch_that_may_be_tuned_gives_what_two_kernels_give(name: str) -
     weight = own.random_weight(num_out, num_in)
     exact, packed = weight.dequantize(torch.float32), own.pack(weight)
     for num_rows in (5, 13, 40):
-        usable = [each for each in launches(own, num_rows, num_in) if each.row_tiles % 2 == 0]
+        usable = [
+            each
+            for each in launches(own, num_rows, num_in)
+            if not isinstance(each, GroupLaunch) and each.row_tiles % 2 == 0
+        ]
         compile_in_threads(product([own], usable, (False, True)))
         rows = random_rows(num_rows, exact)
         for launch in usable:

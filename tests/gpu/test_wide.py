@@ -33,7 +33,7 @@ def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name:
         for num_rows in NUM_ROWS:
             rows = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
             launch = own.choose(num_rows, shape)
-            assert isinstance(launch, wide.Launch)
+            assert isinstance(launch, wide.AnyLaunch)
             check_launch(name, launch, rows, packed, Expected.of(own, rows, weight, packed))
 
 
@@ -49,7 +49,7 @@ def test_a_linear_multiplies_many_rows_by_its_packed_weight(
     assert not layer.dequantizes(2048) and layer.dequantizes(2049)
     monkeypatch.setattr(layer, "dequantize", lambda outputs: pytest.fail("the weight was dequantised"))
     launch = own.choose(256, (num_out, num_in))
-    assert isinstance(launch, wide.Launch)
+    assert isinstance(launch, wide.AnyLaunch)
     if counted:
         monkeypatch.setattr(wide, "MAX_TILES", num_out // (16 * launch.tiles) * 256 // launch.tokens)
         assert wide.most_rows(launch, num_out // 16) == 256
@@ -113,7 +113,7 @@ def test_every_configuration_that_may_be_tuned_agrees_with_float64() -> None:
         rows = torch.randn(num_rows, 2048, device="cuda", dtype=torch.bfloat16)
         expected = Expected.of(own, rows, weight, packed)
         for launch in launches(own, num_rows, 2048):
-            if isinstance(launch, wide.Launch):
+            if isinstance(launch, wide.AnyLaunch):
                 check_launch("w4-zeros", launch, rows, packed, expected)
 
 

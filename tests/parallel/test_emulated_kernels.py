@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.kernels import pack_four_bits, w4a16, w8a16, wide
+from parallel.kernels import pack_four_bits, w4a16, w8a16
 from parallel.kernels.dequantize_packed import count_blocks
 from parallel.kernels.host_int4 import OUTPUTS_PER_BLOCK, pack_values
+from parallel.kernels.packed_layout import Layout
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import scales_and_shifts
 from parallel.quantized import QuantizedWeight
@@ -141,7 +142,7 @@ def test_the_source_packs_as_plain_torch_does(in_pairs: bool) -> None:
 
 def layer_and_layout(
     weight: QuantizedWeight, *, swiglu: bool = False
-) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, wide.Layout]:
+) -> tuple[w4a16.W4A16Linear | w8a16.W8A16Linear, Layout]:
     if weight.bits == 4:
         four = w4a16.W4A16Linear(weight)
         return four, w4a16.layout_of(four.packed, four.scales, four.codebook, swiglu=swiglu)

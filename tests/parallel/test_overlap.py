@@ -21,7 +21,7 @@ from parallel.engine.paged_model import split_parts
 from parallel.engine.prefill import halves, overlap, part_attention, pieces
 from parallel.engine.prefill.side_stream import SideStream, Sum
 from parallel.engine.sequence import Sequence
-from parallel.kernels import wide
+from parallel.kernels import multiprocessors
 from parallel.kernels.blocks import Block
 from parallel.layers import linear, merged
 from parallel.transports.by_size import BySize
@@ -217,7 +217,7 @@ def traced_sections(communicator: Communicator, folder: Path) -> list[str]:
 
 def traced_product(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def traced(layer: Any, rows: Tensor) -> Tensor:
-        assert wide.SPARED.get() == 7
+        assert multiprocessors.SPARED.get() == 7
         Traced.events.append(f"{len(rows)}")
         return multiply(layer, rows)
 

@@ -7,7 +7,7 @@ import torch
 
 from parallel.footprint import UNIT_INPUTS, W4A16_GROUP_SIZES
 from parallel.kernels import tiles, w4a16
-from parallel.kernels.wide import Layout
+from parallel.kernels.packed_layout import Layout
 from parallel.quantized import QuantizedWeight
 
 LAYOUTS: list[Layout] = [

@@ -10,7 +10,8 @@ import torch
 
 from parallel.footprint import MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels import w4a16, w8a16, wide
-from parallel.kernels.wide import Card, Launch
+from parallel.kernels.multiprocessors import ALIGNED_SHARE, RESERVED_SHARED_BYTES, Card
+from parallel.kernels.wide import Launch
 from tests.parallel.test_emulated_kernels import (
     NUM_IN,
     codebook,
@@ -109,7 +110,7 @@ def test_every_launch_fits_the_cards_and_its_rows(name: str, card: Card) -> None
         stages, blocks = wide.fit(launch, unit_bytes, card)
         shared_bytes = stages * launch.stage_bytes(unit_bytes)
         assert stages >= 2
-        assert shared_bytes + wide.RESERVED_SHARED_BYTES <= card.shared_bytes // blocks
+        assert shared_bytes + RESERVED_SHARED_BYTES <= card.shared_bytes // blocks
         # No more than the last tile of tokens is partly empty.
         assert -(-num_rows // launch.tokens) * launch.tokens - num_rows < max(launch.tokens, 16)
 
@@ -136,7 +137,7 @@ def test_blocks_share_the_units_of_all_tiles_within_the_planned_memory(num_rows:
     assert floats * 4 <= WIDE_WORKSPACE_BYTES
     # Without one, every block's share ends where a tile does.
     assert floats > 0 or all(places * units * block // blocks % units == 0 for block in range(blocks))
-    assert blocks >= wide.ALIGNED_SHARE * min(launch.blocks * H200.multiprocessors, places * units) or floats == 0
+    assert blocks >= ALIGNED_SHARE * min(launch.blocks * H200.multiprocessors, places * units) or floats == 0
 
 
 @pytest.mark.parametrize("num_tiles", [1, 65])

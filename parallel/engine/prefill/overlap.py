@@ -24,8 +24,8 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, rms_norm
+from parallel.kernels.multiprocessors import sparing
 from parallel.kernels.pages import PagedKV
-from parallel.kernels.wide import sparing
 from parallel.layers.merged import swiglu
 
 ALL = slice(None)
