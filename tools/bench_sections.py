@@ -3,7 +3,8 @@
 A few layers of a 70B in turn, with dummy weights, between cards without peer access. For each number of rows:
 milliseconds of as many layers as a 70B has, the slowest rank's, for a pass whole, in halves that share dequantised
 weights, and in sections, as one graph with sums by two steps, and launch by launch with sums by copy engines; with its
-sums, and without. The last line is JSON.
+sums, and without; how long the host takes to queue it, and the card once it need not wait for the host. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
-from parallel.engine.chunk_timer import time_chunks
+from parallel.engine.chunk_timer import prepared_chunk, time_apart, time_chunks
 from parallel.engine.engine import Engine
 from parallel.engine.limits import MOST_SECTIONS, EngineLimits
 from parallel.engine.prefill import pieces, side_stream
@@ -32,6 +33,7 @@ from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels.grouping import GroupedLinear
 from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain
+from parallel.product_trial import TRIED_ROWS
 from parallel.shard import build_sharded_model, share_process_group
 from parallel.transports import dense
 from parallel.transports.by_size import BySize
@@ -63,10 +65,21 @@ class Way:
 
 @dataclass(frozen=True)
 class Times:
+    """Milliseconds of a pass; without its sums; until the host has queued it; of the card alone.
+
+    A queue holds some thousand launches: where a pass has more, the host waits for the card in the last two.
+    """
+
     rows: int
     way: Way
     ms: float
     without_sums_ms: float
+    host_ms: float
+    card_ms: float
+
+    def scaled(self, by: float) -> Times:
+        found = {name: value * by for name, value in vars(self).items() if name.endswith("ms")}
+        return replace(self, **found)
 
 
 def main() -> None:
@@ -76,7 +89,9 @@ def main() -> None:
     numbers = range(2, MOST_SECTIONS + 1)
     parser.add_argument("--sections", type=int, nargs="+", choices=numbers, default=list(numbers))
     parser.add_argument("--quantize", choices=("none", *QUANTIZE_SCHEMES), default="int4")
-    parser.add_argument("--fused-rows", type=int, help="multiply up to so many by packed weights; else as linears do")
+    parser.add_argument(
+        "--fused-rows", type=int, default=max(TRIED_ROWS), help="rows of a section up to which weights stay packed"
+    )
     parser.add_argument("--spared", type=int, help="multiprocessors that products leave to sums; else as they do")
     parser.add_argument("--copies-in-graphs", action="store_true", help="graphs too have sums by copy engines")
     parser.add_argument("--passes", type=int, default=5)
@@ -89,8 +104,7 @@ def main() -> None:
 def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     share_process_group(rank.device)
     engine = open_engine(open_sums(rank, args.copies_in_graphs), rank.device, FACTS, args.quantize, max(args.rows))
-    if args.fused_rows:
-        fuse(engine, args.fused_rows)
+    fuse(engine, args.fused_rows)
     if args.spared is not None:
         side_stream.blocks_for = lambda num_bytes: args.spared
     layers = list(engine.model.model.layers)
@@ -100,7 +114,7 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     for rows in args.rows:
         for way in ways(args.sections):
             times = time_way(engine, rank.control, rows, way, args.passes)
-            found.append(replace(times, ms=times.ms * scale, without_sums_ms=times.without_sums_ms * scale))
+            found.append(times.scaled(scale))
             say(rank, describe(found[-1]))
     say(rank, json.dumps({"card": torch.cuda.get_device_name(rank.device), "passes": [asdict(each) for each in found]}))
 
@@ -155,9 +169,12 @@ def time_way(engine: Engine, control: Communicator, rows: int, way: Way, num_pas
                 statistics.median(time_chunks(engine, [rows], num_passes, each))
                 for each in (communicator, ElidedAllReduce(communicator))
             ]
+            with prepared_chunk(engine, [rows], communicator) as run:
+                apart = time_apart(run, communicator, engine.device)
         finally:
             engine.target = before
-    slowest = control.all_gather(torch.tensor(medians, dtype=torch.float64)).amax(dim=0)
+    times = torch.tensor([*medians, apart.queued, apart.card], dtype=torch.float64)
+    slowest = control.all_gather(times).amax(dim=0)
     return Times(rows, way, *slowest.tolist())
 
 
@@ -193,7 +210,10 @@ class Always(dict[int, bool]):
 def describe(times: Times) -> str:
     way = "halves" if times.way.is_halved else f"{times.way.sections} sections" if times.way.sections > 1 else "whole"
     kind = "graph" if times.way.is_graphed else "launched"
-    return f"{times.rows:>5} rows {kind:>8} {way:>10} {times.ms:8.1f} ms, {times.without_sums_ms:8.1f} without sums"
+    return (
+        f"{times.rows:>5} rows {kind:>8} {way:>10} {times.ms:8.1f} ms, {times.without_sums_ms:8.1f} without sums; "
+        f"host {times.host_ms:8.1f}, card {times.card_ms:8.1f}"
+    )
 
 
 def say(rank: CardRank, text: str) -> None:

@@ -32,7 +32,7 @@ GRAPHED_ROWS: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
 # Tokens that parts of prompts attend to in one call, unless one has more. To gather so many and attend to them takes a
 # card about as long as a slow host needs for the four launches that a further call costs.
 GATHERED_KEYS = 8192
-# cuBLAS computes so many rows at a time.
+# cuBLAS and wide.cu compute so many rows at a time, wide_wgmma.cu twice as many.
 ROWS_PER_TILE = 128
 
 
@@ -50,16 +50,28 @@ def choose_sections(
         return (num_rows,)
     # Of the whole pass: what is dequantised is so once for all of its sections.
     if not dequantizes(num_rows):
-        return cut_evenly(num_rows, wanted)
+        return cut_by_tiles(num_rows, wanted)
     is_halved = num_rows >= (MIN_HALVED_ROWS if min_halved is None else min_halved)
     return cut_evenly(num_rows, 2 if is_halved else 1)
 
 
-def cut_evenly(num_rows: int, num_sections: int) -> tuple[int, ...]:
+def cut_by_tiles(num_rows: int, num_sections: int) -> tuple[int, ...]:
+    """As `cut_evenly`, with tiles of twice as many rows where less of these is left empty so: 2048 as 768, 768, 512.
+
+    Not with so few rows in the last section that hardly anything of a sum goes on beside them.
+    """
+    large = 2 * ROWS_PER_TILE
+    even, found = cut_evenly(num_rows, num_sections), cut_evenly(num_rows, num_sections, large)
+    tiles, fewer = (sum(math.ceil(rows / large) for rows in each) for each in (even, found))
+    return found if len(found) == len(even) and fewer < tiles and found[-1] >= ROWS_PER_TILE else even
+
+
+def cut_evenly(num_rows: int, num_sections: int, rows_per_tile: int | None = None) -> tuple[int, ...]:
     """Whole tiles, but for the last rows; fewer sections where there are too few tiles."""
-    num_tiles = math.ceil(num_rows / ROWS_PER_TILE)
+    size = rows_per_tile or ROWS_PER_TILE
+    num_tiles = math.ceil(num_rows / size)
     count = min(num_sections, num_tiles)
-    ends = [min(math.ceil(num_tiles * place / count) * ROWS_PER_TILE, num_rows) for place in range(1, count + 1)]
+    ends = [min(math.ceil(num_tiles * place / count) * size, num_rows) for place in range(1, count + 1)]
     return tuple(end - start for start, end in pairwise((0, *ends)))
 
 

@@ -415,6 +415,30 @@ def test_any_pass_is_cut_into_tiles(num_rows: int, num_sections: int) -> None:
     assert max(tiles) - min(tiles) <= 1
 
 
+def test_sections_of_packed_weights_fill_tiles_of_256_rows_where_they_can() -> None:
+    expected = {
+        (2048, 3): (768, 768, 512),
+        (1536, 4): (512, 256, 512, 256),
+        (1152, 3): (512, 512, 128),
+        (1024, 3): (512, 256, 256),
+        # No fewer of them, or fewer sections, or one of next to no rows.
+        (1025, 3): (384, 384, 257),
+        (2048, 2): (1024, 1024),
+        (600, 2): (384, 216),
+        (512, 3): (256, 128, 128),
+    }
+    for (num_rows, num_sections), found in expected.items():
+        assert limits.cut_by_tiles(num_rows, num_sections) == found
+
+
+@pytest.mark.parametrize("num_rows", [1, 129, 700, 1025, 1500, 2047])
+@pytest.mark.parametrize("num_sections", [1, 2, 3, 4])
+def test_no_other_cut_has_more_sections_or_fewer_tiles(num_rows: int, num_sections: int) -> None:
+    found, even = limits.cut_by_tiles(num_rows, num_sections), limits.cut_evenly(num_rows, num_sections)
+    assert sum(found) == num_rows and len(found) == len(even) and min(found) > 0
+    assert sum(-(-rows // 256) for rows in found) <= sum(-(-rows // 256) for rows in even)
+
+
 def test_the_whole_pass_decides_whether_weights_are_dequantised() -> None:
     assert limits.choose_sections(600, 2, lambda rows: rows > 599) == (600,)
     assert limits.choose_sections(600, 2, lambda rows: rows > 600) == (384, 216)

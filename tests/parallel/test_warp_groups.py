@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel.kernels.held import WIDE_WORKSPACE_BYTES
 
+from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import warp_groups, wide
 from parallel.kernels.multiprocessors import Card
 from tools.linear_formats import FORMATS
