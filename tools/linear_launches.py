@@ -57,13 +57,14 @@ def wide_launches(own: OwnFormat, num_rows: int) -> list[wide.Launch]:
 
 def group_launches(own: OwnFormat, num_rows: int, num_in: int) -> list[GroupLaunch]:
     """Of warp groups, where they can be had: tiles of which the rows fill more than half, with 3 units ahead and 4."""
-    layout, device_index = own.wide_layout(), torch.cuda.current_device()
-    found = [
+    largest = wide.GROUP_LAUNCHES[max(wide.GROUP_LAUNCHES)]
+    if warp_groups.problem(largest, own.wide_layout(), num_in // UNIT_INPUTS, torch.cuda.current_device()):
+        return []
+    return [
         GroupLaunch(*tile, stages)
         for tile, stages in product(GROUP_TILES, (3, 4))
         if tile[0] * ROWS_PER_TILE < 2 * num_rows
     ]
-    return [each for each in found if not warp_groups.problem(each, layout, num_in // UNIT_INPUTS, device_index)]
 
 
 def check_format(name: str, shape: tuple[int, int]) -> None:

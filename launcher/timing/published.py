@@ -24,8 +24,8 @@ COPY_SHARE = 0.88
 LAYER_START_US = 18.0
 REST_START_US = 80.0
 PRODUCT_SHARE = 0.7
-# With weights as they are packed, it is assumed. Of cards that multiply by warp groups it is that of plain ones: 512 rows
-# of a 70B at TP2 took an H200 49.8 ms, and 48.1 with plain ones.
+# With weights as they are packed, it is assumed. Of cards that multiply by warp groups it is that of plain ones: 512
+# rows of a 70B at TP2 took an H200 49.8 ms, and 48.1 with plain ones.
 FUSED_SHARE = PRODUCT_SHARE * 8 / 9
 WARP_GROUP_CARDS = ("H100", "H200")
 # With their scales.

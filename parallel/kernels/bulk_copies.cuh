@@ -1,6 +1,10 @@
-// Copies to shared memory in bulk, and the barriers that count their bytes (sm_90).
+// Copies to shared memory in bulk, the barriers that count their bytes (sm_90), and barriers of some threads of a block.
 //
-// Written against the PTX ISA, "Asynchronous Copy" and "mbarrier".
+// Written against the PTX ISA, "Asynchronous Copy", "mbarrier" and "barrier". tests/parallel/emulated_groups.h has the same
+// in C++.
+
+#ifndef BULK_COPIES_CUH
+#define BULK_COPIES_CUH
 
 #include "device.cuh"
 
@@ -36,3 +40,16 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap* map, int x
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                    shared), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
 }
+
+// The first `threads` of a block meet; whether any of them says so.
+template <int threads>
+__device__ __forceinline__ void meet_threads() { asm volatile("barrier.sync 1, %0;" ::"n"(threads) : "memory"); }
+template <int threads>
+__device__ __forceinline__ bool any_thread(bool mine) {
+  u32 any;
+  asm volatile("{.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;}"
+               : "=r"(any) : "r"((u32)mine), "n"(threads) : "memory");
+  return any;
+}
+
+#endif

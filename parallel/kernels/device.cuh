@@ -9,7 +9,8 @@
 typedef unsigned int u32;
 
 // Shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define DYNAMIC_SHARED(name) DYNAMIC_SHARED_AT(16, name)
+#define DYNAMIC_SHARED_AT(alignment, name) extern __shared__ __align__(alignment) unsigned char name[]
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }

@@ -2,10 +2,13 @@
 //
 // Four warps have 16 rows each of 64, in the registers of mma.m16n8k16, and so have the sums. Tokens lie in shared memory
 // input by input, 64 inputs of a token in 128 bytes, whose pieces of 16 bytes are swapped as the hardware asks: piece i of
-// token n at i ^ (n & 7). So inputs keep their order, where packed weights have those of the four lanes c of a row
-// dealt by eights: the lanes swap what they loaded before it is decoded.
+// token n at i ^ (n & 7).
 //
 // Written against the PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+// tests/parallel/emulated_groups.h has the same in C++.
+
+#ifndef WGMMA_CUH
+#define WGMMA_CUH
 
 __device__ __forceinline__ void start_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -63,56 +66,17 @@ __device__ __forceinline__ void multiply_tokens(float (&d)[NT][4], const u32 (&a
 #endif
 }
 
-// The four lanes of a row give one another what they loaded of 32 inputs: each has eight in a row, and gets the inputs
-// 2 * c, 2 * c + 1, 2 * c + 8 and 2 * c + 9 of both steps of 16. What is swapped is two inputs of rows g and g + 8: at 8
-// bits a word, at 4 bits half of one. First lanes c and c ^ 2, then c and c ^ 1.
-struct Swap {
-  bool upper, odd;
-  u32 kept, given, joined;
-
-  __device__ __forceinline__ Swap() : upper(threadIdx.x & 2), odd(threadIdx.x & 1) {
-#if BITS == 4
-    // Bytes of a pair of inputs, which pairs alternate in words that are no codebook's.
-    const u32 place = CODEBOOK ? 0x1010 : 0x2020, step = CODEBOOK ? 0x2222 : 0x1111;
-    const u32 both = place + (upper ? 0x0044 : 0x4400);
-    kept = both + odd * step;
-    given = both + !odd * step;
-    joined = (CODEBOOK ? 0x1010 : 0x1100) + (CODEBOOK ? (odd ? 0x0044 : 0x4400) : (odd ? 0x0404 : 0x4040));
-#endif
-  }
-
-  // 64 inputs at 4 bits, 32 at 8.
-  __device__ __forceinline__ void operator()(uint4& v) const {
-    if (BITS == 4) {
-      words(v.x, v.y);
-      words(v.z, v.w);
-    } else {
-      pieces(v);
-    }
-  }
-
-  // The words of both steps.
-  __device__ __forceinline__ void words(u32& first, u32& second) const {
-    const u32 mine = upper ? second : first;
-    const u32 other = __shfl_xor_sync(~0u, upper ? first : second, 2);
-    const u32 keeps = permute(mine, other, kept), gets = __shfl_xor_sync(~0u, permute(mine, other, given), 1);
-    first = permute(keeps, gets, joined);
-    second = permute(keeps, gets, joined + 0x2222);
-  }
-
-  // The 16 bytes that have both steps.
-  __device__ __forceinline__ void pieces(uint4& v) const {
-    const u32 r0 = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2), r1 = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
-    const u32 a0 = upper ? r0 : v.x, a1 = upper ? r1 : v.y, b0 = upper ? v.z : r0, b1 = upper ? v.w : r1;
-    const u32 a = odd ? a1 : a0, b = odd ? b1 : b0;
-    const u32 c = __shfl_xor_sync(~0u, odd ? a0 : a1, 1), d = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
-    v = odd ? make_uint4(c, a, d, b) : make_uint4(a, c, b, d);
-  }
-};
-
 // An 8 x 8 matrix of 16 bits, of which lane (g, c) has columns 2 * c and 2 * c + 1 of row g: its transpose.
 __device__ __forceinline__ u32 transpose_pairs(u32 pair) {
   u32 d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
   return d;
 }
+
+// A warp group's registers a thread from here on: fewer than before, or as many more as others gave.
+template <int registers>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
+template <int registers>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
+
+#endif

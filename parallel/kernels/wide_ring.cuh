@@ -4,7 +4,7 @@
 
 #include "bulk_copies.cuh"
 
-// 64 inputs of all tokens. Boxes that are swapped over 128 bytes begin at multiples of 1024, others of 128.
+// 64 inputs of all tokens. Boxes begin at multiples of 128, swapped ones of 1024.
 #define HALF_BYTES (TOKENS * 128)
 // Of a row tile: 40 bytes are copied as 48, since copies begin at multiples of 16. What all inputs share comes each time.
 #define SCALE_BYTES ((PARTS ? PARTS : 1) * GROUP_BYTES)

@@ -5,13 +5,19 @@
 // that sums never depend on which it is. Launches must follow one another, on one stream.
 //
 // Defined by the host: BITS (4 or 8); of a block, OUT_WARPS along the outputs and TOKEN_WARPS along the tokens of its tile,
-// of which each takes RT row tiles of 16 outputs and NT tiles of 8 tokens. COPIERS: threads of a block beyond these warps.
+// of which each takes RT row tiles of 16 outputs and NT tiles of 8 tokens.
 
 #if BITS == 4
 #include "four_bits.cuh"
 #endif
 #if BITS == 8
 #include "eight_bits.cuh"
+#endif
+
+// How the threads that multiply meet, which are all of a block where nothing else is said; whether any says so.
+#ifndef MEET
+#define MEET() __syncthreads()
+#define ANY(mine) __syncthreads_or(mine)
 #endif
 
 #define THREADS (32 * OUT_WARPS * TOKEN_WARPS)
@@ -46,20 +52,6 @@ struct Place {
   }
 };
 
-// The threads that multiply meet; whether any of them says so.
-#if COPIERS
-__device__ __forceinline__ void meet_multipliers() { asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-__device__ __forceinline__ bool any_multiplier(bool mine) {
-  u32 any;
-  asm volatile("{.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;}"
-               : "=r"(any) : "r"((u32)mine), "n"(THREADS) : "memory");
-  return any;
-}
-#else
-__device__ __forceinline__ void meet_multipliers() { __syncthreads(); }
-__device__ __forceinline__ bool any_multiplier(bool mine) { return __syncthreads_or(mine); }
-#endif
-
 // Adds up the parts of a tile in the order of its inputs; true in the block that was the last to arrive.
 __device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* parts, const Deal& deal, int index, int first) {
   const int begin = index * deal.units, first_block = deal.block_of(begin);
@@ -73,9 +65,9 @@ __device__ __forceinline__ bool join_parts(float (&acc)[RT][NT][4], float4* part
     for (int t = 0; t < NT; t++)
       own[(r * NT + t) * THREADS] = make_float4(acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]);
   __threadfence();
-  meet_multipliers();
+  MEET();
   // Wraps to zero by itself, ready for the next launch.
-  if (!any_multiplier(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
+  if (!ANY(threadIdx.x == 0 && atomicInc(&arrivals[index], others) == others)) return false;
   __threadfence();
 #pragma unroll
   for (int r = 0; r < RT; r++)

@@ -12,14 +12,18 @@
 // Tiles go to the blocks in waves, one to each. What is left of them is dealt in units, as in wide.cu, so that parts of
 // sums are written for a part of Y only.
 //
-// Defined by the host: NT (8, 16 or 32), OUT_WARPS (4, 8, 12 or 16), TOKEN_STAGES, WEIGHT_STAGES, and what four_bits.cuh or
+// Defined by the host: NT (8, 16 or 32), OUT_WARPS (8 or 12), TOKEN_STAGES, WEIGHT_STAGES, and what four_bits.cuh or
 // eight_bits.cuh asks for, which have the layouts; SWIGLU is 0.
 
 #define RT 1
 #define TOKEN_WARPS 1
 #define COPIERS 128
+#include "bulk_copies.cuh"
+#define MEET() meet_threads<THREADS>()
+#define ANY(mine) any_thread<THREADS>(mine)
 #include "wide_tiles.cuh"
 #include "wgmma.cuh"
+#include "swap.cuh"
 #include "wide_ring.cuh"
 
 // Registers of each thread: as the block gets them, then of those that copy and those that multiply.
@@ -255,7 +259,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
 wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap scale_map,
      const __grid_constant__ TensorMap tokens, const unsigned char* __restrict__ scales, unsigned short* __restrict__ y,
      float4* __restrict__ parts, int num_tiles, int units, int num_rows, int num_waves, int sharing CODEBOOK_PARAMETER) {
-  extern __shared__ __align__(1024) unsigned char memory[];
+  // Boxes of swapped tokens begin at multiples of 1024.
+  DYNAMIC_SHARED_AT(1024, memory);
   const Ring ring{memory};
   if (threadIdx.x == 0) ring.open(OUT_WARPS);
   __syncthreads();
@@ -264,10 +269,10 @@ wide(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMa
   wait_for_predecessors();
 
   if (threadIdx.x >= THREADS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+    give_registers<COPY_REGISTERS>();
     if (threadIdx.x == THREADS) copy_all(Filler{ring, {&tokens, &weights, &scale_map}}, waves, num_rows);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+    take_registers<MULTIPLY_REGISTERS>();
     DECODER(decoder);
     Multiplier multiplier(ring, decoder, waves.total());
     Run run, next;

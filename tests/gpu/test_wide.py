@@ -19,8 +19,8 @@ from tools.linear_formats import (
 from tools.linear_launches import launches
 
 pytestmark = pytest.mark.gpu
-# One that many blocks share, and one of odd numbers of tiles and units.
-SHAPES = ((2560, 8192), (1040, 384))
+# One that many blocks share, one of odd numbers of tiles and units, and one of more tiles than there are blocks.
+SHAPES = ((2560, 8192), (1040, 384), (28672, 512))
 NUM_ROWS = (17, 24, 32, 48, 63, 96, 128, 130, 192, 255, 256, 257, 512, 1000, 2048)
 
 

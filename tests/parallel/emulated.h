@@ -36,8 +36,12 @@ using std::max;
 using std::min;
 
 // Each block finds NaN in it.
-alignas(16) static unsigned char dynamic_shared[99 * 1024];
+#ifndef SHARED_KIB
+#define SHARED_KIB 99
+#endif
+alignas(1024) static unsigned char dynamic_shared[SHARED_KIB * 1024];
 #define DYNAMIC_SHARED(name) unsigned char* const name = dynamic_shared
+#define DYNAMIC_SHARED_AT(alignment, name) DYNAMIC_SHARED(name)
 
 struct Barrier {
   pthread_barrier_t barrier;
@@ -195,6 +199,9 @@ static void run_grid(Index grid, int num_threads, const std::function<void()>& k
   }
 }
 
+#if defined(RUN_GROUPS)
+#include "emulated_groups.h"
+#endif
 #include KERNEL_FILE
 
 #if CODEBOOK
@@ -212,6 +219,25 @@ extern "C" void run_wide(const void* weights, const void* scales, const void* co
     wide((const uint4*)weights, (const unsigned char*)scales, (const uint4*)rows, (unsigned short*)y, (float4*)parts, num_tiles, units,
          num_rows CODEBOOK_ARGUMENT);
   }, backwards);
+}
+
+#elif defined(RUN_GROUPS)
+
+// How many counters of arrivals are left above zero.
+extern "C" int run_groups(const void* weights, const void* scales, const void* codebook, const void* x, void* y, void* parts,
+                          int num_tiles, int units, int num_rows, int num_blocks, int num_waves, int sharing, int backwards) {
+  const char* rows = fresh.of(x, (size_t)num_rows * units * 256);
+  const int groups = PARTS ? units * PARTS : 1;
+  const TensorMap maps[3] = {
+      describe(weights, num_tiles, (long)units * WEIGHT_BYTES, ROW_TILES, WEIGHT_BYTES, 8, false),
+      describe(scales, num_tiles, (long)groups * GROUP_BYTES, ROW_TILES, SCALE_STEP, 8, false),
+      describe(rows, num_rows, (long)units * 256, TOKENS, 128, 2, true),
+  };
+  run_grid({num_blocks, 1}, THREADS + COPIERS, [=] {
+    wide(maps[0], maps[1], maps[2], (const unsigned char*)scales, (unsigned short*)y, (float4*)parts, num_tiles, units, num_rows,
+         num_waves, sharing CODEBOOK_ARGUMENT);
+  }, backwards);
+  return std::count_if(arrivals, arrivals + MAX_TILES, [](u32 count) { return count != 0; });
 }
 
 #elif defined(RUN_DEQUANTIZE)

@@ -1,6 +1,8 @@
-"""What of the products by warp groups shows without a card: their shared memory, and how tiles are dealt to blocks."""
+"""What of products by warp groups shows without a card: the source run on the CPU, memory, and how tiles are dealt."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
@@ -8,12 +10,69 @@ import torch
 from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import warp_groups, wide
 from parallel.kernels.multiprocessors import Card
+from parallel.kernels.warp_groups import GroupLaunch
+from tests.parallel.test_emulated_kernels import (
+    NUM_IN,
+    codebook,
+    compile_source,
+    draw,
+    float8,
+    layer_and_layout,
+    pointer,
+)
 from tools.linear_formats import FORMATS
 from tools.linear_launches import GROUP_TILES
 
 H200 = Card(132, 228 * 1024)
 # What a card gives a block of its registers and of its shared memory, at most.
 REGISTERS, SHARED_BYTES = 65536, 227 * 1024
+
+# Blocks with whole tiles and a share of others, tiles half empty along either side, and every kind of weight.
+CASES = {
+    "bf16 scales": (lambda: draw(16, 128, dtype=torch.bfloat16, num_out=272), GroupLaunch(32, 8, 3), 300, 4),
+    "float16 scales, zeros": (
+        lambda: draw(16, 128, zeros=True, dtype=torch.float16, num_out=208),
+        GroupLaunch(16, 12, 4),
+        130,
+        3,
+    ),
+    "float16 scales in 64s": (lambda: draw(16, 64, dtype=torch.float16, num_out=208), GroupLaunch(16, 8, 3), 70, 3),
+    "zeros in 32s": (lambda: draw(16, 32, zeros=True, dtype=torch.bfloat16), GroupLaunch(32, 8, 3), 60, 2),
+    "codebook": (codebook, GroupLaunch(8, 12, 4), 11, 2),
+    "int8": (lambda: draw(256, NUM_IN, zeros=True), GroupLaunch(8, 8, 3), 100, 3),
+    "int8 in 128s": (lambda: draw(256, 128, zeros=True, num_out=208), GroupLaunch(8, 12, 4), 64, 1),
+    "float8": (float8, GroupLaunch(32, 8, 3), 33, 2),
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_source_computes_what_float64_does_whichever_block_is_last(name: str, early: bool) -> None:
+    make, launch, num_rows, most = CASES[name]
+    weight = make()
+    layer, layout = layer_and_layout(weight)
+    library = compile_source(
+        "wide_wgmma.cu", ["-DRUN_GROUPS", "-DSHARED_KIB=227", *launch.options(layout, H200)], early=early
+    )
+    rows = torch.randn(num_rows, NUM_IN).bfloat16()
+    tiles, units = layer.packed.shape[:2]
+    waves = warp_groups.plan_waves(wide.count_places(launch, tiles, num_rows), units, most)
+    outputs = []
+    for backwards in (0, 1):
+        output = torch.full((num_rows + 1, tiles * 16), float("nan"), dtype=torch.bfloat16)
+        parts = torch.full((2 * waves.sharing * waves.has_parts * launch.part_bytes // 4,), float("nan"))
+        buffers = [layer.packed, layer.scales, getattr(layer, "codebook", None), rows, output, parts]
+        sizes = tiles, units, num_rows, waves.blocks, waves.count, waves.sharing
+        assert library.run_groups(*map(pointer, buffers), *sizes, backwards) == 0
+        assert output[-1].isnan().all()
+        outputs.append(output[:-1])
+    assert torch.equal(*outputs)
+    # Weights with scales in groups are rounded to bf16.
+    exact, is_rounded = weight.dequantize(torch.float64), layout.scale_bytes > 0
+    expected = rows.double() @ (exact.bfloat16().double() if is_rounded else exact).t()
+    allowed = expected.abs() * 2**-8 + expected.abs().mean() * (1.5e-2 if is_rounded else 2e-3)
+    assert ((outputs[0].double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
