@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
     own = [name for name in arguments.kernels if name in FORMATS]
-    compile_all(own, [*arguments.rows, *([] if arguments.skip_check else CHECKED_ROWS)])
+    compile_all(own, [*(arguments.rows if arguments.tune else []), *([] if arguments.skip_check else CHECKED_ROWS)])
     if not arguments.skip_check:
         check_kernels(own)
     result: dict[str, Any] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -9,9 +9,6 @@
 // Weights whose inputs have scales in groups are multiplied by them before they are, and so rounded to bf16, as
 // dequantize_packed.cu does.
 //
-// Tiles go to the blocks in waves, one to each. What is left of them is dealt in units, as in wide.cu, so that parts of
-// sums are written for a part of Y only.
-//
 // Defined by the host: NT (8, 16 or 32), OUT_WARPS (8 or 12), TOKEN_STAGES, WEIGHT_STAGES, and what four_bits.cuh or
 // eight_bits.cuh asks for, which have the layouts; SWIGLU is 0.
 
@@ -25,6 +22,7 @@
 #include "wgmma.cuh"
 #include "swap.cuh"
 #include "wide_ring.cuh"
+#include "wide_waves.cuh"
 
 // Registers of each thread: as the block gets them, then of those that copy and those that multiply.
 #define ALL_THREADS (THREADS + COPIERS)
@@ -40,39 +38,6 @@
 #define SHORT_SCALES 0
 #endif
 static_assert(!SWIGLU, "wide.cu has that");
-
-// Units `first` to `stop` of a tile.
-struct Run {
-  int tile, first, stop;
-};
-
-// The work of this block: a tile of each of `num_waves`, then its share of those after them.
-struct Waves {
-  int num_waves;
-  Deal rest;
-  int wave = 0, work, end;
-
-  __device__ __forceinline__ Waves(int num_tiles, int units, int num_rows, int num_waves, int sharing)
-      : num_waves(num_waves),
-        rest{units, (count_places(num_tiles, num_rows) - num_waves * (int)gridDim.x) * units, sharing},
-        work(rest.begin(blockIdx.x)),
-        end(rest.begin(blockIdx.x + 1)) {}
-  __device__ __forceinline__ int total() const { return num_waves * rest.units + end - rest.begin(blockIdx.x); }
-  // Of a tile, its number among those that are dealt.
-  __device__ __forceinline__ int dealt(int tile) const { return tile - num_waves * (int)gridDim.x; }
-
-  __device__ __forceinline__ bool next(Run& run) {
-    if (wave < num_waves) {
-      run = {wave++ * (int)gridDim.x + (int)blockIdx.x, 0, rest.units};
-      return true;
-    }
-    if (work >= end) return false;
-    const int index = work / rest.units, first = work % rest.units, stop = min(rest.units, first + end - work);
-    run = {num_waves * (int)gridDim.x + index, first, stop};
-    work += stop - first;
-    return true;
-  }
-};
 
 __device__ __forceinline__ void copy_all(Filler filler, Waves waves, int num_rows) {
   Run run;
