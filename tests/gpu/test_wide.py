@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from tools.linear_formats import (
     Expected,
     assert_close,
     check_launch,
+    compile_in_threads,
     rounded_codebook,
     rounds_weights,
 )
@@ -27,6 +30,7 @@ NUM_ROWS = (17, 24, 32, 48, 63, 96, 128, 130, 192, 255, 256, 257, 512, 1000, 204
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_launch_that_is_chosen_agrees_with_float64_whatever_the_rows(name: str) -> None:
     own = FORMATS[name]
+    compile_in_threads((own, own.choose(num_rows, shape), False) for shape, num_rows in product(SHAPES, NUM_ROWS))
     for shape in SHAPES:
         weight = own.random_weight(*shape)
         packed = own.pack(rounded_codebook(weight))
