@@ -10,6 +10,7 @@ import torch
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.footprint import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
 from parallel.kernels import choice, wide
+from parallel.kernels.multiprocessors import sparing
 from tools.linear_formats import (
     FORMATS,
     Expected,
@@ -86,12 +87,14 @@ def test_rows_of_any_number_take_no_more_memory_than_is_planned(name: str, fused
         assert taken <= product_bytes(scheme, "cuda", "bfloat16", 2, num_rows, 8192 * 4096) + is_dequantized * 2**20
 
 
-@pytest.mark.parametrize("num_rows", [40, 200])
+@pytest.mark.parametrize("num_rows", [40, 100, 200, 2000])
 def test_a_graph_gives_the_same_sums_at_each_replay_beside_other_shapes(num_rows: int) -> None:
     """Blocks that share tiles count arrivals on the card: each launch must leave the counters as it found them."""
     layers = [
         FORMATS["w4"].layer(FORMATS["w4"].random_weight(*shape)) for shape in ((5120, 4096), (4096, 5120), (80, 4096))
     ]
+    for layer in layers:
+        layer.max_rows = 2048
     rows = torch.randn(num_rows, 4096, device="cuda", dtype=torch.bfloat16)
 
     def run() -> list[torch.Tensor]:
@@ -121,10 +124,12 @@ def test_every_configuration_that_may_be_tuned_agrees_with_float64() -> None:
                 check_launch("w4-zeros", launch, rows, packed, expected)
 
 
-def test_products_that_leave_multiprocessors_free_give_the_same() -> None:
+@pytest.mark.parametrize("num_rows", [100, 200, 2000])
+def test_products_that_leave_multiprocessors_free_give_the_same(num_rows: int) -> None:
     """Parts of sums fall elsewhere, so not to the bit."""
     layer = FORMATS["w4"].layer(FORMATS["w4"].random_weight(5120, 8192))
-    rows = torch.randn(200, 8192, device="cuda", dtype=torch.bfloat16)
-    with wide.sparing(16):
+    layer.max_rows = 2048
+    rows = torch.randn(num_rows, 8192, device="cuda", dtype=torch.bfloat16)
+    with sparing(16):
         found = layer(rows)
     torch.testing.assert_close(found, layer(rows), rtol=2**-7, atol=0.01)
