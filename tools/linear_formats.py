@@ -235,8 +235,11 @@ def check_launch(name: str, launch: AnyLaunch, rows: Tensor, packed: Packed, exp
 
 def assert_close(output: Tensor, expected: Expected, what: str, *, rounded: bool) -> None:
     # Sums in float32, the lost bits of scales, and weights right between two numbers of bf16 that are rounded to the
-    # other one, are small beside the outputs' usual size.
-    product, lost = (expected.rounded, 1.5e-2) if rounded else (expected.exact, 2e-3)
-    allowed = product.abs() * 2**-8 + product.abs().mean() * lost
-    excess = ((output.double() - product).abs() / allowed).max().item()
+    # other one, are small beside the outputs' usual size. The last are the same ones all over a group, so that a few
+    # outputs are far off; by their mean square outputs are as if rounded once.
+    product, lost = (expected.rounded, 3e-2) if rounded else (expected.exact, 2e-3)
+    error, usual = (output.double() - product).abs(), product.abs().mean()
+    spread = (error.square().mean().sqrt() / usual).item()
+    assert spread <= 2.5e-3, f"{what} {tuple(output.shape)}: off by {spread} of the usual output"
+    excess = (error / (product.abs() * 2**-8 + usual * lost)).max().item()
     assert excess <= 1, f"{what} {tuple(output.shape)}: {excess} of what is allowed"

@@ -69,7 +69,7 @@ class Candidate:
 CANDIDATES = {
     CopiedHostMemory.name: Candidate(wrap_copies, TIMED_COPIES_BYTES),
     TwoStepHostMemory.name: Candidate(wrap_two_step, TIMED_LARGE_BYTES),
-    EXACT.name: Candidate(wrap_dense, TIMED_MIDDLE_BYTES),
+    EXACT.name: Candidate(wrap_dense, (DECODE_BYTES, *TIMED_MIDDLE_BYTES)),
     HostMemory.name: Candidate(wrap_host_memory, TIMED_BYTES),
 }
 # With engine.all_reduce_bits=8.

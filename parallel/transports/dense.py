@@ -65,8 +65,9 @@ EXACT = LineFormat(
     lines=8,
     dtypes=tuple(REDUCTIONS),
     # So many warps have what the link carries in one round trip on their way; with more, more is written before the
-    # first is read, and the link is used one way for longer.
-    launches=((MAX_BYTES, 32, 1),),
+    # first is read, and the link is used one way for longer. Between two H200 over PCIe 5.0, by KiB in us: 16 in 4.0,
+    # 64 in 6.4, 128 in 9.0, 256 in 12.7; 512 in 19.6 (21.3 with 48 warps), 1024 in 35.5, 2048 in 63.6.
+    launches=((256 * KIB, 48, 1), (MAX_BYTES, 32, 1)),
 )
 # A number of 16 bits becomes one of 8, and twelve share a scale: host_memory_int8.cu, and in torch rounded.py.
 INT8 = LineFormat(
@@ -75,7 +76,8 @@ INT8 = LineFormat(
     units=3,
     lines=2,
     dtypes=(torch.bfloat16, torch.float16),
-    # Small tiles: a warp takes 5 us to round and to add up four times as much.
+    # Small tiles: a warp takes 5 us to round and to add up four times as much. By KiB in us: 16 in 4.7, 64 in 5.5, 128 in
+    # 7.0, 256 in 9.6, 512 in 15.0, 2048 in 42.7.
     launches=((MAX_BYTES, 32, 3),),
 )
 

@@ -20,6 +20,8 @@
 // parity of the call; why two are enough is said in host_memory.py.
 
 #define TILE_UNITS (UNITS * LANES)
+// Times that a tile is asked for before its last line is looked at: a look that finds it costs a round trip more.
+#define HOPES 3
 #define NUM_TAGS 65535
 #define ALL_LANES 0xffffffffu
 // The lines of three peers leave no registers for the own units beside them.
@@ -110,11 +112,11 @@ struct Call {
 
   // Until what was asked for has come, as asked for again; false on all lanes: a rank did not answer in time.
   __device__ bool settle(int tile, u32 missing, uint4 (*lines)[LINES]) {
-    for (;;) {
+    for (int times_asked = 1;; ++times_asked) {
       missing = still_missing(missing, lines);
       if (!__any_sync(ALL_LANES, missing != 0)) return true;
       if (__any_sync(ALL_LANES, missing && given_up(missing))) return false;
-      if (!wait(tile)) return false;
+      if (times_asked >= HOPES && !wait(tile)) return false;
       ask(tile, missing, lines);
     }
   }
