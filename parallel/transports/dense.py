@@ -76,8 +76,8 @@ INT8 = LineFormat(
     units=3,
     lines=2,
     dtypes=(torch.bfloat16, torch.float16),
-    # Small tiles: a warp takes 5 us to round and to add up four times as much. By KiB in us: 16 in 4.7, 64 in 5.5, 128 in
-    # 7.0, 256 in 9.6, 512 in 15.0, 2048 in 42.7.
+    # Small tiles: a warp takes 5 us to round and to add up four times as much. By KiB in us: 16 in 4.7, 64 in 5.5, 128
+    # in 7.0, 256 in 9.6, 512 in 15.0, 2048 in 42.7.
     launches=((MAX_BYTES, 32, 3),),
 )
 
