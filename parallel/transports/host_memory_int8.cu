@@ -42,7 +42,7 @@ __device__ __forceinline__ float over_largest(float value) {
   return __fmaf_rn(__fmaf_rn(-(float)LARGEST, near, value), 1.0f / LARGEST, near);
 }
 
-// As the division, of numbers of eight bits.
+// As the division, of numbers of eight bits from 2^-126 to 2^126; of smaller ones not a number.
 __device__ __forceinline__ float inverse_of(float value) {
   const float near = __fdividef(1.0f, value);
   return __fmaf_rn(__fmaf_rn(-value, near, 1.0f), near, near);

@@ -240,10 +240,10 @@ def test_more_ranks_read_more_from_one_another() -> None:
     two, three, four = (rates_from_facts(FACTS, num) for num in (2, 3, 4))
     mb = 1e6 / (1.969e9 * 16 * 0.8) * 1e6
     short, long = 16384, 2**19
-    assert two.all_reduce_us[long] == pytest.approx(4.5 + 2 * long / 1e6 * mb)
-    assert three.all_reduce_us[short] == pytest.approx(4.5 + 2 * 2 * short / 1e6 * mb)
-    assert four.all_reduce_us[short] == pytest.approx(4.5 + 2 * 3 * short / 1e6 * mb)
-    assert four.all_reduce_us[long] == pytest.approx(9.0 + 2 * 1.5 * long / 1e6 * mb)
+    assert two.all_reduce_us[long] == pytest.approx(4.5 + 1.45 * long / 1e6 * mb)
+    assert three.all_reduce_us[short] == pytest.approx(4.5 + 1.45 * 2 * short / 1e6 * mb)
+    assert four.all_reduce_us[short] == pytest.approx(4.5 + 1.45 * 3 * short / 1e6 * mb)
+    assert four.all_reduce_us[long] == pytest.approx(9.0 + 1.45 * 1.5 * long / 1e6 * mb)
     assert [each.message_us_per_mb / mb for each in (two, three, four)] == pytest.approx([1, 4 / 3, 3 / 2])
     alone = rates_from_facts(FACTS, 1)
     assert (alone.all_reduce_us, alone.message_us_per_mb) == ({}, 0)
