@@ -137,7 +137,7 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
         ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
         gather_limit = max(small.times_us)
     others = [proof for name, proof in proofs.items() if name != CopiedHostMemory.name]
-    # What carries large messages in a graph, which cannot have copies.
+    # What carries large messages in a graph, which has no copies.
     captured = fastest([base_proof, *others], PREFILL_BYTES) or base_proof
     communicator, found = join_norm(compose(base, opened, ranges, gather_limit, captured.name, device), tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.

@@ -28,7 +28,7 @@ TIMED_MIDDLE_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 204
 # 2048 tokens of a 70B, one chunk of prefill.
 PREFILL_BYTES = 32 * 1024 * KIB
 TIMED_LARGE_BYTES = (512 * KIB, 1024 * KIB, 2048 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
-# None that the self-test captures: copies cannot be.
+# None that the self-test captures: copies are not.
 TIMED_COPIES_BYTES = (EAGER_BYTES, PREFILL_BYTES)
 DTYPES = (torch.float32, torch.bfloat16)
 
