@@ -3,12 +3,13 @@
 `python -m tools.corpus FILE.json.gz` packs them into one file, for a training machine whose Python ships without them.
 """
 
+import argparse
 import gzip
 import hashlib
 import json
 import platform
-import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,11 @@ def _read(root: Path, path: str) -> str:
     return text if text.strip() else ""
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, metavar="FILE.json.gz", help="is written")
+    pack(collect(), parser.parse_args(arguments).file)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tools.corpus FILE.json.gz")
-    pack(collect(), Path(sys.argv[1]))
+    main()

@@ -25,6 +25,8 @@ RANK_VARIABLES = (
 )
 # Its sums over peer access that are not NCCL's, beside disable_custom_all_reduce.
 PEER_VARIABLES = ("VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ALLREDUCE_USE_FLASHINFER")
+# What it asks for must be free when it starts, and the driver and a context have their part of every card.
+MOST_OF_A_CARD = 0.9
 
 
 def open_vllm(job: Job, device: torch.device) -> Baseline:
@@ -72,7 +74,7 @@ def within_limits(limits: LimitsConfig, card_bytes: int) -> dict[str, Any]:
     """What keeps it to `limits` on cards of `card_bytes`; before it is imported, since it reads variables then."""
     options: dict[str, Any] = {}
     if limits.card_memory_gib is not None:
-        options["gpu_memory_utilization"] = min(1.0, limits.card_memory_gib * 2**30 / card_bytes)
+        options["gpu_memory_utilization"] = min(MOST_OF_A_CARD, limits.card_memory_gib * 2**30 / card_bytes)
     if limits.peer_access == PeerAccess.off:
         os.environ.update(dict.fromkeys(PEER_VARIABLES, "0"))
         options["disable_custom_all_reduce"] = True

@@ -9,7 +9,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest_context
 from launcher.models.shape import ModelShape
-from launcher.plan.offload_disk import largest_host_context
+from launcher.plan.offload_disk import has_host_room, largest_host_context
 from launcher.plan.refusal import refuse_memory
 from launcher.plan.remedies import Refused
 from launcher.plan.topology import PlanError
@@ -45,18 +45,27 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
     if not fits(demand, budgets, needed):
         raise refuse_memory(Refused(run, demand, budgets, inventory, needed))
     kept_free = KEPT_FREE_STREAMED if demand.num_streamed else KEPT_FREE
-    most = largest_context(demand, tuple(round(budget * (1 - kept_free)) for budget in budgets), wanted)
+    room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
+    most = largest_context(demand, room, wanted)
     on_host = largest_host_context(run, demand, inventory, most)
     in_pages = max(on_host // PAGE_SIZE * PAGE_SIZE, needed)
     if on_host < most:
         return in_pages, "what host memory has room for (offload.kv=host)."
     if most < wanted:
-        more = replace(demand, kv_on_host=True).num_kv_hosted - demand.num_kv_hosted > NUM_STAGED
+        more = _fits_with_host(run, demand, room, inventory, in_pages + PAGE_SIZE)
         hint = "; offload.kv=host has room for more" if more else ""
         return in_pages, f"what fits beside the weights, with a little kept free{hint}."
     if wanted == limit:
         return wanted, f"{limit_reason}."
     return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
+
+
+def _fits_with_host(run: RunConfig, demand: Demand, room: tuple[int, ...], inventory: Inventory, tokens: int) -> bool:
+    """Whether sequences of so many fit where keys and values of streamed layers may go to host memory and do."""
+    hosted = replace(demand, kv_on_host=True)
+    if run.offload.disk is not None or hosted.num_kv_hosted - demand.num_kv_hosted <= NUM_STAGED:
+        return False
+    return fits(hosted, room, tokens) and has_host_room(run, hosted, inventory, tokens)
 
 
 def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[int, str]:

@@ -137,7 +137,7 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
         ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
         gather_limit = max(small.times_us)
     others = [proof for name, proof in proofs.items() if name != CopiedHostMemory.name]
-    # What carries large messages in a graph, which cannot have copies.
+    # What carries large messages in a graph, which has no copies.
     captured = fastest([base_proof, *others], PREFILL_BYTES) or base_proof
     communicator, found = join_norm(compose(base, opened, ranges, gather_limit, captured.name, device), tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
@@ -195,7 +195,12 @@ class Tester:
         return self.job.run.timeouts.selftest_sec / 4
 
     def prove(
-        self, name: str, opener: Callable[[], C], sizes: Sequence[int], trial: Trial | None = None
+        self,
+        name: str,
+        opener: Callable[[], C],
+        sizes: Sequence[int],
+        trial: Trial | None = None,
+        close: Callable[[C], None] | None = None,
     ) -> tuple[C | None, Proof]:
         return prove(
             name,
@@ -206,6 +211,7 @@ class Tester:
             timeout_sec=self.job.run.timeouts.selftest_sec,
             on_timeout=self.on_timeout,
             trial=trial,
+            close=close,
         )
 
     def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
@@ -214,7 +220,7 @@ class Tester:
         wanted = CANDIDATES | (ROUNDING if self.job.run.engine.all_reduce_bits == 8 else {})
         for name, candidate in wanted.items():
             opener = lambda wrap=candidate.wrap: wrap(base, self.device, timeout_sec=self.wait_sec)  # noqa: E731
-            communicator, proofs[name] = self.prove(name, opener, candidate.sizes, candidate.trial)
+            communicator, proofs[name] = self.prove(name, opener, candidate.sizes, candidate.trial, close)
             if communicator is not None:
                 opened[name] = communicator
         return opened, proofs
@@ -226,7 +232,7 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
         return inner, ""
     name, trial = host_memory_norm.NAME, Trial(find_wrong_norms, time_norm)
     opener = lambda: wrap_norm(inner, tester.device, timeout_sec=tester.wait_sec)  # noqa: E731
-    joined, proof = tester.prove(name, opener, NORM_BYTES, trial)
+    joined, proof = tester.prove(name, opener, NORM_BYTES, trial, close)
     if joined is None:
         return inner, f"{name} was left out: {proof.error}"
     _, apart = tester.prove("a kernel each", lambda: inner, NORM_BYTES, trial)
@@ -238,6 +244,11 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
         return inner, f"{name} was left out: {compare(proof, apart, NORM_BYTES[0])}"
     joined.channel.timeout_sec = tester.job.run.timeouts.collective_sec
     return joined, f"{name} up to {joined.max_bytes} bytes: {compare(proof, apart, NORM_BYTES[0])}"
+
+
+def close(communicator: HostTransport) -> None:
+    """Frees what a candidate that failed has, of its card too; the watch of copies would go on as long as the rank."""
+    communicator.channel.close()
 
 
 def failure(proof: Proof) -> TransportError:

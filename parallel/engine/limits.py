@@ -28,7 +28,7 @@ MIN_HALVED_ROWS = 1024
 # The same where passes are captured as graphs.
 GRAPHED_HALVED_ROWS = 257
 # Passes of up to the last of these are captured, for each of these numbers of rows; empty: none is. A pass of other
-# numbers runs the next larger graph. Above, a host is fast enough, and copies, which cannot be captured, carry sums.
+# numbers runs the next larger graph. Above, a host is fast enough, and copies, which are not captured, carry sums.
 GRAPHED_ROWS: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
 # Tokens that parts of prompts attend to in one call, unless one has more. To gather so many and attend to them takes a
 # card about as long as a slow host needs for the four launches that a further call costs.

@@ -86,6 +86,8 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self.engine.pages.release(sequence.pages)
+            # One that its first token ended has no row yet, and is to get none.
+            self.engine.fresh.pop(sequence, None)
 
     def retire_sampled(self) -> None:
         for sequence in [sequence for sequence in self.running if sequence.is_sampled]:

@@ -151,7 +151,14 @@ def open_channel(
         channel = kind(region, layout, communicator.rank, device, timeout_sec=timeout_sec)
     except Exception as error:  # The driver refuses the memory; NVRTC is missing or refuses the code.
         problem = first_line(error)
-    raise_everywhere(communicator, device, problem)
+    try:
+        raise_everywhere(communicator, device, problem)
+    except TransportError:
+        if channel is not None:
+            channel.close()
+        elif region.device_address:
+            region.unregister()
+        raise
     assert channel is not None
     return channel
 

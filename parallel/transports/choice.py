@@ -28,7 +28,7 @@ TIMED_MIDDLE_BYTES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB, 204
 # 2048 tokens of a 70B, one chunk of prefill.
 PREFILL_BYTES = 32 * 1024 * KIB
 TIMED_LARGE_BYTES = (512 * KIB, 1024 * KIB, 2048 * KIB, 4 * 1024 * KIB, PREFILL_BYTES)
-# None that the self-test captures: copies cannot be.
+# None that the self-test captures: copies are not.
 TIMED_COPIES_BYTES = (EAGER_BYTES, PREFILL_BYTES)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -72,6 +72,7 @@ def prove(
     timeout_sec: float,
     on_timeout: Callable[[TransportError], None],
     trial: Trial | None = None,
+    close: Callable[[C], None] | None = None,
 ) -> tuple[C | None, Proof]:
     """Opens a candidate, checks its sums and times `sizes` bytes; all ranks get the same proof.
 
@@ -79,6 +80,7 @@ def prove(
         control: a transport on the CPU by which ranks agree, whatever becomes of the candidate.
         on_timeout: as for `check_transport`.
         trial: what is asked of it; None: all-reduces.
+        close: what to do with one that failed.
     """
     trial = trial or Trial(find_wrong_sums, time_one)
     communicator: C | None = None
@@ -96,6 +98,8 @@ def prove(
         except Exception as error:  # Whatever it is, the candidate is out; the others may work.
             problem = problem or str(error) or repr(error)
         proof = agree(name, times, problem, sizes, control)
+        if proof.error and communicator is not None and close is not None:
+            close(communicator)
     return (communicator if not proof.error else None), proof
 
 

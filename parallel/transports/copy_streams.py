@@ -63,6 +63,8 @@ class CardStreams:
         self.region, self.layout, self.rank, self.count = region, layout, rank, count
         lanes = range(layout.num_lanes)
         self.streams = [torch.cuda.Stream(device, HIGH_PRIORITY) for _ in lanes]
+        # Before there is anything to give back.
+        self._try_flags()
         self.started = create_event()
         self.events = [[create_event() for _ in range(NUM_EVENTS)] for _ in lanes]
         self.next_event = [cycle(each) for each in self.events]
@@ -79,7 +81,6 @@ class CardStreams:
             End: self._end,
         }
         self.program = lru_cache(maxsize=NUM_PROGRAMS)(self._prepare)
-        self._try_flags()
 
     def start(
         self, num_bytes: int, first_lane: int, kernel: Kernel, source: int, target: int, stream: int

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,9 @@ class Driver:
         return call
 
     def call(self, name: str, *args: Any) -> None:
-        self.function(name)(*args)
+        code = self.function(name)(*args)
+        if code:
+            refuse(name, code)
 
     def cuMemAlloc_v2(self, address: Any, num_bytes: int) -> None:
         buffer = ctypes.create_string_buffer(b"\xff" * num_bytes, num_bytes)
@@ -162,13 +165,18 @@ def refuse(name: str, code: int) -> None:
     raise TransportError(f"{name} {code}")
 
 
+def open_region(layout: CopyLayout) -> SharedRegion:
+    descriptor = create_memory(layout.num_bytes)
+    region = SharedRegion(descriptor, layout.num_bytes)
+    os.close(descriptor)
+    return region
+
+
 @contextlib.contextmanager
 def opened(world_size: int, timeout_sec: float = 100) -> Iterator[list[CopyChannel]]:
     """A channel a rank."""
     layout = LAYOUTS[world_size]
-    descriptor = create_memory(layout.num_bytes)
-    region = SharedRegion(descriptor, layout.num_bytes)
-    os.close(descriptor)
+    region = open_region(layout)
     region.device_address = region.address
     region.unregister = lambda: None  # type: ignore[method-assign]
     channels = [CopyChannel(region, layout, rank, CPU, timeout_sec=timeout_sec) for rank in range(world_size)]
@@ -258,6 +266,26 @@ def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
         driver.refused = "cuEventRecord"
         with pytest.raises(TransportError, match="cuEventRecord 1"):
             channels[0].all_reduce(torch.ones(4), torch.ones(4))
+
+
+@pytest.mark.parametrize("refused", ["", "cuStreamBatchMemOp_v2"])
+def test_nothing_is_left_where_not_all_ranks_can(driver: Driver, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """This rank, or the other one."""
+    driver.refused, problems, threads = refused, [], threading.active_count()
+    region = open_region(LAYOUTS[2])
+
+    def tell(communicator: Counting, device: torch.device, problem: str) -> None:
+        problems.append(problem)
+        raise TransportError("one of them cannot.")
+
+    monkeypatch.setattr(channel, "share_region", lambda *_: region)
+    monkeypatch.setattr(region, "register", lambda: setattr(region, "device_address", region.address))
+    monkeypatch.setattr(region, "unregister", lambda: setattr(region, "device_address", 0))
+    monkeypatch.setattr(channel, "raise_everywhere", tell)
+    with pytest.raises(TransportError, match="one of them cannot"):
+        channel.open_channel(CopyChannel, Counting(), CPU, LAYOUTS[2], timeout_sec=9)
+    assert problems == [f"{refused} 1" if refused else ""]
+    assert (driver.memory, region.device_address, threading.active_count()) == ({}, 0, threads)
 
 
 def test_a_missing_rank_is_an_error_on_all_and_nobody_waits_for_ever(driver: Driver) -> None:

@@ -37,6 +37,7 @@ class ScriptedEngine:
     # Nothing is drafted.
     plan = None
     looks_first: bool = False
+    fresh: dict[EngineSequence, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)

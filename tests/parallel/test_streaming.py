@@ -109,6 +109,19 @@ def test_no_pass_is_streamed_after_an_end_of_sequence() -> None:
     assert run_on_ranks(steps_to_an_end, 1)[0] == [6, 5, 5]
 
 
+def left_of_short_answers(communicator: Communicator) -> tuple[list[int], int]:
+    """How long answers are that end with their first token, and of how many the engine keeps that."""
+    engine, prompts = make_engine(communicator, DEMO, streamed=(1, 3)), numbered(prompts_of("demo"))
+    firsts = frozenset(answer[0] for answer in answers(engine, prompts))
+    found = generate(engine, prompts, demo_tokenizer(), StopRules(5, firsts)).answers
+    return [len(each.token_ids) for each in found], len(engine.fresh)
+
+
+def test_nothing_is_kept_of_answers_that_their_first_token_ended() -> None:
+    ((lengths, num_kept),) = run_on_ranks(left_of_short_answers, 1)
+    assert set(lengths) == {1} and num_kept == 0
+
+
 def interrupted(communicator: Communicator) -> tuple[list[list[int]], list[list[int]], list[float]]:
     """Answers before and after a pass that ended in the middle, and after timed steps."""
     engine, prompts = make_engine(communicator, DEMO, streamed=(0, 2, 3)), numbered(prompts_of("demo"))

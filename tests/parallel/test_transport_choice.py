@@ -143,7 +143,10 @@ def unexpected(error: TransportError) -> None:
     raise AssertionError(error)
 
 
-def proof_of(communicator: Communicator, opener: str) -> tuple[bool, Proof]:
+def proof_of(communicator: Communicator, opener: str) -> tuple[bool, bool, Proof]:
+    """Whether it was opened and kept; whether it was closed; its proof."""
+    closed: list[Communicator] = []
+
     def refuse() -> Communicator:
         raise TransportError("rank 0 cannot create shared memory.")
 
@@ -155,16 +158,23 @@ def proof_of(communicator: Communicator, opener: str) -> tuple[bool, Proof]:
         "refused": refuse,
     }
     opened, proof = prove(
-        "it", openers[opener], SIZES, control=communicator, device=CPU, timeout_sec=60, on_timeout=unexpected
+        "it",
+        openers[opener],
+        SIZES,
+        control=communicator,
+        device=CPU,
+        timeout_sec=60,
+        on_timeout=unexpected,
+        close=closed.append,
     )
     communicator.barrier()
-    return opened is not None, proof
+    return opened is not None, bool(closed), proof
 
 
 def test_a_working_transport_has_the_same_proof_on_every_rank() -> None:
     results = run_on_ranks(proof_of, 3, "works")
-    assert {opened for opened, _ in results} == {True}
-    first, *others = (proof for _, proof in results)
+    assert {each[:2] for each in results} == {(True, False)}
+    first, *others = (proof for *_, proof in results)
     assert list(first.times_us) == list(SIZES)
     assert all(time > 0 for time in first.times_us.values())
     assert all(other == first for other in others)
@@ -180,4 +190,6 @@ def test_a_working_transport_has_the_same_proof_on_every_rank() -> None:
     ],
 )
 def test_one_that_fails_on_any_rank_is_left_out_on_all(opener: str, error: str) -> None:
-    assert run_on_ranks(proof_of, 2, opener) == [(False, Proof("it", error=error))] * 2
+    """Also what a rank has of it that found nothing wrong is given back."""
+    has_some = opener != "refused"
+    assert run_on_ranks(proof_of, 2, opener) == [(False, has_some, Proof("it", error=error))] * 2

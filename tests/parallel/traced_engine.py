@@ -51,6 +51,7 @@ class TracedEngine:
     events: list[tuple[str, list[int]]] = field(default_factory=list)
     tokens: dict[Sequence, bytearray] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
+    fresh: dict[Sequence, Tensor] = field(default_factory=dict)
     # Nothing is drafted.
     plan = None
     looks_first = False

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tools import corpus as packer
 from tools.corpus import Corpus, collect, is_held_out, pack, unpack
 from tools.demo_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream
 from tools.demo_training import TrainingPlan, evaluate, learning_rate_factor
@@ -160,3 +161,10 @@ def _check_folder(folder: Path) -> None:
     for file in folder.glob("*.[jm][sd]*"):
         if file.name != "tokenizer.json":
             assert not re.search(r"[\"' ]/\w|/root|/tmp|/home", file.read_text()), file.name
+
+
+def test_asking_for_help_packs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        packer.main(["--help"])
+    assert ended.value.code == 0 and not list(tmp_path.iterdir())

@@ -74,5 +74,8 @@ def test_it_gets_the_workload_and_all_cards(interface: Interface, tmp_path: Path
 def test_it_keeps_to_the_limits_of_the_run(interface: Interface, tmp_path: Path) -> None:
     open_with(tmp_path, LimitsConfig(card_memory_gib=24, peer_access=PeerAccess.off))
     assert interface.asked["gpu_memory_utilization"] == 0.25
+    # A card of that size has less than that to give.
+    open_with(tmp_path, LimitsConfig(card_memory_gib=96, peer_access=PeerAccess.off))
+    assert interface.asked["gpu_memory_utilization"] == 0.9
     assert interface.asked["disable_custom_all_reduce"] is True
     assert [interface.variables[name] for name in vllm.PEER_VARIABLES] == ["0", "0"]

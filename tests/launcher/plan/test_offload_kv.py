@@ -34,6 +34,7 @@ from tests.launcher.timing.test_timing import LOAD, WIDE, Machine
 TOKEN_BYTES = 4096
 HALF = OffloadConfig(resident_layers=40)
 HOSTED = replace(HALF, kv=KVPlace.host)
+HAS_ROOM = "offload.kv=host has room for more"
 HOST = {"offload": OffloadConfig(kv=KVPlace.host)}
 
 
@@ -169,7 +170,20 @@ def test_context_that_had_to_be_cut_names_the_knob() -> None:
     for offload, named in ((HALF, True), (HOSTED, False)):
         decided = plan(AWQ_4, cards_of(1), offload=offload, workload__batch_size=8)
         assert decided.max_context < 8192
-        assert ("offload.kv=host has room for more" in decided.max_context_reason) == named
+        assert (HAS_ROOM in decided.max_context_reason) == named
+
+
+def test_context_that_had_to_be_cut_names_no_knob_that_would_not_help() -> None:
+    """Host memory has room for little more than the layers; offload.disk goes with keys and values on the card."""
+    cut = plan(AWQ_4, cards_of(1), offload=HALF, workload__batch_size=8).max_context
+    # A page of each sequence in each layer, and page 0.
+    pages_bytes = (1 + 8 * (1 + cut // PAGE_SIZE)) * PAGE_SIZE * 40 * TOKEN_BYTES
+    for room_bytes, named in ((pages_bytes, True), (pages_bytes - 1, False), (0, False)):
+        decided = plan(AWQ_4, with_room(room_bytes), offload=HALF, workload__batch_size=8)
+        assert decided.max_context == cut
+        assert (HAS_ROOM in decided.max_context_reason) == named
+    decided = plan(AWQ_4, cards_of(1), offload=replace(HALF, disk="checkpoint"), workload__batch_size=8)
+    assert decided.max_context == cut and HAS_ROOM not in decided.max_context_reason
 
 
 def test_fewer_layers_are_streamed_where_their_tokens_go_with_them() -> None:

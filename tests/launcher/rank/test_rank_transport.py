@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,10 +102,14 @@ def open_with(
     by_name |= {proof.name: proof for proof in proofs}
     tried = {}
 
-    def fake_prove(name: str, opener: object, sizes: object, **_: object) -> tuple[Fake | None, Proof]:
+    def fake_prove(
+        name: str, opener: object, sizes: object, close: Callable[[Fake], None] | None, **_: object
+    ) -> tuple[Fake | None, Proof]:
         # Of those that a test says nothing of, no size was timed.
         by_name.setdefault(name, Proof(name))
         tried[name] = (FakeSlots if name == SMALL else Fake)(name)
+        if by_name[name].error and close is not None:
+            close(tried[name])
         return (None if by_name[name].error else tried[name]), by_name[name]
 
     monkeypatch.setattr(rank_transport, "prove", fake_prove)
@@ -252,6 +257,13 @@ def test_norms_that_fail_or_are_switched_off_stay_apart(
     assert choice.ranges[0].reason == FAST_REASON + left_out
     assert isinstance(choice.communicator, BySize)
     assert (NORM in tried) == enabled
+
+
+def test_what_fails_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = [Proof(name, error="rank 1: gave wrong sums") for name in (COPIES, LARGE, NORM)]
+    _, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, FAST_MIDDLE, *failed)
+    closed = {name: each.channel.closed for name, each in tried.items() if name not in ("nccl", APART)}
+    assert closed == {COPIES: True, LARGE: True, NORM: True, SMALL: False, MIDDLE: False}
 
 
 def test_a_probe_times_the_whole_and_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
