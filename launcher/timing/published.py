@@ -157,7 +157,8 @@ def assumptions(facts: Facts, world_size: int) -> tuple[str, ...]:
     ]
     if world_size > 1:
         found.append(
-            f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes {WIRE_BYTES_PER_BYTE:g} times over {facts.link_gb_per_sec:.0f} GB/s"
+            f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes {WIRE_BYTES_PER_BYTE:g} times over "
+            f"{facts.link_gb_per_sec:.0f} GB/s"
             f"{' from each other card, or two such steps' * (world_size > 2)}; in prefill it runs beside the products"
         )
     return tuple(found)
