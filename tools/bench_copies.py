@@ -1,12 +1,12 @@
 """What all-reduces by copy engines cost card and host: `python -m tools.bench_copies`.
 
-One process a card, or those of torchrun. For copies, the two-step kernel and NCCL, launch by launch and as graphs:
+One process a card, or those of torchrun. For copies, the two-step kernel, also as a graph, and NCCL:
 - all-reduces of bfloat16 alone: microseconds of a call on the card where each begins after the one ahead, and where
   several are under way, and of the host's part in it, from 50 calls that are queued without waiting;
 - beside products, as a pass in four sections has them: three products of 8192 x 8192 for each sum, which is waited for
   four sums later; milliseconds on the card of products and of both, and of the host.
 With `--tune` also copies in other pieces and lanes. Sums of fresh values are compared bit for bit first (NCCL's as far
-as bfloat16 rounds). Figures are the slowest rank's; the last line is JSON. Graphs of copies come last.
+as bfloat16 rounds). Figures are the slowest rank's; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -79,16 +79,8 @@ def bench(rank: CardRank, tune: bool) -> None:
     rows += [measure(rank, "two steps, graph", two_step, size, Graphed) for size in SIZES]
     if tune:
         rows += measure_layouts(rank)
-    refusal = ""
-    try:
-        copies.captures = True
-        for size in SIZES:
-            rows.append(measure(rank, "copies, graph", copies, size, Graphed))
-    except Exception as error:  # A driver that captures no flags; a card that runs them in an order that stops.
-        refusal = str(error).splitlines()[0]
-        say(rank, f"graphs of copies: {refusal}")
     card = {"name": torch.cuda.get_device_name(rank.device), "torch": torch.__version__, "connections": CONNECTIONS}
-    found = {"card": card, "ranks": rank.nccl.world_size, "link": link, "card_bytes": taken, "refusal": refusal}
+    found = {"card": card, "ranks": rank.nccl.world_size, "link": link, "card_bytes": taken}
     say(rank, json.dumps({**found, "rows": [asdict(row) for row in rows]}))
 
 

@@ -93,7 +93,6 @@ def main() -> None:
         "--fused-rows", type=int, default=max(TRIED_ROWS), help="rows of a section up to which weights stay packed"
     )
     parser.add_argument("--spared", type=int, help="multiprocessors that products leave to sums; else as they do")
-    parser.add_argument("--copies-in-graphs", action="store_true", help="graphs too have sums by copy engines")
     parser.add_argument("--passes", type=int, default=5)
     args = parser.parse_args()
     if not is_started_by_torchrun() and torch.cuda.device_count() < args.cards:
@@ -103,7 +102,7 @@ def main() -> None:
 
 def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     share_process_group(rank.device)
-    engine = open_engine(open_sums(rank, args.copies_in_graphs), rank.device, FACTS, args.quantize, max(args.rows))
+    engine = open_engine(open_sums(rank), rank.device, FACTS, args.quantize, max(args.rows))
     fuse(engine, args.fused_rows)
     if args.spared is not None:
         side_stream.blocks_for = lambda num_bytes: args.spared
@@ -119,13 +118,12 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     say(rank, json.dumps({"card": torch.cuda.get_device_name(rank.device), "passes": [asdict(each) for each in found]}))
 
 
-def open_sums(rank: CardRank, copies_in_graphs: bool) -> Communicator:
+def open_sums(rank: CardRank) -> Communicator:
     """Transports as they are chosen between cards that go through host memory."""
     small, middle, large = (
         wrap(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC) for wrap in (wrap_host_memory, wrap_dense, wrap_two_step)
     )
     copied = wrap_copies(large, rank.device, timeout_sec=TIMEOUT_SEC)
-    copied.captures = copies_in_graphs
     routes = [(SMALL_BYTES, small), (dense.MAX_BYTES, middle), (EAGER_BYTES - 1, large), (2 * EAGER_BYTES, copied)]
     return BySize(rank.nccl, routes, small, rank.device)
 

@@ -99,13 +99,10 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
 
     name = "host_memory_copies"
 
-    # Whether what is captured is copied too.
-    captures = False
-
     def __init__(self, inner: Communicator, channel: CopyChannel) -> None:
         super().__init__(inner, channel)
         self.min_bytes = UNIT_BYTES
-        # Of sums that were started and not joined, by lane.
+        # Of sums that were started since the last join, by lane.
         self.ends: dict[int, int] = {}
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -120,16 +117,12 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
         """
         ends = self.channel.start(tensor, tensor)
         self.ends |= ends
-        return partial(self._join, ends)
+        return partial(self.channel.join, ends)
 
     def join(self) -> None:
         """What the current stream is given from now on comes after all sums that were started."""
-        self._join(self.ends)
-
-    def _join(self, ends: Mapping[int, int]) -> None:
-        self.channel.join(ends)
-        # What was joined must not be so again: it may have been in a graph, and the next join outside of it.
-        self.ends = {lane: event for lane, event in self.ends.items() if ends.get(lane) != event}
+        self.channel.join(self.ends)
+        self.ends = {}
 
     def can_start(self, tensor: Tensor) -> bool:
         return self.takes(tensor) and is_aligned(tensor, UNIT_BYTES)
@@ -140,8 +133,9 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
             return False
         return self.copies_now()
 
-    def copies_now(self) -> bool:
-        return self.captures or not torch.cuda.is_current_stream_capturing()
+    @staticmethod
+    def copies_now() -> bool:
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def wrap_copies(

@@ -14,7 +14,7 @@ from it, so that both directions are busy.
 
 To meet is to write 1 for each of the others, to wait for 1 from each, and then to write 0 over what they wrote. A rank
 comes to the next meeting of a lane only after it has met all others at this one, which differs from it; so nobody finds
-a word that the other has not yet put back, and the values are the same in every turn: a captured graph can do it again.
+a word that the other has not yet put back, and the values are the same in every turn: calls can be prepared once.
 
 Results may overwrite the message: its copy to the slot came before, on the same stream.
 

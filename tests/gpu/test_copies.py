@@ -132,41 +132,6 @@ def test_what_is_captured_goes_another_way(tmp_path: Path) -> None:
     assert list(run_on_one_card(capture, 2, tmp_path)) == [True, True]
 
 
-def replay(communicator: HostMemory, layout: CopyLayout) -> list[str]:
-    """What came out wrong of a graph of sums that are under way at once, of fresh values, between calls."""
-    copies, device = open_on_a_card(communicator, layout)
-    copies.captures = True
-    counts = (8, 5000, 40_000, 8, 100_000)
-    messages = [torch.zeros(count, dtype=torch.bfloat16, device=device) for count in counts]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(2):
-            joins = [copies.start_all_reduce(message) for message in messages]
-            joins[0]()
-            copies.join()
-    wrong: list[str] = []
-    for step in range(0, 300, 10):
-        for place, message in enumerate(messages):
-            message.copy_(values(copies.rank, step + place, len(message), torch.bfloat16, device))
-        graph.replay()
-        alone = copies.all_reduce(values(copies.rank, step + 5, 8 * (step + 1), torch.bfloat16, device))
-        if not torch.equal(alone, expected_sum(copies.world_size, step + 5, 8 * (step + 1), torch.bfloat16, device)):
-            wrong.append(f"step {step}, by itself")
-        for place, message in enumerate(messages):
-            once = expected_sum(copies.world_size, step + place, len(message), torch.bfloat16, device)
-            if not torch.equal(message, ordered_sum([once] * copies.world_size)):
-                wrong.append(f"step {step}, message {place}")
-    copies.barrier()
-    copies.channel.close()
-    return wrong
-
-
-@pytest.mark.parametrize("world_size", (2, 3))
-def test_a_graph_of_copies_sums_up_fresh_values_each_time(world_size: int, tmp_path: Path) -> None:
-    results = run_on_one_card(replay, world_size, tmp_path, SMALL_LAYOUTS[world_size])
-    assert list(results) == [[]] * world_size
-
-
 def lose_peer(communicator: HostMemory) -> str:
     copies, device = open_on_a_card(communicator, None, timeout_sec=2)
     message = torch.ones(5 * MIB, device=device)

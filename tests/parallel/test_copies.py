@@ -227,7 +227,7 @@ def test_a_call_asks_little_of_the_driver(driver: Driver, num_bytes: int, calls:
             assert len(driver.calls) == calls * len(channels)
 
 
-def test_sums_that_were_started_are_waited_for_once(driver: Driver) -> None:
+def test_sums_that_were_started_are_waited_for_each_and_all_by_a_join(driver: Driver) -> None:
     with opened(2) as channels:
         ranks = [copied(each) for each in channels]
         tensors = [[torch.ones(count) for count in (4, 2000, 8)] for _ in ranks]
@@ -241,10 +241,9 @@ def test_sums_that_were_started_are_waited_for_once(driver: Driver) -> None:
         (first, second), (middle, *_), (last, *_) = channels[0].streams.events[0][:2], *channels[0].streams.events[1:]
         assert waits_of(driver, joins[0][0]) == [first]
         assert waits_of(driver, joins[0][1]) == [middle, last]
-        assert waits_of(driver, ranks[0].join) == [second]
+        # One wait for each lane: what ended last there.
+        assert waits_of(driver, ranks[0].join) == [second, middle, last]
         assert waits_of(driver, ranks[0].join) == []
-        # All of the other rank's at once: one wait for each lane.
-        assert len(waits_of(driver, ranks[1].join)) == 3 and waits_of(driver, ranks[1].join) == []
 
 
 def copied(channel: CopyChannel) -> CopiedHostMemory:
@@ -328,10 +327,8 @@ def test_whole_units_of_known_types_are_copied_and_nothing_that_is_captured(
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         ranks[0].all_reduce(torch.ones(1024))
         assert not ranks[0].can_start(torch.ones(1024))
-        ranks[0].captures = True
-        assert ranks[0].can_start(torch.ones(1024)) and not ranks[0].can_start(torch.ones(4, 6).T)
-        ranks[0].captures = False
-        ranks[0].min_bytes = 8192
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert ranks[0].can_start(torch.ones(1024)) and not ranks[0].can_start(torch.ones(4, 6).T)
+        ranks[0].min_bytes = 8192
         ranks[0].all_reduce(torch.ones(1024))
         assert inner.calls == 5

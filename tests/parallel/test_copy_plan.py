@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -62,26 +62,6 @@ def test_sums_are_right_in_any_order_of_streams(layout: CopyLayout, one_queue: b
     """Also where all streams of a card share one queue, which must never stop."""
     for seed in range(SEED, SEED + 15):
         assert wrong_of(layout, seed, one_queue=one_queue) == [], seed
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values())
-def test_a_queue_may_take_lanes_in_any_order_that_all_ranks_have(layout: CopyLayout) -> None:
-    """As a driver may that puts several branches of a captured graph in one queue of the card."""
-    for seed in range(SEED, SEED + 15):
-        calls = iter(range(10**6))
-        # Ranks are asked in turn for each call.
-        mixed: Change = lambda operations, at=seed, number=calls: interleaved(  # noqa: E731
-            operations, random.Random(at + next(number) // layout.world_size)
-        )
-        assert wrong_of(layout, seed, change=mixed, one_queue=True) == [], seed
-
-
-def interleaved(operations: Sequence[Operation], generator: random.Random) -> list[Operation]:
-    """Each lane in its order, one lane's operations anywhere between another's."""
-    lanes = {each.lane: [other for other in operations if other.lane == each.lane] for each in operations}
-    turns = [each.lane for each in operations]
-    generator.shuffle(turns)
-    return [lanes[lane].pop(0) for lane in turns]
 
 
 def without(unwanted: Callable[[Operation], bool]) -> Change:

@@ -70,10 +70,7 @@ class SideStream:
     def join(self) -> None:
         """What is queued on the current stream from now on comes after all sums."""
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            # While a graph is captured, its stream may wait for streams of the graph only: copies leave this one out.
-            self.stream.wait_stream(current)
-            current.wait_stream(self.stream)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
             for each in self.copies:
                 each.join()
             self.copies.clear()
