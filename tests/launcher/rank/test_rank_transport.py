@@ -170,14 +170,17 @@ def test_each_message_goes_the_way_of_its_size(
             assert channel.timeout_sec == make_run().timeouts.collective_sec
 
 
-@pytest.mark.parametrize(("copies_us", "carriers"), [(700.0, [LARGE, COPIES]), (1100.0, [LARGE])])
-def test_copies_carry_prefill_where_they_are_faster(
+@pytest.mark.parametrize(
+    ("copies_us", "carriers"), [(700.0, [LARGE, COPIES]), (1250.0, [LARGE, COPIES]), (1300.0, [LARGE])]
+)
+def test_copies_carry_prefill_where_they_are_faster_beside_products(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copies_us: float, carriers: list[str]
 ) -> None:
     nccl = Proof("nccl", {MIB: 63.0, PREFILL_BYTES: 1183.0})
     large, copies = Proof(LARGE, {MIB: 40.0, PREFILL_BYTES: 1030.0}), Proof(COPIES, {PREFILL_BYTES: copies_us})
     choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, nccl, large, copies)
     assert [each.name for each in choice.ranges] == carriers
+    assert ("hinders products" in choice.ranges[-1].reason) == (copies_us == 1250.0)
     assert tried[COPIES].channel.closed == (COPIES not in carriers)
 
 
