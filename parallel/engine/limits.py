@@ -18,8 +18,8 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 # 4 bits took, as graphs, 97.7 ms for 512 rows in one, 75.9, 96.4 and 116 in 2, 3 and 4, and 187, 150, 153 and 153 for
 # 1024; 2048, launched, 270 in 3 and 362 in 4 with sums by copies, for which a host must be fast: in a run with sums in
 # two steps, 283 to 293 one behind the other in 3, but 374 for a prompt by itself (results/LOG.md). By the rates of an
-# RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149 for
-# 2048 (1599).
+# RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149
+# for 2048 (1599).
 SECTIONS = ((255, 1), (4096, 2))
 MOST_SECTIONS = 4
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them
