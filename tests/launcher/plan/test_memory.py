@@ -42,8 +42,6 @@ from tests.launcher.plans import (
     run_of,
 )
 
-# Memory
-
 
 def test_lines_add_up_and_name_every_part() -> None:
     decided = plan(LLAMA_70B_AWQ, cards_of(3), 3)
