@@ -12,6 +12,7 @@
 #define UNITS 3
 #define GROUP 12
 #define LARGEST 127
+#define SMALLEST 1.17549435e-38f  // A scale below it is held to be zero: 2^-126.
 
 #include "host_memory_lines.cuh"
 
@@ -42,7 +43,7 @@ __device__ __forceinline__ float over_largest(float value) {
   return __fmaf_rn(__fmaf_rn(-(float)LARGEST, near, value), 1.0f / LARGEST, near);
 }
 
-// As the division, of numbers of eight bits from 2^-126 to 2^126; of smaller ones not a number.
+// As the division, of numbers of eight bits from SMALLEST to 2^126.
 __device__ __forceinline__ float inverse_of(float value) {
   const float near = __fdividef(1.0f, value);
   return __fmaf_rn(__fmaf_rn(-value, near, 1.0f), near, near);
@@ -50,7 +51,7 @@ __device__ __forceinline__ float inverse_of(float value) {
 
 __device__ __forceinline__ uint4 rounded_line(const float* values, u32 tag) {
   const u32 scale = BFloat16::pair(over_largest(largest_size(values)), 0.0f) & 0xffffu;
-  const float size = BFloat16::low(scale), inverse = size > 0.0f ? inverse_of(size) : 0.0f;
+  const float size = BFloat16::low(scale), inverse = size < SMALLEST ? 0.0f : inverse_of(size);
   int q[GROUP];
 #pragma unroll
   for (int i = 0; i < GROUP; ++i)

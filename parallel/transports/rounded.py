@@ -14,6 +14,8 @@ from parallel.transports.selftest import Timing, agreed_number, time_calls, timi
 # As in host_memory_int8.cu: numbers that share a scale, and the largest code.
 GROUP = 12
 LARGEST = 127
+# Of scales; the kernel divides by none below it.
+SMALLEST = torch.finfo(torch.float32).tiny
 # Of a lane, in a tile: three units of 16 bytes are two groups.
 LANES, UNIT_NUMBERS, UNITS = 32, 8, 3
 REPEATS = 20
@@ -22,11 +24,12 @@ REPEATS = 20
 def round_to_int8(values: Tensor) -> Tensor:
     """`values` [...] of any length as their groups carry them: float32, each a multiple of its group's scale.
 
-    Symmetric, by the largest size of a group over 127, in bfloat16. Infinity or NaN makes a group NaN.
+    Symmetric, by the largest size of a group over 127, in bfloat16. Infinity or NaN makes a group NaN, a scale below
+    2**-126 zero.
     """
     grouped = group(values.detach().float().flatten())
     scale = (grouped.abs().amax(dim=-1, keepdim=True) / LARGEST).bfloat16().float()
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = torch.where(scale < SMALLEST, 0, 1 / scale)
     codes = (grouped * inverse).round().nan_to_num(0).clamp(-LARGEST, LARGEST)
     return ungroup(codes * scale, values.numel()).reshape(values.shape)
 

@@ -94,10 +94,10 @@ def test_rounded_numbers_are_summed_as_plain_torch_does(world_size: int) -> None
     ranks, tile = Ranks(world_size, INT8), INT8.units * dense.LANES
     for call, units in enumerate((1, 5, 33, tile - 1, tile + 1, 2 * tile + 40, 3 * tile)):
         sources, targets = fresh(ranks, units, torch.bfloat16)
-        # Groups of all sizes, also of zeros alone.
+        # Groups of all sizes, also of zeros alone, and too small to have a scale.
         for source in sources:
-            source *= torch.logspace(-30, 30, len(source)).bfloat16()
-            source[: len(source) // 7] = 0
+            source *= torch.logspace(-40, 30, len(source)).bfloat16()
+            source[len(source) // 3 : len(source) // 2] = 0
         assert_sums(ranks, call, sources, targets, sum_rounded(sources))
 
 
