@@ -1,7 +1,7 @@
 """What the load of a linear takes on its device beside what stays there; without torch, for plans.
 
 Bytes are those of parallel/formats, quantize.py and kernels, counted in the code and measured with torch's
-profiler on a CPU (tests/parallel/test_load_memory.py).
+profiler on a CPU (tests/parallel/checkpoint/test_load_memory.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Instructions of paged_attention.cu that C++ has no name for. tests/parallel/emulated_attention.h has the same in C++.
+// Instructions of paged_attention.cu that C++ has no name for. tests/parallel/kernels/emulated_attention.h has the same in C++.
 //
 // Defined by the host: QUERY_F16, KV_FP8 and CLUSTER, as there.
 

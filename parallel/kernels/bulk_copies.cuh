@@ -1,6 +1,6 @@
 // Copies to shared memory in bulk, the barriers that count their bytes (sm_90), and barriers of some threads of a block.
 //
-// Written against the PTX ISA, "Asynchronous Copy", "mbarrier" and "barrier". tests/parallel/emulated_groups.h has the same
+// Written against the PTX ISA, "Asynchronous Copy", "mbarrier" and "barrier". tests/parallel/kernels/emulated_groups.h has the same
 // in C++.
 
 #ifndef BULK_COPIES_CUH

@@ -1,5 +1,5 @@
 // What kernels in bf16 are made of: pairs in a 32-bit word, the first in the low half, and instructions as PTX, since
-// NVRTC comes without CUDA's own headers. tests/parallel/emulated.h has the same in C++.
+// NVRTC comes without CUDA's own headers. tests/parallel/kernels/emulated.h has the same in C++.
 
 #ifndef DEVICE_CUH
 #define DEVICE_CUH

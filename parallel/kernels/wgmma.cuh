@@ -5,7 +5,7 @@
 // token n at i ^ (n & 7).
 //
 // Written against the PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
-// tests/parallel/emulated_groups.h has the same in C++.
+// tests/parallel/kernels/emulated_groups.h has the same in C++.
 
 #ifndef WGMMA_CUH
 #define WGMMA_CUH

@@ -38,10 +38,10 @@ from parallel.shard import ShardedModel, build_sharded_model, share_process_grou
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.gpu.test_speculation import SAMPLED as SAMPLED_ARGS
 from tests.launcher.cli import run
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
+from tests.parallel.engine.speculation.test_auto_speculation import script
 from tests.parallel.ranks import build, demo_tokenizer, numbered
 from tests.parallel.small_models import DEMO, prompts_of
-from tests.parallel.test_auto_speculation import script
 
 pytestmark = pytest.mark.gpu
 

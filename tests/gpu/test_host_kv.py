@@ -31,9 +31,9 @@ from parallel.offload.spread import NUM_STAGED
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.launcher.cli import run_together
+from tests.parallel.offload.test_host_kv import GROWN, NGRAM, TREE, prompts_of_pages
 from tests.parallel.ranks import build, demo_tokenizer, numbered
 from tests.parallel.small_models import DEMO
-from tests.parallel.test_host_kv import GROWN, NGRAM, TREE, prompts_of_pages
 
 pytestmark = pytest.mark.gpu
 

@@ -24,9 +24,9 @@ from parallel.kernels.pages import pages_for
 from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
+from tests.parallel.engine.prefill.test_overlap import Cut, cut_passes
 from tests.parallel.ranks import build
 from tests.parallel.small_models import DEMO
-from tests.parallel.test_overlap import Cut, cut_passes
 
 pytestmark = pytest.mark.gpu
 # Lengths of the prompts of each pass.

@@ -25,7 +25,7 @@ from parallel.kernels import grouping
 from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
-from tests.parallel.passes import parts_of
+from tests.parallel.engine.prefill.passes import parts_of
 from tests.parallel.ranks import build, demo_tokenizer, numbered
 from tests.parallel.small_models import DEMO
 

@@ -18,9 +18,9 @@ from parallel.quantized import QuantizedWeight
 from parallel.shard import share_process_group
 from tests.gpu.one_card import DEVICE, run_on_one_card
 from tests.launcher.cli import run
+from tests.parallel.offload.test_sharing import CONFIG, FORCED, PROMPTS, bound, open_engine, random_weight
 from tests.parallel.ranks import forced_logits
 from tests.parallel.small_models import write_model
-from tests.parallel.test_sharing import CONFIG, FORCED, PROMPTS, bound, open_engine, random_weight
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import torch
 from parallel.engine.speculation.ngram import look_up
 from tests.gpu.cards import needs_two_cards
 from tests.launcher.cli import run, texts
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
 from tests.parallel.small_models import DEMO, DEMO_TEXTS
 
 pytestmark = pytest.mark.gpu

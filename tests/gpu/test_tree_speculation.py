@@ -16,7 +16,7 @@ from parallel.kernels.pages import allocate_pages, as_bits, move_tokens
 from tests.gpu.cards import needs_two_cards
 from tests.gpu.test_speculation import FP32, SAMPLED, answers
 from tests.launcher.cli import run
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 
 pytestmark = pytest.mark.gpu

@@ -17,7 +17,7 @@ from parallel.kernels.limits import PAGE_SIZE
 from tests.launcher.demo_model import change_json, copy_demo
 from tests.launcher.forked import run, run_together
 from tests.launcher.plans import LLAMA_8B, LLAMA_70B, cards_of, run_of
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 
 SHORT = ("hardware=cpu", "workload.output_tokens=12", "engine.comm_share_steps=1")

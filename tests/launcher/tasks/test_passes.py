@@ -13,7 +13,7 @@ from parallel.engine.speculation.pass_timer import PlanCost
 from parallel.engine.speculation.tree_plan import TreePlan
 from tests.launcher.forked import run
 from tests.launcher.plans import LLAMA_70B, cards_of, plan, run_of
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
 from tests.parallel.small_models import DEMO
 
 BENCH = TaskConfig(TaskKind.bench)

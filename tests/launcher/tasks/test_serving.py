@@ -24,7 +24,7 @@ from parallel.engine.generate import Prompt, RequestTimes, Result, StopRules, ge
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pending import Pending
 from parallel.engine.sequence import Sequence as EngineSequence
-from tests.parallel.test_generate import EOS, TOKENIZER, ScriptedEngine
+from tests.parallel.engine.test_generate import EOS, TOKENIZER, ScriptedEngine
 
 MODULES = ("arrivals", "generate", "pending")
 

@@ -24,11 +24,11 @@ from parallel.engine.speculation.speculator import Speculation
 from parallel.formats.scheme import CheckpointError
 from parallel.offload import disk_reads
 from parallel.offload.disk_reads import DiskReads, Stamps
+from tests.parallel.engine.prefill.test_overlap import Cut, cut_passes
+from tests.parallel.offload.streamed import answers, demo_runs, disk_of, poisoned
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, DEMO, prompts_of, write_model
-from tests.parallel.streamed import answers, demo_runs, disk_of, poisoned
-from tests.parallel.test_overlap import Cut, cut_passes
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 M_MMAP_THRESHOLD = -3

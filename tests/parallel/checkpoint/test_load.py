@@ -15,8 +15,8 @@ from parallel.checkpoint.load import LoadResult, load_checkpoint, place
 from parallel.checkpoint.read import is_finite
 from parallel.communicator import Communicator
 from parallel.formats.scheme import CheckpointError
+from tests.parallel.checkpoint.test_headers import write_index
 from tests.parallel.ranks import CPU, build, run_on_ranks
-from tests.parallel.test_headers import write_index
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"

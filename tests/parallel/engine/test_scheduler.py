@@ -18,7 +18,7 @@ from parallel.engine.page_allocator import OutOfPagesError, PageAllocator
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import pages_for
-from tests.parallel.traced_engine import EOS, VOCABULARY, TracedEngine, answer_alone
+from tests.parallel.engine.traced_engine import EOS, VOCABULARY, TracedEngine, answer_alone
 
 # Of every kind of size: what divides a page, what a page divides, and neither.
 CHUNKS = (1, 7, 64, 100, 128, 1000)

@@ -27,7 +27,7 @@ from parallel.layers import linear, merged
 from parallel.transports.by_size import BySize
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.two_step import TwoStepHostMemory
-from tests.parallel.passes import parts_of
+from tests.parallel.engine.prefill.passes import parts_of
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of

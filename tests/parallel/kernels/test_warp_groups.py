@@ -11,7 +11,7 @@ from parallel.footprint import WIDE_WORKSPACE_BYTES
 from parallel.kernels import warp_groups, wide
 from parallel.kernels.multiprocessors import Card
 from parallel.kernels.warp_groups import GroupLaunch
-from tests.parallel.test_emulated_kernels import (
+from tests.parallel.kernels.test_emulated_kernels import (
     NUM_IN,
     codebook,
     compile_source,

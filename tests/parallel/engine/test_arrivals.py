@@ -19,9 +19,9 @@ from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import Sequence as EngineSequence
+from tests.parallel.engine.test_generate import ScriptedEngine
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
-from tests.parallel.test_generate import ScriptedEngine
 
 LATER = 1000.0
 

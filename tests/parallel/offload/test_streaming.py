@@ -23,11 +23,11 @@ from parallel.offload.copies import Pairs
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.offload.spread import spread_layers
 from parallel.offload.streamer import Streamer
+from tests.parallel.engine.prefill.test_overlap import Cut, cut_passes
+from tests.parallel.offload.streamed import answers, demo_runs, poisoned
 from tests.parallel.quantized_models import NEXT, PROMPTS, write_pair
 from tests.parallel.ranks import CPU, build, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import COMMON, CONFIGS, DEMO, prompts_of, write_model
-from tests.parallel.streamed import answers, demo_runs, poisoned
-from tests.parallel.test_overlap import Cut, cut_passes
 
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
 NGRAM = Speculation("ngram", num_drafts=3)

@@ -20,9 +20,9 @@ from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.sequence import Sequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.limits import PAGE_SIZE
+from tests.parallel.engine.traced_engine import VOCABULARY, TracedEngine, answer_alone
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
-from tests.parallel.traced_engine import VOCABULARY, TracedEngine, answer_alone
 
 TOKENIZER: Tokenizer = Tokenizer(WordLevel({}, unk_token=""))
 NUM_TOKENS = 12

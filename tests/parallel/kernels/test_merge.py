@@ -15,7 +15,7 @@ from parallel.kernels.dequantize import DequantizeLinear
 from parallel.kernels.host_int4 import HostInt4Linear
 from parallel.kernels.merge import JOINED, merge
 from parallel.quantized import QuantizedWeight
-from tests.parallel.test_kernels import lane_words
+from tests.parallel.kernels.test_kernels import lane_words
 
 NUM_IN = 256
 

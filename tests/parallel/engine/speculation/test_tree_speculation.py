@@ -18,10 +18,17 @@ from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.token_tree import TokenTree
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
+from tests.parallel.engine.speculation.test_speculation import (
+    SAMPLED,
+    Case,
+    answer,
+    check_ends,
+    check_lookup,
+    timed_steps,
+)
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
-from tests.parallel.test_speculation import SAMPLED, Case, answer, check_ends, check_lookup, timed_steps
 
 # Of the third, all candidates are in the tree; of the last, masks have several words, the draft model's too.
 PLANS = {

@@ -17,12 +17,12 @@ from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_drafts, time_steps
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
+from tests.parallel.engine.speculation.taped import taped
+from tests.parallel.engine.speculation.test_auto_speculation import script
+from tests.parallel.engine.speculation.test_speculation import SAMPLED
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
-from tests.parallel.taped import taped
-from tests.parallel.test_auto_speculation import script
-from tests.parallel.test_speculation import SAMPLED
 
 PLANS = (TreePlan(4, 3, 2), TreePlan(20, 4, 5))
 CHAIN = Speculation("draft", num_drafts=3)

@@ -16,7 +16,7 @@ from parallel.kernels.dequantize import DequantizeLinear
 from parallel.kernels.tiles import Launch
 from parallel.layers.merged import MAX_SWIGLU_ROWS, MergedLinear, SideBySide, swiglu
 from parallel.quantized import QuantizedWeight
-from tests.parallel.test_emulated_kernels import (
+from tests.parallel.kernels.test_emulated_kernels import (
     NUM_IN,
     buffers_of,
     codebook,

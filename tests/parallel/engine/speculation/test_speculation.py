@@ -21,7 +21,7 @@ from parallel.engine.speculation.choice import open_speculator
 from parallel.engine.speculation.speculator import Speculation, Speculator, count_right
 from parallel.engine.step_timer import time_steps
 from parallel.transports.solo import Solo
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
 from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of, write_model
 

@@ -23,12 +23,12 @@ from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
 from parallel.engine.speculation.tune import tune
 from parallel.kernels.limits import PAGE_SIZE
-from tests.parallel.draft_models import write_truncated
+from tests.parallel.engine.speculation.draft_models import write_truncated
+from tests.parallel.engine.speculation.test_speculation import SAMPLED
+from tests.parallel.engine.speculation.test_tree_speculation import write_sure
 from tests.parallel.paged import slots_of
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, prefill_whole, run_on_ranks
 from tests.parallel.small_models import DEMO, prompts_of
-from tests.parallel.test_speculation import SAMPLED
-from tests.parallel.test_tree_speculation import write_sure
 
 PLANS = (TreePlan(4, 3, 2), TreePlan(20, 5, 4), TreePlan(70, 4, 8))
 KINDS = {"draft": Speculation("draft", choices=PLANS), "ngram": Speculation("ngram", choices=PLANS)}

@@ -12,7 +12,7 @@ from parallel.footprint import MIN_FUSED_ROWS, WIDE_WORKSPACE_BYTES
 from parallel.kernels import w4a16, w8a16, wide
 from parallel.kernels.multiprocessors import ALIGNED_SHARE, RESERVED_SHARED_BYTES, Card
 from parallel.kernels.wide import Launch
-from tests.parallel.test_emulated_kernels import (
+from tests.parallel.kernels.test_emulated_kernels import (
     NUM_IN,
     codebook,
     compile_source,

@@ -23,10 +23,10 @@ from parallel.engine.prefill.part_attention import attend_parts, group_parts
 from parallel.engine.sequence import Part, Sequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import FP8, PagedKV, pages_for
+from tests.parallel.engine.prefill.test_overlap import pass_states
 from tests.parallel.paged import gather
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
-from tests.parallel.test_overlap import pass_states
 
 # Of each part: where it starts and ends in its prompt.
 MIXED = ((0, 70), (64, 65), (3, 131), (0, 1), (128, 200), (0, 64))

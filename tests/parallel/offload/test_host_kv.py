@@ -20,10 +20,10 @@ from parallel.kernels.pages import FP8
 from parallel.offload.copies import HostCopies
 from parallel.offload.host_kv import MAX_GAP, HostKV, page_ranges
 from parallel.offload.host_layers import HostLayers, SharedLayers
+from tests.parallel.offload.test_sharing import CONFIG, FORCED, PROMPTS, needs_layout, open_engine
+from tests.parallel.offload.test_streaming import Recorder
 from tests.parallel.ranks import CPU, demo_tokenizer, forced_logits, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, write_model
-from tests.parallel.test_sharing import CONFIG, FORCED, PROMPTS, needs_layout, open_engine
-from tests.parallel.test_streaming import Recorder
 
 NGRAM = Speculation("ngram", num_drafts=3)
 TREE = Speculation("ngram", tree=TreePlan(10, 3, 1))

@@ -23,10 +23,10 @@ from parallel.engine.prefill.graphs import PassGraphs, Recorded
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.kernels.pages import pages_for
+from tests.parallel.engine.prefill.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
-from tests.parallel.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
 
 SIZES = (4, 9, 16, 48, 64)
 SECTIONS = Cut(3)

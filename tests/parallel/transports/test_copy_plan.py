@@ -34,7 +34,7 @@ from parallel.transports.copy_plan import (
     plan_all_reduce,
 )
 from parallel.units import MIB
-from tests.parallel.simulated_copies import Change, Simulation
+from tests.parallel.transports.simulated_copies import Change, Simulation
 
 SEED = int.from_bytes(os.urandom(4), "little")
 LAYOUTS = {
