@@ -56,6 +56,7 @@ def test_peak_memory_is_near_the_plan(tmp_path: Path, gpus: int) -> None:
 @needs_two_cards
 def test_probe_measures_every_size_and_every_sum_is_exact(tmp_path: Path) -> None:
     report = run("task=probe", "gpus=2", "probe.repeats=5", folder=tmp_path / "run").report
+    assert "gloo" in report["all_reduce"] and len(report["all_reduce"]) > 1
     for timings in report["all_reduce"].values():
         assert [timing["num_bytes"] for timing in timings] == [1024 * 4**i for i in range(9)]
         assert all(timing["exact"] for timing in timings)

@@ -314,4 +314,5 @@ def test_prefill_agrees_with_float64_and_builds_no_square_of_tokens(
         weights = (torch.einsum("gjd,tgd->gjt", grouped, keys[:seen].double()) * 0.1).softmax(-1)
         exact = torch.einsum("gjt,tgd->gjd", weights, values[:seen].double()).reshape(16, 128)
         errors.append(float((output[at].double() - exact).abs().max() / exact.abs().mean()))
-    assert max(errors) < 0.08, errors
+    # Of each: a number that is none is not the largest.
+    assert all(error < 0.08 for error in errors), errors

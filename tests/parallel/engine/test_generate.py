@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, TransportError
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
@@ -254,6 +254,32 @@ def test_host_that_looks_first_shows_a_token_before_the_next_step() -> None:
     rules, show = StopRules(99, frozenset({EOS})), lambda row, text: events.append("text")
     generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, on_text=show)
     assert events == ["text", "step"] * len(ids)
+
+
+class Lost(Solo):
+    """A transport whose third collective a peer did not answer."""
+
+    num_checks = 0
+
+    def check(self) -> None:
+        self.num_checks += 1
+        if self.num_checks == 3:
+            raise TransportError("rank 1 did not answer")
+
+
+def test_tokens_of_a_step_that_lost_a_peer_are_not_believed() -> None:
+    ids, shown = encode("one two three four"), []
+    engine = ScriptedEngine([ids], EngineLimits(100, 1, 64))
+    engine.sampler = Sampler(SamplingParams(), VocabularyShards((10,)), Lost(CPU))
+    with pytest.raises(TransportError, match="rank 1 did not answer"):
+        generate(
+            cast(Engine, engine),
+            [Prompt(0, [0])],
+            cast(Tokenizer, TOKENIZER),
+            StopRules(4),
+            on_text=lambda row, text: shown.append(text),
+        )
+    assert "".join(shown) == TOKENIZER.decode(ids[:2])
 
 
 @pytest.mark.parametrize("looks_first", [False, True])

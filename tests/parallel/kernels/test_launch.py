@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parallel.kernels import binaries, launch
+from tools.bench_chain import starting_early
 
 
 def test_parameters_lie_as_in_a_struct_of_c() -> None:
@@ -92,11 +93,15 @@ def test_kernels_that_wait_by_themselves_start_early_in_graphs_alone(monkeypatch
         kernel((4, 5, 6), 128, None, -3, None, 0.5, 2**40)
     is_capturing = False
     waiting((1, 1, 1), 32, None, 9, None, 0.25, -1)
+    is_capturing = True
+    # As those that compare both ways ask for.
+    with starting_early(False):
+        waiting((1, 1, 1), 32, None, 9, None, 0.25, -1)
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6.
     assert driver.calls == [
         (78, 4, 5, 6, 128, 1, 1, 640, 1003, [(6, 1)], None, -3, None, 0.5, 2**40),
         (78, 4, 5, 6, 128, 1, 1, 640, 1003, None, -3, None, 0.5, 2**40),
-        (78, 1, 1, 1, 32, 1, 1, 640, 1003, None, 9, None, 0.25, -1),
+        *[(78, 1, 1, 1, 32, 1, 1, 640, 1003, None, 9, None, 0.25, -1)] * 2,
     ]
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.kernels.launch import read_source
 from parallel.transports import dense, two_step
 from parallel.transports.by_size import BySize
@@ -375,6 +375,40 @@ def test_each_length_goes_its_way() -> None:
     communicator.all_gather(torch.ones(3))
     communicator.barrier()
     assert (gather.calls, inner.calls) == (1, 0)
+
+
+class Lost(Counting):
+    """A call of it was given up."""
+
+    def check(self) -> None:
+        raise TransportError("a peer is gone")
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_a_peer_that_any_of_several_has_lost_is_told(lost: int) -> None:
+    """Of two that carry sums, the one that gathers and the one within; before anyone waits for the peer."""
+    parts = [Lost() if place == lost else Counting() for place in range(4)]
+    first, second, gather, inner = parts
+    communicator = BySize(inner, [(64, first), (128, second)], gather, CPU)
+    inner.barrier = lambda: parts.clear()  # type: ignore[method-assign]
+    for call in (communicator.check, communicator.barrier):
+        if lost < 4:
+            with pytest.raises(TransportError, match="a peer is gone"):
+                call()
+        else:
+            call()
+    assert len(parts) == (0 if lost == 4 else 4)
+
+
+def test_a_peer_that_a_channel_or_what_is_within_has_lost_is_told() -> None:
+    for communicator in (HostMemory(Lost(), FakeChannel()), ElidedAllReduce(Lost())):  # type: ignore[arg-type]
+        with pytest.raises(TransportError, match="a peer is gone"):
+            communicator.check()
+    communicator, _, channel = opened()
+    communicator.check()
+    channel.check = Lost().check  # type: ignore[method-assign]
+    with pytest.raises(TransportError, match="a peer is gone"):
+        communicator.check()
 
 
 @pytest.mark.parametrize(

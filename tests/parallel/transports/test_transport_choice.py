@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
-from parallel.transports.choice import Proof, Range, faster_up_to, force_ranges, plan_ranges, prove
+from parallel.transports.choice import Proof, Range, agree, faster_up_to, force_ranges, plan_ranges, prove
 from parallel.transports.selftest import DECODE_BYTES
 from tests.parallel.ranks import CPU, run_on_ranks
 
@@ -178,6 +178,16 @@ def test_a_working_transport_has_the_same_proof_on_every_rank() -> None:
     assert list(first.times_us) == list(SIZES)
     assert all(time > 0 for time in first.times_us.values())
     assert all(other == first for other in others)
+
+
+def agreed(communicator: Communicator) -> Proof:
+    """Of two sizes, at each of which another rank is the slower one."""
+    times = ({4: 1.0, 8: 9.0}, {4: 5.0, 8: 2.0})[communicator.rank]
+    return agree("it", times, "", (4, 8), communicator)
+
+
+def test_times_are_those_of_the_slowest_rank() -> None:
+    assert run_on_ranks(agreed, 2) == [Proof("it", {4: 5.0, 8: 9.0})] * 2
 
 
 @pytest.mark.parametrize(
