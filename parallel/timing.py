@@ -7,4 +7,4 @@ from collections.abc import Sequence
 
 def p99(times: Sequence[float]) -> float:
     """The time that one in a hundred exceeds; of fewer than a hundred, the longest."""
-    return sorted(times)[min(len(times) - 1, int(len(times) * 0.99))]
+    return sorted(times)[len(times) - len(times) // 100 - 1]
