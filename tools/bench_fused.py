@@ -6,6 +6,7 @@ microseconds of the host for a call outside a graph. The last line on stdout is 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -26,9 +27,16 @@ Call = Callable[[], Any]
 
 
 def main() -> None:
+    arguments = parse_arguments()
     torch.manual_seed(0)
-    rows = [row for tokens in NUM_TOKENS for row in time_tokens(tokens)]
+    rows = [row for tokens in arguments.tokens for row in time_tokens(tokens)]
     print(json.dumps({"card": torch.cuda.get_device_name(), "torch": torch.__version__, "calls": rows}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench_fused", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(NUM_TOKENS), help="of a call (%(default)s)")
+    return parser.parse_args()
 
 
 def time_tokens(tokens: int) -> list[dict[str, Any]]:

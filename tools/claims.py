@@ -6,6 +6,7 @@ or a fact with its own reason. The card is conf/hardware/rtx4090.yaml.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ that its ceiling is that of batch 1 times its size. Speculation shares one too a
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.claims", description=__doc__).parse_args()
     print(render(json.loads((ROOT / "docs" / "claims.json").read_text(encoding="utf-8")), read_card()), end="")
 
 

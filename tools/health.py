@@ -5,11 +5,12 @@ The Dockerfile's health check. It starts no rank and imports no torch: task=prob
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.config import HardwareConfig
@@ -50,7 +51,8 @@ def installed_torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m tools.health", description=__doc__).parse_args(argv)
     inventory = read_inventory(HardwareConfig(), 0)
     found = list(problems(inventory, installed_torch_cuda(), Path.cwd()))
     for problem in found:

@@ -59,7 +59,7 @@ def test_exit_code_says_it(monkeypatch: pytest.MonkeyPatch, cards: Inventory, tm
                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["tools.health"], "installed_torch_cuda", lambda: cards.cuda)
-    assert main() == 0
+    assert main([]) == 0
     assert "well: NVIDIA GeForce RTX 4090, NVIDIA GeForce RTX 4090" in capsys.readouterr().out
     monkeypatch.setattr(sys.modules["tools.health"], "installed_torch_cuda", lambda: None)
-    assert main() == 1
+    assert main([]) == 1
