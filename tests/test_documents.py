@@ -1,33 +1,44 @@
-"""Documents that cannot rot: generated pages are what their data gives, commands compose, links lead somewhere."""
+"""Documents that cannot rot: generated pages are what their data gives, commands compose, what they are shown to print
+is what they print, tables have the figures of their runs, links lead somewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from rich.console import Console
 
+from launcher.amounts import amount, number, percent
 from launcher.config import RunConfig, to_run_config
+from launcher.report.bench_text import bench_table, breakdown_tables
 from launcher.sweeps.resume import is_resume_folder
 from parallel.units import GIB
-from tests.launcher.forked import run_together
+from tests.launcher.cli import run_together
 from tools import claims, slurm
 from tools.results_table import choose_render
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "results") for page in sorted(folder.glob("*.md"))]
-HOST = (ROOT / "docs" / "host.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", README + HOST, flags=re.MULTILINE)
-PLAN = ("task=plan", "model=llama3_3_70b_awq", "hardware=rtx4090")
-KV_FP8 = "engine.kv_dtype=fp8"
-SLURM_COMMANDS = re.findall(r"^python -m tools.slurm (.*) > .*$", README, flags=re.MULTILINE)
+GUIDES = [page for page in PAGES if page.parent != ROOT / "results"]
+README, *_ = TEXTS = [page.read_text(encoding="utf-8") for page in GUIDES]
+ALL = "\n".join(TEXTS)
+COMMANDS = sorted(set(re.findall(r"^(?:\$ )?(?:torchrun|python) .*-m launcher (.*)$", ALL, flags=re.MULTILINE)))
+SLURM_COMMANDS = re.findall(r"^python -m tools.slurm (.*) > .*$", ALL, flags=re.MULTILINE)
+# A command, and lines of what it prints; dots are for what is left out.
+SHOWN = re.findall(r"^```console\n\$ .*-m launcher (.*)\n((?:.*\n)*?)```$", ALL, flags=re.MULTILINE)
+# Of a run, in words that settings could be.
+FILES = {"predictions.md", "predictions.jsonl"}
+RUN_LINK = re.compile(r"\[(\w+)\]\(results/(\w+)\.md\) \|$")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -43,12 +54,14 @@ def test_claims_page_is_the_one_its_data_gives() -> None:
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == made, "python -m tools.claims > docs/claims.md"
 
 
-def test_readme_shows_commands() -> None:
-    assert len(COMMANDS) >= 6
+def test_guides_show_commands_and_scripts() -> None:
+    assert len(COMMANDS) >= 30
+    assert len(SLURM_COMMANDS) == 2
+    assert len(SHOWN) >= 7
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_of_the_readme_composes(command: str) -> None:
+def test_command_of_a_guide_composes(command: str) -> None:
     ConfigStore.instance().store(group="schema", name="run", node=RunConfig)
     words = shlex.split(command, comments=True)
     # A sweep that is resumed has its values from its folder.
@@ -60,7 +73,7 @@ def test_command_of_the_readme_composes(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", SLURM_COMMANDS)
-def test_script_of_the_readme_is_written(
+def test_script_of_a_guide_is_written(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -69,27 +82,104 @@ def test_script_of_the_readme_is_written(
     assert "#SBATCH --gres=gpu:2\n" in capsys.readouterr().out
 
 
-def test_readme_says_what_the_plan_says(tmp_path: Path) -> None:
-    """Of two cards, of the same with FP8 keys and values, and of one card with half of the layers."""
-    chat = (*PLAN, "gpus=2", "workload=chat")
+def test_plans_print_what_is_shown(tmp_path: Path) -> None:
+    shown = [(command, lines) for command, lines in SHOWN if "task=plan" in command]
     # Where nobody has calibrated such cards.
-    env = {"XDG_CACHE_HOME": str(tmp_path)}
-    two, fp8, one = run_together(tmp_path, chat, (*chat, KV_FP8), (*PLAN, "gpus=1"), env=env)
-    predicted, offload = two.report["predicted"], one.report["predicted"]["offload"]
-    gib, tokens = predicted["cards"][0]["predicted_bytes"] / GIB, predicted["kv_tokens_that_fit"]
-    prose = " ".join(README.split())
-    assert f"It predicts {gib:.2f} of 23.60 GiB a card with {two.report['max_context']:,} tokens of context" in prose
-    assert f"KV cache for {tokens:,} ({fp8.report['predicted']['kv_tokens_that_fit']:,} with `{KV_FP8}`)" in prose
-    assert f"and {predicted['tpot_ms']:.1f} ms a token." in prose
-    assert f"the plan says {offload['resident_layers']} of 80 layers, {offload['host_bytes'][0] / GIB:.1f} GiB" in prose
-    assert f"{offload['pass_bytes'][0] / 1e9:.1f} GB a pass and {offload['pass_ms']:.0f} ms or more" in prose
+    results = run_together(
+        tmp_path, *(shlex.split(command) for command, _ in shown), env={"XDG_CACHE_HOME": str(tmp_path)}
+    )
+    for (command, lines), result in zip(shown, results, strict=True):
+        assert missing_lines(lines, result.stderr) == [], f"not printed by {command}: {result.stderr}"
 
 
-def test_readme_shows_scripts() -> None:
-    assert len(SLURM_COMMANDS) == 2
+@pytest.mark.parametrize(("command", "lines"), [each for each in SHOWN if "task=bench" in each[0]])
+def test_measurements_are_shown_as_they_were_reported(command: str, lines: str) -> None:
+    reports = [
+        run for path in RESULTS for run in measured_runs(path).values() if run.get("command") == shlex.split(command)
+    ]
+    missing = [missing_lines(lines, print_bench(report)) for report in reports]
+    assert [] in missing
+
+
+def test_table_of_the_readme_has_the_figures_of_its_runs() -> None:
+    rows = [line for line in README.splitlines() if RUN_LINK.search(line)]
+    assert len(rows) >= 10
+    for line in rows:
+        name, page = RUN_LINK.findall(line)[0]
+        assert figures_of(measured_runs(ROOT / "results" / f"{page}.json")[name]) == cells_of(line)[2:-1], line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not leads_somewhere(page, link)] == []
+
+
+def test_settings_and_tools_that_guides_name_exist() -> None:
+    named = set(re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", ALL)) - FILES
+    sections = {key.partition(".")[0] for key in config_keys(RunConfig)}
+    keys = {name for name in named if name.partition(".")[0] in sections}
+    assert len(keys) >= 30
+    assert keys - config_keys(RunConfig) == set()
+    tools = set(re.findall(r"\btools\.(\w+)", ALL)) | set(re.findall(r"`(bench_\w+)`", ALL))
+    assert [name for name in sorted(tools - {"NAME"}) if importlib.util.find_spec(f"tools.{name}") is None] == []
+
+
+def missing_lines(shown: str, printed: str) -> list[str]:
+    """Of what is shown, that is not printed in this order; a table breaks long lines at other places."""
+    text, missing = " ".join(printed.split()), []
+    for line in shown.splitlines():
+        if line == "...":
+            continue
+        wanted = " ".join(line.split())
+        if (place := text.find(wanted)) < 0:
+            missing.append(line)
+        else:
+            text = text[place + len(wanted) :]
+    return missing
+
+
+def print_bench(report: dict[str, Any]) -> str:
+    console = Console(width=140)
+    with console.capture() as printed:
+        console.print(bench_table(report), *breakdown_tables(report))
+    return printed.get()
+
+
+def measured_runs(path: Path) -> dict[str, Any]:
+    """The reports in a file of results, by their names; of other files nothing."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: run for name, run in found.items() if isinstance(run, dict) and "cards" in run}
+
+
+def figures_of(report: dict[str, Any]) -> list[str]:
+    """At a time, ms of first token and per token, share of communication, GiB predicted and measured."""
+    memory = [max(card[key] for card in report["cards"]) for key in ("predicted_bytes", "peak_bytes")]
+    communication = percent(report["comm_share"]) if report["world_size"] > 1 else "-"
+    times = number(report["ttft_ms"]), number(report["tpot_ms"]["p50"])
+    return [str(report["batch_size"]), *times, communication, *(amount(num_bytes, GIB) for num_bytes in memory)]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    path, _, heading = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not heading or heading in headings(target.read_text(encoding="utf-8")))
+
+
+def headings(text: str) -> set[str]:
+    """Anchors, as GitHub makes them, of the headings of a page."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def config_keys(section: type, prefix: str = "") -> set[str]:
+    """SECTION.KEY of all that can be set."""
+    hints = get_type_hints(section)
+    inner = {each.name: hints[each.name] for each in fields(section)}
+    deeper = [config_keys(kind, f"{prefix}{name}.") for name, kind in inner.items() if is_dataclass(kind)]
+    return {prefix + name for name in inner}.union(*deeper)
