@@ -32,10 +32,10 @@ PAGES = [page for folder in (ROOT, ROOT / "docs", ROOT / "results") for page in 
 GUIDES = [page for page in PAGES if page.parent != ROOT / "results"]
 README, *_ = TEXTS = [page.read_text(encoding="utf-8") for page in GUIDES]
 ALL = "\n".join(TEXTS)
-COMMANDS = sorted(set(re.findall(r"^(?:\$ )?(?:torchrun|python) .*-m launcher (.*)$", ALL, flags=re.MULTILINE)))
+COMMANDS = sorted(set(re.findall(r"^(?:torchrun|python) .*-m launcher (.*)$", ALL, flags=re.MULTILINE)))
 SLURM_COMMANDS = re.findall(r"^python -m tools.slurm (.*) > .*$", ALL, flags=re.MULTILINE)
-# A command, and lines of what it prints; dots are for what is left out.
-SHOWN = re.findall(r"^```console\n\$ .*-m launcher (.*)\n((?:.*\n)*?)```$", ALL, flags=re.MULTILINE)
+# A command, and below it lines of what it prints; dots are for what is left out.
+SHOWN = re.findall(r"^```\n.*-m launcher (.*)\n```\n\n```text\n((?:.*\n)*?)```$", ALL, flags=re.MULTILINE)
 # Of a run, in words that settings could be.
 FILES = {"predictions.md", "predictions.jsonl"}
 RUN_LINK = re.compile(r"\[(\w+)\]\(results/(\w+)\.md\) \|$")
