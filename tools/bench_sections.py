@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -56,9 +56,10 @@ SMALL_BYTES = 64 * KIB
 
 @dataclass(frozen=True)
 class Way:
-    """How a pass runs: in so many sections, or in 2 halves; as a graph, where it can be one."""
+    """How a pass runs: in sections, of which so many attend at once, and then; or in halves; as a graph, where it can
+    be one."""
 
-    sections: int
+    sections: tuple[int, ...]
     is_halved: bool
     is_graphed: bool
 
@@ -86,8 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cards", type=int, default=2, help="ranks, each a process with a card of its own")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    numbers = range(2, MOST_SECTIONS + 1)
-    parser.add_argument("--sections", type=int, nargs="+", choices=numbers, default=list(numbers))
+    parser.add_argument(
+        "--sections",
+        type=parse_sections,
+        nargs="+",
+        default=[parse_sections(each) for each in ("2", "1+2", "2+2", "3", "4")],
+        help="so many sections; or 1+2: one, then two that attend at once",
+    )
+    parser.add_argument("--launched", action="store_true", help="no graphs")
     parser.add_argument("--quantize", choices=("none", *QUANTIZE_SCHEMES), default="int4")
     parser.add_argument(
         "--fused-rows", type=int, default=max(TRIED_ROWS), help="rows of a section up to which weights stay packed"
@@ -111,7 +118,7 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     say(rank, f"{FACTS.num_layers} layers by {len(layers)} on {torch.cuda.get_device_name(rank.device)}")
     found = []
     for rows in args.rows:
-        for way in ways(args.sections):
+        for way in ways(args.sections, (False,) if args.launched else (True, False)):
             times = time_way(engine, rank.control, rows, way, args.passes)
             found.append(times.scaled(scale))
             say(rank, describe(found[-1]))
@@ -148,10 +155,21 @@ def fuse(engine: Engine, max_rows: int) -> None:
             module.max_rows = max_rows
 
 
-def ways(sections: list[int]) -> Iterator[Way]:
-    for is_graphed in (True, False):
-        yield Way(1, False, is_graphed)
-        yield Way(2, True, is_graphed)
+def parse_sections(text: str) -> tuple[int, ...]:
+    """Of "3" (1, 1, 1), of "1+2" (1, 2).
+
+    Raises ValueError, which argparse turns into its own.
+    """
+    counts = tuple(map(int, text.split("+"))) if "+" in text else (1,) * int(text)
+    if not counts or min(counts) < 1 or len(counts) > len(MOST_SECTIONS):
+        raise ValueError(f"{text}: 1 to {len(MOST_SECTIONS)} numbers of sections")
+    return counts
+
+
+def ways(sections: Iterable[tuple[int, ...]], graphed: Iterable[bool]) -> Iterator[Way]:
+    for is_graphed in graphed:
+        yield Way((1,), False, is_graphed)
+        yield Way((1, 1), True, is_graphed)
         yield from (Way(number, False, is_graphed) for number in sections)
 
 
@@ -206,7 +224,8 @@ class Always(dict[int, bool]):
 
 
 def describe(times: Times) -> str:
-    way = "halves" if times.way.is_halved else f"{times.way.sections} sections" if times.way.sections > 1 else "whole"
+    sections = "+".join(map(str, times.way.sections))
+    way = "halves" if times.way.is_halved else "whole" if times.way.sections == (1,) else sections
     kind = "graph" if times.way.is_graphed else "launched"
     return (
         f"{times.rows:>5} rows {kind:>8} {way:>10} {times.ms:8.1f} ms, {times.without_sums_ms:8.1f} without sums; "

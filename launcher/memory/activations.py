@@ -35,7 +35,7 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     packed = shape.scheme is not None
     # A kernel that multiplies packed weights by so many rows takes less than this, which dequantises.
     sections = choose_sections(prompt, demand.world_size, lambda _: packed)
-    largest = max(sections)
+    largest = max(map(sum, sections))
     # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
     tokens = max(prompt if packed else largest, rows)
     layer = demand.layer(rank)

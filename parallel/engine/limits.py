@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from parallel.kernels.limits import PAGE_SIZE
 
+# Rows of each section of a pass, one after the other; those that attend at once are together.
+Sections = tuple[tuple[int, ...], ...]
+# Up to so many rows: how many sections attend at once, and then.
+Wanted = tuple[tuple[int, tuple[int, ...]], ...]
 # Rows whose tokens are drawn at a time, over the whole vocabulary in float32.
 SAMPLED_ROWS = 64
 # Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
-# Where there are several ranks, a pass of up to so many rows goes in so many sections (prefill/overlap.py), one
-# of more in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
+# Where there are several ranks, a pass of up to so many rows goes in sections (prefill/overlap.py), of which so many
+# attend at once, and then; one of more rows in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
 # 4 bits took, as graphs, 97.7 ms for 512 rows in one, 75.9, 96.4 and 116 in 2, 3 and 4, and 187, 150, 153 and 153 for
 # 1024; 2048, launched, 270 in 3 and 362 in 4 with sums by copies, for which a host must be fast: in a run with sums in
 # two steps, 283 to 293 one behind the other in 3, but 374 for a prompt by itself (results/LOG.md). By the rates of an
 # RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149
-# for 2048 (1599).
-SECTIONS = ((255, 1), (4096, 2))
-MOST_SECTIONS = 4
+# for 2048 (1599). Joined, by the rates of H200s, not measured: 2048 in 1 + 2 256 ms, in 2 + 2 254, but the host needs
+# a sixth less time for the former, and 274 in two; 4096 in 2 + 2 518, in two 548.
+SECTIONS: Wanted = ((255, (1,)), (1024, (1, 1)), (2048, (1, 2)), (4096, (2, 2)))
+MOST_SECTIONS = (1, 1, 1, 1)
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them
 # (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on
 # two H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
@@ -40,21 +45,27 @@ ROWS_PER_TILE = 128
 
 def choose_sections(
     num_rows: int, world_size: int, dequantizes: Callable[[int], bool], min_halved: int | None = None
-) -> tuple[int, ...]:
-    """Rows of each section of a pass, one after the other; of all where it is left whole.
+) -> Sections:
+    """Those of a pass; one of all rows where it is left whole.
 
     Args:
         dequantizes: whether weights are dequantised for a product with so many rows.
         min_halved: in place of MIN_HALVED_ROWS.
     """
     wanted = next((sections for most, sections in SECTIONS if num_rows <= most), MOST_SECTIONS)
-    if world_size == 1 or wanted == 1:
-        return (num_rows,)
+    if world_size == 1 or wanted == (1,):
+        return ((num_rows,),)
     # Of the whole pass: what is dequantised is so once for all of its sections.
     if not dequantizes(num_rows):
-        return cut_by_tiles(num_rows, wanted)
+        return join(cut_by_tiles(num_rows, sum(wanted)), wanted)
     is_halved = num_rows >= (MIN_HALVED_ROWS if min_halved is None else min_halved)
-    return cut_evenly(num_rows, 2 if is_halved else 1)
+    return join(cut_evenly(num_rows, 2 if is_halved else 1), (1, 1))
+
+
+def join(sizes: Iterable[int], counts: Iterable[int]) -> Sections:
+    """So many neighbours together, as far as there are any."""
+    left = iter(sizes)
+    return tuple(filter(None, (tuple(islice(left, count)) for count in counts)))
 
 
 def cut_by_tiles(num_rows: int, num_sections: int) -> tuple[int, ...]:

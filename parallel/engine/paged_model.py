@@ -58,7 +58,7 @@ class PagedModel:
         if self.decoder.host_kv is not None:
             self.decoder.host_kv.begin(past_pages(parts), tokens.slots)
         sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes)
-        attends = [self._attend_parts(each) for each in split_parts(parts, sections)]
+        attends = [self._attend_parts(each) for each in split_parts(parts, list(map(sum, sections)))]
         return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
     def row_states(self, rows: Rows | TreeRows, past: Iterable[int] = ()) -> Tensor:

@@ -34,7 +34,8 @@ PASSES = ((1000,), (513,), (300, 1, 400, 260), (2000,))
 NUM_REPEATS = 6
 ROWS_PER_TILE = 128
 HALVES = Cut(2, dequantizes=True, num_ahead=4, rows_apart=512)
-CUTS = (HALVES, Cut(2), Cut(3), Cut(4))
+JOINED = Cut(3, joined=(1, 2))
+CUTS = (HALVES, Cut(2), Cut(3), Cut(4), JOINED)
 
 
 def open_engine(communicator: Communicator, kind: str) -> Engine:
@@ -121,7 +122,7 @@ def profiled_pass(communicator: Communicator, cut: Cut) -> tuple[list[Piece], in
         return profile_steps(run, DEVICE, 1), num_sums
 
 
-@pytest.mark.parametrize("cut", [HALVES, Cut(2), Cut(4)], ids=["halves", "two", "four"])
+@pytest.mark.parametrize("cut", [HALVES, Cut(2), Cut(4), JOINED], ids=["halves", "two", "four", "joined"])
 def test_products_run_beside_sums(tmp_path: Path, cut: Cut) -> None:
     pieces, num_sums = run_on_one_card(profiled_pass, 2, tmp_path, cut)[0]
     sums = [piece for piece in pieces if "spin" in piece.name.lower()]

@@ -94,7 +94,7 @@ def find(communicator: Communicator, kind: str) -> list[Found]:
         graphed, graphs=PassGraphs(engine.decoder, engine.caches, tuple(graphed.graphs.passes), None, launched)
     )
     # From now on passes launch by launch are left whole; the graphs are what they are.
-    limits.SECTIONS = ((10**9, 1),)
+    limits.SECTIONS = ((10**9, (1,)),)
     for parts in PASSES:
         engine.target = replace(graphed, graphs=None)
         whole, _ = pass_states(engine, parts)

@@ -11,18 +11,18 @@ from tests.parallel.ranks import CPU, run_on_ranks
 from tools.bench_sections import Way, open_engine, time_way
 
 FACTS = ModelFacts(256, 512, 80, 4, 2, 64, 512, 1024)
-WAYS = (Way(1, False, False), Way(2, True, False), Way(3, False, False))
+WAYS = (Way((1,), False, False), Way((1, 1), True, False), Way((1, 1, 1), False, False), Way((1, 2), False, False))
 
 
-def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[bool, int]]], bool, bool]:
-    """Of each way, the passes that were made: whether in halves, and of how many sections."""
+def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[bool, tuple[int, ...]]]], bool, bool]:
+    """Of each way, the passes that were made: whether in halves, and how many sections attend at once."""
     engine = open_engine(communicator, CPU, FACTS, quantize, 300)
-    made: set[tuple[bool, int]] = set()
+    made: set[tuple[bool, tuple[int, ...]]] = set()
     init = overlap.PassInSections.__init__
 
-    def traced(run: overlap.PassInSections, decoder: object, sections: list[overlap.Section]) -> None:
-        made.add((isinstance(run, PassInHalves), len(sections)))
-        init(run, decoder, sections)
+    def traced(run: overlap.PassInSections, decoder: object, joined: list[overlap.Joined]) -> None:
+        made.add((isinstance(run, PassInHalves), tuple(len(each.sections) for each in joined)))
+        init(run, decoder, joined)
 
     overlap.PassInSections.__init__ = traced
     found, before, is_timed = [], (limits.SECTIONS, limits.MOST_SECTIONS, engine.decoder.dequantizing), True
@@ -37,5 +37,5 @@ def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[boo
 def test_passes_go_the_way_that_is_timed() -> None:
     for quantize in ("none", "int4"):
         for found, is_timed, is_as_before in run_on_ranks(timed, 2, quantize):
-            assert found == [set(), {(True, 2)}, {(False, 3)}]
+            assert found == [set(), {(True, (1, 1))}, {(False, (1, 1, 1))}, {(False, (1, 2))}]
             assert is_timed and is_as_before

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
+from parallel.engine.limits import Sections
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.kernels.pages import PagedKV
@@ -25,8 +26,8 @@ MAX_PROMPTS = 16
 class FreshPass:
     """A pass over all rows of the buffers of `pieces`.
 
-    `bounds` [MOST_SECTIONS, 2, MAX_PROMPTS + 1] int32 has, for each section, the ranges of prompts in its rows, and
-    those of their keys in all rows up to its end.
+    `bounds` [n, 2, MAX_PROMPTS + 1] int32 has, for sections that attend at once, the ranges of prompts in their rows,
+    and those of their keys in all rows up to their end.
     """
 
     def __init__(self, pieces: Pieces, bounds: Tensor) -> None:
@@ -48,7 +49,7 @@ class FreshPass:
         decoder, tokens, sections = self.pieces.decoder, self.pieces.tokens, self.pieces.sections
         attends = [
             attend_within(decoder, tokens.slots[:end], *bounds)
-            for end, bounds in zip(accumulate(sections), self.bounds, strict=True)
+            for end, bounds in zip(accumulate(map(sum, sections)), self.bounds, strict=True)
         ]
         self.buffers.residual.copy_(run_pass(decoder, tokens, sections, attends, self.pieces.caches))
 
@@ -64,10 +65,10 @@ def attend_within(decoder: Decoder, slots: Tensor, query_bounds: Tensor, key_bou
     return attend
 
 
-def prompt_bounds(lengths: Sequence[int], sections: Sequence[int]) -> Tensor:
-    """[sections, 2, MAX_PROMPTS + 1] int32, as FreshPass has them, of prompts one after the other."""
+def prompt_bounds(lengths: Sequence[int], sections: Sections) -> Tensor:
+    """[n, 2, MAX_PROMPTS + 1] int32, as FreshPass has them, of prompts one after the other."""
     starts = torch.zeros(MAX_PROMPTS + 1, dtype=torch.int32)
     starts[1 : len(lengths) + 1] = torch.tensor(lengths)
     starts = starts.cumsum(0, dtype=torch.int32)
-    rows = pairwise(accumulate(sections, initial=0))
+    rows = pairwise(accumulate(map(sum, sections), initial=0))
     return torch.stack([torch.stack([starts.clamp(start, end) - start, starts.clamp(max=end)]) for start, end in rows])

@@ -103,7 +103,7 @@ class PassGraphs:
         self.max_rows = max(sizes)
         self.buffers = PassBuffers.empty(decoder, self.max_rows)
         device = self.buffers.residual.device
-        self.bounds = torch.zeros(MOST_SECTIONS, 2, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
+        self.bounds = torch.zeros(len(MOST_SECTIONS), 2, MAX_PROMPTS + 1, dtype=torch.int32, device=device)
         why_not = refusal(decoder.head_dim, self.buffers.residual.dtype, device)
         self.takes_fresh = FRESH_GRAPHS and why_not is None
         self.passes = {size: self._open(size) for size in sorted(sizes)}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Decoder
-from parallel.engine.prefill.overlap import ALL, Columns, PassInSections, Section
+from parallel.engine.prefill.overlap import ALL, Columns, Joined, PassInSections
 from parallel.engine.prefill.side_stream import Sum
 from parallel.kernels.blocks import products, products_ahead, products_at_once
 from parallel.kernels.fused import silu_mul
@@ -55,15 +55,15 @@ def num_ahead(device: torch.device, num_rows: int) -> int:
 class PassInHalves(PassInSections):
     """Products are asked for, and so queued, one after the other as the next step of a half wants them."""
 
-    def __init__(self, decoder: Decoder, sections: Sequence[Section]) -> None:
-        super().__init__(decoder, sections)
-        first, second = sections
+    def __init__(self, decoder: Decoder, joined: Sequence[Joined]) -> None:
+        super().__init__(decoder, joined)
+        first, second = self.sections
         residual = first.residual
         self.row_counts = len(residual), len(second.residual)
         self.dtype, self.num_ahead = residual.dtype, num_ahead(residual.device, len(residual))
 
     def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
-        attention, normed = layer.self_attn, self.normed(layer.input_layernorm)
+        attention, normed = layer.self_attn, self.normed(layer.input_layernorm, self.sections)
         if self.decoder.num_heads == 0:
             return (rows.new_empty(len(rows), 0, self.decoder.head_dim) for rows in normed)
         qkv = products_at_once(attention.qkv.blocks(self.dtype), normed)
@@ -75,7 +75,7 @@ class PassInHalves(PassInSections):
     def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
         output = layer.self_attn.o_proj
         self.sum_updates(output, products(output.blocks(self.dtype), attended))
-        normed = self.normed(layer.post_attention_layernorm)
+        normed = self.normed(layer.post_attention_layernorm, self.sections)
         gate_up = products_ahead(layer.mlp.gate_up.blocks(self.dtype), normed, self.row_counts, self.num_ahead)
         self.start_column_sums(layer.mlp.down_proj, silu_mul(gate_up))
 

@@ -1,12 +1,14 @@
 """A pass of many tokens in sections, so that the all-reduces of one go on while the card computes another.
 
 In a layer, with > for a sum that is started and < for one that is waited for:
-  each section: <norm, q k v, attention, o >
+  each section, or neighbours joined: <norm, q k v, attention, o >, a sum for each section
   each section: <norm, gate and up, activation, down >
 A section may attend to tokens of those before it, which are cached by then, never to those after it. Where weights have
 to be dequantised, halves.py has another order, in which that is done once for all rows.
 
 Why so: the sum of a section has the products of all others beside it, and the last ones of a layer those of the next.
+A sum of o that comes first, and one of down that comes last, have little but an attention beside them: there a section
+should be small, and the rest may attend at once, since products of more rows take less time a row and a host less.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
+from parallel.engine.limits import Sections
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, rms_norm
 from parallel.kernels.multiprocessors import sparing
@@ -67,10 +70,42 @@ class Section:
         return update if self.bias is None else update.add_(self.bias)
 
 
-def cut_in_sections(tokens: Tokens, residual: Tensor, sizes: Sequence[int]) -> list[Section]:
+@dataclass(frozen=True)
+class Joined:
+    """Neighbouring sections, perhaps one, that attend at once."""
+
+    sections: Sequence[Section]
+    tokens: Tokens
+    rows: slice
+    residual: Tensor
+
+    def normed(self, weight: Tensor, eps: float) -> Tensor:
+        """As of a section."""
+        first, *others = self.sections
+        if not others:
+            return first.normed(weight, eps)
+        if not first.update:
+            return rms_norm(self.residual, weight, eps)
+        return add_rms_norm(torch.cat([each.take_update() for each in self.sections]), self.residual, weight, eps)
+
+    def split(self, update: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each section."""
+        if len(self.sections) == 1:
+            return (update,)
+        return update.split([len(each.residual) for each in self.sections])
+
+
+def cut_in_sections(tokens: Tokens, residual: Tensor, sizes: Sections) -> list[Joined]:
     """Sections of so many tokens, one after the other; `residual` [tokens, hidden]."""
-    rows = [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]
-    return [Section(tokens[each], each, residual[each]) for each in rows]
+
+    def cut(sizes: Iterable[int], start: int) -> list[slice]:
+        return [slice(first, end) for first, end in pairwise(accumulate(sizes, initial=start))]
+
+    found = []
+    for rows, own in zip(cut(map(sum, sizes), 0), sizes, strict=True):
+        sections = [Section(tokens[each], each, residual[each]) for each in cut(own, rows.start)]
+        found.append(Joined(sections, tokens[rows], rows, residual[rows]))
+    return found
 
 
 class PassInSections:
@@ -79,12 +114,13 @@ class PassInSections:
     Maps, not generator expressions: they keep nothing of a section while the next one is computed.
     """
 
-    def __init__(self, decoder: Decoder, sections: Sequence[Section]) -> None:
-        self.decoder, self.sections = decoder, sections
-        self.side: SideStream = side_stream(sections[0].residual.device)
+    def __init__(self, decoder: Decoder, joined: Sequence[Joined]) -> None:
+        self.decoder, self.joined = decoder, joined
+        self.sections = [section for each in joined for section in each.sections]
+        self.side: SideStream = side_stream(joined[0].residual.device)
 
     def run(self, attends: Sequence[Attend], caches: Sequence[PagedKV]) -> None:
-        """All layers; `attends`: that of each section."""
+        """All layers; `attends`: that of sections that are joined."""
         num_rows = sum(len(section.residual) for section in self.sections)
         try:
             with self.beside_sums():
@@ -106,31 +142,30 @@ class PassInSections:
         return (attend(query, cache) if self.decoder.num_heads else query).flatten(1)
 
     def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
-        """Of each section, once its keys and values are cached: [tokens, local heads, head_dim]."""
+        """Of sections that are joined, once their keys and values are cached: [tokens, local heads, head_dim]."""
 
-        def rotated(section: Section, normed: Tensor) -> Tensor:
-            return self.decoder.rotated(layer, normed, section.tokens, cache)
+        def rotated(each: Joined, normed: Tensor) -> Tensor:
+            return self.decoder.rotated(layer, normed, each.tokens, cache)
 
-        return map(rotated, self.sections, self.normed(layer.input_layernorm))
+        return map(rotated, self.joined, self.normed(layer.input_layernorm, self.joined))
 
     def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
-        """The rest of a layer, from [tokens, local heads * head_dim] of each section on."""
-        self.start_sums(layer.self_attn.o_proj, attended)
-        activated = map(partial(swiglu, layer.mlp.gate_up), self.normed(layer.post_attention_layernorm))
-        self.start_sums(layer.mlp.down_proj, activated)
+        """The rest of a layer, from [tokens, local heads * head_dim] of sections that are joined on."""
+        output, down = layer.self_attn.o_proj, layer.mlp.down_proj
+        updates = map(Joined.split, self.joined, map(output.multiply, attended))
+        self.sum_updates(output, chain.from_iterable(updates))
+        normed = self.normed(layer.post_attention_layernorm, self.sections)
+        self.sum_updates(down, map(down.multiply, map(partial(swiglu, layer.mlp.gate_up), normed)))
 
     def finish(self) -> None:
         for section in self.sections:
             section.residual.add_(section.take_update())
 
-    def normed(self, norm: Any) -> Iterator[Tensor]:
-        return (section.normed(norm.weight, self.decoder.eps) for section in self.sections)
-
-    def start_sums(self, linear: Any, inputs: Iterable[Tensor]) -> None:
-        """Multiplies each section's input by a row-parallel linear, and starts its sum before the next is asked for."""
-        self.sum_updates(linear, map(linear.multiply, inputs))
+    def normed(self, norm: Any, of: Sequence[Section | Joined]) -> Iterator[Tensor]:
+        return (each.normed(norm.weight, self.decoder.eps) for each in of)
 
     def sum_updates(self, linear: Any, updates: Iterable[Tensor]) -> None:
+        """Starts the sum of each section's rows of a row-parallel linear before the next section's are asked for."""
         for section, update in zip(self.sections, updates, strict=True):
             section.update = [Columns(self.side.start_all_reduce(linear.communicator, update), ALL)]
             section.bias = self.lasting(linear.bias)

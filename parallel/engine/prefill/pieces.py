@@ -95,11 +95,11 @@ class Pieces:
         run = open_pass(self.decoder, self.tokens, self.buffers.residual, self.sections)
         with run.beside_sums():
             if place > 0:
-                attended = (self.buffers.attended[each.rows] for each in run.sections)
+                attended = (self.buffers.attended[each.rows] for each in run.joined)
                 run.after_attention(self.layers[place - 1], attended)
             if place < len(self.layers):
                 queries = run.queries(self.layers[place], self.caches[place])
-                for section, rows in zip(run.sections, queries, strict=True):
-                    self.buffers.queries[section.rows] = rows
+                for each, rows in zip(run.joined, queries, strict=True):
+                    self.buffers.queries[each.rows] = rows
             else:
                 run.finish()

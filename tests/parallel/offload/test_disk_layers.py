@@ -82,7 +82,9 @@ def cut_states(communicator: Communicator, folder: Path, cut: Cut) -> tuple[Tens
     return resident, on_disk
 
 
-@pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
+@pytest.mark.parametrize(
+    "cut", [Cut(3), Cut(3, joined=(1, 2)), Cut(2, dequantizes=True)], ids=["sections", "joined", "halves"]
+)
 def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Path, cut: Cut) -> None:
     sizes = COMMON | {"num_hidden_layers": 4}
     folder = write_model(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False), tmp_path)

@@ -78,7 +78,9 @@ def cut_states(communicator: Communicator, folder: Path, cut: Cut) -> tuple[Tens
     return resident, streamed
 
 
-@pytest.mark.parametrize("cut", [Cut(3), Cut(2, dequantizes=True)], ids=["sections", "halves"])
+@pytest.mark.parametrize(
+    "cut", [Cut(3), Cut(3, joined=(1, 2)), Cut(2, dequantizes=True)], ids=["sections", "joined", "halves"]
+)
 def test_passes_that_are_cut_add_the_biases_of_layers_that_are_gone(tmp_path: Path, cut: Cut) -> None:
     """Those of down projections are added in the next layer, when a third one may lie in the place of theirs."""
     sizes = COMMON | {"num_hidden_layers": 4}

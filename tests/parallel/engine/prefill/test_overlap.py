@@ -64,17 +64,22 @@ def split_weights() -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a pass is cut: in so many sections; or in halves, as if weights were dequantised."""
+    """How a pass is cut: in so many sections; or in halves, as if weights were dequantised.
+
+    `joined`: how many attend at once, and then; each by itself if empty.
+    """
 
     sections: int
     dequantizes: bool = False
     num_ahead: int = 1
     rows_apart: int = 100
+    joined: tuple[int, ...] = ()
 
 
 def cut_passes(cut: Cut, min_rows: int = 2, rows_per_tile: int = 1) -> None:
     """Those of so many rows, after any tile."""
-    limits.SECTIONS, limits.MOST_SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, 1),), cut.sections, rows_per_tile
+    limits.SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, (1,)),), rows_per_tile
+    limits.MOST_SECTIONS = cut.joined or (1,) * cut.sections
     limits.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = min_rows
     Decoder.dequantizes = lambda self, num_rows: cut.dequantizes
     halves.num_ahead, halves.MIN_ROWS_APART = lambda device, num_rows: cut.num_ahead, cut.rows_apart
@@ -97,8 +102,8 @@ def whole_and_cut(communicator: Communicator, folder: Path, cuts: tuple[Cut, ...
 
 
 CUTS = {
-    2: (Cut(2), Cut(3), Cut(4), Cut(2, True, 1, 100), Cut(2, True, 4, 8)),
-    3: (Cut(3), Cut(7), Cut(2, True, 2, 1)),
+    2: (Cut(2), Cut(3), Cut(4), Cut(3, joined=(1, 2)), Cut(4, joined=(2, 2)), Cut(2, True, 1, 100), Cut(2, True, 4, 8)),
+    3: (Cut(3), Cut(7), Cut(6, joined=(2, 1, 3)), Cut(2, True, 2, 1)),
 }
 
 
@@ -128,7 +133,7 @@ def answers_in_sections(
     choose = limits.choose_sections
 
     def counting(*args: Any) -> tuple[int, ...]:
-        counts.append(len(choose(*args)))
+        counts.append(sum(map(len, choose(*args))))
         return choose(*args)
 
     paged_model.choose_sections = counting
@@ -146,7 +151,7 @@ def answers_in_sections(
 @pytest.mark.parametrize("name", ["w4a16 act order", "awq"])
 def test_answers_do_not_depend_on_sections(tmp_path: Path, name: str) -> None:
     """Of a quantised model, on two ranks."""
-    cuts = Cut(2, dequantizes=True), Cut(3)
+    cuts = Cut(2, dequantizes=True), Cut(3), Cut(3, joined=(1, 2))
     for (expected, whole), *others in run_on_ranks(
         answers_in_sections, 2, write_pair(name, tmp_path) / "quantized", cuts
     ):
@@ -205,10 +210,10 @@ def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, 
         assert found == [*layer, *others, *others, *first, *second, "join"]
 
 
-def traced_sections(communicator: Communicator, folder: Path) -> list[str]:
-    """Starts of sums, waits for them and products, with their rows, in a pass of sections of 20, 14 and 7."""
+def traced_sections(communicator: Communicator, folder: Path, sections: limits.Sections) -> list[str]:
+    """Starts of sums, waits for them and products, with their rows, in a pass of such sections."""
     overlap.side_stream = TracedRows
-    paged_model.choose_sections = lambda *_: (20, 14, 7)
+    paged_model.choose_sections = lambda *_: sections
     for owner, name in ((merged.MergedLinear, "forward"), (linear.ShardedLayer, "multiply")):
         setattr(owner, name, traced_product(getattr(owner, name)))
     pass_states(make_engine(communicator, folder), PASSES[0])
@@ -243,8 +248,16 @@ class SumOfRows(Sum):
 def test_each_section_is_multiplied_while_others_are_summed_up(folders: dict[str, Path]) -> None:
     first = [event for rows in (20, 14, 7) for event in (f"{rows}", f"{rows}", f"{rows}>")]
     others = [event for rows in (20, 14, 7) for event in (f"<{rows}", f"{rows}", f"{rows}", f"{rows}>")]
-    found = run_on_ranks(traced_sections, 2, folders["llama"])[0]
+    found = run_on_ranks(traced_sections, 2, folders["llama"], ((20,), (14,), (7,)))[0]
     assert found == [*first, *others, *others, *others, *others, *others, "<20", "<14", "<7", "join"]
+
+
+def test_sections_that_attend_at_once_are_summed_up_apart(folders: dict[str, Path]) -> None:
+    first, second = ["20", "20", "20>"], ["21", "21", "14>", "7>"]
+    later = ["<20", *first, "<14", "<7", *second]
+    mlp = [event for rows in (20, 14, 7) for event in (f"<{rows}", f"{rows}", f"{rows}", f"{rows}>")]
+    found = run_on_ranks(traced_sections, 2, folders["llama"], ((20,), (14, 7)))[0]
+    assert found == [*first, *second, *mlp, *later, *mlp, *later, *mlp, "<20", "<14", "<7", "join"]
 
 
 def interrupted(communicator: Communicator, folder: Path, cut: Cut) -> tuple[list[str], bool]:
@@ -387,23 +400,23 @@ def test_parts_are_cut_at_any_token() -> None:
 def test_sections_are_whole_tiles_and_about_equal() -> None:
     """Rows of a pass, and of its sections where weights stay packed, and where they are dequantised."""
     expected = {
-        1: ((1,), (1,)),
-        255: ((255,), (255,)),
-        256: ((128, 128), (256,)),
-        512: ((256, 256), (512,)),
-        1023: ((512, 511), (1023,)),
-        1024: ((512, 512), (512, 512)),
-        1025: ((640, 385), (640, 385)),
-        2048: ((1024, 1024), (1024, 1024)),
-        4096: ((2048, 2048), (2048, 2048)),
-        8192: ((2048, 2048, 2048, 2048), (4096, 4096)),
+        1: (((1,),), ((1,),)),
+        255: (((255,),), ((255,),)),
+        256: (((128,), (128,)), ((256,),)),
+        512: (((256,), (256,)), ((512,),)),
+        1023: (((512,), (511,)), ((1023,),)),
+        1024: (((512,), (512,)), ((512,), (512,))),
+        1025: (((384,), (384, 257)), ((640,), (385,))),
+        2048: (((768,), (768, 512)), ((1024,), (1024,))),
+        4096: (((1024, 1024), (1024, 1024)), ((2048,), (2048,))),
+        8192: (((2048,), (2048,), (2048,), (2048,)), ((4096,), (4096,))),
     }
     for num_rows, found in expected.items():
         assert tuple(
             limits.choose_sections(num_rows, 2, lambda _, answer=answer: answer) for answer in (False, True)
         ) == (found)
-        assert limits.choose_sections(num_rows, 1, lambda _: False) == (num_rows,)
-    assert limits.choose_sections(512, 2, lambda _: True, 257) == (256, 256)
+        assert limits.choose_sections(num_rows, 1, lambda _: False) == ((num_rows,),)
+    assert limits.choose_sections(512, 2, lambda _: True, 257) == ((256,), (256,))
 
 
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 513, 2047])
@@ -441,5 +454,5 @@ def test_no_other_cut_has_more_sections_or_fewer_tiles(num_rows: int, num_sectio
 
 
 def test_the_whole_pass_decides_whether_weights_are_dequantised() -> None:
-    assert limits.choose_sections(600, 2, lambda rows: rows > 599) == (600,)
-    assert limits.choose_sections(600, 2, lambda rows: rows > 600) == (384, 216)
+    assert limits.choose_sections(600, 2, lambda rows: rows > 599) == ((600,),)
+    assert limits.choose_sections(600, 2, lambda rows: rows > 600) == ((384,), (216,))

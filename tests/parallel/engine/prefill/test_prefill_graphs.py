@@ -82,6 +82,7 @@ CASES = {
     2: (
         *(Case(Cut(sections), True) for sections in (2, 3, 4)),
         *(Case(SECTIONS, False), Case(SECTIONS, False, cut_from=100)),
+        *(Case(Cut(3, joined=(1, 2)), is_fresh) for is_fresh in (True, False)),
         *(Case(HALVES, True), Case(HALVES, False)),
     ),
     3: (Case(Cut(4), False), Case(HALVES, False)),
@@ -296,9 +297,10 @@ def test_nothing_is_recorded_while_it_is_timed(folders: dict[str, Path]) -> None
 
 def test_rows_of_a_section_see_what_is_before_them() -> None:
     """And no keys that the section after them caches."""
-    lengths, sections = (4, 1, 9, 3), (6, 1, 7, 6)
+    lengths, joined = (4, 1, 9, 3), ((6,), (1,), (3, 4), (6,))
+    sections = [sum(each) for each in joined]
     prompts = [prompt for prompt, length in enumerate(lengths) for _ in range(length)]
-    for number, (queries, keys) in enumerate(prompt_bounds(lengths, sections).tolist()):
+    for number, (queries, keys) in enumerate(prompt_bounds(lengths, joined).tolist()):
         start = sum(sections[:number])
         end = min(start + sections[number], len(prompts))
         for prompt in range(len(lengths)):
