@@ -18,13 +18,14 @@ SAMPLED_ROWS = 64
 # Of a step that is captured as graphs; one of other numbers of rows runs the next larger graph, its last rows empty.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 # Where there are several ranks, a pass of up to so many rows goes in sections (prefill/overlap.py), of which so many
-# attend at once, and then; one of more rows in MOST_SECTIONS. More sections hide more of the sums, fewer take less time to multiply: on two H200 a 70B in
-# 4 bits took, as graphs, 97.7 ms for 512 rows in one, 75.9, 96.4 and 116 in 2, 3 and 4, and 187, 150, 153 and 153 for
-# 1024; 2048, launched, 270 in 3 and 362 in 4 with sums by copies, for which a host must be fast: in a run with sums in
-# two steps, 283 to 293 one behind the other in 3, but 374 for a prompt by itself (results/LOG.md). By the rates of an
-# RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149
-# for 2048 (1599). Joined, by the rates of H200s, not measured: 2048 in 1 + 2 256 ms, in 2 + 2 254, but the host needs
-# a sixth less time for the former, and 274 in two; 4096 in 2 + 2 518, in two 548.
+# attend at once, and then; one of more rows in MOST_SECTIONS. More sections hide more of the sums, fewer take less time
+# to multiply: on two H200 a 70B in 4 bits took, as graphs, 97.7 ms for 512 rows in one, 75.9, 96.4 and 116 in 2, 3 and
+# 4, and 187, 150, 153 and 153 for 1024; 2048, launched, 270 in 3 and 362 in 4 with sums by copies, for which a host
+# must be fast: in a run with sums in two steps, 283 to 293 one behind the other in 3, but 374 for a prompt by itself
+# (results/LOG.md). Sections that attend at once spare the host a third of what each costs it: by the rates of these
+# cards, not measured, 2048 take 256 ms in 1 + 2, 254 in 2 + 2, which costs it a sixth more, and 274 in 2; 4096 518 in
+# 2 + 2, 548 in 2. By the rates of an RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595
+# for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
 SECTIONS: Wanted = ((255, (1,)), (1024, (1, 1)), (2048, (1, 2)), (4096, (2, 2)))
 MOST_SECTIONS = (1, 1, 1, 1)
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them

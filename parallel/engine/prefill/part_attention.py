@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -23,13 +24,13 @@ from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring parts of a pass that attend at once, one part alone if need be.
+    """Neighbouring parts of a pass that attend at once; one part alone where that cannot be.
 
     `key_rows` as of rows_of: all tokens of each part's sequence, up to the part's end, one sequence after the other.
     Bounds as of ranges_attention; `longest`: most tokens of a part, and most that one attends to.
     """
 
-    num_parts: int
+    in_ranges: bool
     num_tokens: int
     key_rows: Tensor
     query_bounds: Tensor
@@ -37,20 +38,21 @@ class Group:
     longest: tuple[int, int]
 
     @classmethod
-    def open(cls, parts: Sequence[Part], kv_heads: int, device: torch.device) -> Group:
+    def open(cls, parts: Sequence[Part], kv_heads: int, device: torch.device, in_ranges: bool) -> Group:
         lengths, ends = [len(part) for part in parts], [part.end for part in parts]
         _, slots = positions_and_slots([(part.sequence.pages, 0, part.end) for part in parts])
         queries, keys = (
             to_device(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device) for each in (lengths, ends)
         )
         key_rows = rows_of(to_device(slots, device), kv_heads)
-        return cls(len(parts), sum(lengths), key_rows, queries, keys, (max(lengths), max(ends)))
+        return cls(in_ranges, sum(lengths), key_rows, queries, keys, (max(lengths), max(ends)))
 
     def attend(self, query: Tensor, cache: PagedKV, scale: float) -> Tensor:
         keys, values = keys_at(cache, self.key_rows, query.dtype)
-        if self.num_parts == 1:
-            return prefill_attention(query, keys, values, scale)
-        return ranges_attention(query, keys, values, self.query_bounds, self.key_bounds, scale, self.longest)
+        # One part, too: to let torch choose a kernel takes a host 50 us more (one core of a server).
+        if self.in_ranges:
+            return ranges_attention(query, keys, values, self.query_bounds, self.key_bounds, scale, self.longest)
+        return prefill_attention(query, keys, values, scale)
 
 
 def attend_parts(parts: Sequence[Part], scale: float, max_keys: int) -> Attend:
@@ -63,8 +65,8 @@ def attend_parts(parts: Sequence[Part], scale: float, max_keys: int) -> Attend:
 
     def attend(query: Tensor, cache: PagedKV) -> Tensor:
         if not groups:
-            kv_heads = cache.keys.shape[1]
-            groups.extend(Group.open(each, kv_heads, query.device) for each in group_parts(parts, max_keys))
+            open_group = partial(Group.open, kv_heads=cache.keys.shape[1], device=query.device, in_ranges=max_keys > 0)
+            groups.extend(map(open_group, group_parts(parts, max_keys)))
         chunks = zip(groups, query.split([group.num_tokens for group in groups]), strict=True)
         attended = [group.attend(chunk, cache, scale) for group, chunk in chunks]
         return torch.cat(attended) if len(attended) > 1 else attended[0]
