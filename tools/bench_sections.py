@@ -48,7 +48,8 @@ from tools.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
 FACTS = ModelFacts(8192, 28672, 80, 64, 8, 128, 32768, 8192)
 # Own weights have this many of them; they are beyond any cache.
 NUM_LAYERS = 4
-# Layers of a timed pass.
+# Layers of a timed pass, unless told. A queue of the card holds some thousand launches: with as many layers as a 70B has,
+# a fast host has to wait for it.
 DEPTH = 20
 TIMEOUT_SEC = 10.0
 SMALL_BYTES = 64 * KIB
@@ -100,6 +101,7 @@ def main() -> None:
         "--fused-rows", type=int, default=max(TRIED_ROWS), help="rows of a section up to which weights stay packed"
     )
     parser.add_argument("--spared", type=int, help="multiprocessors that products leave to sums; else as they do")
+    parser.add_argument("--depth", type=int, default=DEPTH, help="layers of a pass")
     parser.add_argument("--passes", type=int, default=5)
     args = parser.parse_args()
     if not is_started_by_torchrun() and torch.cuda.device_count() < args.cards:
@@ -109,7 +111,7 @@ def main() -> None:
 
 def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     share_process_group(rank.device)
-    engine = open_engine(open_sums(rank), rank.device, FACTS, args.quantize, max(args.rows))
+    engine = open_engine(open_sums(rank), rank.device, FACTS, args.quantize, max(args.rows), args.depth)
     fuse(engine, args.fused_rows)
     if args.spared is not None:
         side_stream.blocks_for = lambda num_bytes: args.spared
@@ -136,7 +138,7 @@ def open_sums(rank: CardRank) -> Communicator:
 
 
 def open_engine(
-    communicator: Communicator, device: torch.device, facts: ModelFacts, quantize: str, max_rows: int
+    communicator: Communicator, device: torch.device, facts: ModelFacts, quantize: str, max_rows: int, depth: int
 ) -> Engine:
     """A model of a few layers in turn."""
     shape = shape_from_facts(replace(facts, num_layers=NUM_LAYERS))
@@ -144,7 +146,7 @@ def open_engine(
     model = build_sharded_model(config_of_shape(shape), communicator, dtype=torch.bfloat16, grain=grain)
     fill_dummy(model, QUANTIZE_SCHEMES.get(quantize), device, on_placed=LayerMerger(model.module))
     own = list(model.module.model.layers)
-    model.module.model.layers = torch.nn.ModuleList(own[place % len(own)] for place in range(DEPTH))
+    model.module.model.layers = torch.nn.ModuleList(own[place % len(own)] for place in range(depth))
     sizes = EngineLimits(max_rows + 1, 1, max_rows, captures_passes=False)
     return Engine(model.module, communicator, device, sizes, prefix_cache=False)
 

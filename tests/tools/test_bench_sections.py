@@ -16,7 +16,7 @@ WAYS = (Way((1,), False, False), Way((1, 1), True, False), Way((1, 1, 1), False,
 
 def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[bool, tuple[int, ...]]]], bool, bool]:
     """Of each way, the passes that were made: whether in halves, and how many sections attend at once."""
-    engine = open_engine(communicator, CPU, FACTS, quantize, 300)
+    engine = open_engine(communicator, CPU, FACTS, quantize, 300, depth=8)
     made: set[tuple[bool, tuple[int, ...]]] = set()
     init = overlap.PassInSections.__init__
 
