@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -107,6 +107,16 @@ def plan_waves(places: int, units: int, most: int) -> Waves:
     return Waves(most if count else sharing, count, sharing, rest)
 
 
+# Passes come in few sizes; to plan one anew takes the host as long as to queue it.
+@lru_cache(maxsize=4096)
+def plan_product(launch: GroupLaunch, tiles: int, units: int, num_rows: int, multiprocessors: int) -> tuple[Waves, int]:
+    """Of so many rows with `tiles` times 16 outputs; also the numbers of float32 that parts of sums take."""
+    places = -(-tiles // launch.tiles) * -(-num_rows // launch.tokens)
+    most = min(multiprocessors, WIDE_WORKSPACE_BYTES // (2 * launch.part_bytes))
+    waves = plan_waves(places, units, most)
+    return waves, 2 * waves.sharing * waves.has_parts * launch.part_bytes // 4
+
+
 def run_kernel(
     launch: GroupLaunch,
     rows: Tensor,
@@ -118,16 +128,12 @@ def run_kernel(
     workspace: Tensor | None = None,
 ) -> None:
     """As wide.run_kernel."""
-    device_index = packed.device.index
-    tiles, units = packed.shape[:2]
-    places = -(-tiles // launch.tiles) * -(-len(rows) // launch.tokens)
-    most = min(spared_card(device_index).multiprocessors, WIDE_WORKSPACE_BYTES // (2 * launch.part_bytes))
-    waves = plan_waves(places, units, most)
+    device_index, num_rows, (tiles, units) = packed.device.index, rows.shape[0], packed.shape[:2]
+    waves, num_floats = plan_product(launch, tiles, units, num_rows, spared_card(device_index).multiprocessors)
     if workspace is None:
-        parts = 2 * waves.sharing * waves.has_parts
-        workspace = rows.new_empty(parts * launch.part_bytes // 4, dtype=torch.float32)
+        workspace = rows.new_empty(num_floats, dtype=torch.float32)
     boxes = describe_operands(launch, rows, packed, scales, layout)
-    sizes = tiles, units, len(rows), waves.count, waves.sharing
+    sizes = tiles, units, num_rows, waves.count, waves.sharing
     compile_kernel(launch, layout, device_index)(
         (waves.blocks, 1, 1), launch.threads, *boxes, scales, output, workspace, *sizes,
         *([] if codebook is None else [codebook]),

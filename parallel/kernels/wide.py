@@ -109,9 +109,10 @@ def multiply(
     rows: Tensor, packed: Tensor, scales: Tensor, codebook: Tensor | None, output: Tensor, layout: Layout
 ) -> None:
     """[m, in] bf16 into `output` [m, out] bf16, for any m."""
-    launch = choose_launch(len(rows), launches_for(layout, packed.shape[1], packed.device.index))
-    step = most_rows(launch, len(packed))
-    for start in range(0, len(rows), step):
+    num_rows, (tiles, units) = rows.shape[0], packed.shape[:2]
+    launch = choose_launch(num_rows, launches_for(layout, units, packed.device.index))
+    step = most_rows(launch, tiles)
+    for start in range(0, num_rows, step):
         part = slice(start, start + step)
         run_kernel(launch, rows[part], packed, scales, codebook, output[part], layout)
 

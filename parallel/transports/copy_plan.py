@@ -108,6 +108,7 @@ def cut(num_bytes: int, most: int) -> list[tuple[int, int]]:
     return [(start, min(each, num_bytes - start)) for start in range(0, num_bytes, each)]
 
 
+@lru_cache(maxsize=256)
 def next_lane(layout: CopyLayout, num_bytes: int, first_lane: int) -> int:
     """Where the call after one of `num_bytes` begins."""
     return (first_lane + len(cut(num_bytes, layout.piece_bytes))) % layout.num_lanes
