@@ -48,8 +48,8 @@ from tools.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
 FACTS = ModelFacts(8192, 28672, 80, 64, 8, 128, 32768, 8192)
 # Own weights have this many of them; they are beyond any cache.
 NUM_LAYERS = 4
-# Layers of a timed pass, unless told. A queue of the card holds some thousand launches: with as many layers as a 70B has,
-# a fast host has to wait for it.
+# Layers of a timed pass, unless told. A queue of the card holds some thousand launches: with as many layers as a 70B
+# has, a host that is ahead has to wait.
 DEPTH = 20
 TIMEOUT_SEC = 10.0
 SMALL_BYTES = 64 * KIB

@@ -48,6 +48,15 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return launch_norm(NORM_VECTORS, hidden, residual, weight, eps)
 
 
+@operator(lambda hidden, residual, weight, eps, output: None, mutates=["residual", "output"])
+def add_rms_norm_into(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float, output: Tensor) -> None:
+    """As `add_rms_norm`, the norm into `output` [tokens, H]."""
+    if not takes(hidden, residual, weight, output) or hidden.shape[1] > MAX_HIDDEN:
+        output.copy_(reference.add_rms_norm(hidden, residual, weight, eps))
+    else:
+        launch_norm(NORM_VECTORS, hidden, residual, weight, eps, output)
+
+
 @operator(lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[tokens, 2 * I], gates before ups -> [tokens, I]: silu(gate), rounded, times up."""
@@ -207,9 +216,12 @@ def rotary_refusal(head_dim: int) -> str | None:
     return None if head_dim in HEAD_DIMS else f"heads of {head_dim}"
 
 
-def launch_norm(vectors: int, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def launch_norm(
+    vectors: int, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, output: Tensor | None = None
+) -> Tensor:
+    """`output`: contiguous; a new one if None."""
     tokens, hidden_size = hidden.shape
-    output = hidden.new_empty(tokens, hidden_size)
+    output = hidden.new_empty(tokens, hidden_size) if output is None else output
     kernel, pieces, threads = norm_kernel(vectors, hidden_size, hidden.device)
     strides = hidden.stride(0) // PIECE, 0 if residual is None else residual.stride(0) // PIECE
     kernel((tokens, 1, 1), threads, hidden, residual, weight, output, pieces, *strides, eps)

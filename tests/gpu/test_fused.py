@@ -64,6 +64,15 @@ def test_norms(hidden_size: int) -> None:
         check(case, found, exact, reference.rms_norm(*on_cpu, EPS))
 
 
+def test_norm_of_a_sum_goes_into_some_rows() -> None:
+    hidden, residual, output = (random(300, 8192) for _ in range(3))
+    weight, before, total = random(8192), output.clone(), residual.clone()
+    normed = fused.add_rms_norm(hidden[7:260], total[7:260], weight, EPS)
+    fused.add_rms_norm_into(hidden[7:260], residual[7:260], weight, EPS, output[7:260])
+    assert torch.equal(residual, total) and torch.equal(output[7:260], normed)
+    assert all(torch.equal(output[rows], before[rows]) for rows in (slice(7), slice(260, 300)))
+
+
 def test_every_number_of_pieces_a_thread_holds_gives_the_same_norm() -> None:
     for hidden_size, vectors in product((8, 520, 8192), (1, 2, 4, 8)):
         hidden, weight = random(5, hidden_size), random(hidden_size)

@@ -26,7 +26,7 @@ from torch import Tensor
 from parallel.engine.decoder import Attend, Decoder, Tokens
 from parallel.engine.limits import Sections
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
-from parallel.kernels.fused import add_rms_norm, rms_norm
+from parallel.kernels.fused import add_rms_norm, add_rms_norm_into, rms_norm
 from parallel.kernels.multiprocessors import sparing
 from parallel.kernels.pages import PagedKV
 from parallel.layers.merged import swiglu
@@ -86,13 +86,16 @@ class Joined:
             return first.normed(weight, eps)
         if not first.update:
             return rms_norm(self.residual, weight, eps)
-        return add_rms_norm(torch.cat([each.take_update() for each in self.sections]), self.residual, weight, eps)
+        normed = torch.empty_like(self.residual)
+        for each, rows in zip(self.sections, self.split(normed), strict=True):
+            add_rms_norm_into(each.take_update(), each.residual, weight, eps, rows)
+        return normed
 
-    def split(self, update: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each section."""
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Those of each section."""
         if len(self.sections) == 1:
-            return (update,)
-        return update.split([len(each.residual) for each in self.sections])
+            return (rows,)
+        return rows.split([len(each.residual) for each in self.sections])
 
 
 def cut_in_sections(tokens: Tokens, residual: Tensor, sizes: Sections) -> list[Joined]:

@@ -55,6 +55,17 @@ def test_norm_of_a_sum_leaves_the_rounded_sum_in_the_residual(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_a_sum_goes_into_some_rows(dtype: torch.dtype) -> None:
+    weight = random_norm(64, dtype).weight
+    hidden, residual, output = (torch.randn(9, 64).to(dtype) for _ in range(3))
+    before, total = output.clone(), residual.clone()
+    normed = fused.add_rms_norm(hidden[2:7], total[2:7], weight, EPS)
+    fused.add_rms_norm_into(hidden[2:7], residual[2:7], weight, EPS, output[2:7])
+    assert torch.equal(residual, total) and torch.equal(output[2:7], normed)
+    assert all(torch.equal(output[rows], before[rows]) for rows in (slice(2), slice(7, 9)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gated_activation_is_bit_for_bit_that_of_transformers(dtype: torch.dtype) -> None:
     mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=32, hidden_act="silu")).to(dtype)
     identity = torch.eye(32, dtype=dtype)
@@ -165,6 +176,8 @@ def test_the_dispatcher_knows_shapes_and_what_is_written() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(fused.rms_norm, (hidden, weight, EPS), test_utils=checks)
     torch.library.opcheck(fused.add_rms_norm, (hidden, hidden.clone(), weight, EPS), test_utils=checks)
+    into = hidden, hidden.clone(), weight, EPS, hidden.clone()
+    torch.library.opcheck(fused.add_rms_norm_into, into, test_utils=checks)
     torch.library.opcheck(fused.silu_mul, (hidden,), test_utils=checks)
     qkv = torch.randn(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     pages = [torch.zeros(NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM) for _ in range(2)]
