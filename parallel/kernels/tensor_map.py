@@ -27,7 +27,9 @@ def describe_boxes(tensor: Tensor, box: tuple[int, int], element_bytes: int, *, 
     shared memory, piece i of 16 bytes of row r of a box is at i ^ (r & 7) among those of the row.
     """
     assert tensor.is_contiguous() and tensor.data_ptr() % TENSOR_ALIGNMENT == 0, tensor.shape
-    return encode(tensor.data_ptr(), len(tensor), tensor.nbytes // len(tensor), box, element_bytes, swapped)
+    # len() of a tensor takes the host four times as long.
+    num_rows = tensor.shape[0]
+    return encode(tensor.data_ptr(), num_rows, tensor.nbytes // num_rows, box, element_bytes, swapped)
 
 
 # Buffers come back at the same addresses pass after pass.
