@@ -35,8 +35,8 @@ WIDE_WORKSPACE_BYTES = 33 * 1024**2
 # Up to so many rows they always multiply by the packed weight; up to how many more, a trial on the card decides
 # (parallel/product_trial.py). At 256 rows both ways took as long on an H200: 52.6 and 55.6 ms (results/LOG.md).
 MIN_FUSED_ROWS = 256
-# The same where it was measured what the trial finds, by kernel and compute capability: for 2048 rows of gate and up an
-# H200 took 0.70 ms with packed weights and 0.78 with dequantised ones. Plans count on it, and the trial does not go below.
+# The same where it was measured what the trial finds, by kernel and compute capability: 2048 rows of gate and up took
+# an H200 0.70 ms with packed weights and 0.78 with dequantised ones. Plans count on it, and no trial goes below.
 MEASURED_FUSED_ROWS = {("w4a16", (9, 0)): 2048}
 # bf16 scale and shift.
 TINYGEMM_BITS_PER_GROUP = 32
@@ -104,7 +104,7 @@ def sure_fused_rows(scheme: Scheme | None, device: str, dtype: str, capability: 
 
 
 def may_dequantize(scheme: Scheme, device: str, dtype: str, num_rows: int, fused_rows: int = MIN_FUSED_ROWS) -> bool:
-    """Whether a product of so many rows may make numbers of its weight first; `fused_rows`: as sure_fused_rows has it."""
+    """Whether a product of so many rows may make numbers of its weight first; `fused_rows` as of sure_fused_rows."""
     kernel = predict_kernel(scheme, device, dtype)
     always = {"tinygemm": MAX_TINYGEMM_ROWS, **dict.fromkeys(OWN_KERNELS, fused_rows)}
     return num_rows > always.get(kernel, 0)

@@ -12,17 +12,17 @@ from parallel.units import MIB
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
 GRAPHS_BYTES = 55 * MIB
-# Of a layer's kernels in the graphs of one pass, at most: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card,
-# piece by piece and with some 120 kernels a layer where weights are dequantised block by block. Two sections that
-# multiply by weights as they are have 52, and took 0.2 MiB (results/asking_ahead_h200_202611.json: all of the driver's
-# and NCCL's memory grew by 50 to 68 MiB for four passes).
+# Of a layer's kernels in the graphs of one pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card, piece
+# by piece, with some 120 kernels a layer where weights are dequantised block by block. Two sections that multiply by
+# weights as they are have 52, and take less: all that is not torch's was 1,168 MiB after five such passes, of 512 and
+# 1024 tokens, and 1,100 to 1,118 after one (results/asking_ahead_h200_202611.json).
 PASS_GRAPH_BYTES = 1200 * 1024
 # Of those a decode step has a tenth.
 STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
 # Of cuBLAS on a stream, which torch allocates: on sm_90 and sm_100; 8 MiB on other cards.
 CUBLAS_BYTES = 32 * MIB
-# By which torch makes memory larger that may grow (kLargeBuffer): what is left of the last time, at most. Weights, cache
-# and activations are in one such memory, graphs in another.
+# By so much torch makes memory larger that may grow (kLargeBuffer), of which up to as much is left. Weights, cache and
+# activations are in one such memory, graphs in another.
 GROWN_BYTES = 20 * MIB
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3

@@ -142,7 +142,7 @@ def wanted_passes(run: RunConfig, placement: Placement, inventory: Inventory) ->
 
 
 def choose_fused_rows(run: RunConfig, demand: Demand, cards: Sequence[Card]) -> int:
-    """Up to how many rows packed weights are never dequantised: as was asked for, else what such cards are known for."""
+    """Up to how many rows packed weights are never dequantised: as asked for, else what such cards are known for."""
     asked = run.engine.fused_prefill_rows
     if asked is not None:
         return asked

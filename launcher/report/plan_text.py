@@ -52,7 +52,9 @@ def describe_passes(plan: Plan) -> list[tuple[str, str]]:
     """That passes of prompts are not captured for want of memory, where they would be."""
     if not plan.captured_passes_left_out:
         return []
-    return [("graphs of prompts", "none, since they do not fit (engine.prefill_graphs=auto): first tokens may be slower")]
+    return [
+        ("graphs of prompts", "none, since they do not fit (engine.prefill_graphs=auto): first tokens may be slower")
+    ]
 
 
 def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ def time_depths(
 def time_engine(
     context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
 ) -> Point:
-    # Each size, from the start of prompts and after it: what was timed before need not be kept, but has room here.
+    # Each size, at the start of prompts and after it: a pass that is timed is captured before.
     captured = 2 * len(settings.chunks) if context.job.captured_passes else 0
     limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks), captured_passes=captured)
     engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)

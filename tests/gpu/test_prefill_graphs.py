@@ -61,7 +61,8 @@ def open_engine(communicator: Communicator, kind: str, *, is_graphed: bool) -> E
     model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
     scheme = QUANTIZE_SCHEMES.get(kind)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
-    return Engine(model.module, communicator, DEVICE, EngineLimits(2048, 4, 2048, captured_passes=2 * len(GRAPHED_ROWS)))
+    sizes = EngineLimits(2048, 4, 2048, captured_passes=2 * len(GRAPHED_ROWS))
+    return Engine(model.module, communicator, DEVICE, sizes)
 
 
 def launched(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
