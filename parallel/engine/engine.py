@@ -68,7 +68,7 @@ class Engine:
         sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captured_passes else ()
         if sizes:
             places = Places(limits.captured_passes)
-            self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool, places))
+            self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool, places=places))
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
