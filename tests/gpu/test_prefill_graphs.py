@@ -175,7 +175,7 @@ def test_passes_recorded_late_fit_into_the_memory_of_the_largest(tmp_path: Path)
 
 def passes_in_turn(communicator: Communicator) -> tuple[list[int], int, float, float]:
     """How many passes are held after each of eight kinds in turn, with room for two; how many differ from the first of
-    their kind; bytes outside of torch for a layer of what is held, after some and after more have given their places."""
+    their kind; bytes outside of torch for a layer of what is held, after some and after more gave their places."""
     engine = open_engine(communicator, "int4", is_graphed=True)
     graphs, first, held, num_different = engine.target.graphs, dict[tuple[int, int], Tensor](), [], 0
     assert graphs is not None
