@@ -41,8 +41,8 @@ class Job:
     times: Times | str | None = None
     # Set where ranks are to run this instead of our engine.
     baseline: BaselineKind | None = None
-    # Whether small passes of prompts are captured as graphs.
-    captures_passes: bool = False
+    # Of tasks without a plan: passes of prompts that are captured as graphs at a time.
+    captured_passes: int = 0
     # When the parent took it up, in seconds since 1970.
     started: float = 0.0
 

@@ -20,7 +20,7 @@ from launcher.models.draft import find_draft
 from launcher.models.find import Model, find_model
 from launcher.plan.grid import largest_plan, plan_grid
 from launcher.plan.options import rank_options
-from launcher.plan.plan import captures_passes, plan_run
+from launcher.plan.plan import plan_run, wanted_passes
 from launcher.plan.timed import keep_calibration, plan_timed
 from launcher.plan.topology import Placement, place_ranks, resolve_world_size
 from launcher.processes.start import StartRanks
@@ -50,8 +50,7 @@ def execute(run: RunConfig, run_dir: Path, start_ranks: StartRanks, env_world_si
     inventory = read_inventory(run.hardware, world_size)
     placement = place_ranks(run, world_size, inventory)
     check_calibration(run, placement)
-    captured = captures_passes(run, placement, inventory)
-    job = Job(run, placement, str(run_dir), inventory.host_cores, captures_passes=captured, started=started)
+    job = Job(run, placement, str(run_dir), inventory.host_cores, started=started)
     prompts: tuple[Prompt, ...] = ()
     if run.task.kind == TaskKind.generate:
         # Before the model, which may have to be downloaded.
@@ -75,7 +74,7 @@ def decide(job: Job, inventory: Inventory) -> Job:
     """`job` with its model and plan, where its task has a model."""
     run = job.run
     if run.task.kind in WITHOUT_MODEL:
-        return job
+        return replace(job, captured_passes=wanted_passes(run, job.placement, inventory))
     is_grid = run.task.kind == TaskKind.predictions
     plan, prepare = (plan_grid, prepare_grid) if is_grid else (plan_run, prepare_job)
     model = find_model(run, lambda shape: plan(run, job.placement, shape, inventory))

@@ -147,7 +147,7 @@ def open_engine(
     fill_dummy(model, QUANTIZE_SCHEMES.get(quantize), device, on_placed=LayerMerger(model.module))
     own = list(model.module.model.layers)
     model.module.model.layers = torch.nn.ModuleList(own[place % len(own)] for place in range(depth))
-    sizes = EngineLimits(max_rows + 1, 1, max_rows, captures_passes=False)
+    sizes = EngineLimits(max_rows + 1, 1, max_rows, captured_passes=0)
     return Engine(model.module, communicator, device, sizes, prefix_cache=False)
 
 

@@ -32,7 +32,8 @@ class TransportKind(str, Enum):
 
 
 class PrefillGraphs(str, Enum):
-    """Whether small passes of prompts are captured; `auto`: on cards so fast that they would wait for the host."""
+    """Whether small passes of prompts are captured; `auto`: on cards so fast that they would wait for the host, where
+    there is memory for it."""
 
     auto = "auto"
     on = "on"
@@ -81,9 +82,9 @@ class EngineConfig:
     # less than three quarters of the full chunk's rate; 512 where rates are not known. Where nobody waits for single
     # tokens, as large as prefill_chunk answers more of them a second.
     prefill_chunk_while_decoding: int | str = AUTO
-    # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them; takes
-    # 1.2 MiB of card memory a layer for each of seven sizes, and a moment when a size comes a second time. auto, on or
-    # off.
+    # Capture passes of up to 1024 tokens as CUDA graphs, for hosts that queue kernels slower than cards run them: the
+    # first sizes that come a second time, which then take a moment, three at a time. Takes up to 1.2 MiB of card memory
+    # a layer for each. auto, on or off.
     prefill_graphs: PrefillGraphs = PrefillGraphs.auto
     # Products of up to so many rows are with 4- and 8-bit weights as they are packed; for more the weights are
     # dequantised first. null: as many as a trial at the start shows to be faster so, on this card; near the crossing

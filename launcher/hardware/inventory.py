@@ -43,6 +43,8 @@ class Card:
     pcie_generation: int | None
     pcie_lanes: int | None
     power_limit_w: float | None
+    # Major and minor.
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def _read_card(index: int, device: _Device) -> Card:
         pcie_generation=nvml.ask("nvmlDeviceGetMaxPcieLinkGeneration", handle),
         pcie_lanes=nvml.ask("nvmlDeviceGetMaxPcieLinkWidth", handle),
         power_limit_w=None if limit_mw is None else limit_mw / 1000,
+        compute_capability=_compute_capability(handle),
     )
 
 
@@ -206,6 +209,11 @@ def _memory_gb_per_sec(handle: Any) -> float | None:
     bits = nvml.ask("nvmlDeviceGetMemoryBusWidth", handle)
     clock_mhz = nvml.ask("nvmlDeviceGetMaxClockInfo", handle, nvml.CLOCK_MEMORY)
     return bits * clock_mhz * 2 / 8 / 1000 if bits and clock_mhz else None
+
+
+def _compute_capability(handle: Any) -> tuple[int, int] | None:
+    answer = nvml.ask("nvmlDeviceGetCudaComputeCapability", handle)
+    return None if answer is None else (int(answer[0]), int(answer[1]))
 
 
 def _cuda_version() -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launcher.memory.layer import prompt_keys_bytes
+from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
 from parallel.engine.limits import SAMPLED_ROWS, choose_sections
 from parallel.partition import split_by_grain
@@ -32,13 +33,13 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     e, shape = DTYPE_BYTES[demand.dtype], demand.shape
     prompt = min(demand.prefill_chunk, demand.batch_size * max_context)
     rows = demand.batch_size * demand.rows_per_sequence
-    packed = shape.scheme is not None
-    # A kernel that multiplies packed weights by so many rows takes less than this, which dequantises.
-    sections = choose_sections(prompt, demand.world_size, lambda _: packed)
+    layer = demand.layer(rank)
+    # Where a trial decides: a kernel that multiplies packed weights by so many rows takes less than this.
+    dequantizes = layer.may_dequantize(prompt)
+    sections = choose_sections(prompt, demand.world_size, lambda _: dequantizes)
     largest = max(map(sum, sections))
     # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
-    tokens = max(prompt if packed else largest, rows)
-    layer = demand.layer(rank)
+    tokens = max(prompt if dequantizes else largest, rows)
     hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
     on_cpu = demand.device == "cpu"
     normed = largest if len(sections) > 1 else tokens
@@ -51,13 +52,22 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
         "logits": logits_bytes(demand, rank, rows),
         "decode": plain_decode_bytes(demand, max_context, demand.local(shape.num_heads)[rank], keys) if on_cpu else 0,
     }
-    if packed and len(sections) > 1:
+    if dequantizes and len(sections) > 1:
         # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
-        weights = layer.whole_weight(qkv * hidden) + layer.product(tokens, queries * hidden)
+        weights = layer.whole_weight(prompt, qkv * hidden) + layer.product(tokens, queries * hidden)
         kept = largest * (2 * qkv + 4 * queries) * e
         steps["attention"] = kept + attended_bytes(demand, rank, largest, max_context) + weights
     # The residual stream, the update that is added to it, and the norm of the sum.
     return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
+
+
+def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
+    """What stays on a card besides, whatever a pass does: tables of rotations of each model, memory of cuBLAS, and what
+    torch has taken beyond what it needs."""
+    if models[0].device == "cpu":
+        return 0
+    tables = sum(max_context * each.shape.head_dim * FLOAT32_BYTES for each in models)
+    return tables + CUBLAS_BYTES + GROWN_BYTES
 
 
 def attended_bytes(demand: Demand, rank: int, num_rows: int, max_context: int) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
-from launcher.memory.activations import activations_bytes, logits_bytes
+from launcher.memory.activations import activations_bytes, lasting_bytes, logits_bytes
 from launcher.memory.kv import kv_lines
-from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes
+from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, step_bytes
 from launcher.memory.process import process_lines
 from launcher.memory.streamed import linear_load, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.engine.limits import EngineLimits, graph_sizes
-from parallel.footprint import (
-    host_refusal,
-)
+from parallel.footprint import MIN_FUSED_ROWS, host_refusal
 from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
@@ -46,8 +44,10 @@ class Demand:
     drafting_rows: int = 1
     drafting_passes: int = 0
     num_ahead: int = 0
-    # Whether small passes of prompts are graphs, as steps are.
-    captures_passes: bool = False
+    # Passes of prompts that are graphs at a time, as steps are.
+    captured_passes: int = 0
+    # Of a product, up to which no packed weight is dequantised for sure.
+    fused_rows: int = MIN_FUSED_ROWS
     # Whether tokens are drawn; the likeliest take less memory to find.
     is_sampled: bool = True
     # Of the model that guesses, where one does.
@@ -150,6 +150,7 @@ class Demand:
         models = [each for each in (self, self.draft) if each is not None]
         cache = kv_lines(self, rank, max_context)
         activations = max(activations_bytes(each, rank, max_context) for each in models)
+        activations += lasting_bytes(models, max_context)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
         return cache | {"activations": activations} | self._graphs(rank) | ({"load": load} if load else {})
 
@@ -159,8 +160,10 @@ class Demand:
             return {}
         if self.num_streamed:
             return {} if self.draft is None else {"graphs": self.draft._draft_graphs(rank)}
-        layer, captures = self.layer(rank), self.captures_passes
-        return {"graphs": graphs_bytes(layer, self.shape.num_layers, self.prefill_chunk, captures_passes=captures)}
+        rows = self.batch_size * self.rows_per_sequence
+        step = step_bytes(self.layer(rank), rows, logits_bytes(self, rank, rows))
+        chunk, num = self.prefill_chunk, self.captured_passes
+        return {"graphs": graphs_bytes(self.layer(rank), self.shape.num_layers, chunk, num, step)}
 
     def _draft_graphs(self, rank: int) -> int:
         rows, num_graphs = self.batch_size * self.drafting_rows, len(graph_sizes(self.batch_size))
@@ -220,6 +223,7 @@ class Demand:
             dtype=self.dtype,
             device=self.device,
             scheme=shape.scheme,
+            fused_rows=self.fused_rows,
         )
 
     def local(self, num_heads: int) -> tuple[int, ...]:

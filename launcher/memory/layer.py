@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.engine.limits import EngineLimits, graphed_rows
-from parallel.footprint import product_bytes
+from parallel.footprint import may_dequantize, product_bytes
 from parallel.formats.scheme import Scheme
+from parallel.units import MIB
 
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
-GRAPHS_BYTES = 55 * 1024**2
-# Of a layer's kernels in the graphs of one size of pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card.
-# That was for passes left whole, and for halves whose weights are dequantised block by block, some 120 kernels a layer
-# of a 70B with those of its piece. A section that multiplies by weights as they are has some 26, so that four have 104.
+GRAPHS_BYTES = 55 * MIB
+# Of a layer's kernels in the graphs of one pass: 1.1 to 1.4 MiB on H200, of a 70B at TP2 and an 8B on one card, piece
+# by piece, with some 120 kernels a layer where weights are dequantised block by block. Two sections that multiply by
+# weights as they are have 52, and take less: all that is not torch's was 1,168 MiB after five such passes, of 512 and
+# 1024 tokens, and 1,100 to 1,118 after one (results/asking_ahead_h200_202611.json).
 PASS_GRAPH_BYTES = 1200 * 1024
 # Of those a decode step has a tenth.
 STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
+# Of cuBLAS on a stream, which torch allocates: on sm_90 and sm_100; 8 MiB on other cards.
+CUBLAS_BYTES = 32 * MIB
+# By so much torch makes memory larger that may grow (kLargeBuffer), of which up to as much is left. Weights, cache and
+# activations are in one such memory, graphs in another.
+GROWN_BYTES = 20 * MIB
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3
 INT64_BYTES = 8
@@ -34,6 +41,8 @@ class Layer:
     dtype: str
     device: str
     scheme: Scheme | None
+    # As of parallel/footprint.py.
+    fused_rows: int
 
     @property
     def qkv(self) -> int:
@@ -44,7 +53,7 @@ class Layer:
         e, hidden, queries, qkv = self.element_bytes, self.hidden, self.queries, self.qkv
         intermediate = self.intermediate
         return {
-            "qkv": tokens * qkv * e + max(self.product(tokens, qkv * hidden), self.whole_weight(qkv * hidden)),
+            "qkv": tokens * qkv * e + max(self.product(tokens, qkv * hidden), self.whole_weight(tokens, qkv * hidden)),
             "rotation": tokens * (qkv + queries) * e,
             "output": tokens * (queries + hidden) * e + self.product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self.product(tokens, 2 * intermediate * hidden),
@@ -56,23 +65,40 @@ class Layer:
         """Beside its operands, of a product of so many rows with a weight of so many elements."""
         if self.scheme is None:
             return 0
-        return product_bytes(self.scheme, self.device, self.dtype, self.element_bytes, num_rows, numel)
+        sizes = (self.element_bytes, num_rows, numel, self.fused_rows)
+        return product_bytes(self.scheme, self.device, self.dtype, *sizes)
 
-    def whole_weight(self, numel: int) -> int:
-        """Of a weight that is dequantised all at once; nothing where it is at hand."""
-        return 0 if self.scheme is None else numel * self.element_bytes
+    def whole_weight(self, num_rows: int, numel: int) -> int:
+        """Of a weight that is dequantised all at once for so many rows; nothing where it is not."""
+        return numel * self.element_bytes if self.may_dequantize(num_rows) else 0
+
+    def may_dequantize(self, num_rows: int) -> bool:
+        """Whether weights are, or may be, dequantised for a pass of so many rows."""
+        if self.scheme is None:
+            return False
+        return may_dequantize(self.scheme, self.device, self.dtype, num_rows, self.fused_rows)
 
 
-def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, *, captures_passes: bool) -> int:
+def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, captured_passes: int, step: int) -> int:
     """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs.
 
-    Written for pieces.py and fresh.py of parallel/engine/prefill; decode steps fit into the memory of passes.
+    Written for pieces.py and fresh.py of parallel/engine/prefill; steps and passes of all sizes share memory.
+
+    Args:
+        captured_passes: at a time, as of EngineLimits.
+        step: what the largest decode step takes, see step_bytes.
     """
-    sizes = graphed_rows(prefill_chunk) if captures_passes else ()
-    tokens = max(sizes, default=0)
+    tokens = max(graphed_rows(prefill_chunk), default=0) if captured_passes else 0
     kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
     piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
-    return GRAPHS_BYTES + kept + (piece if tokens else 0) + len(sizes) * num_layers * PASS_GRAPH_BYTES
+    shared = max(piece if tokens else 0, step) + CUBLAS_BYTES + GROWN_BYTES
+    return GRAPHS_BYTES + kept + shared + (captured_passes * num_layers * PASS_GRAPH_BYTES if tokens else 0)
+
+
+def step_bytes(layer: Layer, num_rows: int, logits_bytes: int) -> int:
+    """Of a decode step of so many rows, or their draws: residual stream, update and norm, and the largest step."""
+    largest = max(*layer.linear_steps(num_rows).values(), logits_bytes)
+    return 3 * num_rows * layer.hidden * layer.element_bytes + largest
 
 
 def draft_graphs_bytes(layer: Layer, num_rows: int, num_layers: int, logits_bytes: int) -> int:

@@ -57,6 +57,8 @@ def smaller_runs(refused: Refused) -> Iterator[str]:
     fewer = largest(lambda size: refused.would_fit(replace(demand, batch_size=size)), demand.batch_size - 1)
     if fewer:
         yield f"workload.batch_size={fewer}"
+    if demand.captured_passes and refused.would_fit(replace(demand, captured_passes=0)):
+        yield "engine.prefill_graphs=auto"
 
 
 def shorter_sequences(run: RunConfig, most: int) -> str:

@@ -34,6 +34,7 @@ def describe(plan: Plan, shape: ModelShape, times: Times | str) -> list[tuple[st
         ("KV cache a token, predicted", f"{plan.kv_bytes_per_token / KIB:.4g} KiB on the fullest rank"),
         ("KV tokens that fit, predicted", f"{plan.kv_tokens_that_fit:,}"),
         *describe_chunk(plan),
+        *describe_passes(plan),
         *describe_times(plan, times),
     ]
 
@@ -45,6 +46,15 @@ def describe_chunk(plan: Plan) -> list[tuple[str, str]]:
         return []
     wait = f"{tokens:,} tokens a pass; a token waits up to {number(plan.longest_wait_ms)} ms for one, its step included"
     return [("prompts beside answers, predicted", wait)]
+
+
+def describe_passes(plan: Plan) -> list[tuple[str, str]]:
+    """That passes of prompts are not captured for want of memory, where they would be."""
+    if not plan.captured_passes_left_out:
+        return []
+    return [
+        ("graphs of prompts", "none, since they do not fit (engine.prefill_graphs=auto): first tokens may be slower")
+    ]
 
 
 def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:

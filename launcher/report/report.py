@@ -136,6 +136,7 @@ def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "max_context": plan.max_context,
         "prefill_chunk_while_decoding": plan.prefill_chunk_while_decoding,
+        "captured_passes": plan.captured_passes,
         "predicted": {
             "longest_wait_ms": plan.longest_wait_ms,
             "tpot_floor_ms": plan.tpot_floor_ms,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.config import RunConfig, SpeculationKind
 from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
@@ -102,7 +101,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     bench = Bench(context, loaded.engine, num_prompt_tokens, job.shape.vocab_size, open_agreement(context))
     warm_up_sec = warm_up(bench)
     context.reached("ready")
-    loaded.engine.record_passes(used=is_steady(job.run))
+    loaded.engine.record_passes()
     runs, span = measure_runs(bench)
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
@@ -127,11 +126,6 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         ),
         **loaded.results(context),
     }
-
-
-def is_steady(run: RunConfig) -> bool:
-    """Whether all runs have passes of the same sizes: not where prompts come at times, or answers by luck."""
-    return run.workload.arrival_rate is None and run.speculation.kind == SpeculationKind.none
 
 
 def warm_up(bench: Bench) -> float:

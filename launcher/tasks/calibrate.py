@@ -140,8 +140,9 @@ def time_depths(
 def time_engine(
     context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
 ) -> Point:
-    captured = context.job.captures_passes
-    limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks), captures_passes=captured)
+    # Each size, at the start of prompts and after it: a pass that is timed is captured before.
+    captured = 2 * len(settings.chunks) if context.job.captured_passes else 0
+    limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks), captured_passes=captured)
     engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
     work = work_of(demand_of_calibration(context, settings, shape))
     large = [tokens for tokens in settings.chunks if tokens >= MIN_PARTS * settings.part_tokens]

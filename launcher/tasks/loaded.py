@@ -93,7 +93,7 @@ def open_engine(
             run.engine.prefill_chunk,
             plan.prefill_chunk_while_decoding,
             run.num_ahead,
-            context.job.captures_passes,
+            plan.captured_passes,
         ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,

@@ -77,10 +77,9 @@ def measure_group(
         return
     contexts = [replace(context, job=replace(job, run=point_run(job.run, each))) for each in points]
     engine = open_engine(contexts[0], plan, module)
-    engine.record_passes()
-    about = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
     for point, own in zip(points, contexts, strict=True):
         measured = measure_point(own, engine, point, agree)
+        about = {"kernels": kernels(engine), "memory": memory(context.device, engine)}
         yield point_row(point, job.run.workload.output_tokens, measured), about
     del engine
     give_back(context.device)
@@ -92,6 +91,7 @@ def measure_point(context: RankContext, engine: Engine, point: GridPoint, agree:
     assert context.job.shape is not None
     bench = Bench(context, engine, point.prompt_tokens, context.job.shape.vocab_size, agree)
     bench.answer(bench.prompts(warm_up_prompts(engine.limits, point.prompt_tokens), "warm up"), 2)
+    engine.record_passes()
     found = summarise([bench.measure(number) for number in range(run.workload.repeats)])
     contexts = [point.prompt_tokens + run.workload.output_tokens // 2] * point.batch_size
     context.communicator.barrier()

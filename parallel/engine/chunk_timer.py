@@ -89,7 +89,7 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
         for sequence in sequences:
             sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))
         parts = [Part(sequence, 0, len(sequence.prompt)) for sequence in sequences]
-        with swapped_communicator(engine.models, communicator), swapped_graphs(engine, communicator, sum(lengths)):
+        with swapped_communicator(engine.models, communicator), swapped_graphs(engine, communicator, lengths):
 
             def run() -> None:
                 engine.hidden_states(parts)
@@ -101,16 +101,18 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
 
 
 @contextmanager
-def swapped_graphs(engine: Engine, communicator: Communicator, num_tokens: int) -> Iterator[None]:
-    """Passes of so many tokens are captured, so that no timed one is; anew where others than those of `communicator`
-    would be replayed."""
-    before, graphs = engine.target, engine.target.graphs
+def swapped_graphs(engine: Engine, communicator: Communicator, lengths: Sequence[int]) -> Iterator[None]:
+    """Passes of prompts of so many tokens are captured, so that no timed one is; anew where others than those of
+    `communicator` would be replayed."""
+    before, graphs, num_tokens = engine.target, engine.target.graphs, sum(lengths)
     if graphs is not None and num_tokens <= graphs.max_rows:
         if communicator is not engine.communicator:
             graphs = graphs.anew(num_tokens)
             engine.target = replace(before, graphs=graphs)
-        graphs.prepare(num_tokens)
+        graphs.prepare(num_tokens, len(lengths))
     try:
         yield
     finally:
         engine.target = before
+        if graphs is not None and graphs is not before.graphs:
+            graphs.forget()

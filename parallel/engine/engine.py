@@ -21,6 +21,7 @@ from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
 from parallel.engine.prefill.graphs import PassGraphs
+from parallel.engine.prefill.recorded import Places
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler
@@ -64,9 +65,10 @@ class Engine:
         self.decoder, self.caches = self.target.decoder, self.target.caches
         # Of the memory of all graphs.
         self.pool = pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captures_passes else ()
+        sizes = graphed_rows(limits.prefill_chunk) if self.captures and limits.captured_passes else ()
         if sizes:
-            self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool))
+            places = Places(limits.captured_passes)
+            self.target = replace(self.target, graphs=PassGraphs(self.decoder, self.caches, sizes, pool, places=places))
         self.pages = (PrefixCache if prefix_cache else PageAllocator)(limits.num_pages)
         self.sampler = open_sampler(model, sampling or SamplingParams(), communicator)
         self.rows = Rows.empty(limits.batch_size, limits.pages_per_sequence, device)
@@ -111,16 +113,11 @@ class Engine:
         for each in sorted(self.drafting, key=lambda each: -each.rows_per_sequence):
             each.capture_drafts(self.rows, self.pool)
 
-    def record_passes(self, *, used: bool = False) -> None:
-        """Captures passes of prompts now, so that none of those to come is held up by it: of all sizes, or of those
-        `used` so far. Without sequences."""
-        graphs = self.target.graphs
-        if graphs is None:
-            return
-        if used:
-            graphs.record_used()
-        else:
-            graphs.prepare_all()
+    def record_passes(self) -> None:
+        """Captures passes of prompts that were made so far, so that none of those to come is held up by it, as far as
+        there are places. Without sequences."""
+        if self.target.graphs is not None:
+            self.target.graphs.record_used()
 
     @property
     def plan(self) -> TreePlan | None:

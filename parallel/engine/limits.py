@@ -37,6 +37,9 @@ GRAPHED_HALVED_ROWS = 257
 # Passes of up to the last of these are captured, for each of these numbers of rows; empty: none is. A pass of other
 # numbers runs the next larger graph. Above, a host is fast enough, and copies, which are not captured, carry sums.
 GRAPHED_ROWS: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
+# Passes that are captured at a time, of these sizes and of either kind (prefill/graphs.py): each takes memory, and most
+# workloads have one to three.
+CAPTURED_PASSES = 3
 # Tokens that parts of prompts attend to in one call, unless one has more. To gather so many and attend to them takes a
 # card about as long as a slow host needs for the four launches that a further call costs.
 GATHERED_KEYS = 8192
@@ -106,14 +109,14 @@ def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:
 class EngineLimits:
     """Tokens of a sequence, sequences at a time, and tokens of prompts in one pass: at all, and where answers wait for
     it (None: as many). `num_ahead`: slots in the cache that a sequence needs beyond its tokens', for trees.
-    `captures_passes`: small passes of prompts are captured as graphs, where steps are."""
+    `captured_passes`: of prompts, captured as graphs at a time, where steps are; 0: none ever is."""
 
     max_context: int
     batch_size: int
     prefill_chunk: int
     prefill_chunk_while_decoding: int | None = None
     num_ahead: int = 0
-    captures_passes: bool = True
+    captured_passes: int = CAPTURED_PASSES
 
     @property
     def pages_per_sequence(self) -> int:

@@ -43,6 +43,7 @@ class FakeCard:
     max_generation: int = 4
     max_lanes: int = 16
     power_limit: int = 450_000
+    capability: tuple[int, int] = (8, 9)
     power: Any = 100_000
     energy: Any = 5_000_000
     energy_step: int = 50_000
@@ -174,6 +175,9 @@ class FakeNvml:
     def nvmlDeviceGetCurrPcieLinkWidth(self, handle: FakeCard) -> int:
         return int(value(handle.lanes))
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeCard) -> list[int]:
+        return list(handle.capability)
+
     def nvmlDeviceGetEnforcedPowerLimit(self, handle: FakeCard) -> int:
         return handle.power_limit
 
@@ -242,6 +246,7 @@ def two_h200() -> FakeNvml:
             max_memory_clock=3201,
             max_generation=5,
             power_limit=700_000,
+            capability=(9, 0),
             nvlinks={link: f"00000000:a{link % 4}:00.0" for link in range(18)},
         )
         for place, bus in enumerate(("1b", "c3"))

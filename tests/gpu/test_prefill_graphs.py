@@ -61,7 +61,8 @@ def open_engine(communicator: Communicator, kind: str, *, is_graphed: bool) -> E
     model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
     scheme = QUANTIZE_SCHEMES.get(kind)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
-    return Engine(model.module, communicator, DEVICE, EngineLimits(2048, 4, 2048))
+    sizes = EngineLimits(2048, 4, 2048, captured_passes=2 * len(GRAPHED_ROWS))
+    return Engine(model.module, communicator, DEVICE, sizes)
 
 
 def launched(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
@@ -170,6 +171,41 @@ def test_passes_recorded_late_fit_into_the_memory_of_the_largest(tmp_path: Path)
         print(f"{more / 2**20:.1f} MiB more", *found, sep="\n")
         # Blocks of 2 MiB, which streams do not share.
         assert more <= 32 * 2**20
+
+
+def passes_in_turn(communicator: Communicator) -> tuple[list[int], int, float, float]:
+    """How many passes are held after each of eight kinds in turn, with room for two; how many differ from the first of
+    their kind; bytes outside of torch for a layer of what is held, after some and after more gave their places."""
+    engine = open_engine(communicator, "int4", is_graphed=True)
+    graphs, first, held, num_different = engine.target.graphs, dict[tuple[int, int], Tensor](), [], 0
+    assert graphs is not None
+    graphs.places.num = 2
+
+    def outside() -> int:
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info(DEVICE)
+        return total - free - torch.cuda.memory_reserved(DEVICE)
+
+    before, taken = outside(), []
+    for _ in range(3):
+        for size in (64, 128, 256, 1024):
+            for start in (0, 64):
+                states, _ = pass_states(engine, ((start, start + size),))
+                num_different += not torch.equal(states, first.setdefault((size, start), states))
+                held.append(sum(each.is_recorded for passes in graphs.passes.values() for each in passes.recorded))
+        taken.append(outside() - before)
+        # The last two take the places of those that were used longest ago.
+        engine.record_passes()
+    layers = len(engine.model.model.layers)
+    communicator.barrier()
+    return held, num_different, taken[1] / layers, taken[-1] / layers
+
+
+def test_passes_give_their_places_without_a_trace(tmp_path: Path) -> None:
+    (found,) = run_on_one_card(passes_in_turn, 1, tmp_path)
+    held, num_different, early, late = found
+    print(f"{early / 2**20:.2f} MiB a layer outside of torch, then {late / 2**20:.2f}")
+    assert max(held) == 2 and num_different == 0
 
 
 def sums_in_passes(communicator: Communicator) -> tuple[float, float]:

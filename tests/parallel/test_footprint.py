@@ -9,8 +9,10 @@ from parallel.footprint import (
     DEQUANTIZED_AT_A_TIME,
     WIDE_WORKSPACE_BYTES,
     held_bits,
+    may_dequantize,
     predict_kernel,
     product_bytes,
+    sure_fused_rows,
 )
 from parallel.formats.scheme import Scheme
 from parallel.kernels.w4a16 import W4A16Linear
@@ -42,6 +44,25 @@ def test_predicted_bits_are_those_that_our_kernels_hold(
     for numel, most in ((1000, WIDE_WORKSPACE_BYTES), (2**25, 2**26), (2**26, 2 * DEQUANTIZED_AT_A_TIME)):
         taken = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, numel) for rows in (1, 8, 9, 256, 257, 9999)}
         assert taken == {1: 0, 8: 0, 9: WIDE_WORKSPACE_BYTES, 256: WIDE_WORKSPACE_BYTES, 257: most, 9999: most}
+        # Where it is known that it multiplies more rows by packed weights.
+        known = {rows: product_bytes(scheme, "cuda", "bfloat16", 2, rows, numel, 2048) for rows in (8, 257, 2048, 2049)}
+        assert known == {8: 0, 257: WIDE_WORKSPACE_BYTES, 2048: WIDE_WORKSPACE_BYTES, 2049: most}
+
+
+def test_only_what_was_measured_is_sure_to_stay_packed() -> None:
+    w4a16, w8a16, tinygemm = (Scheme("any", "any", *each) for each in ((4, 128), (8, None), (4, 16)))
+    found = {
+        (scheme.bits if scheme else None, scheme.group_size if scheme else None, capability): sure_fused_rows(
+            scheme, "cuda", "bfloat16", capability
+        )
+        for scheme in (None, w4a16, w8a16, tinygemm)
+        for capability in (None, (8, 9), (9, 0), (10, 0))
+    }
+    assert {key for key, rows in found.items() if rows != 256} == {(4, 128, (9, 0))}
+    assert found[4, 128, (9, 0)] == 2048
+    # Beyond its own few rows, tinygemm's weight is dequantised whatever is known of other kernels.
+    assert [may_dequantize(tinygemm, "cuda", "bfloat16", rows, 2048) for rows in (16, 17)] == [False, True]
+    assert may_dequantize(w4a16, "cpu", "bfloat16", 1, 2048)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "kernel"), [(4, 16, "tinygemm"), (8, 64, "dequantize")])

@@ -2,13 +2,13 @@
 
 A layer of a pass takes the host 0.6 to 2 ms to queue launch by launch on a machine where a launch takes 13 us, which is
 longer than the card needs for its share of some hundred tokens; as a graph and its attention it takes a tenth. To
-capture a size takes 0.9 s there, so a size is captured when it comes a second time.
+capture a size takes 0.9 s there, so a size is captured when it comes a second time, while
+there are places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,55 +17,15 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.graphs import capture
-from parallel.engine.limits import MOST_SECTIONS
+from parallel.engine.limits import CAPTURED_PASSES, MOST_SECTIONS
 from parallel.engine.prefill.fresh import MAX_PROMPTS, FreshPass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
+from parallel.engine.prefill.recorded import Places, Record, Recorded, capture_all
 from parallel.kernels.pages import PagedKV
 from parallel.kernels.ranges_attention import refusal
 
-# What does again what was captured.
-Replay = Callable[[], object]
-Record = Callable[[Sequence[Callable[[], None]], Any], list[Replay]]
 # Whether passes of whole prompts are one graph.
 FRESH_GRAPHS = True
-
-
-def capture_all(calls: Sequence[Callable[[], None]], pool: Any) -> list[Replay]:
-    """A graph of each. All have been run, so that kernels are compiled and libraries set up; now they are not."""
-    return [capture(call, pool, num_warm_ups=0).replay for call in calls]
-
-
-class Recorded:
-    """Calls that are run as they are the first time, and as what `record` made of them from the second on.
-
-    Ranks make the same passes in the same order, so all of them record the same at the same pass.
-    """
-
-    def __init__(self, calls: Sequence[Callable[[], None]], pool: Any, record: Record) -> None:
-        self.calls, self.pool, self.record = calls, pool, record
-        self.replays: list[Replay] = list(calls)
-        self.was_run = self.is_recorded = False
-
-    @contextmanager
-    def use(self) -> Iterator[list[Replay]]:
-        """What runs them this time: each once, in order. One that is broken off does not count."""
-        self.record_used()
-        yield self.replays
-        self.was_run = True
-
-    def prepare(self) -> None:
-        """Records them now, and runs them before where they were not."""
-        if not self.was_run:
-            with self.use() as calls:
-                for call in calls:
-                    call()
-        self.record_used()
-
-    def record_used(self) -> None:
-        """Records them now where they were run."""
-        if self.was_run and not self.is_recorded:
-            self.replays, self.is_recorded = self.record(self.calls, self.pool), True
 
 
 @dataclass(frozen=True)
@@ -89,6 +49,7 @@ class PassGraphs:
         sizes: numbers of rows that are captured; a pass of another runs the next larger.
         pool: of memory that graphs share.
         record: makes what runs calls from now on, without running them.
+        places: for passes that are recorded, shared with others; None: CAPTURED_PASSES of its own.
     """
 
     def __init__(
@@ -98,8 +59,10 @@ class PassGraphs:
         sizes: Sequence[int],
         pool: Any = None,
         record: Record = capture_all,
+        places: Places | None = None,
     ) -> None:
         self.decoder, self.caches, self.pool, self.record = decoder, caches, pool, record
+        self.places = places or Places(CAPTURED_PASSES)
         self.max_rows = max(sizes)
         self.buffers = PassBuffers.empty(decoder, self.max_rows)
         device = self.buffers.residual.device
@@ -107,7 +70,7 @@ class PassGraphs:
         why_not = refusal(decoder.head_dim, self.buffers.residual.dtype, device)
         self.takes_fresh = FRESH_GRAPHS and why_not is None
         self.passes = {size: self._open(size) for size in sorted(sizes)}
-        # The others fit into its memory, whenever they are recorded.
+        # The others fit into its memory, whenever they are recorded, and whether or not it is still.
         self._prepare(self.passes[self.max_rows].recorded[:1])
 
     def run(self, tokens: Tensor, parts: Sequence[tuple[int, int]], attend: Attend) -> Tensor:
@@ -131,31 +94,33 @@ class PassGraphs:
         """Rows of the graphs that take so many tokens."""
         return min(size for size in self.passes if size >= num_tokens)
 
-    def prepare(self, num_tokens: int) -> None:
-        """Records passes of so many tokens now. While no sequence is in the cache."""
-        self._prepare(self.passes[self.size_for(num_tokens)].recorded)
-
-    def prepare_all(self) -> None:
-        """Records all passes now, as `prepare`."""
-        for size in sorted(self.passes, reverse=True):
-            self.prepare(size)
+    def prepare(self, num_tokens: int, num_prompts: int = 1) -> None:
+        """Records passes of so many tokens of prompts from their start now. While no sequence is in the cache."""
+        recorded = self.passes[self.size_for(num_tokens)].recorded
+        self._prepare(recorded[:1] if num_prompts <= MAX_PROMPTS else recorded[-1:])
 
     def record_used(self) -> None:
-        """Records now what would be when its size comes again."""
-        for each in self.passes.values():
-            for recorded in each.recorded:
-                recorded.record_used()
+        """Records now what would be when its size comes again; of more than there are places, what was run last."""
+        self.places.record_latest()
 
     def anew(self, num_tokens: int) -> PassGraphs:
         """Of passes of so many tokens alone, with the communicator that layers talk through by now."""
-        return PassGraphs(self.decoder, self.caches, (self.size_for(num_tokens),), self.pool, self.record)
+        sizes = (self.size_for(num_tokens),)
+        return PassGraphs(self.decoder, self.caches, sizes, self.pool, self.record, self.places)
+
+    def forget(self) -> None:
+        """Gives its places back."""
+        for each in self.passes.values():
+            for recorded in each.recorded:
+                recorded.forget()
 
     def _open(self, num_rows: int) -> Pass:
         pieces = Pieces(self.decoder, self.caches, self.buffers.first(num_rows))
         calls = [partial(pieces.run, place) for place in range(len(pieces))]
         fresh = FreshPass(pieces, self.bounds)
-        whole = Recorded([fresh.run], self.pool, self.record) if self.takes_fresh else None
-        return Pass(pieces.buffers, Recorded(calls, self.pool, self.record), fresh, whole)
+        recording = (self.pool, self.record, self.places)
+        whole = Recorded([fresh.run], *recording) if self.takes_fresh else None
+        return Pass(pieces.buffers, Recorded(calls, *recording), fresh, whole)
 
     @torch.inference_mode()
     def _prepare(self, recorded: Sequence[Recorded]) -> None:

@@ -61,6 +61,7 @@ def test_two_rtx4090(rtx4090s: FakeNvml) -> None:
         pcie_generation=4,
         pcie_lanes=16,
         power_limit_w=450.0,
+        compute_capability=(8, 9),
     )
     assert inventory.links == (Link(0, 1, "pcie", "across CPUs", 0, peer_access=False),)
 
@@ -73,6 +74,7 @@ def test_nvml_is_shut_down_again(rtx4090s: FakeNvml) -> None:
 def test_nvlink_through_a_switch_counts_active_links(h200s: FakeNvml) -> None:
     inventory = read_inventory(LOCAL, 2)
     assert inventory.links == (Link(0, 1, "nvlink", "one NUMA node", 18, peer_access=True),)
+    assert [card.compute_capability for card in inventory.cards] == [(9, 0)] * 2
     assert inventory.cards[0].memory_gb_per_sec == pytest.approx(6144 / 8 * 2 * 3.201)
 
 

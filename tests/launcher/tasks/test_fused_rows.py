@@ -57,11 +57,12 @@ def context_of(
     draft: ModelShape | None = None,
     dtype: str = "bfloat16",
     asked: int | None = None,
+    planned: int = 256,
 ) -> RankContext:
     """On the second of three ranks."""
     job: Job = make_job(Path(), world_size=3, run=make_run(engine=EngineConfig(fused_prefill_rows=asked)))
     job.run.model.weights = WeightsKind.dummy
-    plan = SimpleNamespace(grain=128, draft_grain=64, dtype=dtype)
+    plan = SimpleNamespace(grain=128, draft_grain=64, dtype=dtype, fused_rows=planned)
     job = replace(job, plan=cast(Any, plan), shape=shape, draft=None if draft is None else Draft(draft, "folder"))
     communicator = cast(Communicator, SimpleNamespace(world_size=3, rank=1))
     return RankContext(job, 1, device, communicator, (), cast(Any, None))
@@ -97,6 +98,13 @@ def test_what_was_asked_for_is_not_tried(trials: list[tuple[Any, ...]]) -> None:
     found = choose_fused_rows(context_of(INT4, asked=700))
     assert found is not None and trials == []
     assert (found.limit, found.packed_ms) == (700, {}) and "engine.fused_prefill_rows=700" in found.reason
+
+
+def test_a_trial_does_not_go_below_what_the_plan_counts_on(trials: list[tuple[Any, ...]]) -> None:
+    """There is no memory for dequantised weights."""
+    found = choose_fused_rows(context_of(INT4, planned=2048))
+    assert found == replace(CHOSEN, limit=2048, reason="2048 rows, as planned for such cards; a test")
+    assert choose_fused_rows(context_of(INT4, planned=1024)) is CHOSEN
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -18,8 +18,9 @@ from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine, Part
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.prefill import graphs as pass_graphs
-from parallel.engine.prefill.fresh import prompt_bounds
-from parallel.engine.prefill.graphs import PassGraphs, Recorded
+from parallel.engine.prefill.fresh import MAX_PROMPTS, prompt_bounds
+from parallel.engine.prefill.graphs import PassGraphs
+from parallel.engine.prefill.recorded import Places, Recorded
 from parallel.engine.sequence import Sequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.kernels.pages import pages_for
@@ -51,14 +52,20 @@ def put_pieces(
     blocks; whole prompts all at once, or not."""
     pass_graphs.FRESH_GRAPHS = is_fresh
     cut_passes(cut, cut_from)
-    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions, Places(2 * len(SIZES)))
     if is_recorded:
-        graphs.prepare_all()
+        prepare_all(graphs)
     buffers = graphs.buffers
     for each in (buffers.residual, buffers.queries, buffers.attended):
         each.fill_(torch.nan)
     buffers.tokens.fill_(3)
     engine.target = replace(engine.target, graphs=graphs)
+
+
+def prepare_all(graphs: PassGraphs) -> None:
+    for size in SIZES:
+        for num_prompts in (1, MAX_PROMPTS + 1):
+            graphs.prepare(size, num_prompts)
 
 
 def poison(engine: Engine) -> None:
@@ -243,7 +250,7 @@ def test_calls_that_were_broken_off_are_not_recorded_yet() -> None:
     def record(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
         return [partial(ran.append, "replay")]
 
-    recorded = Recorded([call], None, record)
+    recorded = Recorded([call], None, record, Places(1))
     for is_broken in (True, False, False, False):
         with pytest.raises(KeyboardInterrupt) if is_broken else nullcontext(), recorded.use() as (run,):
             run()
@@ -251,7 +258,8 @@ def test_calls_that_were_broken_off_are_not_recorded_yet() -> None:
 
 
 def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int], list[list[int]]]:
-    """How much is recorded in each run of a workload before and after `record_passes`, and in timed passes; answers."""
+    """How much is recorded in each run of a workload before and after `record_passes`, in timed passes, and where all
+    was prepared; answers."""
     engine, recorded, counts, answers = make_engine(communicator, folder, max_context=192, batch_size=2), [], [], []
 
     def record(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
@@ -259,7 +267,7 @@ def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int
         return list(calls)
 
     put_pieces(engine, is_recorded=False)
-    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, record)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, record, Places(2 * len(SIZES)))
     engine.target = replace(engine.target, graphs=graphs)
     for number in range(3):
         recorded.clear()
@@ -268,7 +276,7 @@ def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int
         counts.append(len(recorded))
         answers += [answer.token_ids for answer in result.answers]
         if number == 0:
-            engine.record_passes(used=True)
+            engine.record_passes()
     for each in (communicator, ElidedAllReduce(communicator)):
         with prepared_chunk(engine, [10], each) as run:
             recorded.clear()
@@ -276,7 +284,7 @@ def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int
             run()
             counts.append(len(recorded))
     kept = [each.keys[1:].nan_to_num() for each in engine.caches]
-    engine.record_passes()
+    prepare_all(graphs)
     # Prompts that were read are still there to be read again.
     assert all(torch.equal(each.keys[1:].nan_to_num(), old) for each, old in zip(engine.caches, kept, strict=True))
     recorded.clear()
@@ -293,6 +301,112 @@ def test_nothing_is_recorded_while_it_is_timed(folders: dict[str, Path]) -> None
     found = run_on_ranks(recorded_in_time, 2, folders["llama"])
     (counts, answers), (_, others) = found
     assert counts == [0, 0, 0, 0, 0, 0] and answers == others
+
+
+# Few are recorded at a time
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pass of so many tokens of a prompt; whether from its start. 4 to 48 are sizes that it has to itself."""
+
+    tokens: int
+    is_fresh: bool = True
+
+
+# With room for two, beside the largest that is recorded from the start: which run as recorded.
+BOUNDED = (
+    *((Run(4), False), (Run(4), True)),
+    # Another kind of the same size.
+    *((Run(4, False), False), (Run(4, False), True)),
+    # The largest, which nobody had used, gives its place.
+    *((Run(9), False), (Run(9), True)),
+    # There is no more: all that came stay.
+    *((Run(16), False), (Run(16), False), (Run(64), False), (Run(64), False)),
+    *((Run(9), True), (Run(4), True), (Run(4, False), True), (Run(16), False)),
+)
+# The largest, where it was used.
+USED = ((Run(64), True), *BOUNDED[:4], (Run(9), False), (Run(9), False), (Run(64), True), (Run(4), True))
+
+
+def bounded_passes(
+    communicator: Communicator, folder: Path, runs: tuple[tuple[Run, bool], ...]
+) -> tuple[list[bool], list[float], int]:
+    """Which passes ran as recorded; how far states are from those of passes that are not; the most held at a time."""
+    engine, found, errors, most = make_engine(communicator, folder), [], [], 0
+    put_pieces(engine, is_recorded=False)
+    bounded = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions, Places(3))
+    launched = PassGraphs(engine.decoder, engine.caches, SIZES, None, lambda calls, pool: list(calls), Places(99))
+    for run, _ in runs:
+        states = []
+        for graphs in (launched, bounded):
+            engine.target = replace(engine.target, graphs=graphs)
+            replayed.clear()
+            states.append(one_pass(engine, run))
+        found.append(bool(replayed))
+        errors.append(float((states[1] - states[0]).abs().max() / states[0].abs().max()))
+        most = max(most, held_by(bounded))
+    return found, errors, most
+
+
+def one_pass(engine: Engine, run: Run) -> Tensor:
+    start = 0 if run.is_fresh else 3
+    sequence = Sequence(0, [3 + 7 * place % 90 for place in range(start + run.tokens)], 1)
+    sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))
+    if start:
+        graphs, engine.target = engine.target.graphs, replace(engine.target, graphs=None)
+        engine.hidden_states([Part(sequence, 0, start)])
+        engine.target = replace(engine.target, graphs=graphs)
+    states = engine.hidden_states([Part(sequence, start, start + run.tokens)]).clone()
+    engine.pages.release(sequence.pages)
+    return states
+
+
+def held_by(graphs: PassGraphs) -> int:
+    return sum(each.is_recorded for passes in graphs.passes.values() for each in passes.recorded)
+
+
+@pytest.mark.parametrize("runs", [BOUNDED, USED], ids=["largest_unused", "largest_used"])
+def test_the_first_passes_that_come_twice_are_recorded_while_there_are_places(
+    folders: dict[str, Path], runs: tuple[tuple[Run, bool], ...]
+) -> None:
+    for found, errors, most in run_on_ranks(bounded_passes, 2, folders["llama"], runs):
+        assert found == [is_recorded for _, is_recorded in runs]
+        assert max(errors) == 0 and most == 3
+
+
+def asked_passes(communicator: Communicator, folder: Path) -> list[object]:
+    """What is held after passes of four sizes, after these were asked to be recorded, while passes are timed with
+    another communicator, and after that; and whether a size that gave its place is recorded again when it comes."""
+    engine = make_engine(communicator, folder)
+    put_pieces(engine, is_recorded=False)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions, Places(3))
+    engine.target = replace(engine.target, graphs=graphs)
+
+    def held() -> list[int]:
+        return [size for size, passes in graphs.passes.items() for each in passes.recorded if each.is_recorded]
+
+    found: list[object] = []
+    for tokens in (16, 4, 9, 48):
+        one_pass(engine, Run(tokens))
+    found.append(held())
+    engine.record_passes()
+    found.append(held())
+    with prepared_chunk(engine, [9], ElidedAllReduce(communicator)) as run:
+        timed = engine.target.graphs
+        assert timed is not None and timed is not graphs
+        replayed.clear()
+        run()
+        found += [held(), held_by(timed), [kind for kind, _ in replayed]]
+    found += [held(), held_by(timed)]
+    one_pass(engine, Run(4))
+    one_pass(engine, Run(4))
+    return [*found, held()]
+
+
+def test_what_is_asked_for_takes_the_places_of_what_was_used_longest_ago(folders: dict[str, Path]) -> None:
+    for found in run_on_ranks(asked_passes, 2, folders["llama"]):
+        assert found == [[64], [4, 9, 48], [9, 48], 1, ["FreshPass"], [9, 48], 0, [4, 9, 48]]
 
 
 def test_rows_of_a_section_see_what_is_before_them() -> None:
