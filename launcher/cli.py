@@ -70,6 +70,8 @@ def run_command_line() -> int:
     except Exception as error:
         failure = describe_exception(error)
         if isinstance(error, hydra.errors.HydraException):
+            if Announce.sweep is not None:
+                Announce.sweep.restore_command()
             message = explain_composition(error, sys.argv[1:])
             failure = Failure("ConfigError", message, quoting_hint(message))
         return report_failure(failure, None, None)
