@@ -169,4 +169,6 @@ def handle_signals() -> None:
         raise RunFailed(interrupted(number), SIGNAL_EXIT_CODE + number)
 
     for sig in FORWARDED_SIGNALS:
-        signal.signal(sig, stop)
+        # Under nohup a run outlives its terminal.
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, stop)

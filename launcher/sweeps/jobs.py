@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from launcher.report.outcome import REPORT
 

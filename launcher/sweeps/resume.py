@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from launcher.config import ConfigError, RunConfig
 from launcher.report.report import config_values
