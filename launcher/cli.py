@@ -70,6 +70,8 @@ def run_command_line() -> int:
     except Exception as error:
         failure = describe_exception(error)
         if isinstance(error, hydra.errors.HydraException):
+            if Announce.sweep is not None:
+                Announce.sweep.restore_command()
             message = explain_composition(error, sys.argv[1:])
             failure = Failure("ConfigError", message, quoting_hint(message))
         return report_failure(failure, None, None)
@@ -167,4 +169,6 @@ def handle_signals() -> None:
         raise RunFailed(interrupted(number), SIGNAL_EXIT_CODE + number)
 
     for sig in FORWARDED_SIGNALS:
-        signal.signal(sig, stop)
+        # Under nohup a run outlives its terminal.
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, stop)

@@ -43,10 +43,18 @@ def describe_exception(error: BaseException, rank: int | None = None, log: str |
 def find_hint(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "Free some space, or write elsewhere: output_file=FILE, hydra.run.dir=FOLDER."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+    ):
         return "Choose a folder that can be written: hydra.run.dir=FOLDER."
     if is_out_of_memory(error):
         return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
+    if is_timeout(error):
+        return "A rank waited too long for another: see the logs of all; timeouts.collective_sec=SECONDS allows more."
     if is_lost_connection(error):
         return "Another rank ended first; its log says why."
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
@@ -64,6 +72,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether a peer ended in the middle of a collective: then the cause is with the peer."""
     return any(f"Connection {end} by peer" in str(error) for end in ("closed", "reset"))
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a peer did not come to a collective, or to the process group, in time; gloo's words and torch's."""
+    texts = ("Timed out waiting", "socket has timed out after", "wait timeout after")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def write_first_failure(run_dir: Path, failure: Failure) -> bool:

@@ -76,6 +76,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="files written at once (%(default)s)")
     add("--tokenizer", type=Path, default=TOKENIZER, help="folder of the tokenizer to copy (%(default)s)")
     args = parser.parse_args(argv)
+    for name in SIZE_NAMES:
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            parser.error(f"--{name.replace('_', '-')} {size} must be at least 1")
+    if not args.tokenizer.is_dir():
+        parser.error(f"--tokenizer {args.tokenizer} is no folder")
     if args.shard_gib <= 0 or args.workers < 1:
         parser.error("--shard-gib must be above 0 and --workers at least 1")
     if args.out.exists() and any(args.out.iterdir()):
@@ -109,12 +115,12 @@ def make_config(args: argparse.Namespace) -> PretrainedConfig:
     """The model's config in transformers' own class.
 
     Raises:
-        ValueError: heads do not divide.
+        SystemExit: heads do not divide.
     """
     sizes = dict(zip(SIZE_NAMES, PRESETS[args.preset], strict=True))
     sizes |= {name: getattr(args, name) for name in SIZE_NAMES if getattr(args, name) is not None}
     if sizes["num_heads"] % sizes["num_kv_heads"]:
-        raise ValueError(
+        raise SystemExit(
             f"--num-heads {sizes['num_heads']} must be a multiple of --num-kv-heads {sizes['num_kv_heads']}"
         )
     config = AutoConfig.for_model(

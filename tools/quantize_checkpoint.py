@@ -29,8 +29,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty; give another folder")
-    num_bytes = quantize(args.source, args.out, WRITERS[args.format], round(args.shard_gib * GIB))
+    if args.shard_gib <= 0:
+        parser.error("--shard-gib must be above 0")
+    try:
+        check_plain(args.source)
+        num_bytes = quantize(args.source, args.out, WRITERS[args.format], round(args.shard_gib * GIB))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"{args.out}: {num_bytes / 1e9:.3f} GB")
+
+
+def check_plain(source: Path) -> None:
+    """Raises ValueError: the weights are quantised already; they would be copied under another format's name."""
+    config = json.loads((source / "config.json").read_text())
+    section = config.get("quantization_config") or config.get("compression_config")
+    if section:
+        method = section.get("quant_method")
+        raise ValueError(f"{source} is quantised already ({method}). Give the bf16, fp16 or fp32 checkpoint.")
 
 
 def quantize(source: Path, out: Path, writer: Writer, max_bytes: int) -> int:

@@ -26,7 +26,7 @@ from tools.cards import LOCK_FOLDER, CardLock, CardState, read_cards, take_cards
 
 LAUNCHER = (sys.executable, "-m", "launcher")
 BUSY = ("wait", "refuse")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A run needs seconds for its start anyway.
 POLL_SEC = 2.0
 
@@ -141,10 +141,12 @@ def read_jobs(text: str) -> list[Job]:
     """The jobs of a file; empty lines and comments (#) are left out.
 
     Raises:
-        ValueError: a line does not say how many cards it takes, or a quote is open.
+        ValueError: a line does not say how many cards it takes, or a quote is open; or there is no job.
     """
     lines = [(number, split(number, line)) for number, line in enumerate(text.splitlines(), start=1)]
     found = [(number, arguments) for number, arguments in lines if arguments]
+    if not found:
+        raise ValueError("the file holds no job: write a launcher's command line a line, as gpus=2 model=NAME.")
     return [Job(place, tuple(words), count_cards(number, words)) for place, (number, words) in enumerate(found)]
 
 
@@ -187,6 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         jobs = read_jobs(options.jobs.read_text(encoding="utf-8"))
         check_cards(jobs, len(read_cards()))
+        # Not when the first job starts, hours later where others hold the cards.
+        out.mkdir(parents=True, exist_ok=True)
+    except UnicodeDecodeError as error:
+        parser.error(f"{options.jobs} is no text in UTF-8: {error}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     queue = Queue(jobs, out, options.busy, options.locks)
@@ -196,7 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         queue.signal_number = number
 
     for sig in SIGNALS:
-        signal.signal(sig, end)
+        # Under nohup a queue outlives its terminal.
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, end)
     return queue.run()
 
 

@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launcher.config import RunConfig, to_run_config
-from launcher.override_errors import explain_composition
+from launcher.override_errors import explain_composition, quoting_hint
 from launcher.slurm.duration import WARNING_SEC
 from launcher.slurm.needs import DEFAULT_CARDS, Needs, find_needs
 from tools.sbatch import Script, check_name, render, resources_of
@@ -73,7 +73,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(list(overrides))
     except HydraException as error:
-        raise ValueError(explain_composition(error, overrides)) from None
+        raise ValueError(explained(error, overrides)) from None
     (tasks,) = BasicSweeper.split_arguments(parsed, None)
     return [list(task) for task in tasks]
 
@@ -82,7 +82,12 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     try:
         return to_run_config(compose("config", overrides=list(overrides)))
     except HydraException as error:
-        raise ValueError(explain_composition(error, overrides)) from None
+        raise ValueError(explained(error, overrides)) from None
+
+
+def explained(error: HydraException, overrides: Sequence[str]) -> str:
+    message = explain_composition(error, overrides)
+    return f"{message}\n{quoting_hint(message)}".rstrip()
 
 
 def check_outputs(runs: Sequence[RunConfig]) -> None:

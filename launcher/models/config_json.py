@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def _check_activation(file: Path, config: dict[str, Any]) -> None:
 
 def _check_rotation(file: Path, config: dict[str, Any]) -> None:
     """The engine keeps one table of angles; the older name of the section is rope_scaling, of the field type."""
+    _check_rotation_numbers(file, "", {"rope_theta": config.get("rope_theta")})
     for name in ("rope_parameters", "rope_scaling"):
         section = config.get(name)
         if section is None:
@@ -103,6 +105,19 @@ def _check_rotation(file: Path, config: dict[str, Any]) -> None:
             raise ShapeError(
                 f"{file}: {name}.rope_type={kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}. "
                 "Set model.path to a model with one of these."
+            )
+        _check_rotation_numbers(file, f"{name}.", section)
+
+
+def _check_rotation_numbers(file: Path, name: str, section: dict[str, Any]) -> None:
+    """Angles are powers of these: a zero or a text would be found in the first pass only, as logits that are none."""
+    for field in ("rope_theta", "factor"):
+        value = section.get(field)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ShapeError(
+                f"{file}: {name}{field}={value!r} must be a number above 0. Take the config.json that belongs to the "
+                "weights."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,15 +11,34 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from launcher.sweeps.jobs import number_jobs
+from launcher.sweeps.resume import COMMAND_FILE, PLACES, RESUMED, SUBDIR
+
+# As conf/config.yaml has it.
+SUBDIR_BY_NUMBER = "${hydra.job.num}"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`jobs` holds the overrides of each job, by its number; None where a sweeper decides them as it goes."""
+    """`jobs` holds the overrides of each job, in order; None where a sweeper decides them as it goes.
+
+    `command` is what the folder's COMMAND_FILE held before, of which Hydra makes that of this sweep.
+    """
 
     folder: Path
     jobs: tuple[tuple[str, ...], ...] | None
+    command: bytes | None = None
+
+    @property
+    def is_resumed(self) -> bool:
+        return any(word.lower() == RESUMED for job in self.jobs or () for word in job)
+
+    def restore_command(self) -> None:
+        """For a sweep whose values cannot be composed: `resume` must not find them in the folder."""
+        if self.command is not None:
+            (self.folder / COMMAND_FILE).write_bytes(self.command)
 
 
 class Announce(Callback):
@@ -27,7 +47,27 @@ class Announce(Callback):
     sweep: ClassVar[Sweep | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        Announce.sweep = Sweep(Path(config.hydra.sweep.dir).absolute(), expand_jobs(config))
+        folder = Path(config.hydra.sweep.dir).absolute()
+        file = folder / COMMAND_FILE
+        sweep = Sweep(folder, expand_jobs(config), file.read_bytes() if file.is_file() else None)
+        if sweep.is_resumed:
+            keep_places(config, number_jobs(folder, sweep.jobs or ()))
+        Announce.sweep = sweep
+
+
+def keep_places(config: DictConfig, numbers: Sequence[int]) -> None:
+    """Gives each job of `config` its folder, where Hydra would take that of another job, whose results were lost.
+
+    Hydra composes each job anew, from the overrides here and the job's own; those of the job must not be changed.
+    """
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    if subdir != SUBDIR_BY_NUMBER or list(numbers) == list(range(len(numbers))):
+        return
+    with read_write(config), open_dict(config):
+        config.hydra.overrides.hydra += [
+            f"+{PLACES}=[{','.join(str(number) for number in numbers)}]",
+            f"{SUBDIR}='${{oc.select:\"{PLACES}.{SUBDIR_BY_NUMBER}\"}}'",
+        ]
 
 
 def expand_jobs(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
@@ -35,7 +75,9 @@ def expand_jobs(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
     if config.hydra.sweeper.get("_target_") != BasicSweeperConf._target_:
         return None
     params = config.hydra.sweeper.get("params") or {}
-    words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    # A value such as '${gpus} cards' is for each job to resolve.
+    typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    words = [*(f"{key}={value}" for key, value in params.items()), *typed]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
     return tuple(tuple(job) for job in jobs)

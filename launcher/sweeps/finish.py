@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.report.console import print_note, print_warning, stderr_console
 from launcher.sweeps.announce import Sweep
-from launcher.sweeps.jobs import SweepJob, find_jobs
+from launcher.sweeps.jobs import SweepJob, find_finished, find_jobs
 from launcher.sweeps.rows import OK, Row, sweep_rows
 from launcher.sweeps.table import NOTE, csv_text, markdown_text, num_left, reasons, terminal_table
 
@@ -28,6 +28,8 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
     jobs = find_jobs(sweep.folder, sweep.jobs)
     if all(job.folder is None for job in jobs):
         return exit_code
+    if sweep.is_resumed:
+        jobs = tuple(sorted((*jobs, *find_finished(sweep.folder, jobs)), key=lambda job: job.number))
     rows = sweep_rows(jobs)
     write_tables(rows, sweep.folder)
     stderr_console().print(terminal_table(rows, f"{len(rows)} jobs"))

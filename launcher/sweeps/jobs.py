@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from launcher.report.outcome import REPORT
 
@@ -33,18 +35,48 @@ def find_jobs(folder: Path, expected: Iterable[Sequence[str]] | None = None) -> 
         expected: the overrides of each; what else lies in the folder is of an earlier sweep and left out. None takes
             all that is there.
     """
-    found: dict[tuple[str, ...], list[Path]] = defaultdict(list)
-    in_order: list[tuple[str, ...]] = []
-    for path in job_folders(folder):
-        overrides = read_overrides(path)
-        found[overrides].append(path)
-        in_order.append(overrides)
-    wanted = in_order if expected is None else [without_resume(overrides) for overrides in expected]
-    jobs = []
-    for number, overrides in enumerate(wanted):
-        path_or_none = found[overrides].pop(0) if found[overrides] else None
-        jobs.append(SweepJob(number, overrides, path_or_none, read_report(path_or_none)))
-    return tuple(jobs)
+    found = {path: read_overrides(path) for path in job_folders(folder)}
+    wanted = [without_resume(overrides) for overrides in (found.values() if expected is None else expected)]
+    places = match_folders(found, wanted)
+    numbers = free_numbers(places, folder)
+    return tuple(
+        SweepJob(number, overrides, path, read_report(path))
+        for number, overrides, path in zip(numbers, wanted, places, strict=True)
+    )
+
+
+def find_finished(folder: Path, besides: Iterable[SweepJob]) -> tuple[SweepJob, ...]:
+    """Jobs that ended well and are none of `besides`: those of the sweep's earlier command lines."""
+    others = list(besides)
+    folders, numbers = {job.folder for job in others}, {job.number for job in others}
+    found = find_jobs(folder)
+    free = count(max((*numbers, *(job.number for job in found)), default=-1) + 1)
+    return tuple(
+        job if job.number not in numbers else replace(job, number=next(free))
+        for job in found
+        if job.folder not in folders and job.report is not None and job.report.get("error") is None
+    )
+
+
+def number_jobs(folder: Path, overrides: Iterable[Sequence[str]]) -> tuple[int, ...]:
+    """The number of each job's folder: that of the same job before, else the next that no other has."""
+    found = {path: read_overrides(path) for path in job_folders(folder) if path.name.isdecimal()}
+    return free_numbers(match_folders(found, [without_resume(each) for each in overrides]), folder)
+
+
+def match_folders(found: dict[Path, tuple[str, ...]], wanted: Iterable[tuple[str, ...]]) -> list[Path | None]:
+    """The folder of each of `wanted` in `found`; None where there is none, or none is left of several."""
+    by_overrides: dict[tuple[str, ...], list[Path]] = defaultdict(list)
+    for path, overrides in found.items():
+        by_overrides[overrides].append(path)
+    return [by_overrides[each].pop(0) if by_overrides[each] else None for each in wanted]
+
+
+def free_numbers(places: Sequence[Path | None], folder: Path) -> tuple[int, ...]:
+    """The numbers that folders have for names; those that come after all of them for the others."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    free = count(max((int(name) for name in names if name.isdecimal()), default=-1) + 1)
+    return tuple(int(path.name) if path is not None and path.name.isdecimal() else next(free) for path in places)
 
 
 def job_folders(folder: Path) -> list[Path]:
@@ -58,7 +90,11 @@ def job_folders(folder: Path) -> list[Path]:
 
 
 def read_overrides(folder: Path) -> tuple[str, ...]:
-    overrides = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
+    """None where its file was cut short, too."""
+    try:
+        overrides = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
+    except (OSError, ValueError, YAMLError):
+        return ()
     return without_resume(str(override) for override in cast(list[Any], overrides))
 
 

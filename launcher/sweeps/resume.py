@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from launcher.config import ConfigError, RunConfig
 from launcher.report.report import config_values
@@ -18,6 +19,11 @@ PREFIX = "resume="
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 MULTIRUN_FLAGS = ("-m", "--multirun")
 COMMAND_FILE = "multirun.yaml"
+SUBDIR = "hydra.sweep.subdir"
+# The folders of the jobs of a sweep that goes on, by their place in the command line (launcher/sweeps/announce.py).
+PLACES = "hydra.callbacks.announce.places"
+# What tells a job that its sweep goes on.
+RESUMED = "resume=true"
 # Of Hydra's own overrides, those that the new command line says again.
 SAID_AGAIN = ("hydra.mode", "hydra.sweep.dir")
 
@@ -39,7 +45,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     typed = [argument for argument in arguments if argument not in (*folders, *flags)]
     overrides = {key_of(argument): argument for argument in (*read_command(folder), *typed)}
     overrides.pop("resume", None)
-    return [*flags, *overrides.values(), f"hydra.sweep.dir={folder}", "resume=true"]
+    return [*flags, *overrides.values(), f"hydra.sweep.dir={folder}", RESUMED]
 
 
 def is_resume_folder(argument: str) -> bool:
@@ -53,13 +59,15 @@ def read_command(folder: Path) -> list[str]:
         ConfigError: the folder is not one of a sweep.
     """
     try:
-        overrides = OmegaConf.select(OmegaConf.load(folder / COMMAND_FILE), "hydra.overrides")
+        # Not OmegaConf's own access: it would resolve what each job is to resolve, as in output_file='a-${gpus}.jsonl'.
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / COMMAND_FILE))
+        overrides = config["hydra"]["overrides"]
         words = [str(word) for word in (*overrides["hydra"], *overrides["task"])]
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, YAMLError) as error:
         raise ConfigError(
             f"resume={folder} must be the folder of a sweep, which has a {COMMAND_FILE}: {error}"
         ) from error
-    return [word for word in words if key_of(word) not in SAID_AGAIN]
+    return [word for word in words if key_of(word) not in SAID_AGAIN and PLACES not in word]
 
 
 def key_of(argument: str) -> str:

@@ -93,7 +93,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_cha
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # What a template raises is jinja's, or whatever its expressions run into.
-        raise ValueError(f"prompt {prompt.index}: the model's chat template refuses its messages: {error}") from error
+        knob = (
+            "Use chat=false, or other" if prompt.messages is None else 'Change the messages, or use "prompt" and other'
+        )
+        raise ValueError(
+            f"prompt {prompt.index}: the model's chat template refuses its messages: {error}. {knob} tokenizer files."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,19 @@ def test_folder_below_a_file_says_where_to_write_instead(tmp_path: Path) -> None
     assert "hydra.run.dir=FOLDER" in find_hint(caught.value)
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST])
 def test_folder_of_others_says_where_to_write_instead(number: int) -> None:
     assert "hydra.run.dir=FOLDER" in find_hint(OSError(number, "refused"))
+
+
+def test_peer_that_does_not_come_in_time_names_the_limit(tmp_path: Path) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError) as caught:
+        torch.distributed.ProcessGroupGloo(
+            torch.distributed.PrefixStore("test", store), 0, 2, timedelta(milliseconds=100)
+        )
+    errors = [RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation"), caught.value]
+    assert ["timeouts.collective_sec" in find_hint(error) for error in errors] == [True, True]
 
 
 def test_allocation_that_torch_refuses_says_what_takes_less() -> None:

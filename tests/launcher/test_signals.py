@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -253,3 +255,20 @@ def test_shared_memory_counts_as_left_once_nobody_holds_it() -> None:
         assert path in shared_memory()
     finally:
         segment.unlink()
+
+
+IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from launcher.cli import handle_signals
+handle_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+print("goes on")
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_run_under_nohup_outlives_its_terminal_and_ends_by_other_signals() -> None:
+    result = subprocess.run([sys.executable, "-c", IGNORING], capture_output=True, text=True, timeout=LIMIT_SEC)
+    assert result.stdout == "goes on\n"
+    assert "RunFailed: the run was ended by SIGTERM" in result.stderr

@@ -118,6 +118,16 @@ def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["--num-layers=0", "--hidden-size=-64", "--tokenizer=/nowhere"])
+def test_sizes_that_make_no_model_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "out"), word])
+    assert word.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_than_the_disk_holds_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(SystemExit, match="GiB free, the checkpoint takes"):

@@ -140,3 +140,21 @@ def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main([str(DEMO), str(tmp_path), "--format", "awq"])
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_quantised_weights_are_not_copied_under_another_name(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(folders["awq"]), str(tmp_path / "out"), "--format", "gptq"])
+    assert "is quantised already (awq)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("words", "told"), [(["/nowhere"], "/nowhere"), ([str(DEMO), "--shard-gib=0"], "--shard-gib")])
+def test_what_cannot_be_quantised_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "out"), "--format", "awq"])
+    assert told in capsys.readouterr().err.splitlines()[-1]

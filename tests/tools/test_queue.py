@@ -144,6 +144,12 @@ def test_open_quote_is_told_with_its_line() -> None:
         read_jobs("gpus=1\ngpus=1 prompt='a\n")
 
 
+@pytest.mark.parametrize("text", ["", "\n# gpus=1\n"])
+def test_file_without_a_job_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="holds no job: write a launcher's command line"):
+        read_jobs(text)
+
+
 @pytest.mark.parametrize("line", ["model=x", "gpus=0", "gpus=two"])
 def test_line_must_say_its_cards(line: str) -> None:
     with pytest.raises(ValueError, match=r"line 2 must say gpus=N"):
@@ -223,3 +229,10 @@ def test_without_cards_the_queue_refuses_to_start(tmp_path: Path, capsys: pytest
         main([str(tmp_path / "jobs.txt")])
     assert caught.value.code == 2
     assert "takes 99 cards, but CUDA shows" in capsys.readouterr().err
+
+
+def test_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "jobs.txt").write_bytes(b"gpus=1 prompt=\xff")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "jobs.txt")])
+    assert f"{tmp_path / 'jobs.txt'} is no text in UTF-8" in capsys.readouterr().err

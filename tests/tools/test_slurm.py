@@ -107,6 +107,7 @@ def test_figures_say_where_they_come_from_and_options_replace_them(capsys: pytes
         (("modl=demo",), "Key 'modl' not in 'RunConfig'"),
         (("gpus=9",), "gpus=9 must be from 1 to 4"),
         (("gpus=1,9",), "gpus=9 must be from 1 to 4"),
+        (("prompt=it's ;",), "Quote a value with special characters twice"),
         (("gpus=2", "model=llama3_3_70b"), "do not fit"),
         (("resume=true",), "resume=true is set by the script"),
         (("hydra.run.dir=here",), "--folder says where"),

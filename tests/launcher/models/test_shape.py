@@ -212,6 +212,9 @@ def test_an_activation_that_no_kernel_computes_is_refused_by_name(tmp_path: Path
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters.rope_type='dynamic'"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0 must be a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2' must be a number above 0"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a number above 0"),
     ],
 )
 def test_rotation_without_one_table_is_refused_before_weights_load(

@@ -106,6 +106,46 @@ def test_resumed_sweep_says_which_jobs_were_done_and_starts_no_other_folder(fold
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2", "plots"]
 
 
+# What is typed anew
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Path:
+    """A sweep of two jobs that are done, with a mark in their reports; each resolves a value of its own."""
+    folder = tmp_path / "plans"
+    result = run("-m", "task=plan", "gpus=1,2", "prompt='${gpus} cards'", folder=folder, sweep=True)
+    assert [row["varies"] for row in read_rows(folder)] == [{"gpus": "1"}, {"gpus": "2"}], result.stderr
+    for number in (0, 1):
+        path = folder / str(number) / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ttft_ms": MARK + number}))
+    return folder
+
+
+def test_other_values_lose_no_result_and_find_theirs(plans: Path) -> None:
+    before = [(plans / name / "report.json").read_text() for name in ("0", "1")]
+    result = run("-m", f"resume={plans}", "gpus=2,4", folder=plans.parent / "unused", sweep=True)
+    assert result.returncode == 0, result.stderr
+    assert [report["ttft_ms"] for report in result.reports] == [MARK + 1, None]
+    assert [json.loads((plans / name / "report.json").read_text()) for name in ("0", "1")] == [
+        json.loads(text) for text in before
+    ]
+    rows = read_rows(plans)
+    assert [(row["job"], row["varies"]["gpus"], row["status"]) for row in rows] == [
+        (0, "1", "ok"), (1, "2", "ok"), (2, "4", "ok"),
+    ]  # fmt: skip
+    assert [Path(row["folder"]).name for row in rows] == ["0", "1", "2"]
+    again = run("-m", f"resume={plans}", "gpus=4,2,1", folder=plans.parent / "unused", sweep=True)
+    assert [again.stderr.count(f"done already: {plans / name}\n") for name in ("0", "1", "2")] == [1, 1, 1]
+
+
+def test_values_that_cannot_be_composed_are_not_what_the_folder_goes_on_with(plans: Path) -> None:
+    error = run("-m", f"resume={plans}", "gsup=2", folder=plans.parent / "unused", sweep=True).error
+    assert "gsup" in error["message"]
+    result = run("-m", f"resume={plans}", folder=plans.parent / "unused", sweep=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("done already") == 2
+
+
 # Which command line a sweep goes on with
 
 

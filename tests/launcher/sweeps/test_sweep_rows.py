@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.sweeps.jobs import find_jobs
+from launcher.sweeps.jobs import find_finished, find_jobs, number_jobs
 from launcher.sweeps.rows import Row, sweep_rows
 from launcher.sweeps.series import (
     BATCH_KEYS,
@@ -49,7 +49,8 @@ def rows(sweep: Path) -> list[Row]:
 
 
 def test_every_job_has_its_row_with_how_it_ended(rows: list[Row]) -> None:
-    assert [row["job"] for row in rows] == [0, 1, 2, 3, 4]
+    # The last has the next number that is free.
+    assert [row["job"] for row in rows] == [0, 1, 2, 3, 6]
     assert [row["status"] for row in rows] == ["failed", "ok", "ok", "not finished", "not run"]
     assert rows[0]["reason"] == "ConfigError: it needs 39.83 GiB | too much."
     assert [row["reason"] for row in rows[1:]] == [None] * 4
@@ -237,3 +238,22 @@ def test_thinned_curves_keep_their_mean_and_stay_short(length: int) -> None:
     size = -(-length // 400) or 1
     full = length // size
     assert sum(y for _, y in thinned[:full]) * size == pytest.approx(sum(y for _, y in curve[: full * size]))
+
+
+def test_finished_jobs_of_earlier_command_lines_have_numbers_of_their_own(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, ["gpus=1"], bench_report(1))
+    write_job(tmp_path, 1, ["gpus=2"], failed_report())
+    for name, gpus in (("a", "3"), ("b", "4")):
+        write_job(tmp_path, 9, [f"gpus={gpus}"], bench_report()).rename(tmp_path / name)
+    jobs = find_jobs(tmp_path, [("gpus=4",)])
+    rest = find_finished(tmp_path, jobs)
+    assert sorted(job.overrides for job in rest) == [("gpus=1",), ("gpus=3",)]
+    assert len({job.number for job in (*jobs, *rest)}) == 3
+
+
+def test_job_whose_overrides_were_cut_short_hides_no_other(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, ["gpus=1"], bench_report(1))
+    cut = write_job(tmp_path, 1, ["gpus=2"], None) / ".hydra" / "overrides.yaml"
+    cut.write_text("- gpus=2\n- 'prompt=")
+    assert [job.overrides for job in find_jobs(tmp_path)] == [("gpus=1",), ()]
+    assert number_jobs(tmp_path, [("gpus=1",), ("gpus=2",), ("gpus=4",)]) == (0, 2, 3)

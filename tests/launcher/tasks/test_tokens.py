@@ -132,7 +132,10 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(replace(make_job(tmp_path), model_folder=str(DEMO)))
     assert tokenizer is not None
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"^prompt 3: the model's chat template refuses .*: roles must alternate"):
+    refusal = r"^prompt 3: the model's chat template refuses .*: roles must alternate\. "
+    with pytest.raises(ValueError, match=refusal + "Use chat=false"):
+        encode_prompt(tokenizer, Prompt(3, text="b"), use_chat=True)
+    with pytest.raises(ValueError, match=refusal + "Change the messages"):
         encode_prompt(tokenizer, Prompt(3, messages=({"role": "user", "content": "b"},)), use_chat=True)
 
 
