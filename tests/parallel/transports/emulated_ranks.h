@@ -1,6 +1,7 @@
 // CUDA, as the kernels through host memory use it, on threads of a CPU: those of all ranks at once. KERNEL_FILE is a
-// source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order. NORM: it is
-// the kernel with a norm. ONLY_16_BITS: it is one that takes no float32.
+// source whose instructions are calls of what is here. Accesses of 16 bytes are single ones, in any order, or where they
+// are of two words those are. NORM: it is the kernel with a norm. ONLY_16_BITS: it is one that takes no float32. BYTES:
+// messages are any bytes, and are gathered too where a value has one.
 #include <atomic>
 #include <barrier>
 #include <chrono>
@@ -18,9 +19,11 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 
+struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct Index { int x; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
@@ -104,6 +107,18 @@ inline void load_line(const void* line, Wide& low, Wide& high) {
   low = __atomic_load_n((const Wide*)line, __ATOMIC_ACQUIRE);
   high = __atomic_load_n((const Wide*)line + 1, __ATOMIC_ACQUIRE);
 }
+// Two words, now the one and now the other first.
+inline void store_words(void* line, Wide first, Wide second) {
+  const int late = (uintptr_t)line >> 4 & 1;
+  __atomic_store_n((Wide*)line + 1 - late, late ? first : second, __ATOMIC_RELEASE);
+  std::this_thread::yield();
+  __atomic_store_n((Wide*)line + late, late ? second : first, __ATOMIC_RELEASE);
+}
+inline void load_words(const void* line, Wide& first, Wide& second) {
+  first = __atomic_load_n((const Wide*)line, __ATOMIC_ACQUIRE);
+  std::this_thread::yield();
+  second = __atomic_load_n((const Wide*)line + 1, __ATOMIC_ACQUIRE);
+}
 
 #include KERNEL_FILE
 
@@ -138,12 +153,21 @@ extern "C" void run(uint4** in, uint4** residual, uint4* weight, uint4** out, St
   for (std::thread& thread : threads) thread.join();
 }
 #else
-extern "C" void run(int bytes_per_value, uint4** in, uint4** out, State* states, u8* region, int num_bytes,
+#ifdef BYTES
+typedef u8 Message;
+#else
+typedef uint4 Message;
+#endif
+
+extern "C" void run(int bytes_per_value, Message** in, Message** out, State* states, u8* region, int num_bytes,
                     int slot_tiles, int first, int last, int timeout_ms, int blocks, int num_threads) {
 #ifdef ONLY_16_BITS
   auto kernel = reduce_bfloat16;
 #else
   auto kernel = bytes_per_value == 2 ? reduce_bfloat16 : reduce_float32;
+#endif
+#ifdef BYTES
+  if (bytes_per_value == 1) kernel = gather_bytes;
 #endif
   std::vector<std::thread> threads;
   for (int r = first; r <= last; ++r)

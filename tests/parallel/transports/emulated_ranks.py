@@ -21,15 +21,23 @@ INSTRUCTIONS = {
     "cvt.rn.f16x2": "__builtin_trap()",
     "cvt.f32.f16": "__builtin_trap()",
     "st.relaxed.sys.global.u32": "*(volatile u32*)error = peer + 1",
+}
+# Of lines that are one access, or two words.
+LINES = {
     "st.relaxed.sys.global.b128": "store_line(line, v)",
     "ld.relaxed.sys.global.b128": "load_line(line, low, high)",
+}
+WORDS = {
+    "st.relaxed.sys.global.v2.b64": "store_words(line, flag | data.x, flag | data.y)",
+    "ld.relaxed.sys.global.v2.b64": "load_words(line, words.first, words.second)",
 }
 
 
 @cache
 def compile_source(source: Path, *options: str) -> ctypes.CDLL:
     text = read_source(source)
-    for part, instead in INSTRUCTIONS.items():
+    own = WORDS if any(part in text for part in WORDS) else LINES
+    for part, instead in (INSTRUCTIONS | own).items():
         text, count = re.subn(rf'asm( volatile)?\((?:(?!;\n|asm)[\s\S])*?{re.escape(part)}[\s\S]*?\);\n',
                               f"{instead};\n", text)  # fmt: skip
         assert count, part
