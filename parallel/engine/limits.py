@@ -21,13 +21,16 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 # attend at once, and then; one of more rows in MOST_SECTIONS. More sections hide more of the sums, fewer take less time
 # to multiply: on two H200 a 70B in 4 bits took, as graphs, 97.7 ms for 512 rows in one, 75.9, 96.4 and 116 in 2, 3 and
 # 4, and 187, 150, 153 and 153 for 1024; 2048, launched, 270 in 3 and 362 in 4 with sums by copies, for which a host
-# must be fast: in a run with sums in two steps, 283 to 293 one behind the other in 3, but 374 for a prompt by itself
-# (results/LOG.md). Sections that attend at once spare the host a third of what each costs it: by the rates of these
-# cards, not measured, 2048 take 256 ms in 1 + 2, 254 in 2 + 2, which costs it a sixth more, and 274 in 2; 4096 518 in
-# 2 + 2, 548 in 2. By the rates of an RTX 4090, not measured, 303, 308 and 318 for 512 (409 in one), 586, 584 and 595
-# for 1024 (806), 1151, 1139 and 1149 for 2048 (1599).
-SECTIONS: Wanted = ((255, (1,)), (1024, (1, 1)), (2048, (1, 2)), (4096, (2, 2)))
+# must be fast. Sections that attend at once spare the host a third of what each costs it, and the sums at either end of
+# a layer are short: 2048, 80 layers launched, took 273.7 in 2, 267.2 in 3, 266.0 in 1 + 2 and 261.9 in 2 + 2; 1024,
+# launched, 148, 155 in 1 + 2 and 182 in 2 + 2, which is more than that host can queue (as graphs 155, 151 and 147).
+# By the rates of these cards, not measured, 4096 take 518 in 2 + 2 and 548 in 2; by those of an RTX 4090, not measured,
+# 303, 308 and 318 for 512 in 2, 3 and 4 (409 in one), 586, 584 and 595 for 1024 (806), 1151, 1139 and 1149 for 2048
+# (1599). results/LOG.md has more.
+SECTIONS: Wanted = ((255, (1,)), (1024, (1, 1)), (4096, (2, 2)))
 MOST_SECTIONS = (1, 1, 1, 1)
+# Of one of several sections that attend at once, about.
+JOINED_ROWS = 512
 # Where weights are dequantised, passes from so many rows on go in two halves, which share them
 # (prefill/halves.py). A smaller one is over before the host has queued twice as many kernels: Llama-70B in 4 bits on
 # two H200 took 315 ms for 2048 rows in halves and 396 whole, but 165 for 512 rows in halves and 123 whole.
@@ -48,15 +51,24 @@ ROWS_PER_TILE = 128
 
 
 def choose_sections(
-    num_rows: int, world_size: int, dequantizes: Callable[[int], bool], min_halved: int | None = None
+    num_rows: int,
+    world_size: int,
+    dequantizes: Callable[[int], bool],
+    min_halved: int | None = None,
+    *,
+    joins: bool = True,
 ) -> Sections:
     """Those of a pass; one of all rows where it is left whole.
 
     Args:
         dequantizes: whether weights are dequantised for a product with so many rows.
         min_halved: in place of MIN_HALVED_ROWS.
+        joins: whether several may attend at once. Where sums take multiprocessors, not copy engines, many short ones
+            cost more than they hide: over NVLink NCCL's 32 MiB take 0.2 ms, but 2048 rows in 2 + 2 took 344.
     """
     wanted = next((sections for most, sections in SECTIONS if num_rows <= most), MOST_SECTIONS)
+    if not joins:
+        wanted = (1,) * len(wanted)
     if world_size == 1 or wanted == (1,):
         return ((num_rows,),)
     # Of the whole pass: what is dequantised is so once for all of its sections.

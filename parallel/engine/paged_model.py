@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import EngineLimits, choose_sections
+from parallel.engine.limits import JOINED_ROWS, EngineLimits, choose_sections
 from parallel.engine.page_allocator import positions_and_slots
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.part_attention import attend_parts
+from parallel.engine.prefill.side_stream import side_stream
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part as Part
 from parallel.engine.tree_rows import TreeRows
@@ -31,13 +32,15 @@ from parallel.offload.sharing import open_streamer
 class PagedModel:
     """A decoder and the pages of each of its layers. Models of one engine give a sequence the same page numbers.
 
-    `graphs`: passes of prompts that are captured. `max_keys`: tokens that parts of prompts attend to at once.
+    `graphs`: passes of prompts that are captured. `max_keys`: tokens that parts of prompts attend to at once. `joins`:
+    whether sections of a pass may attend several at once, see choose_sections.
     """
 
     decoder: Decoder
     caches: list[PagedKV]
     max_keys: int = 0
     graphs: PassGraphs | None = None
+    joins: bool = True
 
     @property
     def stored(self) -> list[list[PagedKV]]:
@@ -57,7 +60,7 @@ class PagedModel:
         tokens = Tokens(*columns)
         if self.decoder.host_kv is not None:
             self.decoder.host_kv.begin(past_pages(parts), tokens.slots)
-        sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes)
+        sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes, joins=self.joins)
         attends = [self._attend_parts(each) for each in split_parts(parts, list(map(sum, sections)))]
         return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
@@ -134,4 +137,6 @@ def open_paged(
     pages = dict(zip(layers, allocate_pages(len(layers), *size), strict=True))
     caches = [hosted.get(index) or pages[layer] for index, layer in enumerate(model.model.layers)]
     takes_ranges = refusal(decoder.head_dim, model.lm_head.weight.dtype, device) is None
-    return PagedModel(decoder, caches, limits.gathered_keys if takes_ranges else 0)
+    message_bytes = JOINED_ROWS * model.config.hidden_size * model.lm_head.weight.element_size()
+    joins = side_stream(device).multiprocessors(decoder.communicator, message_bytes) == 0
+    return PagedModel(decoder, caches, limits.gathered_keys if takes_ranges else 0, joins=joins)

@@ -19,7 +19,7 @@ from parallel.engine.rows import to_device
 from parallel.engine.sequence import Part
 from parallel.kernels.paged_attention import prefill_attention
 from parallel.kernels.pages import PagedKV
-from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
+from parallel.kernels.ranges_attention import keys_at, range_attention, ranges_attention, rows_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Group:
     """
 
     in_ranges: bool
+    num_parts: int
     num_tokens: int
     key_rows: Tensor
     query_bounds: Tensor
@@ -45,14 +46,15 @@ class Group:
             to_device(torch.tensor([0, *accumulate(each)], dtype=torch.int32), device) for each in (lengths, ends)
         )
         key_rows = rows_of(to_device(slots, device), kv_heads)
-        return cls(in_ranges, sum(lengths), key_rows, queries, keys, (max(lengths), max(ends)))
+        return cls(in_ranges, len(parts), sum(lengths), key_rows, queries, keys, (max(lengths), max(ends)))
 
     def attend(self, query: Tensor, cache: PagedKV, scale: float) -> Tensor:
         keys, values = keys_at(cache, self.key_rows, query.dtype)
-        # One part, too: to let torch choose a kernel takes a host 50 us more (one core of a server).
-        if self.in_ranges:
-            return ranges_attention(query, keys, values, self.query_bounds, self.key_bounds, scale, self.longest)
-        return prefill_attention(query, keys, values, scale)
+        if not self.in_ranges:
+            return prefill_attention(query, keys, values, scale)
+        if self.num_parts == 1:
+            return range_attention(query, keys, values, scale)
+        return ranges_attention(query, keys, values, self.query_bounds, self.key_bounds, scale, self.longest)
 
 
 def attend_parts(parts: Sequence[Part], scale: float, max_keys: int) -> Attend:

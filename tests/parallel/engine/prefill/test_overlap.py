@@ -132,9 +132,9 @@ def answers_in_sections(
     counts: list[int] = []
     choose = limits.choose_sections
 
-    def counting(*args: Any) -> tuple[int, ...]:
-        counts.append(sum(map(len, choose(*args))))
-        return choose(*args)
+    def counting(*args: Any, **options: Any) -> tuple[int, ...]:
+        counts.append(sum(map(len, choose(*args, **options))))
+        return choose(*args, **options)
 
     paged_model.choose_sections = counting
     prompts, found = numbered([(prompt * 9)[:70] for prompt in prompts_of("llama")[:2]]), []
@@ -213,7 +213,7 @@ def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, 
 def traced_sections(communicator: Communicator, folder: Path, sections: limits.Sections) -> list[str]:
     """Starts of sums, waits for them and products, with their rows, in a pass of such sections."""
     overlap.side_stream = TracedRows
-    paged_model.choose_sections = lambda *_: sections
+    paged_model.choose_sections = lambda *_, **__: sections
     for owner, name in ((merged.MergedLinear, "forward"), (linear.ShardedLayer, "multiply")):
         setattr(owner, name, traced_product(getattr(owner, name)))
     pass_states(make_engine(communicator, folder), PASSES[0])
@@ -243,6 +243,37 @@ class SumOfRows(Sum):
     def wait(self) -> Tensor:
         Traced.events.append(f"<{len(self.tensor)}")
         return super().wait()
+
+
+def sections_beside(communicator: Communicator, folder: Path) -> list[list[int]]:
+    """Rows of sections that attend at once, where sums leave all multiprocessors and where they take some."""
+    cut_passes(Cut(3, joined=(1, 2)))
+    run_pass, found = paged_model.run_pass, list[list[int]]()
+
+    def noting(decoder: Decoder, tokens: Any, sections: limits.Sections, *others: Any) -> Tensor:
+        found.append([len(each) for each in sections])
+        return run_pass(decoder, tokens, sections, *others)
+
+    paged_model.run_pass = noting
+    for num in (0, 7):
+        paged_model.side_stream = lambda device, num=num: TakesSome(device, num)
+        pass_states(make_engine(communicator, folder), PASSES[0])
+    return found
+
+
+class TakesSome(SideStream):
+    """Of messages of JOINED_ROWS rows of 80 numbers."""
+
+    def __init__(self, device: torch.device, num: int) -> None:
+        super().__init__(device)
+        self.num = num
+
+    def multiprocessors(self, communicator: Communicator, num_bytes: int) -> int:
+        return self.num if num_bytes == limits.JOINED_ROWS * 80 * 4 else -1
+
+
+def test_sections_attend_at_once_where_sums_leave_all_multiprocessors(folders: dict[str, Path]) -> None:
+    assert run_on_ranks(sections_beside, 2, folders["llama"])[0] == [[1, 2], [1, 1]]
 
 
 def test_each_section_is_multiplied_while_others_are_summed_up(folders: dict[str, Path]) -> None:
@@ -406,8 +437,8 @@ def test_sections_are_whole_tiles_and_about_equal() -> None:
         512: (((256,), (256,)), ((512,),)),
         1023: (((512,), (511,)), ((1023,),)),
         1024: (((512,), (512,)), ((512,), (512,))),
-        1025: (((384,), (384, 257)), ((640,), (385,))),
-        2048: (((768,), (768, 512)), ((1024,), (1024,))),
+        1025: (((384, 256), (256, 129)), ((640,), (385,))),
+        2048: (((512, 512), (512, 512)), ((1024,), (1024,))),
         4096: (((1024, 1024), (1024, 1024)), ((2048,), (2048,))),
         8192: (((2048,), (2048,), (2048,), (2048,)), ((4096,), (4096,))),
     }
@@ -416,6 +447,7 @@ def test_sections_are_whole_tiles_and_about_equal() -> None:
             limits.choose_sections(num_rows, 2, lambda _, answer=answer: answer) for answer in (False, True)
         ) == (found)
         assert limits.choose_sections(num_rows, 1, lambda _: False) == ((num_rows,),)
+    assert limits.choose_sections(2048, 2, lambda _: False, joins=False) == ((1024,), (1024,))
     assert limits.choose_sections(512, 2, lambda _: True, 257) == ((256,), (256,))
 
 
