@@ -9,7 +9,7 @@ from launcher.memory.activations import activations_bytes, lasting_bytes, logits
 from launcher.memory.kv import kv_lines
 from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, step_bytes
 from launcher.memory.process import process_lines
-from launcher.memory.streamed import linear_load, streamed_lines
+from launcher.memory.streamed import linear_load, mapping_lines, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.engine.limits import EngineLimits, graph_sizes
@@ -152,7 +152,8 @@ class Demand:
         activations = max(activations_bytes(each, rank, max_context) for each in models)
         activations += lasting_bytes(models, max_context)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
-        return cache | {"activations": activations} | self._graphs(rank) | ({"load": load} if load else {})
+        outside = mapping_lines(self, rank, max_context) | self._graphs(rank)
+        return cache | {"activations": activations} | outside | ({"load": load} if load else {})
 
     def _graphs(self, rank: int) -> dict[str, int]:
         """Steps with streamed layers are not captured, but what drafts for them is."""

@@ -55,8 +55,10 @@ def test_card_holds_two_layers_in_place_of_those_in_host_memory() -> None:
     before, after = on_card.cards[0].lines, hosted.cards[0].lines
     assert before["kv_cache"] == 80 * slots * TOKEN_BYTES
     assert (after["kv_cache"], after["kv_staging"]) == (40 * slots * TOKEN_BYTES, 2 * slots * TOKEN_BYTES)
-    names = ("kv_cache", "kv_staging", "load")
+    names = ("kv_cache", "kv_staging", "mappings", "load")
     assert {k: v for k, v in before.items() if k not in names} == {k: v for k, v in after.items() if k not in names}
+    # Entries of 8 bytes for 4 KiB.
+    assert after["mappings"] - before["mappings"] == pytest.approx(40 * slots * TOKEN_BYTES / 4096 * 8, abs=1)
     offload = streamed(hosted)
     assert offload.kv_host_bytes == (40 * slots * TOKEN_BYTES,)
     assert offload.needed_host_bytes == streamed(on_card).needed_host_bytes + 40 * slots * TOKEN_BYTES
