@@ -120,8 +120,13 @@ class CopiedHostMemory(OverChannel[CopyChannel]):
         return partial(self.channel.join, ends)
 
     def join(self) -> None:
-        """What the current stream is given from now on comes after all sums that were started."""
-        self.channel.join(self.ends)
+        """What the current stream is given from now on comes after all sums that were started.
+
+        Not where it is captured: a graph cannot wait for what is not in it, and all that was queued before a capture is
+        done by then.
+        """
+        if self.copies_now():
+            self.channel.join(self.ends)
         self.ends = {}
 
     def can_start(self, tensor: Tensor) -> bool:

@@ -246,6 +246,18 @@ def test_sums_that_were_started_are_waited_for_each_and_all_by_a_join(driver: Dr
         assert waits_of(driver, ranks[0].join) == []
 
 
+def test_a_graph_waits_for_no_sums_of_before(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver refuses events of other streams in a capture; afterwards nothing is left to wait for."""
+    with opened(2) as channels:
+        ranks = [copied(each) for each in channels]
+        tensors = [torch.ones(4) for _ in ranks]
+        on_ranks(ranks, lambda each: each.start_all_reduce(tensors[each.rank])())  # type: ignore[arg-type]
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert waits_of(driver, ranks[0].join) == []
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert waits_of(driver, ranks[0].join) == []
+
+
 def copied(channel: CopyChannel) -> CopiedHostMemory:
     found = CopiedHostMemory(Counting(), channel)
     found.rank = channel.rank
