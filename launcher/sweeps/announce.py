@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.sweeps.jobs import number_jobs
-from launcher.sweeps.resume import COMMAND_FILE, PLACES, RESUMED, SUBDIR
+from launcher.sweeps.resume import COMMAND_FILE, PLACES, SUBDIR, goes_on_with
 
 # As conf/config.yaml has it.
 SUBDIR_BY_NUMBER = "${hydra.job.num}"
@@ -33,7 +33,7 @@ class Sweep:
 
     @property
     def is_resumed(self) -> bool:
-        return any(word.lower() == RESUMED for job in self.jobs or () for word in job)
+        return any(map(goes_on_with, self.jobs or ()))
 
     def restore_command(self) -> None:
         """For a sweep whose values cannot be composed: `resume` must not find them in the folder."""

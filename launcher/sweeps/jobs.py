@@ -100,7 +100,11 @@ def read_overrides(folder: Path) -> tuple[str, ...]:
 
 def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:
     """A job is the same one when it is taken up again."""
-    return tuple(override for override in overrides if not override.startswith("resume="))
+    return tuple(override for override in overrides if key_of(override) != "resume")
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def read_report(folder: Path | None) -> dict[str, Any] | None:

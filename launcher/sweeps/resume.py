@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from launcher.config import ConfigError, RunConfig
 from launcher.report.report import config_values
-from launcher.sweeps.jobs import read_report
+from launcher.sweeps.jobs import key_of, read_report
 
 PREFIX = "resume="
-BOOLEANS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+# What OmegaConf takes for a boolean.
+TRUE = ("true", "yes", "on", "y", "1")
+BOOLEANS = (*TRUE, "false", "no", "off", "n", "0")
 MULTIRUN_FLAGS = ("-m", "--multirun")
 COMMAND_FILE = "multirun.yaml"
 SUBDIR = "hydra.sweep.subdir"
@@ -70,8 +72,9 @@ def read_command(folder: Path) -> list[str]:
     return [word for word in words if key_of(word) not in SAID_AGAIN and PLACES not in word]
 
 
-def key_of(argument: str) -> str:
-    return argument.partition("=")[0].lstrip("+~")
+def goes_on_with(overrides: Iterable[str]) -> bool:
+    """Whether a job is told that its sweep goes on, in any of the words for it."""
+    return any(key_of(each) == "resume" and each.partition("=")[2].lower() in TRUE for each in overrides)
 
 
 def finished_report(run: RunConfig, run_dir: Path) -> dict[str, Any] | None:

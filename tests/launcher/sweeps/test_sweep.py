@@ -138,6 +138,18 @@ def test_other_values_lose_no_result_and_find_theirs(plans: Path) -> None:
     assert [again.stderr.count(f"done already: {plans / name}\n") for name in ("0", "1", "2")] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("word", ["resume=yes", "++resume=true"])
+def test_however_going_on_is_said_no_result_is_lost(plans: Path, word: str) -> None:
+    """Of the words that Hydra takes for a boolean."""
+    arguments = ("task=plan", "gpus=2", "prompt='${gpus} cards'", word)
+    result = run("-m", *arguments, folder=plans, sweep=True)
+    assert result.returncode == 0, result.stderr
+    assert [report["ttft_ms"] for report in result.reports] == [MARK + 1]
+    reports = [json.loads((plans / name / "report.json").read_text()) for name in ("0", "1")]
+    assert [report["ttft_ms"] for report in reports] == [MARK, MARK + 1]
+    assert [row["varies"]["gpus"] for row in read_rows(plans)] == ["1", "2"]
+
+
 def test_values_that_cannot_be_composed_are_not_what_the_folder_goes_on_with(plans: Path) -> None:
     error = run("-m", f"resume={plans}", "gsup=2", folder=plans.parent / "unused", sweep=True).error
     assert "gsup" in error["message"]
