@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
-from parallel.engine.limits import SAMPLED_ROWS, choose_sections
+from parallel.engine.limits import SAMPLED_ROWS, choose_sections, most_at_once
 from parallel.partition import split_by_grain
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     layer = demand.layer(rank)
     # Where a trial decides: a kernel that multiplies packed weights by so many rows takes less than this.
     dequantizes = layer.may_dequantize(prompt)
-    sections = choose_sections(prompt, demand.world_size, lambda _: dequantizes)
-    largest = max(map(sum, sections))
+    sections = choose_sections(prompt, demand.world_size, layer.may_dequantize)
+    largest = most_at_once(prompt, demand.world_size, layer.may_dequantize)
     # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
     tokens = max(prompt if dequantizes else largest, rows)
     hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv

@@ -78,6 +78,13 @@ def choose_sections(
     return join(cut_evenly(num_rows, 2 if is_halved else 1), (1, 1))
 
 
+def most_at_once(num_rows: int, world_size: int, dequantizes: Callable[[int], bool]) -> int:
+    """Most rows that attend at once in a pass of up to so many: those of a smaller pass, which goes in fewer sections,
+    may be more. Arguments as of choose_sections."""
+    sizes = (num_rows, *(most for most, _ in SECTIONS if most < num_rows))
+    return max(sum(each) for size in sizes for each in choose_sections(size, world_size, dequantizes))
+
+
 def join(sizes: Iterable[int], counts: Iterable[int]) -> Sections:
     """So many neighbours together, as far as there are any."""
     left = iter(sizes)

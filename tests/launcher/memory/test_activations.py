@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator
 from parallel.engine.engine import Engine, Part
-from parallel.engine.limits import EngineLimits
+from parallel.engine.limits import SECTIONS, EngineLimits
 from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Sequence
@@ -114,13 +115,19 @@ def measured_bytes(
     dtype: str,
     speculation: Speculation | None,
 ) -> int:
-    """The most of a pass at the end of prompts that fill the context, the draws of their answers, and a step."""
+    """The most of passes at the end of prompts that fill the context, the draws of their answers, and a step."""
     engine = make_engine(communicator, facts, limits, sampling, dtype, speculation)
     sequences = [Sequence(row, [3] * (limits.max_context - 1), 2) for row in range(limits.batch_size)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
     logits: list[Tensor] = []
-    peaks = [peak_bytes(lambda: logits.append(engine.prefill(last_parts(sequences, limits.prefill_chunk))))]
+
+    def prefill(room: int) -> None:
+        logits.append(engine.prefill(last_parts(sequences, room)))
+
+    # Of a pass with fewer tokens more may be computed at once.
+    rooms = (limits.prefill_chunk, *(most for most, _ in SECTIONS if most < limits.prefill_chunk))
+    peaks = [peak_bytes(partial(prefill, room)) for room in rooms]
     rows = logits[0][-1:].expand(len(sequences), -1).contiguous()
     peaks.append(rows.nbytes + peak_bytes(lambda: engine.start_answers(sequences, rows)))
     peaks.append(peak_bytes(lambda: engine.step(sequences)))

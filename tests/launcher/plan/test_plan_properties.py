@@ -76,6 +76,16 @@ def test_longer_contexts_need_no_less(streamed: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_larger_chunks_of_prompts_need_no_less(name: str, world_size: int) -> None:
+    """A smaller pass may be left whole, or go in fewer sections, where the largest goes in more."""
+    chunks = (128, 255, 256, 257, 1023, 1024, 1025, 2048, 2049, 4096, 4097, 5000, 8192)
+    shape = in_format(LLAMA_70B, name)
+    plans = [timed(shape, world_size, LARGE, engine__prefill_chunk=each, **CHUNK)[0] for each in chunks]
+    assert grows([plan.cards[0].predicted_bytes for plan in plans])
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_70B], ids=["8b", "70b"])
 def test_more_cards_have_room_for_more_and_take_less_time(name: str, shape: ModelShape) -> None:
     off = {"offload": OffloadConfig(OffloadKind.off)}
