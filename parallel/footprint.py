@@ -92,13 +92,13 @@ def scale_bits(scheme: Scheme) -> int:
     return WIDE_SCALE_BITS if scheme.layout in WIDE_SCALES else SCALE_BITS
 
 
-def sure_fused_rows(scheme: Scheme | None, device: str, dtype: str, capability: tuple[int, int] | None) -> int:
+def sure_fused_rows(scheme: Scheme, device: str, dtype: str, capability: tuple[int, int] | None) -> int:
     """Rows up to which linears multiply by packed weights whatever a trial says, where they can at all.
 
     Args:
         capability: of all cards; None: unknown.
     """
-    if scheme is None or capability is None:
+    if capability is None:
         return MIN_FUSED_ROWS
     return MEASURED_FUSED_ROWS.get((predict_kernel(scheme, device, dtype), capability), MIN_FUSED_ROWS)
 

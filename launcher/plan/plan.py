@@ -149,7 +149,9 @@ def choose_fused_rows(run: RunConfig, demand: Demand, cards: Sequence[Card]) -> 
     known = {card.compute_capability for card in cards}
     capability = known.pop() if len(known) == 1 else None
     shapes = [demand.shape, *([] if demand.draft_shape is None else [demand.draft_shape])]
-    return min(sure_fused_rows(shape.scheme, demand.device, demand.dtype, capability) for shape in shapes)
+    schemes = [shape.scheme for shape in shapes if shape.scheme is not None]
+    found = (sure_fused_rows(scheme, demand.device, demand.dtype, capability) for scheme in schemes)
+    return min(found, default=MIN_FUSED_ROWS)
 
 
 def _capture_passes(run: RunConfig, demand: Demand, budgets: tuple[int, ...]) -> Demand:

@@ -24,7 +24,7 @@ from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import read_inventory
 from launcher.models.config_json import ShapeError
 from launcher.models.shape import quantized_shape, typical_quantization
-from launcher.plan.plan import Plan, wanted_passes
+from launcher.plan.plan import Plan, plan_run, wanted_passes
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
@@ -198,6 +198,15 @@ def test_dequantised_weights_are_counted_where_a_card_may_have_some() -> None:
     in_8_bits = plan(quantized_shape(LLAMA_8B, "int8"), H200S, 2)
     assert in_8_bits.fused_rows == 256
     assert plan(W4A16, H200S, 2, **batch, engine__prefill_chunk=4096).cards[0].lines["activations"] > large[0]
+
+
+def test_a_draft_model_in_bf16_has_no_weights_to_dequantise() -> None:
+    run = run_of(**batch_of(1))
+    placement = place_ranks(run, 2, H200S)
+    small = replace(LLAMA_8B, num_layers=2)
+    drafts = (small, quantized_shape(small, "int4"), quantized_shape(small, "int8"))
+    found = [plan_run(run, placement, W4A16, H200S, draft=each).fused_rows for each in drafts]
+    assert found == [2048, 2048, 256]
 
 
 def test_plans_are_above_what_two_h200_took() -> None:
