@@ -45,6 +45,8 @@ NUM_LAYERS = 6
 DEPTHS = (2, 18)
 # Chunks of so many prompts or more are timed as such, too.
 MIN_PARTS = 4
+# Passes of a kind that are not timed: the first compiles kernels, the second may be captured.
+NUM_WARM_UPS = 2
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,8 @@ def time_chunk(
         return engine.start_answers(sequences, engine.prefill(parts))
 
     try:
-        times = [time_apart(run, context.communicator, context.device) for _ in range(1 + settings.num_chunks)][1:]
+        num = NUM_WARM_UPS + settings.num_chunks
+        times = [time_apart(run, context.communicator, context.device) for _ in range(num)][NUM_WARM_UPS:]
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from launcher.timing.load import Workload
 from launcher.timing.predict import predict_times
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from parallel.engine.engine import Engine
+from parallel.engine.prefill.recorded import Places, Recorded
 from parallel.transports.solo import Solo
 from tests.launcher.jobs import make_job
 
@@ -53,6 +55,27 @@ def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None
         assert set(point.past) == set(point.parts) == {32}
         chunks = (*point.chunks.values(), *point.past.values(), *point.parts.values())
         assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
+
+
+def test_no_pass_that_is_timed_is_captured_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[int] = []
+    recorded = Recorded([lambda: None], None, lambda calls, pool: records.append(1) or list(calls), Places(1))
+
+    def prefill(parts: object) -> None:
+        with recorded.use() as (run,):
+            run()
+
+    def timed(run: Callable[[], object], *rest: object) -> SimpleNamespace:
+        before = len(records)
+        run()
+        return SimpleNamespace(whole=len(records) - before, queued=0, card=0)
+
+    monkeypatch.setattr(calibrate, "time_apart", timed)
+    pages = SimpleNamespace(allocate=lambda num: [], release=lambda pages: None)
+    engine: Any = SimpleNamespace(pages=pages, prefill=prefill, start_answers=lambda sequences, logits: logits)
+    context: Any = SimpleNamespace(communicator=None, device=None)
+    assert calibrate.time_chunk(context, SETTINGS, engine, [16]).whole == 0
+    assert records == [1]
 
 
 def test_engines_that_are_timed_have_the_layers_that_their_points_say(monkeypatch: pytest.MonkeyPatch) -> None:
