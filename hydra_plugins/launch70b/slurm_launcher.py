@@ -119,11 +119,13 @@ class SlurmLauncher(Submitit):
         from launcher.failures import RunFailed
         from launcher.processes.start import SIGNAL_EXIT_CODE, end_process
         from launcher.slurm.commands import num_restarts, requeue_if_out_of_time
+        from launcher.sweeps.jobs import without_resume
+        from launcher.sweeps.resume import goes_on_with
 
         # In place of submitit's, which ignores SIGTERM.
         handle_signals()
-        overrides = [each for each in sweep_overrides if not each.startswith("resume=")]
-        if num_restarts() or overrides != sweep_overrides:
+        overrides = list(without_resume(sweep_overrides))
+        if num_restarts() or goes_on_with(sweep_overrides):
             overrides.append("resume=true")
         try:
             return super().__call__(overrides, *args)
