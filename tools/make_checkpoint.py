@@ -84,6 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--tokenizer {args.tokenizer} is no folder")
     if args.shard_gib <= 0 or args.workers < 1:
         parser.error("--shard-gib must be above 0 and --workers at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is no folder")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out} is not empty; give another folder")
     return args

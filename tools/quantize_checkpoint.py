@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=WRITERS, required=True)
     parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file (%(default)s)")
     args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"{args.out} is no folder")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty; give another folder")
     if args.shard_gib <= 0:

@@ -116,6 +116,9 @@ def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path)])
     assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "model.safetensors")])
+    assert "model.safetensors is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["--num-layers=0", "--hidden-size=-64", "--tokenizer=/nowhere"])

@@ -140,6 +140,9 @@ def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main([str(DEMO), str(tmp_path), "--format", "awq"])
     assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(DEMO), str(tmp_path / "file"), "--format", "awq"])
+    assert "file is no folder" in capsys.readouterr().err
 
 
 def test_quantised_weights_are_not_copied_under_another_name(
