@@ -2,8 +2,7 @@
 
 A layer of a pass takes the host 0.6 to 2 ms to queue launch by launch on a machine where a launch takes 13 us, which is
 longer than the card needs for its share of some hundred tokens; as a graph and its attention it takes a tenth. To
-capture a size takes 0.9 s there, so a size is captured when it comes a second time, while
-there are places.
+capture a size takes 0.9 s there, so a size is captured when it comes a second time, while there are places.
 """
 
 from __future__ import annotations
