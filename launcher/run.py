@@ -20,7 +20,8 @@ from launcher.models.draft import find_draft
 from launcher.models.find import Model, find_model
 from launcher.plan.grid import largest_plan, plan_grid
 from launcher.plan.options import rank_options
-from launcher.plan.plan import plan_run, wanted_passes
+from launcher.plan.plan import plan_run
+from launcher.plan.prefill import wanted_passes
 from launcher.plan.timed import keep_calibration, plan_timed
 from launcher.plan.topology import Placement, place_ranks, resolve_world_size
 from launcher.processes.start import StartRanks

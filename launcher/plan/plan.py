@@ -5,30 +5,26 @@ RunConfig + ModelShape + Inventory -> Plan. Every number in a plan is a predicti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from launcher.config import DType, RunConfig, SpeculationKind, TaskKind, TopologyKind
-from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
-from launcher.memory.fit import fits, largest_context
+from launcher.memory.fit import largest_context
 from launcher.models.shape import ModelShape
 from launcher.plan.context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choose_context, context_limit
 from launcher.plan.offload import KV_ON_HOST, OffloadPlan, choose_kv_place, choose_num_streamed, plan_offload
 from launcher.plan.offload_disk import largest_host_context, place_layers
+from launcher.plan.prefill import capture_passes, planned_fused_rows, wanted_passes
 from launcher.plan.topology import Placement, PlanError
-from parallel.engine.limits import CAPTURED_PASSES, graphed_rows
-from parallel.footprint import MIN_FUSED_ROWS, sure_fused_rows
+from parallel.footprint import MIN_FUSED_ROWS
 from parallel.partition import choose_grain
 from parallel.units import GIB, MIB
 
 # The driver keeps part of a card: of 23.99 GiB that NVML reports for an RTX 4090, CUDA offers 23.61 to 23.68
 # (capacities in public PyTorch out-of-memory messages).
 DRIVER_RESERVED_BYTES = 400 * MIB
-# From such a rate of memory on a pass of a few hundred tokens waits for the host: on two H200, 512 tokens of a 70B took
-# 118 ms captured, and else 123 to 220 by the host's speed. On an RTX 4090, 1008 GB/s, it takes several times as long.
-GRAPHED_GB_PER_SEC = 2000.0
 
 
 @dataclass(frozen=True)
@@ -101,10 +97,10 @@ def plan_run(
     _check_heads(world_size, shape)
     demand = demand_of(run, placement, shape, draft)
     wanted = wanted_passes(run, placement, inventory)
-    fused_rows = choose_fused_rows(run, demand, inventory.cards[:world_size])
+    fused_rows = planned_fused_rows(run, demand, inventory.cards[:world_size])
     demand = replace(demand, captured_passes=wanted, fused_rows=fused_rows)
     budgets = _budgets(run, world_size, inventory)
-    demand = _capture_passes(run, demand, budgets)
+    demand = capture_passes(run, demand, budgets)
     demand = _stream_layers(run, demand, budgets, inventory)
     max_context, max_context_reason = choose_context(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory, max_context)
@@ -128,38 +124,6 @@ def plan_run(
         # A pass that streams layers costs the same for few tokens.
         prefill_chunk_while_decoding=None if offload else run.engine.untimed_chunk,
     )
-
-
-def wanted_passes(run: RunConfig, placement: Placement, inventory: Inventory) -> int:
-    """Small passes of prompts that are captured at a time where they fit, by engine.prefill_graphs and the slowest
-    card."""
-    asked = run.engine.prefill_graphs
-    if placement.device != "cuda" or asked == PrefillGraphs.off or not graphed_rows(run.engine.prefill_chunk):
-        return 0
-    rates = [card.memory_gb_per_sec or 0.0 for card in inventory.cards[: placement.world_size]]
-    is_fast = min(rates, default=0.0) >= GRAPHED_GB_PER_SEC
-    return CAPTURED_PASSES if is_fast or asked == PrefillGraphs.on else 0
-
-
-def choose_fused_rows(run: RunConfig, demand: Demand, cards: Sequence[Card]) -> int:
-    """Up to how many rows packed weights are never dequantised: as asked for, else what such cards are known for."""
-    asked = run.engine.fused_prefill_rows
-    if asked is not None:
-        return asked
-    known = {card.compute_capability for card in cards}
-    capability = known.pop() if len(known) == 1 else None
-    shapes = [demand.shape, *([] if demand.draft_shape is None else [demand.draft_shape])]
-    schemes = [shape.scheme for shape in shapes if shape.scheme is not None]
-    found = (sure_fused_rows(scheme, demand.device, demand.dtype, capability) for scheme in schemes)
-    return min(found, default=MIN_FUSED_ROWS)
-
-
-def _capture_passes(run: RunConfig, demand: Demand, budgets: tuple[int, ...]) -> Demand:
-    """`demand` without captured passes where it fits only so, or not at all, unless engine.prefill_graphs=on."""
-    needed = run.engine.max_context or run.needed_tokens
-    if run.engine.prefill_graphs == PrefillGraphs.on or fits(demand, budgets, needed):
-        return demand
-    return replace(demand, captured_passes=0)
 
 
 def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:

@@ -24,7 +24,8 @@ from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import read_inventory
 from launcher.models.config_json import ShapeError
 from launcher.models.shape import quantized_shape, typical_quantization
-from launcher.plan.plan import Plan, plan_run, wanted_passes
+from launcher.plan.plan import Plan, plan_run
+from launcher.plan.prefill import wanted_passes
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
