@@ -7,7 +7,6 @@ others wait for its job (launcher/processes/torchrun.py).
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from launcher.processes.start import (
     FORWARDED_SIGNALS,
     SIGNAL_EXIT_CODE,
     StartRanks,
+    catch_signals,
     ignore_signals,
     interrupted,
     start_ranks,
@@ -168,7 +168,4 @@ def handle_signals() -> None:
         ignore_signals()
         raise RunFailed(interrupted(number), SIGNAL_EXIT_CODE + number)
 
-    for sig in FORWARDED_SIGNALS:
-        # Under nohup a run outlives its terminal.
-        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
-            signal.signal(sig, stop)
+    catch_signals(FORWARDED_SIGNALS, stop)

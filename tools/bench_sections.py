@@ -179,10 +179,8 @@ def time_way(engine: Engine, control: Communicator, rows: int, way: Way, num_pas
     """The slowest rank's medians."""
     with chosen(engine, way):
         before, communicator = engine.target, engine.communicator
-        engine.target = replace(before, joins=True)
-        if way.is_graphed:
-            graphs = PassGraphs(engine.decoder, engine.caches, (rows,), None)
-            engine.target = replace(before, graphs=graphs)
+        graphs = PassGraphs(engine.decoder, engine.caches, (rows,), None) if way.is_graphed else None
+        engine.target = replace(before, graphs=graphs, joins=True)
         try:
             medians = [
                 statistics.median(time_chunks(engine, [rows], num_passes, each))

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from parallel.units import GIB
 from tools.fills import Fills
 from tools.quantization import WRITERS, quantized_tensors
-from tools.stored import Shard, Tensor, make_header, plan_shards, write_index
+from tools.stored import Shard, Tensor, folder_problem, make_header, plan_shards, write_index
 
 # Each family, and what makes all its layers attend to everything, as the engine does.
 FULL_ATTENTION: dict[str, dict[str, None]] = {
@@ -84,10 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--tokenizer {args.tokenizer} is no folder")
     if args.shard_gib <= 0 or args.workers < 1:
         parser.error("--shard-gib must be above 0 and --workers at least 1")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is no folder")
-    if args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"--out {args.out} is not empty; give another folder")
+    if problem := folder_problem(args.out):
+        parser.error(f"--out {problem}")
     return args
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from parallel.checkpoint.headers import Checkpoint, TensorEntry, read_checkpoint
 from parallel.units import GIB
 from tools.quantization import WRITERS, Writer, quantized_tensors
-from tools.stored import Shard, make_header, plan_shards, write_index
+from tools.stored import Shard, folder_problem, make_header, plan_shards, write_index
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,10 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=WRITERS, required=True)
     parser.add_argument("--shard-gib", type=float, default=5.0, help="largest file (%(default)s)")
     args = parser.parse_args(argv)
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"{args.out} is no folder")
-    if args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} is not empty; give another folder")
+    if problem := folder_problem(args.out):
+        parser.error(problem)
     if args.shard_gib <= 0:
         parser.error("--shard-gib must be above 0")
     try:

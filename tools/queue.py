@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.hardware.inventory import Card
+from launcher.processes.start import catch_signals
 from tools.cards import LOCK_FOLDER, CardLock, CardState, read_cards, take_cards
 
 LAUNCHER = (sys.executable, "-m", "launcher")
@@ -201,10 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only noted: a job that is just being started must not be lost.
         queue.signal_number = number
 
-    for sig in SIGNALS:
-        # Under nohup a queue outlives its terminal.
-        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
-            signal.signal(sig, end)
+    catch_signals(SIGNALS, end)
     return queue.run()
 
 

@@ -8,6 +8,15 @@ from pathlib import Path
 from parallel.checkpoint.headers import BYTES_PER_ELEMENT
 
 
+def folder_problem(folder: Path) -> str | None:
+    """Why a checkpoint is not written there; None: it can be."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    return f"{folder} is not empty; give another folder" if any(folder.iterdir()) else None
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear that is stored in several tensors; `shape` [out, in] is its weight's."""

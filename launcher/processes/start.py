@@ -10,8 +10,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from launcher.failures import ERROR_FILE, Failure, RunFailed, read_first_failure
@@ -42,6 +43,13 @@ def die_with_parent(sig: signal.Signals) -> None:
     """Asks Linux to send `sig` to this process when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sig.value)
+
+
+def catch_signals(signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> None:
+    """Has `handler` called at these signals, but not at the end of a terminal under nohup: the run outlives that."""
+    for sig in signals:
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, handler)
 
 
 def ignore_signals() -> None:
