@@ -1,10 +1,10 @@
 """Times passes of prompts by their sections: `python -m tools.bench_sections --cards 2`, or as ranks of torchrun.
 
-A few layers of a 70B in turn, with dummy weights, between cards without peer access. For each number of rows:
-milliseconds of as many layers as a 70B has, the slowest rank's, for a pass whole, in halves that share dequantised
-weights, and in sections, as one graph with sums by two steps, and launch by launch with sums by copy engines; with its
-sums, and without; how long the host takes to queue it, and the card once it need not wait for the host. The last line
-is JSON.
+A few layers of a 70B in turn, with dummy weights, between cards without peer access; or with it, where
+NCCL_P2P_DISABLE=0 is set and --large nccl carries the sums of prompts. For each number of rows: milliseconds of as many
+layers as a 70B has, the slowest rank's, for a pass whole, in halves that share dequantised weights, and in sections, as
+one graph with sums by two steps, and launch by launch with sums by copy engines; with its sums, and without; how long
+the host takes to queue it, and the card once it need not wait for the host. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def main() -> None:
         help="so many sections; or 1+2: one, then two that attend at once",
     )
     parser.add_argument("--launched", action="store_true", help="no graphs")
+    parser.add_argument("--large", choices=("host", "nccl"), default="host", help="what carries sums of over 2 MiB")
     parser.add_argument("--quantize", choices=("none", *QUANTIZE_SCHEMES), default="int4")
     parser.add_argument(
         "--fused-rows", type=int, default=max(TRIED_ROWS), help="rows of a section up to which weights stay packed"
@@ -111,7 +112,7 @@ def main() -> None:
 
 def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     share_process_group(rank.device)
-    engine = open_engine(open_sums(rank), rank.device, FACTS, args.quantize, max(args.rows), args.depth)
+    engine = open_engine(open_sums(rank, args.large), rank.device, FACTS, args.quantize, max(args.rows), args.depth)
     fuse(engine, args.fused_rows)
     if args.spared is not None:
         side_stream.blocks_for = lambda num_bytes: args.spared
@@ -127,13 +128,17 @@ def bench_cards(rank: CardRank, args: argparse.Namespace) -> None:
     say(rank, json.dumps({"card": torch.cuda.get_device_name(rank.device), "passes": [asdict(each) for each in found]}))
 
 
-def open_sums(rank: CardRank) -> Communicator:
-    """Transports as they are chosen between cards that go through host memory."""
+def open_sums(rank: CardRank, for_large: str) -> Communicator:
+    """Transports as they are chosen between cards that go through host memory; large sums by NCCL where it is told."""
     small, middle, large = (
         wrap(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC) for wrap in (wrap_host_memory, wrap_dense, wrap_two_step)
     )
-    copied = wrap_copies(large, rank.device, timeout_sec=TIMEOUT_SEC)
-    routes = [(SMALL_BYTES, small), (dense.MAX_BYTES, middle), (EAGER_BYTES - 1, large), (2 * EAGER_BYTES, copied)]
+    routes: list[tuple[int, Communicator]] = [(SMALL_BYTES, small), (dense.MAX_BYTES, middle)]
+    if for_large == "nccl":
+        routes.append((2 * EAGER_BYTES, rank.nccl))
+    else:
+        copied = wrap_copies(large, rank.device, timeout_sec=TIMEOUT_SEC)
+        routes += [(EAGER_BYTES - 1, large), (2 * EAGER_BYTES, copied)]
     return BySize(rank.nccl, routes, small, rank.device)
 
 
