@@ -1,4 +1,4 @@
-"""Times products of many rows at the shapes of a 70B on two cards: `python -m tools.bench_dequantize`, on a card.
+"""Times products of many rows at the shapes of a 70B on two cards: `python -m tools.bench.dequantize`, on a card.
 
 First dequantising packed weights: checked against plain torch, then GB/s read and written, and the share of a copy's.
 Then dequantising and multiplying, for each number of rows and of weights that are dequantised at a time; beside it
@@ -23,8 +23,8 @@ from torch import Tensor
 from parallel.kernels import grouping
 from parallel.kernels.grouping import output_blocks
 from parallel.kernels.tiles import tiles_of
-from tools.bench_linears import NUM_LAYERS, SHAPES, cycle, measure_copy, time_on_card
-from tools.linear_formats import FORMATS, Packed
+from tools.bench.linear_formats import FORMATS, Packed
+from tools.bench.linears import NUM_LAYERS, SHAPES, cycle, measure_copy, time_on_card
 
 MI = 1024**2
 AT_A_TIME = (8 * MI, 16 * MI, 32 * MI, 64 * MI, 256 * MI)
@@ -44,7 +44,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.dequantize", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--formats", nargs="*", default=["w4", "w4-zeros", "nf4", "int8", "fp8"], choices=FORMATS)
     parser.add_argument("--products", nargs="*", default=["w4"], choices=FORMATS, help="of which products are timed")
     return parser.parse_args()

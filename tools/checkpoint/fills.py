@@ -8,9 +8,9 @@ import torch
 from parallel.checkpoint.headers import BYTES_PER_ELEMENT
 from parallel.formats.nf4 import STATE, nf4_codebook
 from parallel.formats.scheme import Scheme
-from tools.nf4 import nested_map, state_bytes
-from tools.quantization import TORCH_DTYPES, WRITERS
-from tools.stored import Linear, Tensor
+from tools.checkpoint.nf4 import nested_map, state_bytes
+from tools.checkpoint.quantization import TORCH_DTYPES, WRITERS
+from tools.checkpoint.stored import Linear, Tensor
 
 # The spread with which these families are initialised; activations stay finite in all dtypes at 80 layers.
 STANDARD_DEVIATION = 0.02

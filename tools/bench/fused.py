@@ -1,4 +1,4 @@
-"""Times a layer's fused operations at the shapes of Llama-70B on two cards: `python -m tools.bench_fused`, on a card.
+"""Times a layer's fused operations at the shapes of Llama-70B on two cards: `python -m tools.bench.fused`, on a card.
 
 For each operation and number of tokens: microseconds of a call in replays of a CUDA graph, the same of plain torch, and
 microseconds of the host for a call outside a graph. The last line on stdout is JSON.
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_fused", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.fused", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(NUM_TOKENS), help="of a call (%(default)s)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Times passes of prompts by their sections: `python -m tools.bench_sections --cards 2`, or as ranks of torchrun.
+"""Times passes of prompts by their sections: `python -m tools.bench.sections --cards 2`, or as ranks of torchrun.
 
 A few layers of a 70B in turn, with dummy weights, between cards without peer access. For each number of rows:
 milliseconds of as many layers as a 70B has, the slowest rank's, for a pass whole, in halves that share dequantised
@@ -43,7 +43,7 @@ from parallel.transports.host_memory import wrap_host_memory
 from parallel.transports.selftest import EAGER_BYTES
 from parallel.transports.two_step import wrap_two_step
 from parallel.units import KIB
-from tools.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
+from tools.bench.card_ranks import CardRank, is_started_by_torchrun, run_on_cards
 
 FACTS = ModelFacts(8192, 28672, 80, 64, 8, 128, 32768, 8192)
 # Own weights have this many of them; they are beyond any cache.
@@ -85,7 +85,7 @@ class Times:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.sections", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cards", type=int, default=2, help="ranks, each a process with a card of its own")
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Whether the host gains by computing some of the layers that are streamed: `python -m tools.bench_cpu_linears`.
+"""Whether the host gains by computing some of the layers that are streamed: `python -m tools.bench.cpu_linears`.
 
 Without a card it shows what products of few rows reach on this CPU, bytes of weights a second, by rows and threads:
 torch's int4 operator, its int8 operator and plain bf16; and how fast memory is read and copied. With a card also the
@@ -52,7 +52,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.cpu_linears", description=(__doc__ or "").splitlines()[0]
+    )
     cores = torch.get_num_threads()
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, max(1, cores // 2), cores}))
     parser.add_argument("--rows", type=int, nargs="+", default=list(NUM_ROWS))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.demo_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
+from tools.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 CONTEXT = 1024
 WARMUP = 0.02

@@ -1,4 +1,4 @@
-"""Times decode attention at the shapes of a 70B: `python -m tools.bench_attention [--tune]`, on a card.
+"""Times decode attention at the shapes of a 70B: `python -m tools.bench.attention [--tune]`, on a card.
 
 For each number of KV heads a rank has (8, 4 and 2 at TP 1, 2 and 4), context, batch and type of KV: microseconds of one
 layer, keys and values read once over that time, and the share of the copy bandwidth measured in the same run. Calls
@@ -36,8 +36,8 @@ from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.node_bits import chain_masks
 from parallel.kernels.pages import FP8, PagedKV, allocate_pages, pages_for
-from tools.attention_variants import NAMES, time_all
-from tools.bench_linears import measure_copy
+from tools.bench.attention_variants import NAMES, time_all
+from tools.bench.linears import measure_copy
 
 GROUP = 8
 HEAD_DIM = 128
@@ -59,7 +59,9 @@ Call = Callable[[], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.attention", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--tune", action="store_true", help="time other launches, and print the best of each case")
     parser.add_argument(
         "--variants", nargs="*", choices=NAMES, help="time these launches, or all, among a layer's kernels"

@@ -18,8 +18,8 @@ from parallel.transports.rounded import time_rounded
 from parallel.transports.selftest import EAGER_BYTES, time_all_reduce
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
 from parallel.units import KIB
-from tools.card_ranks import CardRank
-from tools.norm_cards import bench_norms, describe
+from tools.bench.card_ranks import CardRank
+from tools.bench.norm_cards import bench_norms, describe
 
 SIZES = tuple(KIB * 2**i for i in range(16))
 TIMEOUT_SEC = 10.0

@@ -8,7 +8,7 @@ from parallel.engine import limits
 from parallel.engine.prefill import overlap
 from parallel.engine.prefill.halves import PassInHalves
 from tests.parallel.ranks import CPU, run_on_ranks
-from tools.bench_sections import Way, open_engine, time_way
+from tools.bench.sections import Way, open_engine, time_way
 
 FACTS = ModelFacts(256, 512, 80, 4, 2, 64, 512, 1024)
 WAYS = (Way((1,), False, False), Way((1, 1), True, False), Way((1, 1, 1), False, False), Way((1, 2), False, False))

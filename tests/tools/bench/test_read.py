@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_read import METHODS, main
+from tools.bench.read import METHODS, main
 
 # Not every file system has O_DIRECT.
 CACHED = [name for name in METHODS if name != "direct"]

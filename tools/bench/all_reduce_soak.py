@@ -20,8 +20,8 @@ from parallel.transports import dense
 from parallel.transports.dense import wrap_dense
 from parallel.transports.host_memory import wrap_host_memory
 from parallel.transports.two_step import wrap_two_step
-from tools.all_reduce_cards import TIMEOUT_SEC, say
-from tools.card_ranks import CardRank
+from tools.bench.all_reduce_cards import TIMEOUT_SEC, say
+from tools.bench.card_ranks import CardRank
 
 SOURCE = Path(__file__).with_name("all_reduce_soak.cu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1,4 +1,4 @@
-"""Launches of our own linear kernels that are worth a try for a format of tools/linear_formats.py, tuned or checked."""
+"""Launches of our own linear kernels that are worth a try for a format of linear_formats.py, tuned or checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallel.footprint import MAX_NARROW_ROWS, UNIT_INPUTS
 from parallel.kernels import w4a16, warp_groups, wide
 from parallel.kernels.tiles import MAX_SHARED_BYTES, OUTPUTS_PER_TILE, ROWS_PER_TILE, Launch
 from parallel.kernels.warp_groups import GroupLaunch
-from tools.linear_formats import FORMATS, AnyLaunch, Expected, OwnFormat, check_launch, rounded_codebook
+from tools.bench.linear_formats import FORMATS, AnyLaunch, Expected, OwnFormat, check_launch, rounded_codebook
 
 # Of both kernels, and of every tile of the second, none of them full.
 CHECKED_ROWS = (1, 3, 8, 9, 16, 23, 31, 47, 64, 95, 100, 129, 256)

@@ -1,6 +1,6 @@
 """How fast a file can be read: methods, threads and sizes of a read, from the disk (cold) and the page cache (warm).
 
-Usage: python -m tools.bench_read FILE --threads 1 2 4 8 --chunk-mib 4 16
+Usage: python -m tools.bench.read FILE --threads 1 2 4 8 --chunk-mib 4 16
 
 The file is dropped from the page cache before each cold read. Rates are the best of several. The last line of stdout is
 the table as JSON.
@@ -28,7 +28,9 @@ Read = Callable[[Path, int, mmap.mmap], None]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.read", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--chunk-mib", type=int, nargs="+", default=[4, 16], metavar="N")

@@ -1,4 +1,4 @@
-"""Do accesses of 16 bytes to host memory come whole between cards? `python -m tools.line_tears --cards 2`
+"""Do accesses of 16 bytes to host memory come whole between cards? `python -m tools.bench.line_tears --cards 2`
 
 The dense all-reduce relies on it. Each card writes lines of 16 bytes of equal numbers, as fast as its link takes them,
 while it reads those of the next card and counts mixed ones: none may be. The last line is JSON: of each rank the reads,
@@ -16,7 +16,7 @@ import torch
 from parallel.kernels.launch import load_kernel
 from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.shared_region import share_region
-from tools.card_ranks import CardRank, run_on_cards
+from tools.bench.card_ranks import CardRank, run_on_cards
 
 SOURCE = Path(__file__).with_suffix(".cu")
 THREADS, BLOCKS = 256, 16
@@ -27,7 +27,9 @@ COUNTS = ("reads", "new", "mixed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.line_tears", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--cards", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
     args = parser.parse_args()

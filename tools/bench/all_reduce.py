@@ -1,4 +1,4 @@
-"""Times the all-reduces through host memory: `python -m tools.bench_all_reduce`.
+"""Times the all-reduces through host memory: `python -m tools.bench.all_reduce`.
 
 With `--cards N`, or as ranks of torchrun, between cards without peer access, each rank a process, NCCL beside them;
 there `--soak N` makes so many calls instead, all compared. Without, ranks are streams of one card: they share its link,
@@ -21,10 +21,10 @@ from torch import Tensor
 from parallel.transports import host_memory
 from parallel.transports.host_memory import choose_launch
 from parallel.units import KIB
-from tools.all_reduce_cards import bench
-from tools.all_reduce_soak import soak
-from tools.card_ranks import is_started_by_torchrun, run_on_cards
-from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ranks_on_one_card, two_step_on_one_card
+from tools.bench.all_reduce_cards import bench
+from tools.bench.all_reduce_soak import soak
+from tools.bench.card_ranks import is_started_by_torchrun, run_on_cards
+from tools.bench.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ranks_on_one_card, two_step_on_one_card
 
 SIZES = tuple(KIB * 2**i for i in range(11))
 MAX_BYTES = SIZES[-1]
@@ -37,7 +37,9 @@ LARGE_SIZES = tuple(KIB * 2**i for i in range(9, 16))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.all_reduce", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tune", action="store_true", help="time every launch instead of the one that is used")

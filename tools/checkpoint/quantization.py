@@ -13,9 +13,9 @@ from torch import Tensor
 from parallel.formats.config import read_scheme
 from parallel.formats.registry import format_of
 from parallel.formats.scheme import Part, Scheme, stored_shape
-from tools.nf4 import pack_nf4
-from tools.stored import Linear
-from tools.stored import Tensor as StoredTensor
+from tools.checkpoint.nf4 import pack_nf4
+from tools.checkpoint.stored import Linear
+from tools.checkpoint.stored import Tensor as StoredTensor
 
 GROUP_SIZE = 128
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,6 +1,6 @@
 """Times kernels of decoder layers one after the other, each started when the one before has ended, and early.
 
-`python -m tools.bench_chain`, on a card of sm_90 or later: layers of Llama-70B on two cards, with random weights, and a
+`python -m tools.bench.chain`, on a card of sm_90 or later: layers of Llama-70B on two cards, with random weights, and a
 kernel that only waits in place of each all-reduce. Microseconds of a layer and of its parts, in replays of a CUDA
 graph; parallel/kernels/programmatic.cuh says what starting early is. The last line on stdout is JSON.
 """
@@ -234,7 +234,7 @@ def time_parts(rows: int, context: int, bits: int, stall_us: float) -> list[dict
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.chain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=(4, 8))
     parser.add_argument("--context", type=int, default=512)

@@ -1,6 +1,7 @@
 """Text for the demo model: the Python standard library's own sources, which every machine has, under the PSF licence.
 
-`python -m tools.corpus FILE.json.gz` packs them into one file, for a training machine whose Python ships without them.
+`python -m tools.demo.corpus FILE.json.gz` packs them into one file, for a training machine whose
+Python ships without them.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def collect(stdlib: Path | None = None) -> Corpus:
             seen.add(text)
             texts[path] = text
     if not texts:
-        raise ValueError(f"no sources below {root}; pack those of another machine: python -m tools.corpus FILE.json.gz")
+        raise ValueError(f"no sources below {root}; pack another machine's: python -m tools.demo.corpus FILE.json.gz")
     return Corpus(texts, platform.python_version())
 
 
@@ -108,7 +109,7 @@ def _read(root: Path, path: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.corpus", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, metavar="FILE.json.gz", help="is written")
     pack(collect(), parser.parse_args(arguments).file)
 

@@ -1,4 +1,4 @@
-"""What all-reduces by copy engines cost card and host: `python -m tools.bench_copies`.
+"""What all-reduces by copy engines cost card and host: `python -m tools.bench.copies`.
 
 One process a card, or those of torchrun. For copies, the two-step kernel, also as a graph, and NCCL:
 - all-reduces of bfloat16 alone: microseconds of a call on the card where each begins after the one ahead, and where
@@ -28,8 +28,8 @@ from parallel.transports.copies import wrap_copies
 from parallel.transports.copy_layout import CopyLayout
 from parallel.transports.two_step import wrap_two_step
 from parallel.units import MIB
-from tools.all_reduce_cards import say
-from tools.card_ranks import CardRank, run_on_cards
+from tools.bench.all_reduce_cards import say
+from tools.bench.card_ranks import CardRank, run_on_cards
 
 SIZES = (4 * MIB, 8 * MIB, 11 * MIB, 16 * MIB, 32 * MIB)
 TUNED_SIZES = (8 * MIB, 11 * MIB)
@@ -59,7 +59,7 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.copies", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="cards")
     parser.add_argument("--tune", action="store_true", help="also other pieces and lanes")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """How loading scales: bytes, seconds and memory of each rank, for several numbers of ranks on this machine's CPU.
 
-Usage: python -m tools.bench_load FOLDER --ranks 1 2 4 [--cold]
+Usage: python -m tools.bench.load FOLDER --ranks 1 2 4 [--cold]
 
 The last line of stdout is the table as JSON. Seconds depend on whether the files are in the page cache: run twice, or
 drop them from it before each load with --cold.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.read_ahead import LIMIT_BYTES
-from tools.bench_read import drop_cache
+from tools.bench.read import drop_cache
 from tools.local_ranks import run_on_ranks
 
 SAMPLE_SEC = 0.005
@@ -43,7 +43,9 @@ class RankLoad:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="config.json and *.safetensors")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")

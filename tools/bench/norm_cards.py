@@ -15,7 +15,7 @@ from parallel.transports.host_memory_norm import wrap_norm
 from parallel.transports.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.units import KIB
-from tools.card_ranks import CardRank
+from tools.bench.card_ranks import CardRank
 
 ROW_BLOCKS = (1, 2, 4, 8)
 # Up to here slots of half flags are the fastest for sums, from there on the dense ones (two H200).

@@ -1,4 +1,4 @@
-"""Times gate and up of a 70B with their activation: `python -m tools.bench_swiglu [--tp 1 2 4] [--tune]`, on a card.
+"""Times gate and up of a 70B with their activation: `python -m tools.bench.swiglu [--tp 1 2 4] [--tune]`, on a card.
 
 Microseconds of a layer in replays of a CUDA graph: the product and the activation as two kernels, as one, and what that
 saves; each cycles through more layers than the L2 cache holds. With --tune, of every launch for few rows. The last line
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from parallel.footprint import MAX_NARROW_ROWS
 from parallel.kernels.fused import silu_mul
-from tools.bench_linears import NUM_LAYERS, SHAPES, Call, cycle, own_calls, takes, time_calls
-from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
-from tools.linear_launches import narrow_launches
+from tools.bench.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
+from tools.bench.linear_launches import narrow_launches
+from tools.bench.linears import NUM_LAYERS, SHAPES, Call, cycle, own_calls, takes, time_calls
 
 NUM_ROWS = (1, 8, 16, 32, 64)
 # In a graph, so that its start is small beside them.
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.swiglu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4], choices=SHAPES)
     parser.add_argument("--kernels", nargs="+", default=["w4", "int8", "fp8"], choices=FORMATS)
     parser.add_argument("--rows", type=int, nargs="+", default=list(NUM_ROWS))

@@ -1,6 +1,6 @@
 """How many drafts of the demo model come true: chains and trees, by a smaller model and by looking up.
 
-    python -m tools.draft_acceptance results/speculation_demo_202611.json
+    python -m tools.demo.draft_acceptance results/speculation_demo_202611.json
 
 The smaller model has the first layers of the demo model, trained on with its text for a minute; it is made anew each
 time. Prompts are of held-out text. Answers must be those without drafts, or nothing is written.
@@ -27,12 +27,12 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
-from tools.corpus import collect
-from tools.demo_tokenizer import encode_stream
-from tools.demo_training import TrainingPlan, train
+from tools.demo.corpus import collect
+from tools.demo.perplexity import CPU, DEMO, TIMEOUT_SEC, held_out_tokens, load
+from tools.demo.tokenizer import encode_stream
+from tools.demo.training import TrainingPlan, train
 from tools.local_ranks import run_on_ranks
 from tools.make_demo_model import write_model
-from tools.perplexity import CPU, DEMO, TIMEOUT_SEC, held_out_tokens, load
 
 NUM_LAYERS = 3
 PLAN = TrainingPlan(steps=120, minutes=None, batch=8, sequence=128, lr=5e-4, weight_decay=0.1, seed=0)
@@ -51,7 +51,7 @@ SETTINGS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.draft_acceptance", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.draft_acceptance", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         "workload": {"prompts": NUM_PROMPTS, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS},
         "corpus": collect().facts(),
         "torch": torch.__version__,
-        "commands": [f"python -m tools.draft_acceptance {args.out}"],
+        "commands": [f"python -m tools.demo.draft_acceptance {args.out}"],
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Perplexity of the demo model in every format that tools write, on text that it was not trained on.
 
-    python -m tools.perplexity results/perplexity_demo_202611.json
+    python -m tools.demo.perplexity results/perplexity_demo_202611.json
 
 Weights are rounded to the nearest (tools/quantize_checkpoint); the products are in float32, so that what differs from
 bf16 is the format alone. Rows more are of bf16 weights with keys and values in e4m3 (engine.kv_dtype=fp8), and of ranks
@@ -35,11 +35,11 @@ from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
 from parallel.shard import build_sharded_model
 from parallel.transports.rounded import Rounded
-from tools.corpus import collect
-from tools.demo_tokenizer import encode_stream
-from tools.demo_training import CONTEXT, evaluate
+from tools.checkpoint.quantization import WRITERS
+from tools.demo.corpus import collect
+from tools.demo.tokenizer import encode_stream
+from tools.demo.training import CONTEXT, evaluate
 from tools.local_ranks import run_on_ranks
-from tools.quantization import WRITERS
 from tools.quantize_checkpoint import GIB, quantize
 
 DEMO = Path("launcher/models/demo")
@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.perplexity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.perplexity", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--tokens", type=int, default=65536, help="of held-out text (%(default)s)")
     args = parser.parse_args(argv)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_tokens": args.tokens,
         "corpus": corpus.facts(),
         "torch": torch.__version__,
-        "commands": [f"python -m tools.perplexity {args.out} --tokens {args.tokens}"],
+        "commands": [f"python -m tools.demo.perplexity {args.out} --tokens {args.tokens}"],
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

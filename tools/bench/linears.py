@@ -1,4 +1,4 @@
-"""Times linears at the shapes of a 70B: `python -m tools.bench_linears [--tune] [--tp 1 2 4]`, on a card.
+"""Times linears at the shapes of a 70B: `python -m tools.bench.linears [--tune] [--tp 1 2 4]`, on a card.
 
 For each kernel and number of rows: milliseconds of one rank's linears of 80 layers (q/k/v and gate/up merged), the
 bytes they read over that time, and the share of the copy bandwidth measured in the same run. Each shape cycles through
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from parallel.kernels.tiles import Launch
 from parallel.kernels.tinygemm import TinygemmLinear
-from tools.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
-from tools.linear_launches import CHECKED_ROWS, check_format, launches
+from tools.bench.linear_formats import FORMATS, AnyLaunch, Packed, compile_in_threads
+from tools.bench.linear_launches import CHECKED_ROWS, check_format, launches
 
 NUM_LAYERS = 80
 # [out, in] of one rank: q/k/v, o, gate/up, down.
@@ -68,7 +68,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     installed = tuple(GEMLITE) if importlib.util.find_spec("gemlite") else ()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.linears", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="time every launch configuration of our own kernels")
     parser.add_argument("--tp", type=int, nargs="+", default=[2], choices=SHAPES)
     parser.add_argument("--kernels", nargs="+", default=[*DEFAULT_KERNELS, *installed], choices=[*FORMATS, *OTHERS])

@@ -1,4 +1,4 @@
-"""Launches of decode attention beside one another, each among the kernels of a layer: bench_attention.py --variants.
+"""Launches of decode attention beside one another, each among the kernels of a layer: attention.py --variants.
 
 Microseconds of a layer of Llama-70B on two cards, and of its part from q/k/v to the output projection, in a CUDA graph,
 with one launch of attention or another and without any: attention takes memory's time from what starts beside it, so
@@ -27,7 +27,7 @@ from parallel.kernels.attention_launch import Launch, choose_launch, choose_spli
 from parallel.kernels.binaries import read_or_compile
 from parallel.kernels.launch import architecture, load_kernel, read_source
 from parallel.kernels.limits import PAGE_SIZE
-from tools.bench_chain import HEAD_DIM, Chain, Layer, Shape, capture, time_graph
+from tools.bench.chain import HEAD_DIM, Chain, Layer, Shape, capture, time_graph
 
 CASES = [(1, 640), (8, 640), (32, 640), (8, 4096), (32, 4096)]
 # An engine's page tables are as wide as its longest context, and splits follow from it.

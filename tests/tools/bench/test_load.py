@@ -10,9 +10,9 @@ import pytest
 
 from parallel.checkpoint.headers import read_checkpoint
 from tests.launcher.cli import wait_until
-from tools.bench_load import main, process_memory, sampled_memory
+from tools.bench.load import main, process_memory, sampled_memory
 
-DEMO = Path(__file__).parents[2] / "launcher" / "models" / "demo"
+DEMO = Path(__file__).parents[3] / "launcher" / "models" / "demo"
 MIB = 2**20
 
 
