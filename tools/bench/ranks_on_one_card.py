@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
-from torch import Tensor
 
 from parallel.transports import dense
 from parallel.transports.channel import Channel, RegionLayout
@@ -118,11 +117,3 @@ def closing(ranks: RanksOnOneCard[C]) -> Iterator[RanksOnOneCard[C]]:
     finally:
         torch.cuda.synchronize(ranks.device)
         ranks.region.unregister()
-
-
-def ordered_sum(values: Sequence[Tensor]) -> Tensor:
-    """The sum that every rank must get, bit for bit: in float32, in rank order, rounded once."""
-    total = values[0].float()
-    for value in values[1:]:
-        total = total + value.float()
-    return total.to(values[0].dtype)
