@@ -123,8 +123,15 @@ def test_settings_and_tools_that_guides_name_exist() -> None:
     keys = {name for name in named if name.partition(".")[0] in sections}
     assert len(keys) >= 30
     assert keys - config_keys(RunConfig) == set()
-    tools = set(re.findall(r"\btools\.(\w+)", ALL)) | set(re.findall(r"`(bench_\w+)`", ALL))
-    assert [name for name in sorted(tools - {"NAME"}) if importlib.util.find_spec(f"tools.{name}") is None] == []
+    tools = set(re.findall(r"\btools\.[\w.]*\w", ALL)) - {"tools.bench.NAME"}
+    assert [name for name in sorted(tools) if importlib.util.find_spec(name) is None] == []
+
+
+def test_guide_names_every_benchmark_of_a_part() -> None:
+    _, section = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8").split("## Kernels by themselves\n")
+    programs = (ROOT / "tools" / "bench").glob("*.py")
+    started = {path.stem for path in programs if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    assert set(re.findall(r"`(\w+)`", section)) == started
 
 
 def missing_lines(shown: str, printed: str) -> list[str]:

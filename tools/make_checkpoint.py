@@ -22,9 +22,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from parallel.units import GIB
-from tools.fills import Fills
-from tools.quantization import WRITERS, quantized_tensors
-from tools.stored import Shard, Tensor, folder_problem, make_header, plan_shards, write_index
+from tools.checkpoint.fills import Fills
+from tools.checkpoint.quantization import WRITERS, quantized_tensors
+from tools.checkpoint.stored import Shard, Tensor, folder_problem, make_header, plan_shards, write_index
 
 # Each family, and what makes all its layers attend to everything, as the engine does.
 FULL_ATTENTION: dict[str, dict[str, None]] = {

@@ -21,11 +21,11 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tools.corpus import collect, unpack
-from tools.demo_card import model_card
-from tools.demo_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream, train_tokenizer
-from tools.demo_training import CONTEXT, TrainingPlan, TrainingResult, demo_config, evaluate, train
-from tools.ngram import fit_trigram
+from tools.demo.card import model_card
+from tools.demo.corpus import collect, unpack
+from tools.demo.ngram import fit_trigram
+from tools.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream, train_tokenizer
+from tools.demo.training import CONTEXT, TrainingPlan, TrainingResult, demo_config, evaluate, train
 
 # Dozens of epochs over 8 M tokens overfit. Of two runs of 1.8 minutes on an H200 (4000 to 4400 steps of 64 x 1024
 # tokens, rate 2e-3), decay 0.3 came down to 1.866 nats per held-out token and 1.0 to 1.778, after 2500 steps.
@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.make_demo_model", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("launcher/models/demo"), help="folder to write (%(default)s)")
-    add("--corpus", type=Path, help="corpus packed by python -m tools.corpus; default: this Python's standard library")
+    add("--corpus", type=Path, help="packed by python -m tools.demo.corpus; default: this Python's standard library")
     add("--max-files", type=int, help="use only the first so many files")
     add("--max-held-out-tokens", type=int, help="score only the first so many held-out tokens")
     add("--steps", type=int, help="optimizer steps")

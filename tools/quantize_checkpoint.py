@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from parallel.checkpoint.headers import Checkpoint, TensorEntry, read_checkpoint
 from parallel.units import GIB
-from tools.quantization import WRITERS, Writer, quantized_tensors
-from tools.stored import Shard, folder_problem, make_header, plan_shards, write_index
+from tools.checkpoint.quantization import WRITERS, Writer, quantized_tensors
+from tools.checkpoint.stored import Shard, folder_problem, make_header, plan_shards, write_index
 
 
 def main(argv: list[str] | None = None) -> None:

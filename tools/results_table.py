@@ -1,7 +1,7 @@
 """Markdown of measured runs: `python -m tools.results_table results/NAME.json > results/NAME.md`.
 
-The input is one JSON object: {name of a run: its report.json, ...}, or what one of tools/bench_linears, bench_load,
-bench_read, perplexity and draft_acceptance made. Tables under results/ are made by this alone.
+The input is one JSON object: {name of a run: its report.json, ...}, or what tools.bench.linears, load or read,
+or tools.demo.perplexity or draft_acceptance made. Tables under results/ are made by this alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def choose_render(result: dict[str, Any]) -> Callable[[str, dict[str, Any]], str
 
 
 def render_loads(title: str, result: dict[str, Any]) -> str:
-    """The page of tools/bench_load: what each rank read and held."""
+    """The page of tools.bench.load: what each rank read and held."""
     columns = (
         "page cache", "ranks", "rank", "read MB", "seconds", "of them disk", "decoding", "GB/s",
         "peak anonymous MB above the start", "peak mapped MB",
@@ -74,7 +74,7 @@ def render_loads(title: str, result: dict[str, Any]) -> str:
 
 
 def render_reads(title: str, result: dict[str, Any]) -> str:
-    """The page of tools/bench_read: rates by method, threads and size."""
+    """The page of tools.bench.read: rates by method, threads and size."""
     columns = ("method", "threads", "MiB a read", "GB/s from the disk", "GB/s from the page cache")
     rows = [
         [
@@ -99,7 +99,7 @@ def page(title: str, where: str, body: str, commands: list[str]) -> str:
 
 
 def render_linears(title: str, result: dict[str, Any]) -> str:
-    """The page of tools/bench_linears: milliseconds by kernel and number of rows."""
+    """The page of tools.bench.linears: milliseconds by kernel and number of rows."""
     columns = ("TP", "kernel", "rows", "ms, 80 layers", "GB/s", "of copy")
     rows = [
         [str(row["tp"]), row["kernel"], str(row["rows"]), number(row["ms_80_layers"]), number(row["gb_per_sec"]),
@@ -113,7 +113,7 @@ def render_linears(title: str, result: dict[str, Any]) -> str:
 
 
 def render_perplexity(title: str, result: dict[str, Any]) -> str:
-    """The page of tools/perplexity: what each format costs the demo model."""
+    """The page of tools.demo.perplexity: what each format costs the demo model."""
     columns = ("format", "bits a weight", "perplexity", "more than bf16")
     rows = [
         [row["format"], f"{row['linear_bits']:.3f}", f"{row['perplexity']:.3f}", f"{row['increase']:+.2%}"]
@@ -128,7 +128,7 @@ def render_perplexity(title: str, result: dict[str, Any]) -> str:
 
 
 def render_acceptance(title: str, result: dict[str, Any]) -> str:
-    """The page of tools/draft_acceptance: how many drafts of each kind came true."""
+    """The page of tools.demo.draft_acceptance: how many drafts of each kind came true."""
     columns = ("drafts", "temperature", "tokens a pass checks", "drafts a pass", "tokens a pass gives")
     rows = [
         [

@@ -25,7 +25,7 @@ WARP = 32
 MAX_THREADS = 1024
 MAX_HIDDEN = 16384
 # Pieces of a row that a thread of a norm holds: 2.30 us at 1 token, 2.54 at 32, 6.24 at 512; one takes 2.50, 2.68 and
-# 6.36, four 2.35, 2.55 and 6.63 (add_rms_norm of H = 8192, H200, tools/bench_fused.py).
+# 6.36, four 2.35, 2.55 and 6.63 (add_rms_norm of H = 8192, H200, tools/bench/fused.py).
 NORM_VECTORS = 2
 SILU_THREADS = 256
 ROTARY_THREADS = 128

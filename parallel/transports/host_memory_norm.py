@@ -34,7 +34,7 @@ MAX_WARPS = 32
 MAX_THREADS = 512
 MAX_ROWS = 32
 # A row of up to 8192 numbers in one block needs no meeting of blocks, which takes about what reading from more
-# multiprocessors at once could save; tools/bench_all_reduce.py --cards times others.
+# multiprocessors at once could save; tools/bench/all_reduce.py --cards times others.
 ROW_BLOCKS = 1
 
 

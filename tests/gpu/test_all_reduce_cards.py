@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 def run_tool(name: str, *args: str) -> str:
     """What it prints; it fails where a sum or a line is wrong."""
-    command = [sys.executable, "-m", f"tools.{name}", "--cards", str(min(4, torch.cuda.device_count())), *args]
+    command = [sys.executable, "-m", f"tools.bench.{name}", "--cards", str(min(4, torch.cuda.device_count())), *args]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_every_transport_sums_every_size() -> None:
-    report = json.loads(run_tool("bench_all_reduce", "--repeats", "3").splitlines()[-1])
+    report = json.loads(run_tool("all_reduce", "--repeats", "3").splitlines()[-1])
     assert [row["bytes"] for row in report["all_reduce"]] == [1024 * 2**i for i in range(16)]
     at_256_kib = report["all_reduce"][8]["p50_us"]
     assert set(at_256_kib) == {"host_memory", "host_memory_dense", "host_memory_int8", "host_memory_two_step", "nccl"}
@@ -35,7 +35,7 @@ def test_every_transport_sums_every_size() -> None:
 
 
 def test_no_element_of_many_calls_is_wrong() -> None:
-    lines = run_tool("bench_all_reduce", "--soak", "100000").splitlines()
+    lines = run_tool("all_reduce", "--soak", "100000").splitlines()
     assert "wrong elements of each rank: [0, 0" in lines[-1]
 
 

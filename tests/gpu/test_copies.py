@@ -20,8 +20,8 @@ from parallel.transports.torch_distributed import open_gloo
 from parallel.units import KIB, MIB
 from tests.gpu.one_card import run_on_one_card, start_on_one_card
 from tests.gpu.test_host_memory import DTYPES
+from tests.parallel.transports.sums import ordered_sum
 from tools.local_ranks import receive_result
-from tools.ranks_on_one_card import ordered_sum
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,8 @@ from parallel.transports.rounded import round_to_int8
 from parallel.units import KIB
 from tests.gpu.one_card import DEVICE
 from tests.gpu.test_host_memory import DTYPES, assert_missing_rank_is_named, assert_sums, fresh, poisoned
-from tools.ranks_on_one_card import RanksOnOneCard, dense_on_one_card, ordered_sum
+from tests.parallel.transports.sums import ordered_sum
+from tools.bench.ranks_on_one_card import RanksOnOneCard, dense_on_one_card
 
 pytestmark = pytest.mark.gpu
 

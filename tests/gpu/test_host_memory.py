@@ -14,7 +14,8 @@ from torch import Tensor
 from parallel.communicator import TransportError
 from parallel.transports.host_memory import MAX_BYTES, SlotChannel
 from tests.gpu.one_card import DEVICE
-from tools.ranks_on_one_card import RanksOnOneCard, ordered_sum, ranks_on_one_card
+from tests.parallel.transports.sums import ordered_sum
+from tools.bench.ranks_on_one_card import RanksOnOneCard, ranks_on_one_card
 
 pytestmark = pytest.mark.gpu
 

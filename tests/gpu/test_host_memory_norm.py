@@ -11,7 +11,8 @@ from parallel.kernels.fused import add_rms_norm
 from parallel.transports import host_memory_norm
 from parallel.transports.host_memory_norm import NormChannel
 from tests.gpu.one_card import DEVICE
-from tools.ranks_on_one_card import RanksOnOneCard, norm_on_one_card, ordered_sum
+from tests.parallel.transports.sums import ordered_sum
+from tools.bench.ranks_on_one_card import RanksOnOneCard, norm_on_one_card
 
 pytestmark = pytest.mark.gpu
 

@@ -16,8 +16,8 @@ from parallel.transports.host_memory import MAX_BYTES, HostMemory
 from parallel.units import KIB
 from tests.gpu.one_card import DEVICE, run_on_one_card, start_on_one_card
 from tests.gpu.test_host_memory import DTYPES
+from tests.parallel.transports.sums import ordered_sum
 from tools.local_ranks import receive_result
-from tools.ranks_on_one_card import ordered_sum
 
 pytestmark = pytest.mark.gpu
 

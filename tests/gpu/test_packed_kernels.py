@@ -8,9 +8,9 @@ import torch
 from parallel.kernels import choice, merge
 from parallel.kernels.w8a16 import W8A16Linear
 from parallel.quantized import QuantizedWeight
-from tools.bench_linears import CHECKED_SHAPES, compile_all
-from tools.linear_formats import FORMATS, rounded_codebook
-from tools.linear_launches import CHECKED_ROWS, check_format
+from tools.bench.linear_formats import FORMATS, rounded_codebook
+from tools.bench.linear_launches import CHECKED_ROWS, check_format
+from tools.bench.linears import CHECKED_SHAPES, compile_all
 
 pytestmark = pytest.mark.gpu
 

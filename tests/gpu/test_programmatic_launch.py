@@ -19,8 +19,8 @@ from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.w4a16 import w4a16
 from parallel.transports.host_memory_norm import NormChannel
 from tests.gpu.one_card import DEVICE
-from tools.bench_chain import EPS, Chain, Shape, capture, random_weight, starting_early
-from tools.ranks_on_one_card import (
+from tools.bench.chain import EPS, Chain, Shape, capture, random_weight, starting_early
+from tools.bench.ranks_on_one_card import (
     RanksOnOneCard,
     dense_on_one_card,
     norm_on_one_card,

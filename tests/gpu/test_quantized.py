@@ -14,7 +14,7 @@ from parallel.quantized import QuantizedWeight
 from tests.gpu.cards import needs_two_cards
 from tests.launcher.cli import run
 from tests.launcher.demo_model import DEMO
-from tools.quantization import WRITERS
+from tools.checkpoint.quantization import WRITERS
 from tools.quantize_checkpoint import main as quantize
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from parallel.kernels.merge import merge
 from parallel.kernels.warp_groups import GroupLaunch
 from parallel.layers import merged
 from parallel.layers.merged import MAX_SWIGLU_ROWS, MergedLinear, swiglu
-from tools.linear_formats import (
+from tools.bench.linear_formats import (
     FORMATS,
     AnyLaunch,
     OwnFormat,
@@ -24,7 +24,7 @@ from tools.linear_formats import (
     compile_in_threads,
     rounded_codebook,
 )
-from tools.linear_launches import launches
+from tools.bench.linear_launches import launches
 
 pytestmark = pytest.mark.gpu
 # [gates and ups, inputs]: of Llama-70B at TP2, of Qwen-72B at TP2 (924 tiles of each), and few tiles and odd units.

@@ -12,7 +12,7 @@ from parallel.communicator import TransportError
 from parallel.units import KIB
 from tests.gpu.one_card import DEVICE
 from tests.gpu.test_host_memory import DTYPES, assert_sums, fresh
-from tools.ranks_on_one_card import two_step_on_one_card
+from tools.bench.ranks_on_one_card import two_step_on_one_card
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.footprint import MAX_NARROW_ROWS, MIN_FUSED_ROWS, product_bytes
 from parallel.kernels import choice, wide
 from parallel.kernels.multiprocessors import sparing
-from tools.linear_formats import (
+from tools.bench.linear_formats import (
     FORMATS,
     Expected,
     assert_close,
@@ -20,7 +20,7 @@ from tools.linear_formats import (
     rounded_codebook,
     rounds_weights,
 )
-from tools.linear_launches import launches
+from tools.bench.linear_launches import launches
 
 pytestmark = pytest.mark.gpu
 # One that many blocks share, one of odd numbers of tiles and units, and one of more tiles than there are blocks.

@@ -13,9 +13,9 @@ from launcher.models.shape import TABLES, part_bytes, shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load, run_on_ranks
-from tools.fills import BLOCK_ELEMENTS
+from tools.checkpoint.fills import BLOCK_ELEMENTS
+from tools.checkpoint.quantization import WRITERS
 from tools.make_checkpoint import FULL_ATTENTION, TOKENIZER, main
-from tools.quantization import WRITERS
 
 
 def logits_of(folder: Path) -> torch.Tensor:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import corpus as packer
-from tools.corpus import Corpus, collect, is_held_out, pack, unpack
-from tools.demo_tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream
-from tools.demo_training import TrainingPlan, evaluate, learning_rate_factor
+from tools.demo import corpus as packer
+from tools.demo.corpus import Corpus, collect, is_held_out, pack, unpack
+from tools.demo.ngram import FALLBACK_DISCOUNT, discounts, fit_trigram
+from tools.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream
+from tools.demo.training import TrainingPlan, evaluate, learning_rate_factor
 from tools.make_demo_model import main
-from tools.ngram import FALLBACK_DISCOUNT, discounts, fit_trigram
 
 SHIPPED = Path(__file__).parents[2] / "launcher" / "models" / "demo"
 UNTIDY = "def f(x):\n\treturn  x  # Grüße, 你好 🙂 \r\n\n\n   \x00end  "

@@ -16,9 +16,9 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
+from tools.checkpoint.quantization import WRITERS, is_linear, round_weight
+from tools.demo.perplexity import INT8_SUMS, KV_FP8, PLAIN, held_out_tokens, measure
 from tools.local_ranks import run_on_ranks
-from tools.perplexity import INT8_SUMS, KV_FP8, PLAIN, held_out_tokens, measure
-from tools.quantization import WRITERS, is_linear, round_weight
 from tools.quantize_checkpoint import main
 
 FORMATS = tuple(WRITERS)

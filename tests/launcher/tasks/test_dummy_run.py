@@ -13,7 +13,7 @@ from tests.launcher import cli
 from tests.launcher.cli import SHORT
 from tests.launcher.demo_model import DEMO, WEIGHTS, copy_demo
 from tests.launcher.forked import run, run_together
-from tools.quantization import AWQ
+from tools.checkpoint.quantization import AWQ
 
 # A model of a shape that no folder has; the hub is never asked.
 FACTS = (

@@ -24,7 +24,7 @@ from tests.parallel.memory import peak_bytes
 from tests.parallel.quantized_models import NEXT, PROMPTS
 from tests.parallel.ranks import CPU, run_on_ranks, whole_logits
 from tests.parallel.small_models import COMMON
-from tools.quantization import is_linear
+from tools.checkpoint.quantization import is_linear
 
 SCHEMES: dict[str, Scheme | None] = {
     "plain": None,

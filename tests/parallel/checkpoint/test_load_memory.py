@@ -13,7 +13,7 @@ from parallel.formats.scheme import Box
 from parallel.kernels import w4a16, w8a16
 from parallel.kernels.choice import KERNELS, pack_linear
 from tests.parallel.memory import peak_bytes
-from tools.quantization import WRITERS
+from tools.checkpoint.quantization import WRITERS
 
 NUM_OUT, NUM_IN = 1024, 2048
 NUMEL = NUM_OUT * NUM_IN

@@ -23,8 +23,8 @@ from tests.parallel.memory import peak_bytes
 from tests.parallel.quantized_models import NEXT, PROMPTS
 from tests.parallel.ranks import CPU, build, run_on_ranks, whole_logits
 from tests.parallel.small_models import COMMON, DEMO, load_whole, write_model
-from tools.corpus import is_held_out
-from tools.quantization import is_linear
+from tools.checkpoint.quantization import is_linear
+from tools.demo.corpus import is_held_out
 
 KINDS = tuple(QUANTIZE_SCHEMES)
 WORLD_SIZES = (1, 2, 3, 4)

@@ -26,7 +26,7 @@ from parallel.communicator import Communicator
 from parallel.formats.scheme import CheckpointError
 from tests.parallel.ranks import CPU, build, run_on_ranks
 from tests.parallel.small_models import COMMON
-from tools.bench_load import process_memory, sampled_memory
+from tools.bench.load import process_memory, sampled_memory
 
 MIB = 2**20
 SHAPES = {"matrix": (37, 24), "vector": (53,), "number": (), "cube": (5, 7, 3), "empty": (0, 4), "column": (64, 1)}

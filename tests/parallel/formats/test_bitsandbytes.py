@@ -16,8 +16,8 @@ from parallel.communicator import Communicator
 from parallel.formats.nf4 import nf4_codebook
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
+from tools.checkpoint.quantization import WRITERS
 from tools.local_ranks import run_on_ranks
-from tools.quantization import WRITERS
 
 LEFT_ALONE = "model.layers.1.mlp.down_proj"
 IDS = torch.arange(3, 51).view(2, 24)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from parallel.kernels import binaries, launch
-from tools.bench_chain import starting_early
+from tools.bench.chain import starting_early
 
 
 def test_parameters_lie_as_in_a_struct_of_c() -> None:

@@ -20,8 +20,8 @@ from tests.parallel.kernels.test_emulated_kernels import (
     layer_and_layout,
     pointer,
 )
-from tools.linear_formats import FORMATS
-from tools.linear_launches import GROUP_TILES
+from tools.bench.linear_formats import FORMATS
+from tools.bench.linear_launches import GROUP_TILES
 
 H200 = Card(132, 228 * 1024)
 # What a card gives a block of its registers and of its shared memory, at most.

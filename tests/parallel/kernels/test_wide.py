@@ -21,8 +21,8 @@ from tests.parallel.kernels.test_emulated_kernels import (
     layer_and_layout,
     pointer,
 )
-from tools.linear_formats import FORMATS
-from tools.linear_launches import wide_launches
+from tools.bench.linear_formats import FORMATS
+from tools.bench.linear_launches import wide_launches
 
 RTX4090, H200 = Card(128, 100 * 1024), Card(132, 228 * 1024)
 LAYOUTS = {

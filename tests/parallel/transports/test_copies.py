@@ -24,8 +24,8 @@ from parallel.transports import channel, copy_streams
 from parallel.transports.copies import CopiedHostMemory, CopyChannel
 from parallel.transports.copy_layout import CopyLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
+from tests.parallel.transports.sums import ordered_sum
 from tests.parallel.transports.test_host_memory import Counting
-from tools.ranks_on_one_card import ordered_sum
 
 CPU = torch.device("cpu")
 LAYOUTS = {

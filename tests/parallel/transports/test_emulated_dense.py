@@ -17,7 +17,7 @@ from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.dense import EXACT, INT8, LineFormat
 from parallel.transports.rounded import round_to_int8
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
-from tools.ranks_on_one_card import ordered_sum
+from tests.parallel.transports.sums import ordered_sum
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 

@@ -16,7 +16,7 @@ from parallel.transports import host_memory_norm
 from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.host_memory_norm import MAX_WARPS, NormLayout, row_threads
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
-from tools.ranks_on_one_card import ordered_sum
+from tests.parallel.transports.sums import ordered_sum
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 

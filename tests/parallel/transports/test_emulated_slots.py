@@ -17,7 +17,7 @@ from parallel.transports.channel import ERROR_STRIDE
 from parallel.transports.host_memory import Layout
 from parallel.units import KIB
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
-from tools.ranks_on_one_card import ordered_sum
+from tests.parallel.transports.sums import ordered_sum
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 

@@ -44,7 +44,7 @@ from parallel.transports.two_step import (
 )
 from parallel.units import KIB
 from tests.parallel.ranks import CPU, run_on_ranks
-from tools.ranks_on_one_card import ordered_sum
+from tests.parallel.transports.sums import ordered_sum
 
 SMALL = 2 * KIB
 
