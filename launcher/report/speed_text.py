@@ -1,4 +1,4 @@
-"""What task=generate measured, for reading."""
+"""What task=generate measured, and what task=bench had when it was ended, for reading."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def speed_table(report: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def incomplete_text(measured: dict[str, Any]) -> str:
+    """What a workload's finished repeats came to, where not all could be."""
+    tpot = measured["tpot_ms"]
+    return (
+        f"incomplete, {measured['repeats']} of {measured['wanted_repeats']} repeats: time to first token "
+        f"{number(measured['ttft_ms'])} ms, per output token {number(tpot['p50'])} ms (p99 {number(tpot['p99'])}), "
+        f"{number(measured['tokens_per_sec'])} tokens/s"
+    )
 
 
 def startup_text(startup: dict[str, float] | None) -> str:
