@@ -79,9 +79,9 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     """None where all layers are on the cards."""
     if offload is None:
         return []
-    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a step at {number(offload['gb_per_sec'])} GB/s"
+    amount_text = f"{number(offload['bytes_per_pass'] / 1e9)} GB a step at {number(offload['gb_per_sec'])} GB/s"
     if offload["kv_bytes_per_pass"]:
-        amount_text += f" ({offload['kv_bytes_per_pass'] / 1e9:.3g} of them keys and values)"
+        amount_text += f" ({number(offload['kv_bytes_per_pass'] / 1e9)} of them keys and values)"
     rows = [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
     if offload["host_layers"]:
         number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"
@@ -89,5 +89,5 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     disk = offload["disk"]
     if disk is None:
         return rows
-    read_text = f"{disk['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    read_text = f"{number(disk['bytes_per_pass'] / 1e9)} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
     return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]
