@@ -113,8 +113,8 @@ def describe_disk(offload: OffloadPlan) -> list[tuple[str, str]]:
     if offload.disk_rate is None or offload.disk_ms is None:
         return []
     read, ring, rate = sum(offload.disk_bytes) / 1e9, sum(offload.ring_bytes) / GIB, offload.disk_rate
-    text = f"{len(offload.disk_layers)}, {number(read)} GB a pass as the checkpoint has it, {ring:.2f} GiB of host memory"
-    text += f" to read ahead; {number(offload.disk_ms)} ms at {number(rate.gb_per_sec)} GB/s ({rate.source})"
+    text = f"{len(offload.disk_layers)}, {number(read)} GB a pass as the checkpoint has it, {ring:.2f} GiB of host"
+    text += f" memory to read ahead; {number(offload.disk_ms)} ms at {number(rate.gb_per_sec)} GB/s ({rate.source})"
     if offload.pack_ms:
         text += f"; packing them meanwhile {number(offload.pack_ms)} ms, estimated by bytes moved"
     return [("layers from the disk, predicted", text)]
