@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from launcher.amounts import number
 from launcher.plan.plan import DRIVER_RESERVED_BYTES
 from parallel.units import GIB
 
@@ -85,7 +86,7 @@ def judge_speed(claim: dict[str, Any], card: dict[str, Any]) -> tuple[str, str]:
 def speed_text(claim: dict[str, Any], size: float, streamed: float, ceiling: float) -> str:
     on_cards = f"{size:.1f} GB" + (f", {streamed:.1f} of them in the host's memory" if streamed else "")
     of = f" from {claim['batch']} answers at a time" if "batch" in claim else ""
-    return f"{claim['params_b']:g} B x {claim['bits']:g} bits = {on_cards}: at most {ceiling:.3g} tokens/s{of}"
+    return f"{claim['params_b']:g} B x {claim['bits']:g} bits = {on_cards}: at most {number(ceiling)} tokens/s{of}"
 
 
 def speed_verdict(claim: dict[str, Any], streamed: float, ceiling: float) -> str:
@@ -93,7 +94,7 @@ def speed_verdict(claim: dict[str, Any], streamed: float, ceiling: float) -> str
     share = claim["tokens_per_sec"] / ceiling
     if share <= 1:
         return f"{fits}possible, {share:.0%} of the ceiling"
-    return f"{fits}**impossible** at batch {claim.get('batch', 1)}: {share:.3g} times the ceiling"
+    return f"{fits}**impossible** at batch {claim.get('batch', 1)}: {number(share)} times the ceiling"
 
 
 CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Any]], tuple[str, str]]] = {

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launcher.amounts import UNKNOWN, number
 from launcher.report.accuracy_text import accuracy_page
 from parallel.units import MIB
 
-UNKNOWN = "-"
 RUN_COLUMNS = (
     "run", "cards", "dtype", "load s", "GB/s", "TTFT ms", "ms/token p50", "p99", "tokens/s", "communication",
     "tokens/J", "predicted MiB", "peak MiB",
@@ -284,13 +284,6 @@ def probe_section(name: str, report: dict[str, Any]) -> str:
 def table(columns: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None) -> str:
-    """Three significant digits."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,13 @@ SIZES = {
 }
 # Two names for one function.
 ACTIVATIONS = ("silu", "swish")
+# Of the section about rotary embeddings: its numbers, and those that a rope_type cannot do without.
+ROTATION_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NEEDED_FOR_ROTATION = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 # The defaults of transformers' config classes, for fields that a config.json may leave out.
 DEFAULT_WINDOW = 4096
 DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -106,12 +113,17 @@ def _check_rotation(file: Path, config: dict[str, Any]) -> None:
                 f"{file}: {name}.rope_type={kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}. "
                 "Set model.path to a model with one of these."
             )
+        if lacking := [field for field in NEEDED_FOR_ROTATION.get(kind, ()) if section.get(field) is None]:
+            raise ShapeError(
+                f"{file}: {name} has no {', '.join(lacking)}, which rope_type={kind!r} needs. Take the config.json "
+                "that belongs to the weights."
+            )
         _check_rotation_numbers(file, f"{name}.", section)
 
 
 def _check_rotation_numbers(file: Path, name: str, section: dict[str, Any]) -> None:
     """Angles are powers of these: a zero or a text would be found in the first pass only, as logits that are none."""
-    for field in ("rope_theta", "factor"):
+    for field in ROTATION_NUMBERS:
         value = section.get(field)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 < value < math.inf):

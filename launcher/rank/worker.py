@@ -22,6 +22,7 @@ from launcher.job import Job, build_environment, load_job
 from launcher.processes.ranks import PARENT, STORE_SOCKET
 from launcher.processes.start import die_with_parent, end_process, rank_log
 from launcher.rank.imports import begin_context, lean_imports
+from launcher.whole_file import write_whole
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -73,7 +74,8 @@ def run_rank(job: Job) -> None:
 
     run = run_task if job.baseline is None else run_baseline
     results = run(job, rank, EventWriter(run_dir, rank=rank))
-    write_results(run_dir, rank, results | {"host_peak_bytes": host.peak_bytes()})
+    results |= {"host_peak_bytes": host.peak_bytes()}
+    write_whole(run_dir / "ranks" / f"{rank}.json", json.dumps(results))
 
 
 def serve_store() -> TCPStore | None:
@@ -115,13 +117,6 @@ def run_baseline(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
     results = baselines.run_baseline(job, rank, events)
     del store
     return results
-
-
-def write_results(run_dir: Path, rank: int, results: dict[str, Any]) -> None:
-    target = run_dir / "ranks" / f"{rank}.json"
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(results), encoding="utf-8")
-    partial.rename(target)
 
 
 if __name__ == "__main__":

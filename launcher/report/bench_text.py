@@ -123,7 +123,7 @@ def step_text(report: dict[str, Any]) -> str:
         return text
     offload = report["offload"]
     if offload is not None:
-        streamed = f"{offload['bytes_per_pass'] / 1e9:.3g} GB from host memory"
+        streamed = f"{number(offload['bytes_per_pass'] / 1e9)} GB from host memory"
         text += f", {streamed} at {number(offload['gb_per_sec'])} of a copy's {number(offload['copy_gb_per_sec'])} GB/s"
         return f"{text}, {percent(share)} of the floor; with the profiler:"
     return f"{text}, {percent(share)} of a copy's {number(found['copy_gb_per_sec'])} GB/s; with the profiler:"

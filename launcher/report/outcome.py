@@ -9,8 +9,11 @@ from typing import Any
 
 from launcher.config import RunConfig
 from launcher.failures import Failure
-from launcher.report.console import print_failure
+from launcher.finished import FINISHED_FILE
+from launcher.report.console import print_failure, print_note
 from launcher.report.report import failure_report
+from launcher.report.speed_text import incomplete_text
+from launcher.whole_file import write_whole
 
 REPORT = "report.json"
 
@@ -23,37 +26,25 @@ def write_report(report: dict[str, Any], run_dir: Path) -> None:
     """
     line = json.dumps(report)
     print(line, flush=True)
-    store(run_dir, line)
+    write_whole(run_dir / REPORT, f"{line}\n")
 
 
 def discard_report(run_dir: Path) -> None:
     """Removes that of an earlier run in this folder, which would pass for this one's if it were killed."""
-    (run_dir / REPORT).unlink(missing_ok=True)
-
-
-def store(run_dir: Path, line: str) -> None:
-    """Writes report.json whole or not at all.
-
-    Raises:
-        OSError: with the file's name, which a full disk's own error lacks.
-    """
-    partial = run_dir / f"{REPORT}.partial"
-    try:
-        partial.write_text(line + "\n", encoding="utf-8")
-        partial.replace(run_dir / REPORT)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(run_dir / REPORT)) from error
+    for name in (REPORT, FINISHED_FILE):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def report_failure(failure: Failure, run: RunConfig | None, run_dir: Path | None, exit_code: int = 1) -> int:
     """Says what failed and returns the exit code."""
     print_failure(failure)
-    line = json.dumps(failure_report(failure, run, run_dir))
+    report = failure_report(failure, run, run_dir)
+    if report["incomplete"] is not None:
+        print_note(incomplete_text(report["incomplete"]))
+    line = json.dumps(report)
     # The folder may be what failed; the line on stdout says it all.
     with contextlib.suppress(OSError):
         if run_dir is not None:
-            store(run_dir, line)
+            write_whole(run_dir / REPORT, f"{line}\n")
     print(line, flush=True)
     return exit_code

@@ -62,7 +62,7 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
     if not isinstance(times, Times):
         least = [] if plan.tpot_floor_ms is None else [("time a token, predicted", floor_text(plan.tpot_floor_ms))]
         return [*least, ("times, predicted", f"none: {times}.")]
-    token = f"{times.tpot_ms:.3g} ms at batch {plan.batch_size}"
+    token = f"{number(times.tpot_ms)} ms at batch {plan.batch_size}"
     token += "" if plan.tpot_floor_ms is None else f"; {floor_text(plan.tpot_floor_ms)}"
     talk = f"; communication is {times.comm_share:.0%} of it" if plan.placement.world_size > 1 else ""
     return [
@@ -84,7 +84,7 @@ def streamed_text(offload: OffloadPlan) -> str:
     text = f"{num_streamed} of {num_layers}, {gib:.2f} GiB of host memory with the embedding"
     if offload.pass_ms is not None and num_streamed:
         rate = min(rate for rate in offload.copy_gb_per_sec if rate is not None)
-        text += f", {max(offload.pass_bytes) / 1e9:.3g} GB a pass at {rate:.3g} GB/s"
+        text += f", {number(max(offload.pass_bytes) / 1e9)} GB a pass at {number(rate)} GB/s"
     if offload.host_may_compute:
         text += ", less in steps where the host is fast enough to compute some of them"
     return f"{text}: {offload.reason}"
@@ -113,10 +113,8 @@ def describe_disk(offload: OffloadPlan) -> list[tuple[str, str]]:
     if offload.disk_rate is None or offload.disk_ms is None:
         return []
     read, ring, rate = sum(offload.disk_bytes) / 1e9, sum(offload.ring_bytes) / GIB, offload.disk_rate
-    text = (
-        f"{len(offload.disk_layers)}, {read:.3g} GB a pass as the checkpoint has it, {ring:.2f} GiB of host memory to "
-    )
-    text += f"read ahead; {number(offload.disk_ms)} ms at {rate.gb_per_sec:.3g} GB/s ({rate.source})"
+    text = f"{len(offload.disk_layers)}, {number(read)} GB a pass as the checkpoint has it, {ring:.2f} GiB of host"
+    text += f" memory to read ahead; {number(offload.disk_ms)} ms at {number(rate.gb_per_sec)} GB/s ({rate.source})"
     if offload.pack_ms:
         text += f"; packing them meanwhile {number(offload.pack_ms)} ms, estimated by bytes moved"
     return [("layers from the disk, predicted", text)]

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from launcher.config import RunConfig
 from launcher.failures import Failure
+from launcher.finished import read_finished
 from launcher.hardware.inventory import Inventory
 from launcher.job import Job
 from launcher.plan.offload import OffloadPlan
@@ -227,7 +228,10 @@ def card_report(job: Job, rank: int, usage: CardUsage, result: dict[str, Any]) -
 
 
 def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None) -> dict[str, Any]:
-    """The line of a run that failed: every field of a report, null as far as it never came to it."""
+    """The line of a run that failed: every field of a report, null as far as it never came to it.
+
+    `incomplete` has what it had measured by then.
+    """
     return {
         "task": run.task.kind.value if run else None,
         "model": run.model.name if run else None,
@@ -236,6 +240,7 @@ def failure_report(failure: Failure, run: RunConfig | None, run_dir: Path | None
         **dict.fromkeys(("world_size", "device", "topology", *MEASURED, "predicted", "outputs")),
         "cards": [],
         "error": asdict(failure),
+        "incomplete": read_finished(run_dir) if run_dir else None,
         "run_dir": str(run_dir) if run_dir else None,
         "versions": versions(),
     }

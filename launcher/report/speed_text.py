@@ -1,4 +1,4 @@
-"""What task=generate measured, for reading."""
+"""What task=generate measured, and what task=bench had when it was ended, for reading."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def speed_table(report: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def incomplete_text(measured: dict[str, Any]) -> str:
+    """What a workload's finished repeats came to, where not all could be."""
+    tpot = measured["tpot_ms"]
+    return (
+        f"incomplete, {measured['repeats']} of {measured['wanted_repeats']} repeats: time to first token "
+        f"{number(measured['ttft_ms'])} ms, per output token {number(tpot['p50'])} ms (p99 {number(tpot['p99'])}), "
+        f"{number(measured['tokens_per_sec'])} tokens/s"
+    )
 
 
 def startup_text(startup: dict[str, float] | None) -> str:
@@ -69,9 +79,9 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     """None where all layers are on the cards."""
     if offload is None:
         return []
-    amount_text = f"{offload['bytes_per_pass'] / 1e9:.3g} GB a step at {number(offload['gb_per_sec'])} GB/s"
+    amount_text = f"{number(offload['bytes_per_pass'] / 1e9)} GB a step at {number(offload['gb_per_sec'])} GB/s"
     if offload["kv_bytes_per_pass"]:
-        amount_text += f" ({offload['kv_bytes_per_pass'] / 1e9:.3g} of them keys and values)"
+        amount_text += f" ({number(offload['kv_bytes_per_pass'] / 1e9)} of them keys and values)"
     rows = [("from host memory", f"{amount_text}, {percent(offload['share_of_copy'])} of a plain copy's")]
     if offload["host_layers"]:
         number_text = f"{len(offload['host_layers'])} layers, in steps of up to {offload['host_rows']} rows"
@@ -79,5 +89,5 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     disk = offload["disk"]
     if disk is None:
         return rows
-    read_text = f"{disk['bytes_per_pass'] / 1e9:.3g} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    read_text = f"{number(disk['bytes_per_pass'] / 1e9)} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
     return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launcher.finished import keep_finished
 from launcher.rank.context import RankContext
 from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
@@ -138,11 +139,13 @@ def warm_up(bench: Bench) -> float:
 
 
 def measure_runs(bench: Bench) -> tuple[list[MeasuredRun], dict[str, float]]:
-    """The measured runs, and between which times they were made."""
-    num, runs, start = bench.context.job.run.workload.repeats, [], time.time()
+    """The measured runs, and between which times they were made; those so far are kept as they end."""
+    context, num, runs, start = bench.context, bench.context.job.run.workload.repeats, [], time.time()
     for number in range(num):
         runs.append(bench.measure(number))
-        bench.context.events.progress("measuring", number + 1, num, "runs")
+        if context.rank == 0:
+            keep_finished(context.run_dir, {"repeats": len(runs), "wanted_repeats": num} | summarise(runs))
+        context.events.progress("measuring", number + 1, num, "runs")
     return runs, {"start": start, "end": time.time()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from transformers import AutoConfig, PretrainedConfig
+
 
 def read_texts(read: Callable[[str], Any], folder: str, files: str) -> Any:
     """What `read` makes of a model's folder; `files` names those that it reads.
@@ -20,3 +22,9 @@ def read_texts(read: Callable[[str], Any], folder: str, files: str) -> Any:
             f"{files} in {folder} cannot be used ({type(error).__name__}: {reason}). Take the files that belong to the "
             "weights, or download them again."
         ) from error
+
+
+def read_config(folder: str) -> PretrainedConfig:
+    """Raises ValueError: transformers takes its config.json for no model's."""
+    config: PretrainedConfig = read_texts(AutoConfig.from_pretrained, folder, "config.json")
+    return config

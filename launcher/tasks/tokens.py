@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,7 +16,7 @@ from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
 from launcher.plan.context import context_limit
 from launcher.prompts import Prompt, prompt_key
-from launcher.tasks.model_texts import read_texts
+from launcher.tasks.model_texts import read_config, read_texts
 
 # Any of TOKENIZER_FILES is a tokenizer.
 GENERATION = "generation_config.json"
@@ -26,14 +27,15 @@ def load_tokenizer(job: Job) -> PreTrainedTokenizerFast | None:
     """None: weights are dummies and the model brings no tokenizer.
 
     Raises:
-        ValueError: there is none, or its files cannot be used.
+        ValueError: there is none, or its files or the model's config.json cannot be used.
     """
     folder = job.model_folder
     if job.run.model.weights == WeightsKind.dummy and not has_tokenizer(folder):
         return None
     assert folder is not None, "only dummy weights come without a folder"
-    # Transformers reads them all, whichever is broken.
-    what = "the tokenizer (tokenizer.json, tokenizer_config.json, config.json)"
+    # Transformers reads it for the tokenizer, too, whose fault it would seem to be.
+    read_config(folder)
+    what = "the tokenizer (tokenizer.json, tokenizer_config.json)"
     if not has_tokenizer(folder):
         what = f"the tokenizer, of which no file is there ({', '.join(TOKENIZER_FILES)}),"
     return read_texts(AutoTokenizer.from_pretrained, folder, what)
@@ -53,13 +55,34 @@ def eos_token_ids(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> frozen
     """Every token that ends an answer: those of generation_config.json, else the tokenizer's.
 
     None end those of dummy weights: they come at random, and would end what is to be measured.
+
+    Raises:
+        ValueError: generation_config.json cannot be read, or names no token that the model has.
     """
     if job.run.model.weights == WeightsKind.dummy or job.model_folder is None:
         return frozenset()
-    ids: int | list[int] | None = None if tokenizer is None else tokenizer.eos_token_id
     if (Path(job.model_folder) / GENERATION).exists():
-        ids = read_texts(GenerationConfig.from_pretrained, job.model_folder, GENERATION).eos_token_id or ids
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
+        ids = read_texts(GenerationConfig.from_pretrained, job.model_folder, GENERATION).eos_token_id
+        if ids not in (None, []):
+            return check_eos(job, ids)
+    eos_id = None if tokenizer is None else tokenizer.eos_token_id
+    return frozenset() if eos_id is None else frozenset([eos_id])
+
+
+def check_eos(job: Job, value: Any) -> frozenset[int]:
+    """The ids in `value`, a number or a list of them. Ids beyond the model's among others do no harm: none is drawn.
+
+    Raises:
+        ValueError: it is something else, or with it no answer would ever end.
+    """
+    assert job.shape is not None
+    ids, size = value if isinstance(value, list) else [value], job.shape.vocab_size
+    if not all(type(each) is int for each in ids) or not any(0 <= each < size for each in ids):
+        raise ValueError(
+            f"{GENERATION} in {job.model_folder}: eos_token_id={value!r} must be a token that the model has, from 0 to "
+            f"{size - 1}, or a list of them. Take the file that belongs to the weights, or correct it."
+        )
+    return frozenset(ids)
 
 
 def encode_prompts(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> list[list[int]]:

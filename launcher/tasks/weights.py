@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from launcher.config import WeightsKind
 from launcher.models.shape import ModelShape
 from launcher.rank.context import RankContext
-from launcher.tasks.model_texts import read_texts
+from launcher.tasks.model_texts import read_config
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
@@ -93,10 +93,7 @@ def give_back(device: torch.device) -> None:
 
 def config_of(source: Source) -> PretrainedConfig:
     """Raises ValueError: transformers takes its config.json for no model's."""
-    if source.folder is None:
-        return config_of_shape(source.shape)
-    config: PretrainedConfig = read_texts(AutoConfig.from_pretrained, source.folder, "config.json")
-    return config
+    return config_of_shape(source.shape) if source.folder is None else read_config(source.folder)
 
 
 def config_of_shape(shape: ModelShape) -> PretrainedConfig:

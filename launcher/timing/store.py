@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.timing.fit import Calibration
+from launcher.whole_file import write_whole
 
 
 def calibration_path(card: str, world_size: int, *, peer_access: bool, sums: Sequence[str] = ()) -> Path:
@@ -28,9 +29,7 @@ def calibration_path(card: str, world_size: int, *, peer_access: bool, sums: Seq
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(TypeAdapter(Calibration).dump_json(calibration, indent=1))
-    partial.rename(path)
+    write_whole(path, TypeAdapter(Calibration).dump_json(calibration, indent=1).decode())
 
 
 def load_calibration(path: Path) -> Calibration | None:

@@ -19,9 +19,10 @@ from launcher import cli
 from launcher.config import ConfigError
 from launcher.locks import InUse, held, held_output
 from launcher.prompts import Prompt
-from launcher.report.outcome import store, write_report
+from launcher.report.outcome import write_report
 from launcher.run import held_answers
 from launcher.tasks import generate
+from launcher.whole_file import write_whole
 from tests.launcher.cli import SHORT, started, wait_until
 from tests.launcher.cli import run as run_as_user
 from tests.launcher.forked import ForkedProcess, run
@@ -174,9 +175,9 @@ def test_report_that_cannot_be_stored_is_on_stdout_before_the_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    store(tmp_path, "old")
+def test_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_whole(tmp_path / "report.json", "old")
     (tmp_path / "report.json.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        store(tmp_path, "new")
-    assert (tmp_path / "report.json").read_text() == "old\n"
+        write_whole(tmp_path / "report.json", "new")
+    assert (tmp_path / "report.json").read_text() == "old"

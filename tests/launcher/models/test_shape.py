@@ -214,6 +214,15 @@ def test_an_activation_that_no_kernel_computes_is_refused_by_name(tmp_path: Path
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0 must be a number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2' must be a number above 0"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor, which rope_type='linear' needs"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": None}},
+            "rope_parameters has no low_freq_factor, high_freq_factor, which rope_type='llama3' needs",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": "1", "high_freq_factor": 4}},
+            "rope_parameters.low_freq_factor='1' must be a number above 0",
+        ),
         ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a number above 0"),
     ],
 )
@@ -225,7 +234,8 @@ def test_rotation_without_one_table_is_refused_before_weights_load(
 
 @pytest.mark.parametrize("kind", ROPE_TYPES)
 def test_rotations_that_have_a_table_are_those_that_the_engine_takes(tmp_path: Path, kind: str) -> None:
-    assert shape_from_checkpoint(written(tmp_path, rope_scaling={"type": kind})).intermediate_size == 208
+    rotation = {"type": kind, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert shape_from_checkpoint(written(tmp_path, rope_scaling=rotation)).intermediate_size == 208
     rotary: Any = SimpleNamespace(rope_type=kind, attention_scaling=1.0, get_buffer=lambda name: torch.ones(4))
     rotary_tables(rotary, 8)
 

@@ -28,6 +28,7 @@ from launcher.plan.plan import Plan, plan_run
 from launcher.plan.prefill import wanted_passes
 from launcher.plan.topology import PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
+from launcher.timing.predict import Times
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.footprint import held_bits
 from parallel.units import GIB, MIB
@@ -316,3 +317,9 @@ def test_tables_say_that_numbers_are_predicted() -> None:
     parts = ("Memory in GiB, predicted", "weights.mlp", "rank 3", f"{decided.kv_tokens_that_fit:,}", "left, predicted")
     assert all(part in text for part in parts)
     assert all("predicted" in label for label, value in describe(decided, LLAMA_70B_AWQ, NO_TIMES) if " ms" in value)
+
+
+def test_seconds_a_token_read_as_milliseconds_without_exponents() -> None:
+    times = Times("a test", (), 1421.4, {}, 0.0, "", 0.7, 2316.0, 1e4, None)
+    said = dict(describe(plan(TINY, CPU, 1), TINY, times))
+    assert said["time a token, predicted"] == "1,421 ms at batch 1"

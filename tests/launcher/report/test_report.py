@@ -11,13 +11,14 @@ import pytest
 
 from launcher.config import LimitsConfig, ModelFacts
 from launcher.failures import Failure
+from launcher.finished import keep_finished
 from launcher.hardware.inventory import Inventory
 from launcher.job import Job
 from launcher.models.shape import shape_from_facts
 from launcher.plan.plan import plan_run
 from launcher.report import report as report_module
 from launcher.report.console import print_report
-from launcher.report.outcome import report_failure, write_report
+from launcher.report.outcome import discard_report, report_failure, write_report
 from launcher.report.report import base_report, build_report, failure_report, slow_kernels
 from launcher.telemetry.sampler import Telemetry
 from launcher.telemetry.usage import CardUsage
@@ -224,6 +225,13 @@ def test_failure_is_told_to_people_scripts_and_the_folder(tmp_path: Path, capsys
     out, err = capsys.readouterr()
     assert failure.message in err and "Shorten it." in err and "Log: /logs/rank0.log" in err
     assert json.loads(out)["error"] == json.loads((tmp_path / "report.json").read_text())["error"] == asdict(failure)
+
+
+def test_figures_of_an_earlier_run_in_the_folder_are_not_those_of_one_that_failed(tmp_path: Path) -> None:
+    keep_finished(tmp_path, {"repeats": 1})
+    assert failure_report(Failure("OSError", "gone"), None, tmp_path)["incomplete"] == {"repeats": 1}
+    discard_report(tmp_path)
+    assert failure_report(Failure("OSError", "gone"), None, tmp_path)["incomplete"] is None
 
 
 def test_failure_is_told_even_where_the_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

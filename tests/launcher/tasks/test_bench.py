@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from launcher.report.bench_text import predicted_row
 from launcher.report.report import predicted_times
 from launcher.run import check_baselines
 from launcher.timing.predict import Times
+from tests.launcher.cli import PYTHON, started, torchrun
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 
@@ -88,6 +90,22 @@ def test_one_rank_answers_requests_that_come_over_time(tmp_path: Path) -> None:
     assert (prefill["pass_ms"]["without_all_reduce"], prefill["parts"]["all_reduce"]["us"]) == (None, 0)
     assert prefill["parts"]["products"]["us"] > 0
     assert "50 requests/s" in result.stderr
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, torchrun(2)], ids=["python", "torchrun of two"])
+def test_bench_that_is_ended_reports_the_repeats_that_it_had(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    endless = ("gpus=2", *SMALL, "workload.repeats=100000", "workload.warm_up=0")
+    with started(*endless, folder=tmp_path / "run", launcher=launcher) as running:
+        running.wait_for("finished.json")
+        running.process.send_signal(signal.SIGTERM)
+        result = running.finish()
+    report = result.report
+    assert result.returncode != 0 and report["error"]["type"] == "Interrupted"
+    assert (report["ttft_ms"], report["tokens_per_sec"]) == (None, None)
+    measured = report["incomplete"]
+    assert 1 <= measured["repeats"] < measured["wanted_repeats"] == 100000
+    assert measured["ttft_ms"] > 0 and measured["tpot_ms"]["p99"] >= measured["tpot_ms"]["p50"] > 0
+    assert f"incomplete, {measured['repeats']} of 100000 repeats: time to first token " in result.stderr
 
 
 def test_predicted_tokens_wait_for_prompts_as_measured_ones_do() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,8 +77,30 @@ def test_dummy_weights_use_the_tokenizer_that_is_there_and_no_end_of_text(tmp_pa
 
 
 def test_checkpoints_end_with_their_end_of_text(tmp_path: Path) -> None:
-    job = replace(make_job(tmp_path), model_folder=str(DEMO))
+    job = replace(make_job(tmp_path), model_folder=str(DEMO), shape=shape_from_facts(FACTS))
     assert eos_token_ids(job, load_tokenizer(job)) == frozenset([1])
+
+
+def job_with_eos(tmp_path: Path, eos: Any) -> Job:
+    folder = copy_demo(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return replace(make_job(tmp_path), model_folder=str(folder), shape=shape_from_facts(FACTS))
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(0, [0]), ([511, 7], [7, 511]), ([7, 512], [7, 512]), (None, [1]), ([], [1])])
+def test_end_of_text_is_that_of_the_generation_config_else_the_tokenizers(
+    tmp_path: Path, eos: Any, ids: list[int]
+) -> None:
+    job = job_with_eos(tmp_path, eos)
+    assert eos_token_ids(job, load_tokenizer(job)) == frozenset(ids)
+
+
+@pytest.mark.parametrize("eos", [512, -1, "</s>", [7, None], [7, "7"], 1.5, True, [[7]], {}])
+def test_end_of_text_that_no_answer_can_come_to_is_refused(tmp_path: Path, eos: Any) -> None:
+    job = job_with_eos(tmp_path, eos)
+    words = f"eos_token_id={eos!r} must be a token that the model has, from 0 to 511,"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        eos_token_ids(job, None)
 
 
 def test_without_a_tokenizer_no_token_has_text() -> None:
@@ -115,10 +139,13 @@ def test_generation_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         eos_token_ids(replace(make_job(tmp_path), model_folder=str(folder)), None)
 
 
-def test_config_that_transformers_refuses_is_named(tmp_path: Path) -> None:
+def test_config_that_transformers_refuses_is_named_and_not_the_tokenizer(tmp_path: Path) -> None:
     folder = copy_demo(tmp_path / "model", rms_norm_eps="a")
-    with pytest.raises(ValueError, match=f"^config.json in {folder} cannot be used .*rms_norm_eps"):
+    refusal = f"^config.json in {folder} cannot be used .*rms_norm_eps"
+    with pytest.raises(ValueError, match=refusal):
         config_of(Source(str(folder), shape_from_facts(FACTS), None))
+    with pytest.raises(ValueError, match=refusal):
+        load_tokenizer(replace(make_job(tmp_path), model_folder=str(folder)))
 
 
 def test_tokens_of_another_models_tokenizer_are_refused(tmp_path: Path) -> None:
