@@ -90,4 +90,6 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     if disk is None:
         return rows
     read_text = f"{number(disk['bytes_per_pass'] / 1e9)} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    if disk["drive_share"] is not None:
+        read_text += f", {percent(disk['drive_share'])} from the drive, the rest from the page cache"
     return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]

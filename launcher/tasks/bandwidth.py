@@ -130,12 +130,14 @@ def streaming(
 
 
 def from_disk(disk: DiskLayers, step_ms: float) -> dict[str, Any]:
-    """What this rank reads of the checkpoint in every pass."""
+    """What this rank reads of the checkpoint in every pass; `drive_share`: of all passes so far, not from the page
+    cache."""
     return {
         "layers": list(disk.indices),
         "bytes_per_pass": disk.bytes_per_pass,
         "ring_bytes": disk.ring_bytes,
         "gb_per_sec": disk.bytes_per_pass / step_ms / 1e6 if step_ms else None,
+        "drive_share": disk.reads.drive_share,
     }
 
 

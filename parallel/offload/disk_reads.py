@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -61,6 +62,15 @@ def stamp(status: os.stat_result) -> Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def drive_bytes() -> int | None:
+    """What drives have given this process so far, the page cache left out, as the kernel counts it (a network's files
+    and those in memory not among it); None where it does not tell."""
+    with suppress(OSError):
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(counts["read_bytes"])
+    return None
+
+
 class DiskReads:
     """Hands out the tensors of `layers` in turn, round after round from the place last given to `start`.
 
@@ -77,13 +87,27 @@ class DiskReads:
         self.chunks: Iterator[Chunk] = iter(())
         self.reading: deque[tuple[Chunk, Buffer, Future[None]]] = deque()
         self.pool = ThreadPoolExecutor(NUM_THREADS, "disk", initializer=use_device, initargs=(device,))
+        # Bytes asked for so far, and what drives had given before that.
+        self.num_read = 0
+        self.drive_before: int | None = None
 
     @property
     def ring_bytes(self) -> int:
         return self.ring.memory.nbytes
 
+    @property
+    def drive_share(self) -> float | None:
+        """How much of what was read came from a drive, not from the page cache; None where that is not known."""
+        given = drive_bytes()
+        if given is None or self.drive_before is None or not self.num_read:
+            return None
+        return min(1.0, (given - self.drive_before) / self.num_read)
+
     def start(self, place: int) -> None:
         """Goes on with the layer at `place`, whatever was to come."""
+        if not self.num_read:
+            # What was loaded does not count.
+            self.drive_before = drive_bytes()
         for _, _, future in self.reading:
             future.cancel()
         wait([future for _, _, future in self.reading])
@@ -121,6 +145,7 @@ class DiskReads:
     def fill_ring(self) -> None:
         while self.free:
             chunk, buffer = next(self.chunks), self.free.popleft()
+            self.num_read += chunk.num_rows * chunk.row_bytes
             self.reading.append((chunk, buffer, self.pool.submit(self.fill, chunk, buffer)))
 
     def fill(self, chunk: Chunk, buffer: Buffer) -> None:

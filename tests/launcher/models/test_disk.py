@@ -233,3 +233,4 @@ def test_run_from_a_copy_answers_as_resident(tmp_path: Path) -> None:
     assert disk["bytes_per_pass"] == predicted["disk_bytes"][0]
     assert disk["ring_bytes"] > 0
     assert disk["gb_per_sec"] == pytest.approx(disk["bytes_per_pass"] / offload["step_ms"] / 1e6)
+    assert 0 <= disk["drive_share"] <= 1

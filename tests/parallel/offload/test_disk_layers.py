@@ -238,6 +238,26 @@ def test_reads_go_round_and_begin_again_anywhere(tmp_path: Path, monkeypatch: py
         check_layer(reads, layers[(start + 1) % 3], tensors)
 
 
+def test_what_drives_gave_of_the_reads_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of which a part is wanted are read whole, and what the load had read before does not count."""
+    given = disk_reads.drive_bytes()
+    assert given is not None and given >= 0
+    tensors, layers = stored_layers(tmp_path, 3)
+    reads = DiskReads(layers, CPU, Stamps([tmp_path / "model.safetensors"]))
+    assert reads.drive_share is None
+    monkeypatch.setattr(disk_reads, "drive_bytes", lambda: 10**9)
+    reads.start(0)
+    assert reads.drive_share == 0
+    check_layer(reads, layers[0], tensors)
+    # Each asked for a second time, by the time that the first is used.
+    num_bytes = 4 * (28 * 3000 + 7 + 300 * 64 + 1)
+    monkeypatch.setattr(disk_reads, "drive_bytes", lambda: 10**9 + num_bytes)
+    assert reads.drive_share == pytest.approx(num_bytes / reads.num_read)
+    assert reads.num_read >= 2 * num_bytes
+    monkeypatch.setattr(disk_reads, "drive_bytes", lambda: None)
+    assert reads.drive_share is None
+
+
 def test_the_next_layer_is_read_while_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more than that."""
     monkeypatch.setattr(disk_reads, "CHUNK_BYTES", 4096)
