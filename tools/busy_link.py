@@ -25,7 +25,7 @@ WAIT_SEC = 0.1 * NUM_QUEUED * COPY_BYTES / 60e9
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.busy_link", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--card", type=int, default=0, help="its number (%(default)s)")
     parser.add_argument("command", nargs="+", help="what to run, behind --")
     args = parser.parse_args(argv)
