@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from parallel.engine.arrivals import Agree, Arrivals, alone
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.pending import Given, Pending, check_number
 from parallel.engine.scheduler import Scheduler
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -227,7 +228,7 @@ class Generation:
             self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
         self.engine.prefill_drafts(parts)
         self.scheduler.retire_sampled()
-        self.prefilled_tokens += sum(part.end - part.start for part in parts)
+        self.prefilled_tokens += sum(len(part) for part in parts)
         self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:

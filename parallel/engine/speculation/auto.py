@@ -11,9 +11,9 @@ from torch import Tensor
 
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.policy import Policy

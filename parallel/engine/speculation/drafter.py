@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import PagedModel, Part
+from parallel.engine.paged_model import PagedModel
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.tree_plan import TAKEN_IN
 from parallel.kernels.pages import PagedKV
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.tree_plan import TreePlan
