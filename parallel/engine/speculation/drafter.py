@@ -47,7 +47,7 @@ class ModelDrafter:
         for start in range(-1 - num_passes * TAKEN_IN, -1, TAKEN_IN):
             offsets = torch.arange(start, start + TAKEN_IN, device=history.device)
             places = (rows.positions.unsqueeze(1) + offsets).clamp(min=0)
-            tokens = history.gather(1, places).long().clamp(max=sum(self.sampler.shards.sizes) - 1)
+            tokens = self.sampler.readable(history.gather(1, places).long())
             self.model.row_states(rows.spread(tokens, start))
 
 

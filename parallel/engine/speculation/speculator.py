@@ -112,9 +112,7 @@ class Speculator:
     def step(self, rows: Rows, row_logits: Callable[[Rows], Tensor]) -> None:
         """Drafts, checks, and advances `rows`, the engine's first, as far as drafts were right and one further."""
         drafts = self.propose(rows)
-        # A draft that is no token of the model is never drawn.
-        known = drafts.clamp(0, sum(self.sampler.shards.sizes) - 1)
-        tokens = torch.cat([rows.tokens.unsqueeze(1), known], dim=1)
+        tokens = torch.cat([rows.tokens.unsqueeze(1), self.sampler.readable(drafts).clamp(min=0)], dim=1)
         checked = rows.spread(tokens, 0)
         drawn = self.sampler(row_logits(checked), checked.keys, checked.positions + 1).view(tokens.shape)
         active = checked.active.view(tokens.shape)

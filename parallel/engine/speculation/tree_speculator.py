@@ -97,9 +97,7 @@ class TreeSpeculator:
         rows.advance(tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1), counts)
 
     def rows_of(self, rows: Rows, tree: TokenTree) -> TreeRows:
-        # A draft that is no token of the model is never drawn.
-        known = tree.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1)
-        return tree_rows(rows, known, tree.depths, tree.masks, first=0, start=0)
+        return tree_rows(rows, self.sampler.readable(tree.tokens), tree.depths, tree.masks, first=0, start=0)
 
     def _give(self, tokens: Tensor, path: Tensor, num_nodes: Tensor, counts: Tensor) -> None:
         is_none = torch.arange(tokens.shape[1], device=tokens.device) >= counts.unsqueeze(1)
