@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 
 from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
-from parallel.engine.pending import Given, Pending, check_number
+from parallel.engine.pending import Pending, check_number
 from parallel.engine.scheduler import Scheduler
 from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.acceptance import Acceptance
+from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.text import TextStream
 
