@@ -23,9 +23,8 @@ from parallel.transports.channel import (
     REDUCTIONS,
     Channel,
     OverChannel,
-    is_aligned,
+    aligned,
     open_channel,
-    plain_copy,
     reduce_aligned,
 )
 from parallel.transports.torch_distributed import open_nccl
@@ -115,13 +114,8 @@ class HostMemory(OverChannel[SlotChannel]):
         if not 0 < tensor.nbytes <= self.max_bytes:
             return self.inner.all_gather(tensor)
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
-        self.channel.all_gather(tensor if is_plain(tensor) else plain_copy(tensor), gathered)
+        self.channel.all_gather(aligned(tensor, DATA_BYTES), gathered)
         return gathered
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the kernel can take `tensor` where it lies."""
-    return is_aligned(tensor, DATA_BYTES)
 
 
 def wrap_host_memory(

@@ -18,7 +18,7 @@ from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.kernels.launch import read_source
 from parallel.transports import dense, two_step
 from parallel.transports.by_size import BySize
-from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
+from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES, is_aligned
 from parallel.transports.dense import EXACT, INT8, DenseHostMemory, DenseLayout, LineFormat
 from parallel.transports.host_memory import (
     DATA_BYTES,
@@ -29,7 +29,6 @@ from parallel.transports.host_memory import (
     HostMemory,
     Layout,
     choose_launch,
-    is_plain,
 )
 from parallel.transports.shared_region import SharedRegion, share_region
 from parallel.transports.solo import Solo
@@ -271,12 +270,12 @@ class FakeChannel:
         self.given: list[Tensor] = []
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        assert is_plain(source) and is_plain(target)
+        assert is_aligned(source, DATA_BYTES) and is_aligned(target, DATA_BYTES)
         self.given.append(source)
         target.copy_(ordered_sum([source, source]))
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
-        assert is_plain(source) and is_plain(target)
+        assert is_aligned(source, DATA_BYTES) and is_aligned(target, DATA_BYTES)
         self.given.append(source)
         target.copy_(torch.stack([source, source]))
 
