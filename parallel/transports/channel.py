@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator, TransportError
 from parallel.kernels.launch import load_kernel
+from parallel.transports.region_layout import ERROR_STRIDE, RegionLayout
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
-# host_memory_common.cuh has the same numbers.
-PAGE_BYTES = 4096
-ERROR_STRIDE = 64
 REDUCTIONS = {
     torch.bfloat16: "reduce_bfloat16",
     torch.float16: "reduce_float16",
@@ -26,20 +24,6 @@ FOLDER = Path(__file__).parent
 PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
-
-
-class RegionLayout(Protocol):
-    """Where things lie in a region; all in bytes."""
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def own(self, rank: int) -> tuple[int, int]:
-        """Start and end of what `rank` writes."""
-        ...
 
 
 L = TypeVar("L", bound=RegionLayout)

@@ -18,21 +18,13 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import (
-    PAGE_BYTES,
-    REDUCTIONS,
-    Channel,
-    OverChannel,
-    aligned,
-    open_channel,
-    reduce_aligned,
-)
+from parallel.transports.channel import REDUCTIONS, Channel, OverChannel, aligned, open_channel, reduce_aligned
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES
 from parallel.transports.torch_distributed import open_nccl
 from parallel.units import KIB
 
 DATA_BYTES = 8
 LINE_BYTES = 16
-MAX_RANKS = 4
 # What a slot can carry; the choice of transport finds out by measurement up to which size it pays.
 MAX_BYTES = 512 * KIB
 # (up to so many bytes, blocks, threads), on an H200 at PCIe 5.0: 4.3 us, 7.6 us and 20.5 us at these sizes.
@@ -41,7 +33,7 @@ GATHER = "gather_bytes"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SlotLayout:
     """Where things lie in the region: a page of error words, then each rank's two slots; all in bytes."""
 
     world_size: int
@@ -78,7 +70,7 @@ def choose_launch(num_bytes: int) -> tuple[int, int]:
     return min(blocks, -(-lines // threads)), threads
 
 
-class SlotChannel(Channel[Layout]):
+class SlotChannel(Channel[SlotLayout]):
     """Collectives of up to `layout.max_bytes`, on tensors that are contiguous and aligned to 8 bytes."""
 
     source = "host_memory.cu"
@@ -126,7 +118,7 @@ def wrap_host_memory(
     Raises:
         TransportError: as `open_channel`.
     """
-    layout = Layout(inner.world_size, max_bytes)
+    layout = SlotLayout(inner.world_size, max_bytes)
     return HostMemory(inner, open_channel(SlotChannel, inner, device, layout, timeout_sec=timeout_sec))
 
 

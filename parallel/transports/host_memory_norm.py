@@ -9,14 +9,8 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels.fused import MAX_HIDDEN, PIECE, PIECE_BYTES, WARP
-from parallel.transports.channel import (
-    PAGE_BYTES,
-    Channel,
-    OverChannel,
-    aligned,
-    open_channel,
-)
-from parallel.transports.host_memory import MAX_RANKS
+from parallel.transports.channel import Channel, OverChannel, aligned, open_channel
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES
 from parallel.transports.shared_region import SharedRegion
 from parallel.units import KIB
 
