@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Job:
     captured_passes: int = 0
     # When the parent took it up, in seconds since 1970.
     started: float = 0.0
+
+    @property
+    def elapsed_sec(self) -> float:
+        """Since the parent took it up."""
+        return time.time() - self.started
 
     @property
     def output_path(self) -> Path:

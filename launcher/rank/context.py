@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from parallel.communicator import Communicator
 from parallel.shard import share_process_group
 from parallel.transports.choice import PREFILL_BYTES, Range
 from parallel.transports.selftest import DECODE_BYTES
-from parallel.transports.solo import Solo
 from parallel.units import GIB
 
 
@@ -46,17 +45,22 @@ class RankContext:
         return Path(self.job.run_dir)
 
     def reached(self, step: str) -> None:
-        self.startup[f"{step}_sec"] = time.time() - self.job.started
+        self.startup[f"{step}_sec"] = self.job.elapsed_sec
 
     def abort(self, error: Exception) -> None:
-        """Ends this rank from any thread, for when the main one hangs in a collective."""
-        log = str(rank_log(self.run_dir, self.rank))
-        write_first_failure(self.run_dir, describe_exception(error, self.rank, log))
-        os._exit(1)
+        """See `abort_rank`."""
+        abort_rank(self.job, self.rank, error)
 
     def transport_summary(self) -> dict[str, Any]:
         """Which transport carries which sizes, why, and what its self-test measured."""
         return {range_name(self.ranges, i): describe_range(each) for i, each in enumerate(self.ranges)}
+
+
+def abort_rank(job: Job, rank: int, error: Exception) -> None:
+    """Ends this rank from any thread, for when the main one hangs in a collective."""
+    run_dir = Path(job.run_dir)
+    write_first_failure(run_dir, describe_exception(error, rank, str(rank_log(run_dir, rank))))
+    os._exit(1)
 
 
 def range_name(ranges: Sequence[Range], i: int) -> str:
@@ -89,11 +93,10 @@ def joined_rank(
     device = open_device(job, rank)
     join_process_group(job, device)
     try:
-        context = RankContext(job, rank, device, Solo(device), (), events, startup or {})
-        context.reached("joined")
-        choice = open_transport(job, device, context.abort)
-        context.reached("links_tested")
-        yield replace(context, communicator=choice.communicator, ranges=choice.ranges)
+        joined = {"joined_sec": job.elapsed_sec}
+        choice = open_transport(job, device, partial(abort_rank, job, rank))
+        startup = {**(startup or {}), **joined, "links_tested_sec": job.elapsed_sec}
+        yield RankContext(job, rank, device, choice.communicator, choice.ranges, events, startup)
     finally:
         dist.destroy_process_group()
 

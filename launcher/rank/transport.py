@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -108,10 +109,10 @@ def open_solo(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
 
 def open_gloo(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
     gloo = open_kind(job, "gloo", device)
-    test = check_transport(gloo, device, timeout_sec=job.run.timeouts.selftest_sec, on_timeout=on_timeout)
+    decode = check_transport(gloo, device, timeout_sec=job.run.timeouts.selftest_sec, on_timeout=on_timeout)
     communicator = Rounded(gloo) if job.run.engine.all_reduce_bits == 8 else gloo
     reason = f"the one for {communicator.world_size} ranks on this device"
-    return Choice(communicator, (Range(communicator.name, None, reason, {DECODE_BYTES: test.decode.p50_us}),))
+    return Choice(communicator, (Range(communicator.name, None, reason, {DECODE_BYTES: decode.p50_us}),))
 
 
 def open_kind(job: Job, kind: str, device: torch.device) -> Communicator:
@@ -121,31 +122,41 @@ def open_kind(job: Job, kind: str, device: torch.device) -> Communicator:
 def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) -> Choice:
     """NCCL, and host memory for the messages at which it is faster; engine.transport narrows the choice."""
     wanted, tester = job.run.engine.transport, Tester(job, device, on_timeout, open_kind(job, "gloo", CPU))
-    base, base_proof = tester.prove("nccl", lambda: open_kind(job, "nccl", device), ALL_TIMED_BYTES)
+    base, base_proof = tester.prove("nccl", partial(open_kind, job, "nccl", device), ALL_TIMED_BYTES)
     if base is None:
         raise failure(base_proof)
     if wanted == TransportKind.nccl:
         return Choice(base, (Range("nccl", None, "engine.transport=nccl was asked for", base_proof.times_us),))
     opened, proofs = tester.prove_candidates(base)
-    small = proofs[HostMemory.name]
-    if wanted == TransportKind.auto:
-        ranges = plan_ranges(base_proof, list(proofs.values()))
-        gather_limit = faster_up_to(small.times_us, base_proof.times_us)
-    elif small.error:
-        raise failure(small)
-    else:
-        ranges = force_ranges(base_proof, list(proofs.values()), "engine.transport=host_memory was asked for")
-        gather_limit = max(small.times_us)
-    others = [proof for name, proof in proofs.items() if name != CopiedHostMemory.name]
-    # What carries large messages in a graph, which has no copies.
-    captured = fastest([base_proof, *others], PREFILL_BYTES) or base_proof
-    communicator, found = join_norm(compose(base, opened, ranges, gather_limit, captured.name, device), tester)
+    ranges, gather_limit = choose_ranges(wanted, base_proof, proofs)
+    composed = compose(base, opened, ranges, gather_limit, carrier_in_graphs(base_proof, proofs), device)
+    communicator, found = join_norm(composed, tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
         each.channel.timeout_sec = job.run.timeouts.collective_sec
     first = replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found])))
     return Choice(communicator, (first, *ranges[1:]))
+
+
+def choose_ranges(wanted: TransportKind, base: Proof, proofs: dict[str, Proof]) -> tuple[tuple[Range, ...], int]:
+    """Who carries which sizes, and up to how many bytes HostMemory also carries all-gathers.
+
+    Raises:
+        TransportError: host memory was asked for and does not work.
+    """
+    small, others = proofs[HostMemory.name], list(proofs.values())
+    if wanted == TransportKind.auto:
+        return plan_ranges(base, others), faster_up_to(small.times_us, base.times_us)
+    if small.error:
+        raise failure(small)
+    return force_ranges(base, others, "engine.transport=host_memory was asked for"), max(small.times_us)
+
+
+def carrier_in_graphs(base: Proof, proofs: dict[str, Proof]) -> str:
+    """Who carries large messages in a graph, which has no copies."""
+    others = [proof for name, proof in proofs.items() if name != CopiedHostMemory.name]
+    return (fastest([base, *others], PREFILL_BYTES) or base).name
 
 
 def compose(
@@ -219,7 +230,7 @@ class Tester:
         opened, proofs = {}, {}
         wanted = CANDIDATES | (ROUNDING if self.job.run.engine.all_reduce_bits == 8 else {})
         for name, candidate in wanted.items():
-            opener = lambda wrap=candidate.wrap: wrap(base, self.device, timeout_sec=self.wait_sec)  # noqa: E731
+            opener = partial(candidate.wrap, base, self.device, timeout_sec=self.wait_sec)
             communicator, proofs[name] = self.prove(name, opener, candidate.sizes, candidate.trial, close)
             if communicator is not None:
                 opened[name] = communicator
@@ -231,7 +242,7 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
     if not host_memory_norm.ENABLED:
         return inner, ""
     name, trial = host_memory_norm.NAME, Trial(find_wrong_norms, time_norm)
-    opener = lambda: wrap_norm(inner, tester.device, timeout_sec=tester.wait_sec)  # noqa: E731
+    opener = partial(wrap_norm, inner, tester.device, timeout_sec=tester.wait_sec)
     joined, proof = tester.prove(name, opener, NORM_BYTES, trial, close)
     if joined is None:
         return inner, f"{name} was left out: {proof.error}"

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +91,7 @@ def serve_store() -> TCPStore | None:
 
 
 def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
-    startup = {"rank_started_sec": time.time() - job.started}
+    startup = {"rank_started_sec": job.elapsed_sec}
     card = job.placement.cards[rank]
     if card is not None:
         begin_context(card)
@@ -101,7 +100,7 @@ def run_task(job: Job, rank: int, events: EventWriter) -> dict[str, Any]:
         from launcher.rank.context import joined_rank
         from launcher.tasks import TASKS
 
-    startup["imported_sec"] = time.time() - job.started
+    startup["imported_sec"] = job.elapsed_sec
     with joined_rank(job, rank, events, startup) as context:
         results = TASKS[job.run.task.kind](context)
         context.communicator.barrier()

@@ -28,9 +28,9 @@ from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import ElidedAllReduce
 from parallel.engine.chunk_timer import time_apart
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.engine.step_timer import time_steps
 from parallel.footprint import held_bits
 from parallel.kernels.pages import pages_for

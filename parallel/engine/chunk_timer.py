@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.kernels.pages import pages_for

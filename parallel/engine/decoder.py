@@ -85,18 +85,40 @@ class Decoder:
         """
         norm = layer.input_layernorm.weight
         normed = update.add_norm(residual, norm, self.eps) if update else rms_norm(residual, norm, self.eps)
-        return self.rotated(layer, normed, tokens, cache)
+        return self.queries_of_normed(layer, normed, tokens, cache)
 
-    def rotated(self, layer: Any, normed: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
-        """From the norm on: caches keys and values, and returns the queries, [tokens, local heads, head_dim]."""
+    def queries_of_normed(self, layer: Any, normed: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
+        """As `queries`, from the norm's `normed` [tokens, hidden] on."""
         if self.num_heads == 0:
             return normed.new_empty(len(normed), 0, self.head_dim)
-        return self.rotate(layer.self_attn, layer.self_attn.qkv(normed), tokens, cache)
+        return self.queries_of_qkv(layer.self_attn, layer.self_attn.qkv(normed), tokens, cache)
+
+    def queries_of_qkv(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
+        """As `queries`, from the products `qkv` [tokens, local heads of all three * head_dim] on."""
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        return rotary_and_cache(
+            qkv,
+            self.cos,
+            self.sin,
+            tokens.positions,
+            tokens.slots,
+            cache.keys,
+            cache.values,
+            self.num_heads,
+            self.num_kv_heads,
+            None if query_norm is None else query_norm.weight,
+            None if key_norm is None else key_norm.weight,
+            self.eps,
+        )
 
     def mlp(self, layer: Any, residual: Tensor, update: Update) -> Update:
         """A layer from its attention's `update` on: adds that to `residual`; what is to be added next."""
         normed = update.add_norm(residual, layer.post_attention_layernorm.weight, self.eps)
-        return self._mlp(layer.mlp, normed)
+        activated = swiglu(layer.mlp.gate_up, normed)
+        if self.streamer is None:
+            return layer.mlp.down_proj.update(activated)
+        # The norm after it is the next layer's: its arrival is not to be waited for before the sum is made.
+        return Update(layer.mlp.down_proj(activated), None)
 
     def layers(self, num_rows: int) -> Iterator[Any]:
         """In turn, for a pass of so many rows; each is ready until the next is asked for."""
@@ -128,28 +150,3 @@ class Decoder:
         # With more ranks than KV heads: nothing to do here but to add zeros to the sum.
         attended = attend(query, cache) if self.num_heads else query
         return layer.self_attn.o_proj.update(attended.flatten(1))
-
-    def _mlp(self, mlp: Any, normed: Tensor) -> Update:
-        activated = swiglu(mlp.gate_up, normed)
-        if self.streamer is None:
-            return mlp.down_proj.update(activated)
-        # The norm after it is the next layer's: its arrival is not to be waited for before the sum is made.
-        return Update(mlp.down_proj(activated), None)
-
-    def rotate(self, attention: Any, qkv: Tensor, tokens: Tokens, cache: PagedKV) -> Tensor:
-        """Caches the keys and values in `qkv` [tokens, ...]; returns the queries, [tokens, local heads, head_dim]."""
-        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        return rotary_and_cache(
-            qkv,
-            self.cos,
-            self.sin,
-            tokens.positions,
-            tokens.slots,
-            cache.keys,
-            cache.values,
-            self.num_heads,
-            self.num_kv_heads,
-            None if query_norm is None else query_norm.weight,
-            None if key_norm is None else key_norm.weight,
-            self.eps,
-        )

@@ -18,14 +18,13 @@ from parallel.communicator import Communicator
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.engine.page_allocator import PageAllocator
-from parallel.engine.paged_model import Part as Part
 from parallel.engine.paged_model import open_paged
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.recorded import Places
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
 from parallel.engine.speculation.speculator import Speculation, Speculator
@@ -164,7 +163,7 @@ class Engine:
         hidden = self.hidden_states(parts)
         for part in parts:
             part.sequence.num_prefilled = part.end
-        ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
         whole = [row for row, part in enumerate(parts) if part.sequence.is_prefilled]
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
 

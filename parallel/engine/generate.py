@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from parallel.engine.arrivals import Agree, Arrivals, alone
-from parallel.engine.engine import Engine, Part
-from parallel.engine.pending import Given, Pending, check_number
+from parallel.engine.engine import Engine
+from parallel.engine.pending import Pending, check_number
 from parallel.engine.scheduler import Scheduler
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.acceptance import Acceptance
+from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.text import TextStream
 
@@ -35,6 +37,10 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass(frozen=True)
@@ -227,35 +233,39 @@ class Generation:
             self.pending.append(Pending.fetch(started, first_tokens, is_step=False))
         self.engine.prefill_drafts(parts)
         self.scheduler.retire_sampled()
-        self.prefilled_tokens += sum(part.end - part.start for part in parts)
+        self.prefilled_tokens += sum(len(part) for part in parts)
         self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:
+        """Waits for what a pass gave, and adds it to the answers."""
         arrived, now = pending.wait()
         # Before anyone believes these tokens.
         self.engine.sampler.communicator.check()
-        step_ms = (now - self.last_arrival) * 1e3
         if pending.is_step:
-            self.result.step_ms.append(step_ms)
+            self.result.step_ms.append((now - self.last_arrival) * 1e3)
             self.result.plans.update([pending.plan] if pending.plan else [])
         self.last_arrival = now
         for sequence, given in zip(pending.sequences, arrived, strict=True):
             check_number(sequence, given)
-            opened = self.opened[sequence]
             # What was computed before the host saw that the answer had ended is dropped.
-            if opened.answer.finish_reason is None:
-                if not opened.answer.token_ids:
-                    assert opened.since is not None, "admitted before its first token"
-                    self.result.ttft_ms.append((now - opened.since) * 1e3)
-                    opened.first = now
-                taken = self.take_tokens(sequence, opened, given)
-                if pending.plan is not None:
-                    self.engine.learn(pending.plan, given.nodes)
-                if pending.is_step:
-                    self.result.token_ms += [(now - opened.newest) * 1e3 / taken] * taken
-                opened.newest = now
-                if opened.answer.finish_reason is not None:
-                    self.result.requests.append(opened.times())
+            if not self.opened[sequence].answer.has_ended:
+                self.take_given(pending, sequence, given, now)
+
+    def take_given(self, pending: Pending, sequence: EngineSequence, given: Given, now: float) -> None:
+        """What one sequence got, and how long it has waited for that by `now`."""
+        opened = self.opened[sequence]
+        if not opened.answer.token_ids:
+            assert opened.since is not None, "admitted before its first token"
+            self.result.ttft_ms.append((now - opened.since) * 1e3)
+            opened.first = now
+        num_taken = self.take_tokens(sequence, opened, given)
+        if pending.plan is not None:
+            self.engine.learn(pending.plan, given.nodes)
+        if pending.is_step:
+            self.result.token_ms += [(now - opened.newest) * 1e3 / num_taken] * num_taken
+        opened.newest = now
+        if opened.answer.has_ended:
+            self.result.requests.append(opened.times())
 
     def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
         """Adds tokens to an answer up to its end; returns how many."""
@@ -265,7 +275,7 @@ class Generation:
         for token in given.tokens:
             self.take_token(sequence, opened, token)
             taken += 1
-            if opened.answer.finish_reason is not None:
+            if opened.answer.has_ended:
                 break
         if given.num_drafts is not None:
             self.result.acceptance.add(given.num_drafts, taken - 1)
@@ -273,15 +283,15 @@ class Generation:
 
     def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:
         room = opened.room - len(opened.answer.token_ids) - 1
-        shown = take_token(opened.answer, opened.stream, token, self.rules, room)
+        shown = add_token(opened.answer, opened.stream, token, self.rules, room)
         if shown:
             self.on_text(opened.row, shown)
-        if opened.answer.finish_reason is not None:
+        if opened.answer.has_ended:
             self.scheduler.retire(sequence)
             self.on_answer(opened.row, opened.answer)
 
 
-def take_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:
+def add_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:
     """Adds one token to an answer, decides whether it ends there, and returns the text that may be shown now."""
     answer.token_ids.append(token)
     shown = stream.add(token)
@@ -293,7 +303,7 @@ def take_token(answer: Answer, stream: TextStream, token: int, rules: StopRules,
         answer.finish_reason = "length"
     elif room <= 0:
         answer.finish_reason = "context"
-    if answer.finish_reason is not None and not stream.stopped:
+    if answer.has_ended and not stream.stopped:
         shown += stream.finish()
     answer.text += shown
     return shown

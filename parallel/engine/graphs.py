@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from parallel.engine.limits import graph_sizes
+from parallel.engine.limits import graph_sizes, size_for
 
 # Before a capture, the step runs this often outside of it: kernels are compiled and libraries set themselves up.
 NUM_WARM_UPS = 2
@@ -23,7 +23,7 @@ class StepGraphs:
         self.graphs = {size: capture(partial(run_step, size), pool) for size in sizes}
 
     def run(self, num_rows: int) -> None:
-        self.graphs[min(size for size in self.graphs if size >= num_rows)].replay()
+        self.graphs[size_for(self.graphs, num_rows)].replay()
 
 
 @torch.inference_mode()

@@ -116,6 +116,11 @@ def graph_sizes(max_rows: int) -> tuple[int, ...]:
     return (*(size for size in GRAPH_SIZES if size < max_rows), max_rows)
 
 
+def size_for(sizes: Iterable[int], num_rows: int) -> int:
+    """The smallest graph of these sizes that takes so many rows."""
+    return min(size for size in sizes if size >= num_rows)
+
+
 def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:
     """Of GRAPHED_ROWS those that passes of prompts need; with the chunk itself where it is among them."""
     if not GRAPHED_ROWS:

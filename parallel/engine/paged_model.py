@@ -18,7 +18,7 @@ from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.prefill.side_stream import side_stream
 from parallel.engine.rows import Rows, to_device
-from parallel.engine.sequence import Part as Part
+from parallel.engine.sequence import Part
 from parallel.engine.tree_rows import TreeRows
 from parallel.kernels.paged_attention import paged_attention
 from parallel.kernels.pages import PagedKV, allocate_pages, pages_for

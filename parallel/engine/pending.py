@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parallel.engine.sampling import NO_NUMBER
 from parallel.engine.sequence import Sequence
+from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
 
 
 class ModelError(RuntimeError):
     """What the model computes is of no use."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a step gave to a sequence: tokens, and of how many drafts (None: there was no speculation)."""
-
-    tokens: list[int]
-    num_drafts: int | None = None
-    # Places in the tree of the drafts among them.
-    nodes: list[int] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, row: list[int]) -> Given:
-        """From a row of Speculator.given."""
-        middle = len(row) // 2 + 1
-        tokens, nodes = ([each for each in part if each >= 0] for part in (row[1:middle], row[middle:]))
-        return cls(tokens, row[0], nodes)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class VocabularyShards:
 
     sizes: tuple[int, ...]
 
+    @property
+    def vocab_size(self) -> int:
+        return sum(self.sizes)
+
     def start(self, rank: int) -> int:
         return sum(self.sizes[:rank])
 
@@ -143,6 +147,11 @@ class Sampler:
         if self.params.temperature == 0:
             return greedy_tokens(logits, self.shards, self.communicator)
         return torch.cat([self._draw(*part) for part in some_rows(logits, keys, positions)])
+
+    def readable(self, tokens: Tensor) -> Tensor:
+        """`tokens` of another model of the same tokenizer, any shape, as this one can read them: its own as they are,
+        those beyond its vocabulary, which it never draws, as its last."""
+        return tokens.clamp(max=self.shards.vocab_size - 1)
 
     def _draw(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         whole = gather_logits(logits, self.shards, self.communicator)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefill.shares import share_pass
 from parallel.engine.sampling import sequence_key
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 
 
 class Scheduler:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator, TransportError
 from parallel.kernels.launch import load_kernel
+from parallel.transports.region_layout import ERROR_STRIDE, RegionLayout
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
-# host_memory_common.cuh has the same numbers.
-PAGE_BYTES = 4096
-ERROR_STRIDE = 64
 REDUCTIONS = {
     torch.bfloat16: "reduce_bfloat16",
     torch.float16: "reduce_float16",
@@ -26,20 +24,6 @@ FOLDER = Path(__file__).parent
 PARAMETERS = "PPPPiiii"
 # The kernels take their limit as 32 bits.
 MAX_TIMEOUT_MS = 2**31 - 1
-
-
-class RegionLayout(Protocol):
-    """Where things lie in a region; all in bytes."""
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def own(self, rank: int) -> tuple[int, int]:
-        """Start and end of what `rank` writes."""
-        ...
 
 
 L = TypeVar("L", bound=RegionLayout)
@@ -68,11 +52,15 @@ class Channel(Generic[L]):
     def launch(
         self, name: str, source: Tensor, target: Tensor, num_bytes: int, slot_size: int, blocks: int, threads: int
     ) -> None:
-        region = self.region.device_address
-        timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
+        region, limit = self.region.device_address, self.timeout_ms
         self.kernels[name](
-            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, timeout_ms
+            (blocks, 1, 1), threads, source, target, self.state, region, num_bytes, slot_size, self.rank, limit
         )
+
+    @property
+    def timeout_ms(self) -> int:
+        """Of a wait for a peer, as kernels take it."""
+        return min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
 
     def close(self) -> None:
         """Gives the memory back; nothing may be launched after it."""
@@ -116,12 +104,9 @@ class OverChannel(Around, Generic[C]):
 
 def reduce_aligned(reduce: Callable[[Tensor, Tensor], None], tensor: Tensor, alignment: int) -> Tensor:
     """`tensor`, reduced in place by `reduce(source, target)`; by way of a copy where it is not aligned."""
-    if is_aligned(tensor, alignment):
-        reduce(tensor, tensor)
-        return tensor
-    copy = plain_copy(tensor)
-    reduce(copy, copy)
-    return tensor.copy_(copy)
+    there = aligned(tensor, alignment)
+    reduce(there, there)
+    return tensor if there is tensor else tensor.copy_(there)
 
 
 def is_aligned(tensor: Tensor, alignment: int) -> bool:
@@ -129,8 +114,9 @@ def is_aligned(tensor: Tensor, alignment: int) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
 
 
-def plain_copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+def aligned(tensor: Tensor, alignment: int) -> Tensor:
+    """`tensor`, or a copy where such a kernel cannot take it as it lies."""
+    return tensor if is_aligned(tensor, alignment) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def open_channel(

@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import (
-    ERROR_STRIDE,
-    REDUCTIONS,
-    Channel,
-    OverChannel,
-    is_aligned,
-    open_channel,
-    reduce_aligned,
-)
-from parallel.transports.copy_layout import MEETINGS, UNIT_BYTES, CopyLayout, choose_layout
+from parallel.transports.channel import REDUCTIONS, Channel, OverChannel, is_aligned, open_channel, reduce_aligned
+from parallel.transports.copy_layout import MEETINGS, CopyLayout, choose_layout
 from parallel.transports.copy_plan import next_lane
 from parallel.transports.copy_streams import PARAMETERS, CardStreams
 from parallel.transports.copy_watch import CopyWatch
+from parallel.transports.region_layout import ERROR_STRIDE, UNIT_BYTES
 from parallel.transports.shared_region import SharedRegion
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES, UNIT_BYTES
 from parallel.units import MIB
 
-PAGE_BYTES = 4096
-UNIT_BYTES = 16
 FLAG_STRIDE = 64
 # Flags are 32 bits.
 COUNTS = 2**32
-MAX_RANKS = 4
 # What ranks meet for in a turn: slots are written, sums are written, everything was read.
 MEETINGS = WRITTEN, SUMMED, READ = 0, 1, 2
 

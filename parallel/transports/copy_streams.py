@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from parallel.kernels.launch import Kernel, offsets
-from parallel.transports.copy_layout import UNIT_BYTES, CopyLayout
+from parallel.transports.copy_layout import CopyLayout
 from parallel.transports.copy_plan import Add, Begin, End, Meet, ToCard, ToHost, plan_all_reduce
+from parallel.transports.region_layout import UNIT_BYTES
 from parallel.transports.shared_region import SharedRegion, driver_call, driver_function, raise_for
 
 # cuda.h, CUstreamBatchMemOpParams: operation, address, value, flags. A wait ends when the word is at least the value; a

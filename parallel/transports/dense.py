@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import (
-    PAGE_BYTES,
-    REDUCTIONS,
-    Channel,
-    OverChannel,
-    open_channel,
-    reduce_aligned,
-)
-from parallel.transports.host_memory import MAX_RANKS
+from parallel.transports.channel import REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES, UNIT_BYTES
 from parallel.transports.shared_region import SharedRegion
 from parallel.units import KIB
 
 MAX_BYTES = 2048 * KIB
-UNIT_BYTES = 16
 LANES = 32
 LINE_BYTES = 16
 NUM_TAGS = 65535

@@ -18,22 +18,13 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import (
-    PAGE_BYTES,
-    REDUCTIONS,
-    Channel,
-    OverChannel,
-    is_aligned,
-    open_channel,
-    plain_copy,
-    reduce_aligned,
-)
+from parallel.transports.channel import REDUCTIONS, Channel, OverChannel, aligned, open_channel, reduce_aligned
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES
 from parallel.transports.torch_distributed import open_nccl
 from parallel.units import KIB
 
 DATA_BYTES = 8
 LINE_BYTES = 16
-MAX_RANKS = 4
 # What a slot can carry; the choice of transport finds out by measurement up to which size it pays.
 MAX_BYTES = 512 * KIB
 # (up to so many bytes, blocks, threads), on an H200 at PCIe 5.0: 4.3 us, 7.6 us and 20.5 us at these sizes.
@@ -42,7 +33,7 @@ GATHER = "gather_bytes"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SlotLayout:
     """Where things lie in the region: a page of error words, then each rank's two slots; all in bytes."""
 
     world_size: int
@@ -79,7 +70,7 @@ def choose_launch(num_bytes: int) -> tuple[int, int]:
     return min(blocks, -(-lines // threads)), threads
 
 
-class SlotChannel(Channel[Layout]):
+class SlotChannel(Channel[SlotLayout]):
     """Collectives of up to `layout.max_bytes`, on tensors that are contiguous and aligned to 8 bytes."""
 
     source = "host_memory.cu"
@@ -115,13 +106,8 @@ class HostMemory(OverChannel[SlotChannel]):
         if not 0 < tensor.nbytes <= self.max_bytes:
             return self.inner.all_gather(tensor)
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
-        self.channel.all_gather(tensor if is_plain(tensor) else plain_copy(tensor), gathered)
+        self.channel.all_gather(aligned(tensor, DATA_BYTES), gathered)
         return gathered
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the kernel can take `tensor` where it lies."""
-    return is_aligned(tensor, DATA_BYTES)
 
 
 def wrap_host_memory(
@@ -132,7 +118,7 @@ def wrap_host_memory(
     Raises:
         TransportError: as `open_channel`.
     """
-    layout = Layout(inner.world_size, max_bytes)
+    layout = SlotLayout(inner.world_size, max_bytes)
     return HostMemory(inner, open_channel(SlotChannel, inner, device, layout, timeout_sec=timeout_sec))
 
 

@@ -9,16 +9,8 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.kernels.fused import MAX_HIDDEN, PIECE, PIECE_BYTES, WARP
-from parallel.transports.channel import (
-    MAX_TIMEOUT_MS,
-    PAGE_BYTES,
-    Channel,
-    OverChannel,
-    is_aligned,
-    open_channel,
-    plain_copy,
-)
-from parallel.transports.host_memory import MAX_RANKS
+from parallel.transports.channel import Channel, OverChannel, aligned, open_channel
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES
 from parallel.transports.shared_region import SharedRegion
 from parallel.units import KIB
 
@@ -99,7 +91,6 @@ class NormChannel(Channel[NormLayout]):
         """Adds the sum over the ranks of `update` [rows, H] to `residual`; `output`: its norm, times `weight` [H]."""
         rows, hidden_size = update.shape
         row_blocks = choose_row_blocks(hidden_size)
-        timeout_ms = min(MAX_TIMEOUT_MS, max(1, round(self.timeout_sec * 1e3)))
         self.kernels[KERNEL](
             (rows * row_blocks, 1, 1),
             row_threads(hidden_size) // row_blocks,
@@ -114,7 +105,7 @@ class NormChannel(Channel[NormLayout]):
             self.layout.slot_lines,
             row_blocks,
             self.rank,
-            timeout_ms,
+            self.timeout_ms,
             eps,
         )
 
@@ -136,16 +127,11 @@ class NormHostMemory(OverChannel[NormChannel]):
         if not takes or update.nbytes > self.max_bytes or not self.channel.layout.takes(*update.shape):
             return self.inner.all_reduce_add_norm(update, residual, weight, eps)
         output = torch.empty_like(update, memory_format=torch.contiguous_format)
-        there = aligned(residual)
-        self.channel.all_reduce_add_norm(aligned(update), there, aligned(weight), output, eps)
+        update, there, weight = (aligned(each, PIECE_BYTES) for each in (update, residual, weight))
+        self.channel.all_reduce_add_norm(update, there, weight, output, eps)
         if there is not residual:
             residual.copy_(there)
         return output
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where the kernel cannot take it as it lies."""
-    return tensor if is_aligned(tensor, PIECE_BYTES) else plain_copy(tensor)
 
 
 def wrap_norm(inner: Communicator, device: torch.device, *, timeout_sec: float) -> NormHostMemory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,6 @@ def time_norm(communicator: Communicator, device: torch.device, num_bytes: int) 
     rows = num_bytes // DECODE_BYTES
     update, residual = (torch.zeros(rows, HIDDEN_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     weight = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16, device=device)
-    call = lambda: communicator.all_reduce_add_norm(update, residual, weight, EPS)  # noqa: E731
+    call = partial(communicator.all_reduce_add_norm, update, residual, weight, EPS)
     times = time_calls(communicator, call, device, captured=True, repeats=REPEATS)
     return timing_of(num_bytes, times, exact=norms_right(communicator, device, rows, HIDDEN_SIZE))

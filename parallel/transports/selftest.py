@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -41,20 +42,14 @@ def timing_of(num_bytes: int, times: Sequence[float], *, exact: bool) -> Timing:
     return Timing(num_bytes, p50 * 1e6, p99(times) * 1e6, num_bytes / p50 / 1e9, exact)
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    name: str
-    decode: Timing
-
-
 def check_transport(
     communicator: Communicator,
     device: torch.device,
     *,
     timeout_sec: float,
     on_timeout: Callable[[TransportError], None],
-) -> SelfTest:
-    """Sums of small integers at several sizes, which every order of addition gives exactly, then the decode latency.
+) -> Timing:
+    """Sums of small integers at several sizes, which every order of addition gives exactly; times of DECODE_BYTES.
 
     Args:
         on_timeout: called from another thread when the test takes longer than `timeout_sec`; it must end the process.
@@ -69,7 +64,7 @@ def check_transport(
         decode = time_all_reduce(communicator, device, DECODE_BYTES, repeats=20)
         if not decode.exact:
             raise wrong_sums(communicator, DECODE_BYTES)
-        return SelfTest(communicator.name, decode)
+        return decode
 
 
 def wrong_sums(communicator: Communicator, num_bytes: int) -> TransportError:
@@ -106,7 +101,7 @@ def time_all_reduce(communicator: Communicator, device: torch.device, num_bytes:
     as single calls, as it makes them.
     """
     message = torch.zeros(max(1, num_bytes // 4), device=device)
-    call = lambda: communicator.all_reduce(message)  # noqa: E731
+    call = partial(communicator.all_reduce, message)
     times = time_calls(communicator, call, device, captured=num_bytes < EAGER_BYTES, repeats=repeats)
     return timing_of(num_bytes, times, exact=sums_exactly(communicator, device, num_bytes))
 

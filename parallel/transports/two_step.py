@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.transports.channel import PAGE_BYTES, REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
-from parallel.transports.host_memory import MAX_RANKS
+from parallel.transports.channel import REDUCTIONS, Channel, OverChannel, open_channel, reduce_aligned
+from parallel.transports.region_layout import MAX_RANKS, PAGE_BYTES, UNIT_BYTES
 from parallel.units import MIB
 
 PIECE_BYTES = 8 * MIB
-UNIT_BYTES = 16
 # As in host_memory_two_step.cu.
 THREADS = 512
 CHUNK_BYTES = THREADS * 4 * UNIT_BYTES

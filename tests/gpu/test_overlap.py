@@ -16,9 +16,9 @@ from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.kernels import grouping
 from parallel.kernels.pages import pages_for
 from parallel.layers.merged import LayerMerger

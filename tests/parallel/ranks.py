@@ -14,10 +14,11 @@ from transformers import AutoConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams, gather_logits
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.formats.scheme import Scheme

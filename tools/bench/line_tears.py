@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from parallel.kernels.launch import load_kernel
-from parallel.transports.channel import PAGE_BYTES
+from parallel.transports.region_layout import PAGE_BYTES
 from parallel.transports.shared_region import share_region
 from tools.bench.card_ranks import CardRank, run_on_cards
 

@@ -17,10 +17,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import torch
 
 from parallel.transports import dense
-from parallel.transports.channel import Channel, RegionLayout
+from parallel.transports.channel import Channel
 from parallel.transports.dense import DenseChannel, DenseLayout, LineFormat
-from parallel.transports.host_memory import MAX_BYTES, Layout, SlotChannel
+from parallel.transports.host_memory import MAX_BYTES, SlotChannel, SlotLayout
 from parallel.transports.host_memory_norm import NormChannel, NormLayout
+from parallel.transports.region_layout import RegionLayout
 from parallel.transports.shared_region import SharedRegion, create_memory
 from parallel.transports.two_step import PIECE_BYTES, TwoStepChannel, TwoStepLayout
 
@@ -79,7 +80,7 @@ def ranks_on_one_card(
     world_size: int, device: torch.device, *, max_bytes: int = MAX_BYTES, timeout_sec: float = 10
 ) -> Iterator[RanksOnOneCard[SlotChannel]]:
     """Ranks that talk through slots."""
-    yield from closing(RanksOnOneCard(SlotChannel, Layout(world_size, max_bytes), device, timeout_sec))
+    yield from closing(RanksOnOneCard(SlotChannel, SlotLayout(world_size, max_bytes), device, timeout_sec))
 
 
 @contextmanager

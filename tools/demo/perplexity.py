@@ -27,10 +27,10 @@ from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import gather_logits
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
 from parallel.shard import build_sharded_model

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.limits import CAPTURED_PASSES, MOST_SECTIONS
+from parallel.engine.limits import CAPTURED_PASSES, MOST_SECTIONS, size_for
 from parallel.engine.prefill.fresh import MAX_PROMPTS, FreshPass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.engine.prefill.recorded import Places, Record, Recorded, capture_all
@@ -91,7 +91,7 @@ class PassGraphs:
 
     def size_for(self, num_tokens: int) -> int:
         """Rows of the graphs that take so many tokens."""
-        return min(size for size in self.passes if size >= num_tokens)
+        return size_for(self.passes, num_tokens)
 
     def prepare(self, num_tokens: int, num_prompts: int = 1) -> None:
         """Records passes of so many tokens of prompts from their start now. While no sequence is in the cache."""

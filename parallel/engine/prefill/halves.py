@@ -68,7 +68,7 @@ class PassInHalves(PassInSections):
             return (rows.new_empty(len(rows), 0, self.decoder.head_dim) for rows in normed)
         qkv = products_at_once(attention.qkv.blocks(self.dtype), normed)
         return (
-            self.decoder.rotate(attention, rows, half.tokens, cache)
+            self.decoder.queries_of_qkv(attention, rows, half.tokens, cache)
             for half, rows in zip(self.sections, qkv, strict=True)
         )
 

@@ -147,10 +147,10 @@ class PassInSections:
     def queries(self, layer: Any, cache: PagedKV) -> Iterator[Tensor]:
         """Of sections that are joined, once their keys and values are cached: [tokens, local heads, head_dim]."""
 
-        def rotated(each: Joined, normed: Tensor) -> Tensor:
-            return self.decoder.rotated(layer, normed, each.tokens, cache)
+        def queries_of(each: Joined, normed: Tensor) -> Tensor:
+            return self.decoder.queries_of_normed(layer, normed, each.tokens, cache)
 
-        return map(rotated, self.joined, self.normed(layer.input_layernorm, self.joined))
+        return map(queries_of, self.joined, self.normed(layer.input_layernorm, self.joined))
 
     def after_attention(self, layer: Any, attended: Iterable[Tensor]) -> None:
         """The rest of a layer, from [tokens, local heads * head_dim] of sections that are joined on."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from parallel.engine.graphs import StepGraphs
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.drafter import ModelDrafter
+from parallel.engine.speculation.given import empty_given
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.policy import Policy
-from parallel.engine.speculation.token_tree import TokenTree
+from parallel.engine.speculation.token_tree import NO_TOKEN, TokenTree
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
 from parallel.engine.speculation.tree_speculator import TreeDrafter, TreeSpeculator
 from parallel.engine.tree_rows import TreeRows
@@ -49,7 +50,7 @@ class AutoSpeculator:
         self.num_drafts = max(plan.depth for plan in drafters)
         self.rows_per_sequence = max(plan.size for plan in drafters)
         self.sampler, self.plan = sampler, PLAIN
-        self.plain_given = torch.zeros(limits.batch_size, 2, dtype=torch.int64, device=device)
+        self.plain_given = empty_given(limits.batch_size, 0, device)
         # Plain steps since the draft model was last asked.
         self.num_missed = 0
 
@@ -79,7 +80,7 @@ class AutoSpeculator:
             return
         tokens = self.sampler(row_logits(rows), rows.keys, rows.positions + 1)
         given = self.plain_given[: len(tokens)]
-        given[:, 1] = torch.where(rows.active > 0, tokens, -1)
+        given[:, 1] = torch.where(rows.active > 0, tokens, NO_TOKEN)
         self.history.append(rows.positions, tokens.unsqueeze(1), rows.active)
         rows.advance(tokens, rows.active)
 

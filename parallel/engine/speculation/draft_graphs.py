@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from parallel.engine.graphs import capture
-from parallel.engine.limits import graph_sizes
+from parallel.engine.limits import graph_sizes, size_for
 from parallel.engine.rows import Rows
 from parallel.engine.speculation.token_tree import TokenTree
 
@@ -50,7 +50,7 @@ class DraftGraphs(Generic[Drafts]):
 
     def run(self, num_rows: int) -> Drafts:
         """Those of the first rows, until the next run."""
-        replay, drafts = self._recorded(min(size for size in self.sizes if size >= num_rows))
+        replay, drafts = self._recorded(size_for(self.sizes, num_rows))
         replay()
         return drafts[:num_rows]
 

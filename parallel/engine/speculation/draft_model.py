@@ -35,7 +35,7 @@ class DraftModel(ModelDrafter):
 
     def _next(self, rows: Rows, num: int) -> Tensor:
         """What follows the last of each `num` rows: [rows / num]."""
-        known = replace(rows, tokens=rows.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1))
+        known = replace(rows, tokens=self.sampler.readable(rows.tokens))
         last = slice(num - 1, None, num)
         logits = self.model.decoder.logits(self.model.row_states(known)[last])
         return self.sampler(logits, known.keys[last], known.positions[last] + 1)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parallel.engine.paged_model import PagedModel, Part
+from parallel.engine.paged_model import PagedModel
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.tree_plan import TAKEN_IN
 from parallel.kernels.pages import PagedKV
 
@@ -46,7 +47,7 @@ class ModelDrafter:
         for start in range(-1 - num_passes * TAKEN_IN, -1, TAKEN_IN):
             offsets = torch.arange(start, start + TAKEN_IN, device=history.device)
             places = (rows.positions.unsqueeze(1) + offsets).clamp(min=0)
-            tokens = history.gather(1, places).long().clamp(max=sum(self.sampler.shards.sizes) - 1)
+            tokens = self.sampler.readable(history.gather(1, places).long())
             self.model.row_states(rows.spread(tokens, start))
 
 

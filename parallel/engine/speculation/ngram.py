@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parallel.engine.rows import Rows
 from parallel.engine.speculation.drafter import HistoryDrafter
+from parallel.engine.speculation.token_tree import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,20 @@ class NgramDrafter(HistoryDrafter):
     shortest: int
 
     def propose(self, rows: Rows, history: Tensor) -> Tensor:
-        """[rows, num_drafts] int64 from the sequences' tokens [rows, width]; -1 where there is nothing to go by."""
+        """[rows, num_drafts] int64 from the sequences' tokens [rows, width]; NO_TOKEN without anything to go by."""
         return look_up(history, rows.positions, self.num_drafts, self.longest, self.shortest)
 
 
 def look_up(history: Tensor, newest: Tensor, num_drafts: int, longest: int, shortest: int) -> Tensor:
-    """Drafts of each row, all or none (-1): [rows, num_drafts] int64; the best of `continuations`."""
+    """Drafts of each row, all or none (NO_TOKEN): [rows, num_drafts] int64; the best of `continuations`."""
     return continuations(history, newest, num_drafts, longest, shortest, 1).squeeze(1)
 
 
 def continuations(
     history: Tensor, newest: Tensor, num_drafts: int, longest: int, shortest: int, num_matches: int
 ) -> Tensor:
-    """What followed the best matches, the best first, each all or none (-1): [rows, num_matches, num_drafts] int64.
+    """What followed the best matches, the best first, each all or none (NO_TOKEN): [rows, num_matches, num_drafts]
+    int64.
 
     The longest match wins, then the latest. Where it reaches into the last tokens themselves, the text has a period,
     which goes on. Shapes are static.
@@ -56,4 +58,4 @@ def continuations(
     period = (newest - place.unsqueeze(2)).clamp(min=1)
     offsets = 1 - period + torch.arange(num_drafts, device=history.device) % period
     drafts = history.gather(1, (newest + offsets).clamp(min=0).flatten(1)).view(offsets.shape).long()
-    return drafts.masked_fill((score < width).unsqueeze(2), -1)
+    return drafts.masked_fill((score < width).unsqueeze(2), NO_TOKEN)

@@ -28,11 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.draft_graphs import DraftGraphs
+from parallel.engine.speculation.given import empty_given, put_given
 from parallel.engine.speculation.history import History
+from parallel.engine.speculation.token_tree import NO_TOKEN
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.kernels.pages import PagedKV
 
@@ -73,7 +75,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, rows: Rows, history: Tensor) -> Tensor:
-        """What may follow each row's newest token: [rows, num_drafts] int64, -1 for no draft.
+        """What may follow each row's newest token: [rows, num_drafts] int64, NO_TOKEN for no draft.
 
         Args:
             history: [rows, width] token ids of the sequences, the newest at its position.
@@ -82,9 +84,8 @@ class Drafter(Protocol):
 
 
 class Speculator:
-    """Drafts of an engine's rows. `given` [rows, 2 + 2 * num_drafts] int64 is what the last step gave to each row: how
-    many drafts it had that could be accepted; up to 1 + num_drafts tokens, then -1; places of the drafts among them,
-    counted from 1, then -1. `graphs`: what `propose` runs in place of `draft`, where that is captured."""
+    """Drafts of an engine's rows. `given`: what the last step gave to each row, as of empty_given. `graphs`: what
+    `propose` runs in place of `draft`, where that is captured."""
 
     graphs: DraftGraphs[Tensor] | None = None
 
@@ -92,7 +93,7 @@ class Speculator:
         self.drafter, self.num_drafts, self.sampler = drafter, num_drafts, sampler
         self.rows_per_sequence = 1 + num_drafts
         self.history = History.empty(limits.batch_size, limits.max_context, device)
-        self.given = torch.zeros(limits.batch_size, 2 + 2 * num_drafts, dtype=torch.int64, device=device)
+        self.given = empty_given(limits.batch_size, num_drafts, device)
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.drafter.prefill(parts)
@@ -112,23 +113,16 @@ class Speculator:
     def step(self, rows: Rows, row_logits: Callable[[Rows], Tensor]) -> None:
         """Drafts, checks, and advances `rows`, the engine's first, as far as drafts were right and one further."""
         drafts = self.propose(rows)
-        # A draft that is no token of the model is never drawn.
-        known = drafts.clamp(0, sum(self.sampler.shards.sizes) - 1)
-        tokens = torch.cat([rows.tokens.unsqueeze(1), known], dim=1)
+        tokens = torch.cat([rows.tokens.unsqueeze(1), self.sampler.readable(drafts).clamp(min=0)], dim=1)
         checked = rows.spread(tokens, 0)
         drawn = self.sampler(row_logits(checked), checked.keys, checked.positions + 1).view(tokens.shape)
         active = checked.active.view(tokens.shape)
         counts = count_right(drafts, drawn, active)
-        self._give(drafts, drawn, active, counts)
+        nodes = torch.arange(drawn.shape[1], device=drawn.device).expand_as(drawn)
+        num_drafts = ((drafts != NO_TOKEN) * active[:, 1:]).sum(1)
+        put_given(self.given[: len(drawn)], num_drafts, drawn, nodes, counts)
         self.history.append(rows.positions, drawn, counts)
         rows.advance(drawn.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1), counts)
-
-    def _give(self, drafts: Tensor, drawn: Tensor, active: Tensor, counts: Tensor) -> None:
-        places = torch.arange(drawn.shape[1], device=drawn.device)
-        given = self.given[: len(drawn)]
-        given[:, 0] = ((drafts >= 0) * active[:, 1:]).sum(1)
-        given[:, 1 : 2 + self.num_drafts] = drawn.masked_fill(places >= counts.unsqueeze(1), -1)
-        given[:, 2 + self.num_drafts :] = places[1:].masked_fill(places[1:] >= counts.unsqueeze(1), -1)
 
 
 def count_right(drafts: Tensor, drawn: Tensor, active: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class TreeDraftModel(ModelDrafter):
     def _after_newest(self, rows: Rows, history: Tensor) -> Candidates:
         before = history.gather(1, (rows.positions - 1).clamp(min=0).unsqueeze(1)).long()
         spread = rows.spread(torch.cat([before, rows.tokens.unsqueeze(1)], dim=1), -1)
-        known = replace(spread, tokens=spread.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1))
+        known = replace(spread, tokens=self.sampler.readable(spread.tokens))
         logits = self.model.decoder.logits(self.model.row_states(known)[1::2])
         tokens, scores = self.sampler.guesses(logits, known.keys[1::2], known.positions[1::2] + 1, self.plan.top_k)
         return make_candidates(tokens, torch.full_like(tokens, ROOT), scores, 1)

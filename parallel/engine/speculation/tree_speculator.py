@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
-from parallel.engine.paged_model import Part
 from parallel.engine.rows import Rows, slots_at
 from parallel.engine.sampling import Sampler
+from parallel.engine.sequence import Part
 from parallel.engine.speculation.draft_graphs import DraftGraphs
+from parallel.engine.speculation.given import empty_given, put_given
 from parallel.engine.speculation.history import History
-from parallel.engine.speculation.token_tree import NO_TOKEN, TokenTree, follow
+from parallel.engine.speculation.token_tree import TokenTree, follow
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.tree_rows import TreeRows, newest_places, tree_rows
 from parallel.kernels.pages import PagedKV, move_tokens
@@ -68,7 +69,7 @@ class TreeSpeculator:
         self.drafter, self.plan, self.sampler, self.stored = drafter, plan, sampler, stored
         self.num_drafts, self.rows_per_sequence = plan.depth, plan.size
         self.history = history or History.empty(limits.batch_size, limits.max_context, device)
-        self.given = torch.zeros(limits.batch_size, 2 + 2 * plan.depth, dtype=torch.int64, device=device)
+        self.given = empty_given(limits.batch_size, plan.depth, device)
 
     def prefill(self, parts: Ordered[Part]) -> None:
         self.drafter.prefill(parts)
@@ -91,22 +92,13 @@ class TreeSpeculator:
         active = checked.active.view(tree.tokens.shape)
         path, counts = follow(tree, drawn, active, self.plan.depth)
         tokens = drawn.gather(1, path)
-        self._give(tokens, path, active[:, 1:].sum(1), counts)
+        put_given(self.given[: len(tokens)], active[:, 1:].sum(1), tokens, path, counts)
         self._keep(rows, tree, path, counts)
         self.history.append(rows.positions, tokens, counts)
         rows.advance(tokens.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1), counts)
 
     def rows_of(self, rows: Rows, tree: TokenTree) -> TreeRows:
-        # A draft that is no token of the model is never drawn.
-        known = tree.tokens.clamp(max=sum(self.sampler.shards.sizes) - 1)
-        return tree_rows(rows, known, tree.depths, tree.masks, first=0, start=0)
-
-    def _give(self, tokens: Tensor, path: Tensor, num_nodes: Tensor, counts: Tensor) -> None:
-        is_none = torch.arange(tokens.shape[1], device=tokens.device) >= counts.unsqueeze(1)
-        given = self.given[: len(tokens)]
-        given[:, 0] = num_nodes
-        given[:, 1 : 2 + self.plan.depth] = tokens.masked_fill(is_none, NO_TOKEN)
-        given[:, 2 + self.plan.depth :] = path.masked_fill(is_none, NO_TOKEN)[:, 1:]
+        return tree_rows(rows, self.sampler.readable(tree.tokens), tree.depths, tree.masks, first=0, start=0)
 
     def _keep(self, rows: Rows, tree: TokenTree, path: Tensor, counts: Tensor) -> None:
         """Copies the branch that came true to where the next tokens follow, in the caches of all models."""

@@ -16,11 +16,11 @@ from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.limits import SECTIONS, EngineLimits
 from parallel.engine.prefill.part_attention import attend_parts
 from parallel.engine.sampling import SamplingParams
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.kernels.pages import FP8, allocate_pages, pages_for

@@ -19,10 +19,11 @@ from launcher.tasks.requests import arrival_times
 from launcher.tasks.serving import serving
 from launcher.tasks.summary import MeasuredRun
 from parallel.engine import generate as generation
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, RequestTimes, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pending import Pending
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from tests.parallel.engine.test_generate import EOS, TOKENIZER, ScriptedEngine
 

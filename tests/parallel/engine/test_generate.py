@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered, run_on_ranks
@@ -47,7 +48,7 @@ class ScriptedEngine:
         self.pages.reset()
 
     def prefill(self, parts: Sequence[Part]) -> Tensor:
-        assert sum(part.end - part.start for part in parts) <= self.limits.prefill_chunk
+        assert sum(len(part) for part in parts) <= self.limits.prefill_chunk
         for part in parts:
             assert part.start == part.sequence.num_prefilled
             part.sequence.num_prefilled = part.end

@@ -12,12 +12,12 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.engine.traced_engine import VOCABULARY, TracedEngine, answer_alone

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import SamplingParams
+from parallel.engine.sequence import Part
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import FP8
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks

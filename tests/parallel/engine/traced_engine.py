@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from parallel.engine.engine import Part
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.transports.solo import Solo
 
@@ -72,7 +71,7 @@ class TracedEngine:
         return sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
 
     def prefill(self, parts: Ordered[Part]) -> Tensor:
-        assert 0 < sum(part.end - part.start for part in parts) <= self.limits.prefill_chunk
+        assert 0 < sum(len(part) for part in parts) <= self.limits.prefill_chunk
         self.events.append(("prefill", [part.sequence.index for part in parts]))
         for part in parts:
             assert part.start == part.sequence.num_prefilled < part.end

@@ -10,13 +10,11 @@ from itertools import pairwise
 
 import pytest
 
-from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
 from parallel.transports.copy_layout import (
     FLAG_STRIDE,
     MEETINGS,
     READ,
     SUMMED,
-    UNIT_BYTES,
     WRITTEN,
     CopyLayout,
     choose_layout,
@@ -33,6 +31,7 @@ from parallel.transports.copy_plan import (
     next_lane,
     plan_all_reduce,
 )
+from parallel.transports.region_layout import ERROR_STRIDE, PAGE_BYTES, UNIT_BYTES
 from parallel.units import MIB
 from tests.parallel.transports.simulated_copies import Change, Simulation
 

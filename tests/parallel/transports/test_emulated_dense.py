@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from parallel.transports import dense
-from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.dense import EXACT, INT8, LineFormat
+from parallel.transports.region_layout import PAGE_BYTES
 from parallel.transports.rounded import round_to_int8
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
 from tests.parallel.transports.sums import ordered_sum

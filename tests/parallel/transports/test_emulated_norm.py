@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from parallel.transports import host_memory_norm
-from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.host_memory_norm import MAX_WARPS, NormLayout, row_threads
+from parallel.transports.region_layout import PAGE_BYTES
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
 from tests.parallel.transports.sums import ordered_sum
 

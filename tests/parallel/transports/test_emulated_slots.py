@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from parallel.transports import host_memory
-from parallel.transports.channel import ERROR_STRIDE
-from parallel.transports.host_memory import Layout
+from parallel.transports.host_memory import SlotLayout
+from parallel.transports.region_layout import ERROR_STRIDE
 from parallel.units import KIB
 from tests.parallel.transports.emulated_ranks import compile_source, pointer, pointers
 from tests.parallel.transports.sums import ordered_sum
@@ -31,7 +31,7 @@ class Ranks:
     """Calls of all ranks over one region."""
 
     def __init__(self, world_size: int) -> None:
-        self.world_size, self.layout = world_size, Layout(world_size, 2 * KIB)
+        self.world_size, self.layout = world_size, SlotLayout(world_size, 2 * KIB)
         self.library = compile_source(SOURCE, f"-DWORLD={world_size}", "-DBYTES")
         self.region = torch.zeros(self.layout.num_bytes, dtype=torch.uint8)
         # Epoch and arrivals; the peer that did not answer.

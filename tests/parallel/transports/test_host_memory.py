@@ -18,30 +18,21 @@ from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.kernels.launch import read_source
 from parallel.transports import dense, two_step
 from parallel.transports.by_size import BySize
-from parallel.transports.channel import ERROR_STRIDE, PAGE_BYTES
+from parallel.transports.channel import is_aligned
 from parallel.transports.dense import EXACT, INT8, DenseHostMemory, DenseLayout, LineFormat
 from parallel.transports.host_memory import (
     DATA_BYTES,
     LAUNCHES,
     LINE_BYTES,
     MAX_BYTES,
-    MAX_RANKS,
     HostMemory,
-    Layout,
+    SlotLayout,
     choose_launch,
-    is_plain,
 )
+from parallel.transports.region_layout import ERROR_STRIDE, MAX_RANKS, PAGE_BYTES, UNIT_BYTES
 from parallel.transports.shared_region import SharedRegion, share_region
 from parallel.transports.solo import Solo
-from parallel.transports.two_step import (
-    CHUNK_BYTES,
-    FLAG_BYTES,
-    MAX_CHUNKS,
-    THREADS,
-    UNIT_BYTES,
-    TwoStepHostMemory,
-    TwoStepLayout,
-)
+from parallel.transports.two_step import CHUNK_BYTES, FLAG_BYTES, MAX_CHUNKS, THREADS, TwoStepHostMemory, TwoStepLayout
 from parallel.units import KIB
 from tests.parallel.ranks import CPU, run_on_ranks
 from tests.parallel.transports.sums import ordered_sum
@@ -51,7 +42,7 @@ SMALL = 2 * KIB
 
 @pytest.mark.parametrize("world_size", (2, 3, 4))
 def test_slots_are_whole_pages_and_do_not_overlap(world_size: int) -> None:
-    layout = Layout(world_size, 6 * KIB)
+    layout = SlotLayout(world_size, 6 * KIB)
     starts = [layout.slot(rank, epoch) for rank in range(world_size) for epoch in (0, 1)]
     assert all(start % PAGE_BYTES == 0 for start in starts)
     ends = [start + layout.slot_lines * LINE_BYTES for start in starts]
@@ -67,7 +58,7 @@ def test_slots_are_whole_pages_and_do_not_overlap(world_size: int) -> None:
 @pytest.mark.parametrize(("world_size", "max_bytes"), [(1, SMALL), (5, SMALL), (2, 1000), (2, 0)])
 def test_layouts_that_cannot_work_are_refused(world_size: int, max_bytes: int) -> None:
     with pytest.raises(AssertionError):
-        Layout(world_size, max_bytes)
+        SlotLayout(world_size, max_bytes)
 
 
 @pytest.mark.parametrize("num_bytes", (1, 8, 9, 2048, 2049, 16 * KIB, 16 * KIB + 1, 64 * KIB, 256 * KIB, MAX_BYTES))
@@ -186,7 +177,7 @@ class Overrun(RuntimeError):
 class Model:
     """What host_memory.cu does, a line at a time, by stores and loads of 8 bytes; `num_slots` of 2 is the real one."""
 
-    def __init__(self, region: SharedRegion, layout: Layout, rank: int, num_slots: int = 2) -> None:
+    def __init__(self, region: SharedRegion, layout: SlotLayout, rank: int, num_slots: int = 2) -> None:
         self.words: NDArray[np.uint64] = np.frombuffer(region.memory, dtype=np.uint64)
         self.layout, self.rank, self.num_slots, self.epoch = layout, rank, num_slots, 0
 
@@ -224,7 +215,7 @@ class Model:
 
 def exchange(communicator: Communicator, num_calls: int) -> int:
     """Calls of random sizes with random pauses; returns how many were right."""
-    layout = Layout(communicator.world_size, SMALL)
+    layout = SlotLayout(communicator.world_size, SMALL)
     model = Model(share_region(communicator, CPU, layout.num_bytes), layout, communicator.rank)
     shared, own = random.Random(5), random.Random(communicator.rank)
     right = 0
@@ -243,7 +234,7 @@ def test_two_slots_carry_every_message(world_size: int) -> None:
 
 def run_ahead(communicator: Communicator, num_slots: int) -> str:
     """Rank 0 does not read until its peer, which has all it needs, has written the next call."""
-    layout = Layout(communicator.world_size, SMALL)
+    layout = SlotLayout(communicator.world_size, SMALL)
     model = Model(share_region(communicator, CPU, layout.num_bytes), layout, communicator.rank, num_slots)
     if communicator.rank == 1:
         model.gather(b"first")
@@ -266,17 +257,17 @@ class FakeChannel:
     """Adds and gathers as if there were two ranks with the same message, and keeps what it was given."""
 
     def __init__(self) -> None:
-        self.layout = Layout(2, SMALL)
+        self.layout = SlotLayout(2, SMALL)
         self.state = torch.zeros(2)
         self.given: list[Tensor] = []
 
     def all_reduce(self, source: Tensor, target: Tensor) -> None:
-        assert is_plain(source) and is_plain(target)
+        assert is_aligned(source, DATA_BYTES) and is_aligned(target, DATA_BYTES)
         self.given.append(source)
         target.copy_(ordered_sum([source, source]))
 
     def all_gather(self, source: Tensor, target: Tensor) -> None:
-        assert is_plain(source) and is_plain(target)
+        assert is_aligned(source, DATA_BYTES) and is_aligned(target, DATA_BYTES)
         self.given.append(source)
         target.copy_(torch.stack([source, source]))
 

@@ -9,8 +9,8 @@ import pytest
 
 from parallel.communicator import Communicator, TransportError
 from parallel.transports import shared_region
-from parallel.transports.channel import PAGE_BYTES
 from parallel.transports.host_memory import wrap_host_memory
+from parallel.transports.region_layout import PAGE_BYTES
 from parallel.transports.shared_region import gather_texts, open_region, share_region
 from parallel.units import KIB
 from tests.parallel.ranks import CPU, run_on_ranks

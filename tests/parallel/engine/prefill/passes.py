@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
+from parallel.engine.sequence import Part
 from parallel.engine.sequence import Sequence as EngineSequence
 from parallel.kernels.pages import pages_for
 

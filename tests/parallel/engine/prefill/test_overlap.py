@@ -15,12 +15,12 @@ from torch import Tensor
 from parallel.communicator import Around, Communicator
 from parallel.engine import limits, paged_model
 from parallel.engine.decoder import Decoder
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
 from parallel.engine.prefill import halves, overlap, part_attention, pieces
 from parallel.engine.prefill.side_stream import SideStream, Sum
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.kernels import multiprocessors
 from parallel.kernels.blocks import Block
 from parallel.layers import linear, merged

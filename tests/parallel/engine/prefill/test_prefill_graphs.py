@@ -15,13 +15,13 @@ from torch import Tensor
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
-from parallel.engine.engine import Engine, Part
+from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.prefill import graphs as pass_graphs
 from parallel.engine.prefill.fresh import MAX_PROMPTS, prompt_bounds
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.recorded import Places, Recorded
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import Part, Sequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.kernels.pages import pages_for
 from tests.parallel.engine.prefill.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
