@@ -12,6 +12,7 @@ from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
 from parallel.transports import host_memory_norm
+from parallel.transports.advice import failed_test
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import Channel
 from parallel.transports.choice import (
@@ -252,7 +253,4 @@ def close(communicator: HostTransport) -> None:
 
 
 def failure(proof: Proof) -> TransportError:
-    return TransportError(
-        f"the self-test of {proof.name} failed on {proof.error}. Broken peer access does this: try "
-        "limits.peer_access=off, another engine.transport, and task=probe."
-    )
+    return TransportError(failed_test(proof.name, proof.error))

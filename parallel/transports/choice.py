@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from parallel.communicator import Communicator, TransportError
+from parallel.transports.advice import failed_test, reason_of
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
@@ -91,7 +92,7 @@ def prove(
     communicator: C | None = None
     times: dict[int, float] = {}
     problem = ""
-    with deadline(name, timeout_sec, on_timeout):
+    with deadline(name, timeout_sec, on_timeout) as limit:
         try:
             communicator = open_candidate()
             problem = trial.find_problem(communicator, device)
@@ -101,7 +102,8 @@ def prove(
             late = [str(timing.num_bytes) for timing in timings if not timing.exact]
             problem = problem or (f"gave wrong sums of {late[0]} bytes after many calls" if late else "")
         except Exception as error:  # Whatever it is, the candidate is out; the others may work.
-            problem = problem or str(error) or repr(error)
+            problem = problem or reason_of(error)
+            limit.blame(TransportError(failed_test(name, f"rank {control.rank}: {problem}")))
         proof = agree(name, times, problem, sizes, control)
         if proof.error and communicator is not None and close is not None:
             close(communicator)
