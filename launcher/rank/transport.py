@@ -28,6 +28,7 @@ from parallel.transports.choice import (
     faster_up_to,
     fastest,
     force_ranges,
+    left_out,
     plan_ranges,
     prove,
 )
@@ -235,7 +236,7 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
     opener = lambda: wrap_norm(inner, tester.device, timeout_sec=tester.wait_sec)  # noqa: E731
     joined, proof = tester.prove(name, opener, NORM_BYTES, trial, close)
     if joined is None:
-        return inner, f"{name} was left out: {proof.error}"
+        return inner, left_out(proof)
     _, apart = tester.prove("a kernel each", lambda: inner, NORM_BYTES, trial)
     if apart.error:
         raise failure(apart)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from parallel.communicator import Communicator, TransportError
-from parallel.transports.advice import failed_test, reason_of
+from parallel.transports.advice import advice, failed_test, reason_of
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
@@ -190,9 +190,18 @@ def merge_ranges(
 
 def with_failures(ranges: list[Range], others: Sequence[Proof]) -> tuple[Range, ...]:
     """The last range also says who was left out, and why."""
-    failures = [f"{other.name} was left out: {other.error}" for other in others if other.error]
+    failures = [left_out(other) for other in others if other.error]
     last = replace(ranges[-1], reason="; ".join([ranges[-1].reason, *failures]))
     return (*ranges[:-1], last)
+
+
+def left_out(failed: Proof) -> str:
+    """Why it carries nothing, and what to do about it where that is known."""
+    return " ".join(filter(None, [f"{failed.name} was left out: {failed.error}", in_brackets(advice(failed.error))]))
+
+
+def in_brackets(text: str) -> str:
+    return f"({text.removesuffix('.')})" if text else ""
 
 
 def why(winner: Proof, proofs: Sequence[Proof], sizes: Sequence[int]) -> str:
