@@ -27,7 +27,8 @@ from launcher.plan.topology import Placement, place_ranks, resolve_world_size
 from launcher.processes.start import StartRanks
 from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
 from launcher.report.console import print_note, print_options, print_plan, print_report, print_warning
-from launcher.report.report import base_report, build_report, slow_kernels
+from launcher.report.report import base_report, build_report
+from launcher.report.slow import slow_parts
 from launcher.telemetry.sampler import Telemetry
 from launcher.watch import watch_ranks
 
@@ -91,7 +92,7 @@ def measured_report(job: Job, inventory: Inventory, telemetry: Telemetry, start_
     if run.task.kind == TaskKind.calibrate:
         report["calibration_file"] = str(keep_calibration(run, job.placement, inventory, report))
     print_report(report)
-    for line in slow_kernels(report):
+    for line in slow_parts(report):
         print_warning(f"slower than it could be: {line}")
     return report
 

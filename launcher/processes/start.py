@@ -104,6 +104,11 @@ def rank_death(job: Job, rank: int, exit_code: int | None) -> Failure:
         how = f"was killed by {signal.Signals(-exit_code).name}"
     if exit_code in (None, -signal.SIGKILL):
         hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
+    if exit_code == -signal.SIGBUS:
+        hint = (
+            "Memory that it mapped was not there: /dev/shm is full (docker run --shm-size 1g), or a file of the model "
+            "was cut while it was read."
+        )
     card, name = job.placement.cards[rank], job.placement.names[rank]
     where = name if card is None else f"card {card}, {name}"
     message = f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}"

@@ -13,6 +13,7 @@ from launcher.config import TransportKind
 from launcher.job import Job
 from parallel.communicator import Communicator, TransportError, open_communicator
 from parallel.transports import host_memory_norm
+from parallel.transports.advice import failed_test
 from parallel.transports.by_size import BySize
 from parallel.transports.channel import Channel
 from parallel.transports.choice import (
@@ -28,6 +29,7 @@ from parallel.transports.choice import (
     faster_up_to,
     fastest,
     force_ranges,
+    left_out,
     plan_ranges,
     prove,
 )
@@ -245,7 +247,7 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
     opener = partial(wrap_norm, inner, tester.device, timeout_sec=tester.wait_sec)
     joined, proof = tester.prove(name, opener, NORM_BYTES, trial, close)
     if joined is None:
-        return inner, f"{name} was left out: {proof.error}"
+        return inner, left_out(proof)
     _, apart = tester.prove("a kernel each", lambda: inner, NORM_BYTES, trial)
     if apart.error:
         raise failure(apart)
@@ -263,7 +265,4 @@ def close(communicator: HostTransport) -> None:
 
 
 def failure(proof: Proof) -> TransportError:
-    return TransportError(
-        f"the self-test of {proof.name} failed on {proof.error}. Broken peer access does this: try "
-        "limits.peer_access=off, another engine.transport, and task=probe."
-    )
+    return TransportError(failed_test(proof.name, proof.error))

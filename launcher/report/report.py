@@ -190,17 +190,6 @@ def join_kernels(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"own": list(own), "plain_torch": plain}
 
 
-def slow_kernels(report: dict[str, Any]) -> list[str]:
-    """A line for everything that cards compute without our kernels."""
-    if report["device"] != "cuda":
-        return []
-    lines = [
-        f"{name} in plain torch: {why}" for name, why in ((report["kernels"] or {}).get("plain_torch", {})).items()
-    ]
-    linears = (report["load"] or {}).get("kernels", {})
-    return lines + [f"{count} linears by {kind}" for kind, count in linears.items() if kind.startswith("dequantize")]
-
-
 def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
     """Tokens per second and per joule over the whole generation, prefill included; a rank that timed several runs knows
     their rate itself."""

@@ -50,7 +50,8 @@ def time_sizes(context: RankContext, communicator: Communicator) -> list[dict[st
     for done, num_bytes in enumerate(sizes, start=1):
         # Large messages take milliseconds each; a fifth of the repeats still gives a median.
         repeats = probe.repeats if num_bytes < 2**20 else max(1, probe.repeats // 5)
-        with deadline(communicator.name, context.job.run.timeouts.collective_sec, context.abort):
+        limit_sec = context.job.run.timeouts.collective_sec
+        with deadline(communicator.name, limit_sec, context.abort, "timeouts.collective_sec"):
             timings.append(asdict(time_all_reduce(communicator, context.device, num_bytes, repeats=repeats)))
         context.events.progress(f"all-reduce, {communicator.name}", done, len(sizes), "sizes")
     return timings

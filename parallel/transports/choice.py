@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from parallel.communicator import Communicator, TransportError
+from parallel.transports.advice import advice, failed_test, reason_of
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.selftest import DECODE_BYTES, EAGER_BYTES, Timing, deadline, sums_exactly, time_all_reduce
 from parallel.transports.shared_region import gather_texts
@@ -91,7 +92,7 @@ def prove(
     communicator: C | None = None
     times: dict[int, float] = {}
     problem = ""
-    with deadline(name, timeout_sec, on_timeout):
+    with deadline(name, timeout_sec, on_timeout) as limit:
         try:
             communicator = open_candidate()
             problem = trial.find_problem(communicator, device)
@@ -101,7 +102,8 @@ def prove(
             late = [str(timing.num_bytes) for timing in timings if not timing.exact]
             problem = problem or (f"gave wrong sums of {late[0]} bytes after many calls" if late else "")
         except Exception as error:  # Whatever it is, the candidate is out; the others may work.
-            problem = problem or str(error) or repr(error)
+            problem = problem or reason_of(error)
+            limit.blame(TransportError(failed_test(name, f"rank {control.rank}: {problem}")))
         proof = agree(name, times, problem, sizes, control)
         if proof.error and communicator is not None and close is not None:
             close(communicator)
@@ -188,9 +190,18 @@ def merge_ranges(
 
 def with_failures(ranges: list[Range], others: Sequence[Proof]) -> tuple[Range, ...]:
     """The last range also says who was left out, and why."""
-    failures = [f"{other.name} was left out: {other.error}" for other in others if other.error]
+    failures = [left_out(other) for other in others if other.error]
     last = replace(ranges[-1], reason="; ".join([ranges[-1].reason, *failures]))
     return (*ranges[:-1], last)
+
+
+def left_out(failed: Proof) -> str:
+    """Why it carries nothing, and what to do about it where that is known."""
+    return " ".join(filter(None, [f"{failed.name} was left out: {failed.error}", in_brackets(advice(failed.error))]))
+
+
+def in_brackets(text: str) -> str:
+    return f"({text.removesuffix('.')})" if text else ""
 
 
 def why(winner: Proof, proofs: Sequence[Proof], sizes: Sequence[int]) -> str:

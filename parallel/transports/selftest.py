@@ -17,6 +17,7 @@ import torch
 
 from parallel.communicator import Communicator, TransportError
 from parallel.timing import p99
+from parallel.transports.advice import HANGS
 
 # One token of a 70B (hidden 8192, bf16), the message of every decode step.
 DECODE_BYTES = 16 * 1024
@@ -153,17 +154,39 @@ def graph_timer(call: Callable[[], object]) -> Callable[[], float]:
     return measure
 
 
+class Deadline:
+    """A limit on time, from its creation until `cancel`."""
+
+    def __init__(self, timeout_sec: float, error: TransportError, on_timeout: Callable[[TransportError], None]) -> None:
+        self.end, self.on_timeout = time.monotonic() + timeout_sec, on_timeout
+        self.start(timeout_sec, error)
+
+    def start(self, timeout_sec: float, error: TransportError) -> None:
+        self.timer = threading.Timer(timeout_sec, self.on_timeout, args=(error,))
+        self.timer.daemon = True
+        self.timer.start()
+
+    def blame(self, error: TransportError) -> None:
+        """Ends in `error` where peers do not come to this rank: they may wait for it for ever. In half of the time that
+        is left, so that theirs, which say only that they waited, come later."""
+        self.cancel()
+        self.start(max(0.0, self.end - time.monotonic()) / 2, error)
+
+    def cancel(self) -> None:
+        self.timer.cancel()
+
+
 @contextmanager
-def deadline(name: str, timeout_sec: float, on_timeout: Callable[[TransportError], None]) -> Iterator[None]:
-    """Calls `on_timeout` from another thread if the body takes longer than `timeout_sec`."""
-    error = TransportError(
-        f"the self-test of {name} did not finish within {timeout_sec:g} s (timeouts.selftest_sec). Broken peer access "
-        "or a blocked port hangs like this: try limits.peer_access=off, and task=probe."
-    )
-    timer = threading.Timer(timeout_sec, on_timeout, args=(error,))
-    timer.daemon = True
-    timer.start()
+def deadline(
+    name: str,
+    timeout_sec: float,
+    on_timeout: Callable[[TransportError], None],
+    setting: str = "timeouts.selftest_sec",
+) -> Iterator[Deadline]:
+    """Calls `on_timeout` from another thread if the body takes longer than `timeout_sec`, which `setting` sets."""
+    error = TransportError(f"the self-test of {name} did not finish within {timeout_sec:g} s ({setting}). {HANGS}")
+    found = Deadline(timeout_sec, error, on_timeout)
     try:
-        yield
+        yield found
     finally:
-        timer.cancel()
+        found.cancel()

@@ -94,7 +94,7 @@ def open_region(pid: int, descriptor: int, num_bytes: int) -> tuple[SharedRegion
     try:
         ours = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        return None, f"cannot open rank 0's memory ({error}); ranks must share a machine, a user and a pid namespace"
+        return None, f"cannot open rank 0's memory ({error}): ranks must share a machine, a user and a pid namespace"
     try:
         return SharedRegion(ours, num_bytes), ""
     except (OSError, ValueError) as error:

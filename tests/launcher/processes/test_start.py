@@ -68,6 +68,11 @@ def test_rank_killed_for_want_of_memory_gets_that_hint(tmp_path: Path) -> None:
     assert "host memory" not in find_cause(job, {0: -signal.SIGSEGV}).hint
 
 
+def test_rank_that_lost_mapped_memory_is_told_where_it_may_be_short(tmp_path: Path) -> None:
+    found = find_cause(make_job(tmp_path), {1: -signal.SIGBUS})
+    assert "was killed by SIGBUS" in found.message and "--shm-size 1g" in found.hint
+
+
 def test_rank_that_told_its_failure_is_the_cause(tmp_path: Path) -> None:
     told = Failure("CheckpointError", "bad file", "hint", 1, "log")
     write_first_failure(tmp_path, told)

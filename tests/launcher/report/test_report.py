@@ -19,7 +19,8 @@ from launcher.plan.plan import plan_run
 from launcher.report import report as report_module
 from launcher.report.console import print_report
 from launcher.report.outcome import discard_report, report_failure, write_report
-from launcher.report.report import base_report, build_report, failure_report, slow_kernels
+from launcher.report.report import base_report, build_report, failure_report
+from launcher.report.slow import slow_kernels
 from launcher.telemetry.sampler import Telemetry
 from launcher.telemetry.usage import CardUsage
 from tests.launcher.jobs import make_job, make_run
@@ -245,12 +246,11 @@ def test_an_operation_is_an_own_kernel_where_every_rank_has_it(tmp_path: Path) -
     report = build(tmp_path, first, second)
     assert report["kernels"] == {"own": ["norms"], "plain_torch": {"attention": "heads of 80"}}
     report["load"]["kernels"] = {"w4a16 (the fastest)": 3, "dequantize (not w4a16: 8 bits)": 2}
-    assert slow_kernels(report | {"device": "cpu"}) == []
-    assert slow_kernels(report | {"device": "cuda"}) == [
+    assert slow_kernels(report) == [
         "attention in plain torch: heads of 80",
         "2 linears by dequantize (not w4a16: 8 bits)",
     ]
-    assert slow_kernels(report | {"device": "cuda", "kernels": None, "load": None}) == []
+    assert slow_kernels(report | {"kernels": None, "load": None}) == []
 
 
 def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

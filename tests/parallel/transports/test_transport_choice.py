@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.transports.choice import Proof, Range, agree, faster_up_to, force_ranges, plan_ranges, prove
 from parallel.transports.selftest import DECODE_BYTES
+from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, run_on_ranks
 
 SIZES = (1024, DECODE_BYTES)
@@ -203,3 +207,35 @@ def test_one_that_fails_on_any_rank_is_left_out_on_all(opener: str, error: str) 
     """Also what a rank has of it that found nothing wrong is given back."""
     has_some = opener != "refused"
     assert run_on_ranks(proof_of, 2, opener) == [(False, has_some, Proof("it", error=error))] * 2
+
+
+class NobodyAnswers(Solo):
+    """Ranks agree through it on a problem; the others hang, until `event`."""
+
+    def __init__(self, event: threading.Event) -> None:
+        super().__init__(CPU)
+        self.event = event
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        assert self.event.wait(60), "nobody ended the self-test"
+        return super().all_gather(tensor)
+
+
+def test_a_rank_that_fails_says_why_before_those_that_wait_for_it_say_that_they_did() -> None:
+    event, errors, start = threading.Event(), list[tuple[float, str]](), time.monotonic()
+
+    def end(error: TransportError) -> None:
+        errors.append((time.monotonic() - start, str(error)))
+        event.set()
+
+    def refuse() -> Communicator:
+        raise RuntimeError(
+            "NCCL error in: NCCLUtils.cpp:77\nLast error:\nfailed to extend /dev/shm/nccl-a to 9637892 bytes"
+        )
+
+    control = NobodyAnswers(event)
+    prove("nccl", refuse, SIZES, control=control, device=CPU, timeout_sec=4, on_timeout=end)
+    [(seconds, message)] = errors
+    assert 1 < seconds < 3.5
+    assert message.startswith("the self-test of nccl failed on rank 0: NCCL: failed to extend /dev/shm/nccl-a to")
+    assert "--shm-size 1g" in message

@@ -1,0 +1,61 @@
+"""What made a run slower than it could be, as far as its report tells: a line each, with what helps."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# As parallel/transports/choice.py words it of what failed; what works and is slower has its time there.
+LEFT_OUT = re.compile(r"\w+ was left out: rank [^;]+")
+# A link that carries less may be idle now and then, and an idle card slows its link down.
+LOADED_BYTES_PER_SEC = 10**9
+
+
+def slow_parts(report: dict[str, Any]) -> list[str]:
+    """Of a run on cards."""
+    if report["device"] != "cuda":
+        return []
+    return [*slow_kernels(report), *failed_transports(report), *poor_links(report)]
+
+
+def slow_kernels(report: dict[str, Any]) -> list[str]:
+    """A line for everything that cards compute without our kernels."""
+    lines = [
+        f"{name} in plain torch: {why}" for name, why in ((report["kernels"] or {}).get("plain_torch", {})).items()
+    ]
+    linears = (report["load"] or {}).get("kernels", {})
+    return lines + [f"{count} linears by {kind}" for kind, count in linears.items() if kind.startswith("dequantize")]
+
+
+def failed_transports(report: dict[str, Any]) -> list[str]:
+    """Those that did not pass their self-test, and why."""
+    reasons = (each["reason"] for each in (report["transport"] or {}).values())
+    return [found for reason in reasons for found in LEFT_OUT.findall(reason)]
+
+
+def poor_links(report: dict[str, Any]) -> list[str]:
+    """Links that ran, under load, at less than card and slot can do together, and such that lose bits."""
+    best = {card["index"]: card for card in report["inventory"]["cards"]}
+    return [line for card in report["cards"] if card["index"] in best for line in poor_link(card, best[card["index"]])]
+
+
+def poor_link(card: dict[str, Any], best: dict[str, Any]) -> list[str]:
+    """`card`: what it did; `best`: what the inventory says of it."""
+    name, lines = f"card {card['index']}", []
+    if (card["pcie_lanes"] or 0) < (best["pcie_lanes"] or 0) and card["pcie_lanes"]:
+        lines.append(
+            f"{name} has {card['pcie_lanes']} of {best['pcie_lanes']} PCIe lanes: seat it anew, without a riser, and "
+            "see the firmware's bifurcation."
+        )
+    carried = max(card["pcie_tx_peak_bytes_per_sec"] or 0, card["pcie_rx_peak_bytes_per_sec"] or 0)
+    if carried >= LOADED_BYTES_PER_SEC and (card["pcie_generation"] or 99) < (best["pcie_generation"] or 0):
+        lines.append(
+            f"{name} ran its link at PCIe {card['pcie_generation']} under load, where card and slot can do "
+            f"{best['pcie_generation']}: see the slot's setting in the firmware."
+        )
+    if card["pcie_replays"]:
+        lines.append(
+            f"{name} sent {card['pcie_replays']} packets again: a riser or slot loses bits. Without the riser, or "
+            "with the slot one generation lower, it should be 0."
+        )
+    return lines

@@ -1,0 +1,64 @@
+"""What is warned of after a run: transports that failed, and links that do less than they could."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.report.slow import slow_parts
+from parallel.transports.choice import Proof, Range, with_failures
+
+GOOD = {
+    "index": 1,
+    "pcie_generation": 4,
+    "pcie_lanes": 16,
+    "pcie_tx_peak_bytes_per_sec": 5 * 10**9,
+    "pcie_rx_peak_bytes_per_sec": None,
+    "pcie_replays": 0,
+}
+UNKNOWN = {**dict.fromkeys(GOOD), "index": 1}
+
+
+def report(card: dict[str, Any], reason: str = "4.3 us for 16384 bytes, where nccl takes 24.7 us") -> dict[str, Any]:
+    return {
+        "device": "cuda",
+        "kernels": None,
+        "load": None,
+        "transport": {"all_sizes": {"name": "nccl", "reason": reason}},
+        "cards": [card],
+        "inventory": {"cards": [{"index": 0, "pcie_generation": 5, "pcie_lanes": 32}, {**GOOD}]},
+    }
+
+
+@pytest.mark.parametrize("card", [GOOD, UNKNOWN, GOOD | {"index": 7, "pcie_lanes": 4}])
+def test_nothing_is_said_of_a_link_that_is_well_or_unknown(card: dict[str, Any]) -> None:
+    assert slow_parts(report(card)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pcie_lanes": 8}, "card 1 has 8 of 16 PCIe lanes: "),
+        ({"pcie_generation": 3}, "card 1 ran its link at PCIe 3 under load, where card and slot can do 4: "),
+        ({"pcie_replays": 12}, "card 1 sent 12 packets again: "),
+    ],
+)
+def test_a_poor_link_is_told(change: dict[str, int], words: str) -> None:
+    (line,) = slow_parts(report(GOOD | change))
+    assert line.startswith(words)
+    assert slow_parts(report(GOOD | change) | {"device": "cpu"}) == []
+
+
+def test_an_idle_link_is_slow_on_purpose() -> None:
+    assert slow_parts(report(GOOD | {"pcie_generation": 1, "pcie_tx_peak_bytes_per_sec": 10**8})) == []
+
+
+def test_transports_that_failed_are_told_with_what_helps_and_slower_ones_are_not() -> None:
+    refused = Proof("host_memory", error="rank 0: cuMemHostRegister_v2 failed with CUDA_ERROR_OUT_OF_MEMORY")
+    wrong = Proof("host_memory_dense", error="rank 1: gave wrong sums of 4 bytes of float32")
+    slower = "host_memory_norm was left out: 7.5 us for 16384 bytes, where a kernel each takes 7.3 us"
+    (only,) = with_failures([Range("nccl", None, slower, {})], [refused, wrong])
+    first, second = slow_parts(report(GOOD, only.reason))
+    assert first.startswith("host_memory was left out: rank 0: cuMemHostRegister_v2 failed") and "memlock=-1" in first
+    assert second == "host_memory_dense was left out: rank 1: gave wrong sums of 4 bytes of float32"
