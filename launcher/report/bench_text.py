@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.amounts import amount, count, number, percent
+from launcher.report.speed_text import disk_text
 from parallel.units import GIB
 
 ENGINE = "launch70b"
@@ -119,9 +120,12 @@ def step_text(report: dict[str, Any]) -> str:
     """The step by itself: its time, and how near that is to reading what must be read."""
     text = f"decode step {number(report['decode_step_ms']['measured'])} ms"
     share, found = report["bandwidth_share"], report["bandwidth"]
+    offload = report["offload"]
+    if offload is not None and offload["disk"] is not None:
+        # For which nobody knows a floor.
+        return f"{text}, from the disk {disk_text(offload['disk'])}; with the profiler:"
     if share is None:
         return text
-    offload = report["offload"]
     if offload is not None:
         streamed = f"{number(offload['bytes_per_pass'] / 1e9)} GB from host memory"
         text += f", {streamed} at {number(offload['gb_per_sec'])} of a copy's {number(offload['copy_gb_per_sec'])} GB/s"

@@ -89,7 +89,10 @@ def streamed_row(offload: dict[str, Any] | None) -> list[tuple[str, str]]:
     disk = offload["disk"]
     if disk is None:
         return rows
-    read_text = f"{number(disk['bytes_per_pass'] / 1e9)} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
-    if disk["drive_share"] is not None:
-        read_text += f", {percent(disk['drive_share'])} from the drive, the rest from the page cache"
-    return (rows if offload["streamed_layers"] else []) + [("from the disk", read_text)]
+    return (rows if offload["streamed_layers"] else []) + [("from the disk", disk_text(disk))]
+
+
+def disk_text(disk: dict[str, Any]) -> str:
+    text = f"{number(disk['bytes_per_pass'] / 1e9)} GB a pass at {number(disk['gb_per_sec'])} GB/s a rank"
+    share = disk["drive_share"]
+    return text if share is None else f"{text}, {percent(share)} from the drive, the rest from the page cache"

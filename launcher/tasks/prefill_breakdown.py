@@ -45,10 +45,9 @@ def prefill_breakdown(engine: Engine, lengths: Sequence[int], communicator: Comm
     `pass_ms`: a pass by itself, and without all-reduces (null on one rank), which tells what they cost in all: beside
     the time in which other parts wait for them, that by which they slow those down.
     """
-    times = {"measured": communicator, "without_all_reduce": ElidedAllReduce(communicator)}
-    pass_ms = {name: median_ms(engine, lengths, each) for name, each in times.items()}
-    if communicator.world_size == 1:
-        pass_ms["without_all_reduce"] = None
+    pass_ms = {"measured": median_ms(engine, lengths, communicator), "without_all_reduce": None}
+    if communicator.world_size > 1:
+        pass_ms["without_all_reduce"] = median_ms(engine, lengths, ElidedAllReduce(communicator))
     with prepared_chunk(engine, lengths, communicator) as run:
         run()
         communicator.barrier()

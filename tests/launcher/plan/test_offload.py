@@ -60,6 +60,20 @@ def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
     assert "graphs" not in lines
 
 
+def test_plan_says_what_room_for_shorter_sequences_would_save() -> None:
+    """As many layers as are streamed then; nothing where lengths are not known, or were set."""
+
+    def decided(**settings: Any) -> OffloadPlan:
+        return streamed(plan(AWQ_4, cards_of(1), workload__batch_size=8, **settings))
+
+    lengths = {"workload__prompt_tokens": 512, "workload__output_tokens": 32}
+    long, short = decided(**lengths), decided(**lengths, engine__max_context=544)
+    assert len(short.streamed_layers) < 40 < len(long.streamed_layers)
+    assert long.reason.endswith(f"; {len(short.streamed_layers)} with engine.max_context=544.")
+    assert "engine.max_context" not in short.reason + decided(workload__output_tokens=32).reason
+    assert "engine.max_context" not in decided(**lengths, offload__resident_layers=0).reason
+
+
 def test_a_draft_model_beside_streamed_layers_takes_room_for_its_graphs() -> None:
     """As steps have them, or ten kernels a layer of about 10 kB; and rows of logits in bf16 and float32."""
 
