@@ -22,7 +22,7 @@ import transformers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.demo.card import model_card
-from tools.demo.corpus import collect, unpack
+from tools.demo.corpus import Corpus, collect, is_held_out, unpack
 from tools.demo.ngram import fit_trigram
 from tools.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, encode_stream, train_tokenizer
 from tools.demo.training import CONTEXT, TrainingPlan, TrainingResult, demo_config, evaluate, train
@@ -32,6 +32,8 @@ from tools.demo.training import CONTEXT, TrainingPlan, TrainingResult, demo_conf
 WEIGHT_DECAY = 1.0
 # Where a file is read or written is a fact about one machine, not about the model.
 PATH_OPTIONS = ("out", "corpus")
+# What has no meaning below; a text is scored from its third token on.
+LEAST = {"max_files": 1, "max_held_out_tokens": 3, "steps": 1, "batch": 1}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +55,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps is None and args.minutes is None:
         parser.error("neither --steps nor --minutes says when to stop: give one, e.g. --minutes 4")
+    for name, least in LEAST.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g} must be above 0")
     if not 1 < args.sequence <= CONTEXT:
         parser.error(f"--sequence {args.sequence} is outside 2..{CONTEXT}, the positions the model has")
     return args
@@ -62,13 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     """Corpus -> tokenizer -> trigram -> training -> bf16 folder -> its score, each step with a line on stdout."""
     args = parse_arguments(argv)
     device = torch.device(_device_name(args.device))
-    corpus = (unpack(args.corpus) if args.corpus else collect()).first(args.max_files)
-    train_texts, held_out_texts = corpus.split()
-    if not held_out_texts:
-        raise ValueError(f"none of the {len(corpus.texts)} files is held out; raise --max-files")
-    print(f"corpus: {corpus.facts()}", flush=True)
-
-    tokenizer = train_tokenizer(train_texts.values(), CONTEXT)
+    try:
+        corpus = read_corpus(args)
+        train_texts, held_out_texts = corpus.split()
+        tokenizer = train_tokenizer(train_texts.values(), CONTEXT)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     stream = encode_stream(tokenizer, train_texts.values())
     held_out = encode_stream(tokenizer, held_out_texts.values())[: args.max_held_out_tokens]
     print(f"tokens: {len(stream)} to train on, {len(held_out)} held out", flush=True)
@@ -98,6 +104,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (args.out / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """Raises ValueError: it has no text, or none to score the model on."""
+    corpus = (unpack(args.corpus) if args.corpus else collect()).first(args.max_files)
+    if not any(map(is_held_out, corpus.texts)):
+        raise ValueError(f"none of the {len(corpus.texts)} files is held out; raise --max-files")
+    print(f"corpus: {corpus.facts()}", flush=True)
+    return corpus
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -106,12 +106,12 @@ def swapped_graphs(engine: Engine, communicator: Communicator, lengths: Sequence
     """Passes of prompts of so many tokens are captured, so that no timed one is; anew where others than those of
     `communicator` would be replayed."""
     before, graphs, num_tokens = engine.target, engine.target.graphs, sum(lengths)
-    if graphs is not None and num_tokens <= graphs.max_rows:
-        if communicator is not engine.communicator:
-            graphs = graphs.anew(num_tokens)
-            engine.target = replace(before, graphs=graphs)
-        graphs.prepare(num_tokens, len(lengths))
     try:
+        if graphs is not None and num_tokens <= graphs.max_rows:
+            if communicator is not engine.communicator:
+                graphs = graphs.anew(num_tokens)
+                engine.target = replace(before, graphs=graphs)
+            graphs.prepare(num_tokens, len(lengths))
         yield
     finally:
         engine.target = before

@@ -104,6 +104,38 @@ def test_command_line_wants_an_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--minutes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--minutes 0", "--minutes 0 must be above 0"),
+        ("--max-files 0", "--max-files 0 must be at least 1"),
+        ("--max-held-out-tokens 2", "--max-held-out-tokens 2 must be at least 3"),
+        ("--batch 0", "--batch 0 must be at least 1"),
+    ],
+)
+def test_sizes_that_train_or_score_nothing_are_refused(
+    capsys: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(f"--steps 1 {option}".split())
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"argparse.py": "x = 1\n", "typing.py": "y = 2\n"}, "none of the 2 files is held out; raise --max-files"),
+        ({"argparse.py": "x = 1\n", "wave.py": "y = 2\n"}, "of 4096 tokens: too little text; raise --max-files"),
+    ],
+)
+def test_too_little_text_is_told_in_a_line(tmp_path: Path, texts: dict[str, str], words: str) -> None:
+    pack(Corpus(texts, "3.12.0"), tmp_path / "corpus.json.gz")
+    with pytest.raises(SystemExit, match=words):
+        main(["--steps", "1", "--corpus", str(tmp_path / "corpus.json.gz"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_three_steps_give_a_folder_that_transformers_loads(tmp_path: Path, corpus: Corpus) -> None:
     packed, out = tmp_path / "corpus.json.gz", tmp_path / "demo"
     pack(corpus.first(60), packed)

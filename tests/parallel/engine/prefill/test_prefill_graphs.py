@@ -444,6 +444,30 @@ def test_a_timed_pass_is_captured_with_its_communicator(folders: dict[str, Path]
     assert talking > 4 and silent == 0 and is_restored
 
 
+def broken_off(communicator: Communicator, folder: Path) -> tuple[bool, int]:
+    """Whether the engine is as before when the pass to be timed cannot be captured, and what is held for that pass."""
+    engine = make_engine(communicator, folder)
+    put_pieces(engine, is_recorded=False)
+    before, places = engine.target, engine.target.graphs.places
+    prepare, held = PassGraphs.prepare, len(places.runs)
+
+    def fail(graphs: PassGraphs, num_tokens: int, num_prompts: int = 1) -> None:
+        prepare(graphs, num_tokens, num_prompts)
+        raise torch.OutOfMemoryError("no room")
+
+    PassGraphs.prepare = fail
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="no room"),
+        prepared_chunk(engine, [10], ElidedAllReduce(communicator)),
+    ):
+        pass
+    return engine.target is before, len(places.runs) - held
+
+
+def test_an_engine_is_as_before_when_a_pass_cannot_be_captured(folders: dict[str, Path]) -> None:
+    assert run_on_ranks(broken_off, 1, folders["llama"])[0] == (True, 0)
+
+
 def test_sizes_are_those_that_a_chunk_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "GRAPHED_ROWS", (64, 256, 1024))
     chunks = (1, 64, 65, 256, 1000, 1024, 2048)
