@@ -39,7 +39,9 @@ from parallel.kernels.multiprocessors import Card
 from parallel.kernels.nvrtc import compile_source
 from parallel.kernels.packed_layout import Layout
 from parallel.kernels.pages import FP8
-from parallel.transports import channel, copies, copy_streams, dense, host_memory, host_memory_norm, two_step
+from parallel.layers.merged import MAX_SWIGLU_ROWS
+from parallel.transports import channel, copies, copy_streams, dense, host_memory, two_step
+from parallel.transports import host_memory_norm as norm
 
 # Of compute capability 8.9 (CUDA Programming Guide, Technical Specifications per Compute Capability).
 CARD = Card(multiprocessors=128, shared_bytes=100 * 1024)
@@ -52,6 +54,10 @@ REGISTERS_AT_ONCE, SCHEDULERS, WARP = 256, 4, 32
 # No card that a test could have, so that what is kept for it is in nobody's way.
 DEVICE = torch.device("cuda", 89)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+REDUCTIONS = tuple(channel.REDUCTIONS.values())
+SOURCES = [path for folder in (tiles.FOLDER, channel.FOLDER) for path in folder.glob("*.cu")]
+# Of models; one of a prime number of warps, whose rows are shared by as many blocks; the largest.
+HIDDEN_SIZES = (2048, 4096, 5120, 8192, 9728, fused.MAX_HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,17 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Use:
-    """A kernel as the product loads it and starts it; `blocks`: that the launch counts on for a multiprocessor."""
+    """A kernel as the product loads it and starts it. The first word of `name` is that of its file.
+
+    `blocks`: that the launch counts on for a multiprocessor. `grid`: that must all be on the card at a time, since they
+    wait for one another, or for those of another card.
+    """
 
     name: str
     load: Callable[[], launch.Kernel]
     threads: int
     blocks: int = 1
+    grid: int = 0
 
 
 class Nvrtc:
@@ -94,8 +105,7 @@ class Nvrtc:
         self.handles = count(1)
 
     def compile(self, source: str, name: str, options: tuple[str, ...], capability: str) -> bytes:
-        _, log = compile_source(source, name, [f"--gpu-architecture=sm_{capability}", *options, "--ptxas-options=-v"])
-        return log.encode()
+        return compile_log(source, options, capability)
 
     def load(self, log: bytes, names: list[str]) -> dict[str, SimpleNamespace]:
         registers, stack_bytes, static_bytes = read_log(log.decode(), names[0])
@@ -109,6 +119,13 @@ class Nvrtc:
         return replace(self.taken[kernel.function], dynamic_bytes=kernel.shared_bytes)
 
 
+@cache
+def compile_log(source: str, options: tuple[str, ...], capability: str) -> bytes:
+    """What ptxas says of all kernels of a source."""
+    arguments = [f"--gpu-architecture=sm_{capability}", *options, "--ptxas-options=-v"]
+    return compile_source(source, "kernel", arguments)[1].encode()
+
+
 def read_log(log: str, name: str) -> tuple[int, int, int]:
     """Registers, bytes of stack frames and spills, static shared memory, of what ptxas says of one kernel."""
     properties = re.search(rf"Function properties for {name}\n(.*)\n.*: Used (.*)", log)
@@ -116,6 +133,20 @@ def read_log(log: str, name: str) -> tuple[int, int, int]:
     memory = sum(int(number) for number in re.findall(r"(\d+) bytes", properties[1]))
     shared = re.search(r"(\d+) bytes smem", properties[2])
     return int(properties[2].split()[0]), memory, int(shared[1]) if shared else 0
+
+
+def problem(use: Use, taken: Compiled) -> str:
+    """What of a kernel is too much for the card; empty: nothing."""
+    resident = taken.resident(use.threads)
+    checks = {
+        f"{taken.stack_bytes} bytes of registers in memory": taken.stack_bytes == 0,
+        f"{taken.shared_bytes} bytes of shared memory": taken.shared_bytes <= SHARED_BYTES_OF_BLOCK,
+        f"{resident} blocks on a multiprocessor of {use.blocks}": resident >= use.blocks,
+        f"{resident * CARD.multiprocessors} blocks on the card of {use.grid}": (
+            resident * CARD.multiprocessors >= use.grid
+        ),
+    }
+    return ", ".join(found for found, passed in checks.items() if not passed)
 
 
 @contextmanager
@@ -195,12 +226,14 @@ def linears() -> Iterator[Use]:
         for kind, layout in (*four_bit_layouts(swiglu=swiglu), *eight_bit_layouts(swiglu=swiglu)):
             for most, many in wide.launches_for(layout, 64, index).items():
                 assert isinstance(many, wide.Launch)
+                if swiglu and most > MAX_SWIGLU_ROWS:
+                    break
                 blocks = wide.fit(many, layout.unit_bytes, CARD)[1]
                 load = partial(wide.compile_kernel, many, layout, index)
                 yield Use(f"wide {kind}{suffix} {most} rows", load, many.threads, blocks)
     for kind, layout in (*four_bit_layouts(swiglu=False), *eight_bit_layouts(swiglu=False)):
         load = partial(dequantize_packed.compile_kernel, layout, index)
-        yield Use(f"dequantize {kind}", load, dequantize_packed.WARPS * WARP)
+        yield Use(f"dequantize_packed {kind}", load, dequantize_packed.WARPS * WARP)
 
 
 def describe(narrow: tiles.Launch) -> str:
@@ -213,21 +246,21 @@ def attention() -> Iterator[Use]:
         paged_attention.HEAD_DIMS, columns, (BF16, F16), (False, True), (False, True)
     ):
         each = attention_launch.choose_launch(head_dim, num_columns, dtype, FP8 if fp8 else dtype, tree=tree)
-        name = f"attention {head_dim} {str(dtype)[6:]}{' fp8' * fp8}{' tree' * tree} {num_columns} columns"
+        name = f"paged_attention {head_dim} {str(dtype)[6:]}{' fp8' * fp8}{' tree' * tree} {num_columns} columns"
         # Two of these may share a multiprocessor where one's rings leave room; it counts on one (choose_splits).
         blocks = attention_launch.BLOCKS_PER_MULTIPROCESSOR
         yield Use(name, partial(paged_attention.load, each, DEVICE.index), each.warps * WARP, blocks)
 
 
 def layers() -> Iterator[Use]:
-    for hidden_size in (2048, 4096, 5120, 8192, 12288, fused.MAX_HIDDEN):
+    for hidden_size in HIDDEN_SIZES:
         load = partial(first_of, fused.norm_kernel, fused.NORM_VECTORS, hidden_size, DEVICE)
         pieces, vectors = hidden_size // fused.PIECE, fused.NORM_VECTORS
-        yield Use(f"norm {hidden_size}", load, -(-pieces // (vectors * WARP)) * WARP)
-    yield Use("silu", partial(fused.silu_kernel, DEVICE), fused.SILU_THREADS)
+        yield Use(f"fused_norm {hidden_size}", load, -(-pieces // (vectors * WARP)) * WARP)
+    yield Use("fused_silu", partial(fused.silu_kernel, DEVICE), fused.SILU_THREADS)
     for head_dim, dtype in product(fused.HEAD_DIMS, (BF16, FP8)):
         load = partial(first_of, fused.rotary_kernel, head_dim, PAGE_SIZE, dtype, DEVICE)
-        yield Use(f"rotary {head_dim} {str(dtype)[6:]}", load, fused.ROTARY_THREADS)
+        yield Use(f"fused_rotary {head_dim} {str(dtype)[6:]}", load, fused.ROTARY_THREADS)
 
 
 def first_of(load: Callable[..., tuple[launch.Kernel, ...]], *arguments: object) -> launch.Kernel:
@@ -244,27 +277,43 @@ def packing() -> Iterator[Use]:
 
 
 def transports() -> Iterator[Use]:
-    """With the most threads that each is started with."""
-    reductions = tuple(channel.REDUCTIONS.values())
-    dense_threads = {lines: WARP * max(warps for _, _, warps in lines.launches) for lines in (dense.EXACT, dense.INT8)}
-    slots = host_memory.SlotChannel
-    kinds = [
-        (slots.source, slots.names, slots.parameters, max(threads for *_, threads in host_memory.LAUNCHES)),
-        (two_step.TwoStepChannel.source, reductions, channel.PARAMETERS, two_step.THREADS),
-        (copies.CopyChannel.source, reductions, copy_streams.PARAMETERS, copy_streams.THREADS),
-        (
-            host_memory_norm.NormChannel.source,
-            host_memory_norm.NormChannel.names,
-            host_memory_norm.PARAMETERS,
-            host_memory_norm.MAX_THREADS,
-        ),
-        *(
-            (lines.source, tuple(channel.REDUCTIONS[dtype] for dtype in lines.dtypes), channel.PARAMETERS, threads)
-            for lines, threads in dense_threads.items()
-        ),
-    ]
-    for source, names, parameters, threads in kinds:
+    """With the most threads and blocks that each is started with."""
+    for source, names, parameters, threads, grid in (
+        *((lines.source, [channel.REDUCTIONS[each] for each in lines.dtypes], channel.PARAMETERS, warps * WARP, blocks)
+          for lines in (dense.EXACT, dense.INT8) for _, blocks, warps in lines.launches),
+        *((host_memory.SlotChannel.source, host_memory.SlotChannel.names, channel.PARAMETERS, threads, blocks)
+          for _, blocks, threads in host_memory.LAUNCHES),
+        (two_step.TwoStepChannel.source, REDUCTIONS, channel.PARAMETERS, two_step.THREADS, two_step.BLOCKS),
+        (copies.CopyChannel.source, REDUCTIONS, copy_streams.PARAMETERS, copy_streams.THREADS, 0),
+        *((norm.NormChannel.source, norm.NormChannel.names, norm.PARAMETERS, *norm_launch(hidden_size))
+          for hidden_size in HIDDEN_SIZES),
+    ):  # fmt: skip
         for name, world_size in product(names, range(2, host_memory.MAX_RANKS + 1)):
             options = (f"-DWORLD={world_size}",)
             load = partial(launch.load_kernel, channel.FOLDER / source, name, options, parameters, DEVICE.index)
-            yield Use(f"{source.removesuffix('.cu')} {name} of {world_size}", load, threads)
+            name = f"{source.removesuffix('.cu')} {name} of {world_size}, {grid} blocks"
+            yield Use(name, load, threads, grid=grid)
+
+
+def norm_launch(hidden_size: int) -> tuple[int, int]:
+    """Threads, and the most blocks."""
+    rows = max(rows for rows in range(1, norm.MAX_ROWS + 1) if norm.NormLayout(2).takes(rows, hidden_size))
+    row_blocks = norm.choose_row_blocks(hidden_size)
+    return norm.row_threads(hidden_size) // row_blocks, rows * row_blocks
+
+
+def main() -> None:
+    """A line for each use."""
+    with pretended_card() as nvrtc:
+        for use in every_use():
+            taken = nvrtc.measure(use)
+            print(
+                f"{use.name:<52} {use.threads:>4} threads {taken.registers:>3} registers "
+                f"{taken.static_bytes:>5} + {taken.dynamic_bytes:>5} bytes "
+                f"{taken.resident(use.threads):>2} of {use.blocks} blocks  {problem(use, taken)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
