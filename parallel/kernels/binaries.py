@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import tempfile
@@ -11,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.cuda import _utils as cuda_utils
+
+from parallel.kernels.nvrtc import compile_source, nvrtc_version
 
 DIGEST_BYTES = 32
 
@@ -23,14 +23,8 @@ def read_or_compile(source: str, name: str, options: Sequence[str], capability: 
 
 
 def compile_binary(source: str, name: str, options: Sequence[str], capability: str) -> bytes:
-    binary, _ = cuda_utils._nvrtc_compile(source, name, capability, nvcc_options=list(options))
+    binary, _ = compile_source(source, name, [f"--gpu-architecture=sm_{capability}", *options])
     return binary
-
-
-def nvrtc_version() -> str:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    cuda_utils._get_gpu_rtc_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
 
 
 def key_of(*parts: str) -> str:

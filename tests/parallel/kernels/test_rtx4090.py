@@ -1,0 +1,56 @@
+"""Kernels as an RTX 4090 gets them: none spills, none asks for more than there is, and as many blocks as the launch
+counts on are at work at a time.
+
+Compiled are launches that are nearest to what the card has. `python -m tests.parallel.kernels.rtx4090` compiles all
+that the product may ask for, some 700 in five minutes, and prints what each takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.parallel.kernels.rtx4090 import (
+    SOURCES,
+    Nvrtc,
+    Use,
+    every_use,
+    pretended_card,
+    problem,
+)
+
+# By what their names begin with, of every source. Small groups, many columns and many ranks take the most registers.
+NEAREST = (
+    "w4a16 (128-20-bfloat16|32-20-bfloat16|64-codebook)",
+    "w8a16 int8-groups",
+    "wide (128-20-bfloat16|int8-groups|32-codebook) (16|64|256) rows",
+    "wide (128-20-bfloat16|int8-groups) swiglu 32 rows",
+    "dequantize_packed (32-codebook|int8-groups)",
+    "paged_attention 128 bfloat16( fp8)?( tree)? (8|32) columns",
+    "(fused_norm|fused_silu|fused_rotary (64|256)|pack_four_bits|dequantize_host)",
+    "host_memory.* of 4,",
+)
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Iterator[Nvrtc]:
+    with pretended_card() as pretended:
+        yield pretended
+
+
+@pytest.fixture(scope="module")
+def uses(nvrtc: Nvrtc) -> list[Use]:
+    return every_use()
+
+
+@pytest.mark.parametrize("nearest", NEAREST)
+def test_kernels_fit(nvrtc: Nvrtc, uses: list[Use], nearest: str) -> None:
+    problems = {use.name: problem(use, nvrtc.measure(use)) for use in uses if re.match(nearest, use.name)}
+    assert problems and set(problems.values()) == {""}, {name: why for name, why in problems.items() if why}
+
+
+def test_all_sources_are_compiled_but_that_of_warp_groups(uses: list[Use]) -> None:
+    compiled = {use.name.split()[0] for use in uses if any(re.match(each, use.name) for each in NEAREST)}
+    assert compiled == {path.stem for path in SOURCES} - {"wide_wgmma"}
