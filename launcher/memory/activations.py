@@ -36,8 +36,9 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     layer = demand.layer(rank)
     # Where a trial decides: a kernel that multiplies packed weights by so many rows takes less than this.
     dequantizes = layer.may_dequantize(prompt)
-    sections = choose_sections(prompt, demand.world_size, layer.may_dequantize)
-    largest = most_at_once(prompt, demand.world_size, layer.may_dequantize)
+    hides_sums = demand.world_size > 1 and demand.hides_sums
+    sections = choose_sections(prompt, hides_sums, layer.may_dequantize)
+    largest = most_at_once(prompt, hides_sums, layer.may_dequantize)
     # Multiplied at a time. A step that checks drafts may have more rows than a pass of prompts.
     tokens = max(prompt if dequantizes else largest, rows)
     hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv

@@ -46,6 +46,8 @@ class Demand:
     num_ahead: int = 0
     # Passes of prompts that are graphs at a time, as steps are.
     captured_passes: int = 0
+    # Whether long passes of prompts go in sections, where there are several ranks.
+    hides_sums: bool = True
     # Of a product, up to which no packed weight is dequantised for sure.
     fused_rows: int = MIN_FUSED_ROWS
     # Whether tokens are drawn; the likeliest take less memory to find.

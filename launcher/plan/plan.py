@@ -16,7 +16,7 @@ from launcher.models.shape import ModelShape
 from launcher.plan.context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choose_context, context_limit
 from launcher.plan.offload import KV_ON_HOST, OffloadPlan, choose_kv_place, choose_num_streamed, plan_offload
 from launcher.plan.offload_disk import largest_host_context, place_layers
-from launcher.plan.prefill import capture_passes, planned_fused_rows, wanted_passes
+from launcher.plan.prefill import capture_passes, hides_sums, planned_fused_rows, wanted_passes
 from launcher.plan.topology import Placement, PlanError
 from parallel.footprint import MIN_FUSED_ROWS
 from parallel.partition import choose_grain
@@ -153,6 +153,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
         may_share=run.offload.host_layers != 0,
+        hides_sums=hides_sums(run, placement),
     )
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from launcher.memory.demand import Demand
 from launcher.models.shape import ModelShape
+from launcher.plan.prefill import hides_sums
 from launcher.rank.context import RankContext
 from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.requests import random_prompts
@@ -145,7 +146,13 @@ def time_engine(
 ) -> Point:
     # Each size, at the start of prompts and after it: a pass that is timed is captured before.
     captured = 2 * len(settings.chunks) if context.job.captured_passes else 0
-    limits = EngineLimits(settings.long_context, max(settings.rows), max(settings.chunks), captured_passes=captured)
+    limits = EngineLimits(
+        settings.long_context,
+        max(settings.rows),
+        max(settings.chunks),
+        captured_passes=captured,
+        hides_sums=hides_sums(context.job.run, context.job.placement),
+    )
     engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
     work = work_of(demand_of_calibration(context, settings, shape))
     large = [tokens for tokens in settings.chunks if tokens >= MIN_PARTS * settings.part_tokens]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from launcher.config import KVDType, SamplingConfig, SpeculationConfig, SpeculationKind
 from launcher.plan.plan import Plan
+from launcher.plan.prefill import hides_sums
 from launcher.rank.context import RankContext
 from launcher.tasks.fused_rows import choose_fused_rows
 from launcher.tasks.host_layers import open_host_layers
@@ -94,6 +95,7 @@ def open_engine(
             plan.prefill_chunk_while_decoding,
             run.num_ahead,
             plan.captured_passes,
+            hides_sums(run, context.job.placement),
         ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,

@@ -60,6 +60,8 @@ class Decoder:
         self.num_layers = len(model.model.layers)
         self.communicator: Communicator = model.model.layers[0].self_attn.o_proj.communicator
         self.world_size = self.communicator.world_size
+        # Whether long passes go in sections, so that sums go on beside products.
+        self.hides_sums = self.world_size > 1
         # By numbers of rows; see `dequantizes`.
         self.dequantizing: dict[int, bool] = {}
         for layer in model.model.layers:

@@ -52,7 +52,7 @@ ROWS_PER_TILE = 128
 
 def choose_sections(
     num_rows: int,
-    world_size: int,
+    hides_sums: bool,
     dequantizes: Callable[[int], bool],
     min_halved: int | None = None,
     *,
@@ -61,15 +61,16 @@ def choose_sections(
     """Those of a pass; one of all rows where it is left whole.
 
     Args:
+        hides_sums: whether there are sums, and such that are worth hiding.
         dequantizes: whether weights are dequantised for a product with so many rows.
         min_halved: in place of MIN_HALVED_ROWS.
         joins: whether several may attend at once. Where sums take multiprocessors, not copy engines, many short ones
-            cost more than they hide: over NVLink NCCL's 32 MiB take 0.2 ms, but 2048 rows in 2 + 2 took 344.
+            cost more than they hide.
     """
     wanted = next((sections for most, sections in SECTIONS if num_rows <= most), MOST_SECTIONS)
     if not joins:
         wanted = (1,) * len(wanted)
-    if world_size == 1 or wanted == (1,):
+    if not hides_sums or wanted == (1,):
         return ((num_rows,),)
     # Of the whole pass: what is dequantised is so once for all of its sections.
     if not dequantizes(num_rows):
@@ -78,11 +79,11 @@ def choose_sections(
     return join(cut_evenly(num_rows, 2 if is_halved else 1), (1, 1))
 
 
-def most_at_once(num_rows: int, world_size: int, dequantizes: Callable[[int], bool]) -> int:
+def most_at_once(num_rows: int, hides_sums: bool, dequantizes: Callable[[int], bool]) -> int:
     """Most rows that attend at once in a pass of up to so many: those of a smaller pass, which goes in fewer sections,
     may be more. Arguments as of choose_sections."""
     sizes = (num_rows, *(most for most, _ in SECTIONS if most < num_rows))
-    return max(sum(each) for size in sizes for each in choose_sections(size, world_size, dequantizes))
+    return max(sum(each) for size in sizes for each in choose_sections(size, hides_sums, dequantizes))
 
 
 def join(sizes: Iterable[int], counts: Iterable[int]) -> Sections:
@@ -133,7 +134,8 @@ def graphed_rows(prefill_chunk: int) -> tuple[int, ...]:
 class EngineLimits:
     """Tokens of a sequence, sequences at a time, and tokens of prompts in one pass: at all, and where answers wait for
     it (None: as many). `num_ahead`: slots in the cache that a sequence needs beyond its tokens', for trees.
-    `captured_passes`: of prompts, captured as graphs at a time, where steps are; 0: none ever is."""
+    `captured_passes`: of prompts, captured as graphs at a time, where steps are; 0: none ever is. `hides_sums`: whether
+    long passes of several ranks go in sections, see choose_sections."""
 
     max_context: int
     batch_size: int
@@ -141,6 +143,7 @@ class EngineLimits:
     prefill_chunk_while_decoding: int | None = None
     num_ahead: int = 0
     captured_passes: int = CAPTURED_PASSES
+    hides_sums: bool = True
 
     @property
     def pages_per_sequence(self) -> int:

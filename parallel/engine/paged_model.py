@@ -60,7 +60,7 @@ class PagedModel:
         tokens = Tokens(*columns)
         if self.decoder.host_kv is not None:
             self.decoder.host_kv.begin(past_pages(parts), tokens.slots)
-        sections = choose_sections(len(tokens.ids), self.decoder.world_size, self.decoder.dequantizes, joins=self.joins)
+        sections = choose_sections(len(tokens.ids), self.decoder.hides_sums, self.decoder.dequantizes, joins=self.joins)
         attends = [self._attend_parts(each) for each in split_parts(parts, list(map(sum, sections)))]
         return run_pass(self.decoder, tokens, sections, attends, self.caches)
 
@@ -127,6 +127,7 @@ def open_paged(
         # What the load left makes room for the cache.
         torch.cuda.empty_cache()
     decoder = Decoder(model, limits.max_context, None if host_layers is None else open_streamer(host_layers))
+    decoder.hides_sums &= limits.hides_sums
     dtype = kv_dtype or model.lm_head.weight.dtype
     size = (limits.num_pages, decoder.num_kv_heads, decoder.head_dim, dtype, device)
     hosted = {}

@@ -86,10 +86,11 @@ def make_engine(
     on_disk: Sequence[int] = (),
     quantize: Scheme | None = None,
     with_kv: bool = False,
+    hides_sums: bool = True,
 ) -> Engine:
     """`draft`: the folder of a draft model, for a `speculation` that needs one. `streamed`: layers in host memory;
     `with_kv`: and their keys and values."""
-    limits = EngineLimits(max_context, batch_size, prefill_chunk)
+    limits = EngineLimits(max_context, batch_size, prefill_chunk, hides_sums=hides_sums)
     disk = DiskLayers(on_disk, CPU) if on_disk else None
     host_layers = HostLayers(streamed, CPU, disk=disk, with_kv=with_kv) if streamed or on_disk else None
     if speculation is not None and draft is not None:

@@ -65,7 +65,7 @@ class Pieces:
         self.layers = list(decoder.model.model.layers)
         self.tokens = Tokens(*buffers.tokens)
         num_rows = len(buffers.residual)
-        self.sections = choose_sections(num_rows, decoder.world_size, decoder.dequantizes, GRAPHED_HALVED_ROWS)
+        self.sections = choose_sections(num_rows, decoder.hides_sums, decoder.dequantizes, GRAPHED_HALVED_ROWS)
 
     def __len__(self) -> int:
         return len(self.layers) + 1

@@ -16,6 +16,7 @@ from launcher.config import (
     LimitsConfig,
     OffloadConfig,
     OffloadKind,
+    PeerAccess,
     TaskConfig,
     TaskKind,
     TransportKind,
@@ -141,6 +142,22 @@ def test_the_slowest_card_and_the_cpu_decide() -> None:
     assert wanted_passes(run, place_ranks(run, 1, slower), slower)
     asked = run_of(engine__prefill_graphs=PrefillGraphs.on)
     assert not wanted_passes(asked, place_ranks(asked, 2, CPU), CPU)
+
+
+def test_passes_stay_whole_where_nvlink_carries_their_sums() -> None:
+    """A whole pass has all its activations at once, a pass in sections those of one."""
+    by_path = {
+        name: plan(LLAMA_70B, cards_of(2, links, memory_bytes=140 * GIB), 2, **changes).cards[0].lines["activations"]
+        for name, links, changes in (
+            ("pcie", (), {}),
+            ("nvlink", ((0, 1),), {}),
+            ("not used", ((0, 1),), {"limits": LimitsConfig(peer_access=PeerAccess.off)}),
+            ("host memory", ((0, 1),), {"engine__transport": TransportKind.host_memory}),
+        )
+    }
+    assert by_path["pcie"] == by_path["not used"] == by_path["host memory"]
+    # Gate and up, and their product, of 2048 tokens in place of 1024.
+    assert by_path["nvlink"] - by_path["pcie"] > 1024 * (2 + 1) * 14336 * 2
 
 
 # H200 as far as they tell, of which a run may have 24 GiB.

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from parallel.communicator import Around, Communicator
 from parallel.engine import limits, paged_model
-from parallel.engine.decoder import Decoder
+from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
 from parallel.engine.prefill import halves, overlap, part_attention, pieces
+from parallel.engine.prefill.order import run_pass
+from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.engine.prefill.side_stream import SideStream, Sum
 from parallel.engine.sequence import Part, Sequence
 from parallel.kernels import multiprocessors
@@ -276,6 +278,33 @@ def test_sections_attend_at_once_where_sums_leave_all_multiprocessors(folders: d
     assert run_on_ranks(sections_beside, 2, folders["llama"])[0] == [[1, 2], [1, 1]]
 
 
+def sections_over(communicator: Communicator, folder: Path) -> list[int]:
+    """How many a pass has, launched and as one that is captured, where its sums are worth hiding, and where not."""
+    cut_passes(Cut(2))
+    found = []
+    for hides_sums in (True, False):
+        engine = make_engine(communicator, folder, hides_sums=hides_sums)
+        buffers = PassBuffers.empty(engine.decoder, 24)
+        found.append(len(Pieces(engine.decoder, engine.caches, buffers).sections))
+        counts: list[int] = []
+        paged_model.run_pass = counting_sections(counts)
+        pass_states(engine, ((0, 24),))
+        found += counts
+    return found
+
+
+def counting_sections(counts: list[int]) -> Callable[..., Tensor]:
+    def counting(decoder: Decoder, tokens: Tokens, sections: limits.Sections, *others: Any) -> Tensor:
+        counts.append(len(sections))
+        return run_pass(decoder, tokens, sections, *others)
+
+    return counting
+
+
+def test_passes_stay_whole_where_sums_are_not_worth_hiding(folders: dict[str, Path]) -> None:
+    assert run_on_ranks(sections_over, 2, folders["llama"])[0] == [2, 2, 1, 1]
+
+
 def test_each_section_is_multiplied_while_others_are_summed_up(folders: dict[str, Path]) -> None:
     first = [event for rows in (20, 14, 7) for event in (f"{rows}", f"{rows}", f"{rows}>")]
     others = [event for rows in (20, 14, 7) for event in (f"<{rows}", f"{rows}", f"{rows}", f"{rows}>")]
@@ -444,11 +473,11 @@ def test_sections_are_whole_tiles_and_about_equal() -> None:
     }
     for num_rows, found in expected.items():
         assert tuple(
-            limits.choose_sections(num_rows, 2, lambda _, answer=answer: answer) for answer in (False, True)
+            limits.choose_sections(num_rows, True, lambda _, answer=answer: answer) for answer in (False, True)
         ) == (found)
-        assert limits.choose_sections(num_rows, 1, lambda _: False) == ((num_rows,),)
-    assert limits.choose_sections(2048, 2, lambda _: False, joins=False) == ((1024,), (1024,))
-    assert limits.choose_sections(512, 2, lambda _: True, 257) == ((256,), (256,))
+        assert limits.choose_sections(num_rows, False, lambda _: False) == ((num_rows,),)
+    assert limits.choose_sections(2048, True, lambda _: False, joins=False) == ((1024,), (1024,))
+    assert limits.choose_sections(512, True, lambda _: True, 257) == ((256,), (256,))
 
 
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 513, 2047])
@@ -486,5 +515,5 @@ def test_no_other_cut_has_more_sections_or_fewer_tiles(num_rows: int, num_sectio
 
 
 def test_the_whole_pass_decides_whether_weights_are_dequantised() -> None:
-    assert limits.choose_sections(600, 2, lambda rows: rows > 599) == ((600,),)
-    assert limits.choose_sections(600, 2, lambda rows: rows > 600) == ((384,), (216,))
+    assert limits.choose_sections(600, True, lambda rows: rows > 599) == ((600,),)
+    assert limits.choose_sections(600, True, lambda rows: rows > 600) == ((384,), (216,))
