@@ -20,6 +20,7 @@ from tests.launcher.cli import environment
 from tests.launcher.config.test_config import composed
 
 PARAMS: dict[str, Any] = {"cards": "rtx4090", "timeout_min": None, "mem_gb": None, "cpus_per_task": None}
+CHUNK = "engine.prefill_chunk_while_decoding"
 SMALL = ("model=llama3_1_8b", "model.weights=dummy")
 
 
@@ -59,6 +60,12 @@ def test_baselines_have_time_of_their_own() -> None:
         for names in ("", "transformers,deepspeed")
     )
     assert beside == plain + 40
+
+
+def test_time_is_that_of_the_chunks_that_the_run_will_choose() -> None:
+    many = (*SMALL, "task=bench", "gpus=1", "workload.batch_size=24", "workload.prompt_tokens=1536")
+    found = [find_needs(composed(*many, *more)).why["time"] for more in ((), (f"{CHUNK}=512",), (f"{CHUNK}=2048",))]
+    assert found[0] == found[1] != found[2]
 
 
 # Cards, cores and memory
