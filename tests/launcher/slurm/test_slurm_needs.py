@@ -63,8 +63,10 @@ def test_baselines_have_time_of_their_own() -> None:
 
 
 def test_time_is_that_of_the_chunks_that_the_run_will_choose() -> None:
-    many = (*SMALL, "task=bench", "gpus=1", "workload.batch_size=24", "workload.prompt_tokens=1536")
-    found = [find_needs(composed(*many, *more)).why["time"] for more in ((), (f"{CHUNK}=512",), (f"{CHUNK}=2048",))]
+    large = ("model=llama3_3_70b_awq", "model.weights=dummy", "task=bench", "gpus=2")
+    work = ("workload.batch_size=8", "workload.prompt_tokens=1024", "engine.kv_dtype=fp8")
+    chunks = ((), (f"{CHUNK}=256",), (f"{CHUNK}=512",))
+    found = [find_needs(composed(*large, *work, *chunk)).why["time"] for chunk in chunks]
     assert found[0] == found[1] != found[2]
 
 
