@@ -177,6 +177,21 @@ def check_cards(jobs: Sequence[Job], num_cards: int) -> None:
             raise ValueError(f"{job} takes {job.num_cards} cards, but CUDA shows {num_cards} here.")
 
 
+def claim(out: Path) -> None:
+    """Makes the folder of a queue's logs.
+
+    Raises:
+        ValueError: it has those of another.
+        OSError: it cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        # The first job's log, there from the start, tells two queues of one second apart, too.
+        (out / "0.err").touch(exist_ok=False)
+    except FileExistsError:
+        raise ValueError(f"--out {out} has the logs of another queue. Name another folder.") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.queue", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -191,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = read_jobs(options.jobs.read_text(encoding="utf-8"))
         check_cards(jobs, len(read_cards()))
         # Not when the first job starts, hours later where others hold the cards.
-        out.mkdir(parents=True, exist_ok=True)
+        claim(out)
     except UnicodeDecodeError as error:
         parser.error(f"{options.jobs} is no text in UTF-8: {error}")
     except (OSError, ValueError) as error:

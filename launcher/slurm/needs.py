@@ -14,7 +14,7 @@ from launcher.memory.weights import stored_bytes
 from launcher.models.draft import find_draft
 from launcher.models.find import find_model
 from launcher.plan.plan import Plan, plan_run
-from launcher.plan.timed import predict_run
+from launcher.plan.timed import predict_run, with_chunk
 from launcher.plan.topology import place_ranks, resolve_world_size
 from launcher.run import WITHOUT_MODEL
 from launcher.slurm.duration import (
@@ -74,11 +74,11 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     draft = find_draft(planned, model.shape, model.folder)
     shapes = [model.shape, *([] if draft is None else [draft.shape])]
     placement = place_ranks(planned, num_ranks, inventory)
+    timed = with_prompts_of(planned, run.num_prompt_tokens or longest_prompt_tokens(run))
     plan = plan_run(planned, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
-    tokens = run.num_prompt_tokens or longest_prompt_tokens(run)
     times: Times | str = GRID_REASON
     if run.task.kind != TaskKind.predictions:
-        times = predict_run(with_prompts_of(planned, tokens), plan, model.shape, inventory)
+        times = predict_run(timed, with_chunk(timed, plan, model.shape, inventory), model.shape, inventory)
     return build_needs(run, num_ranks, inventory, plan, minutes_of(run, times, sum(map(stored_bytes, shapes))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from launcher.config import ConfigError
+from launcher.failures import describe_exception
+from launcher.report.outcome import report_failure
+from launcher.sweeps.folders import check_folders
 from launcher.sweeps.jobs import number_jobs
 from launcher.sweeps.resume import COMMAND_FILE, PLACES, SUBDIR, goes_on_with
 
@@ -50,6 +55,8 @@ class Announce(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         file = folder / COMMAND_FILE
         sweep = Sweep(folder, expand_jobs(config), file.read_bytes() if file.is_file() else None)
+        if subdir_as_typed(config) != SUBDIR_BY_NUMBER:
+            refuse_shared_folders(config, sweep.jobs or ())
         if sweep.is_resumed:
             keep_places(config, number_jobs(folder, sweep.jobs or ()))
         Announce.sweep = sweep
@@ -60,14 +67,26 @@ def keep_places(config: DictConfig, numbers: Sequence[int]) -> None:
 
     Hydra composes each job anew, from the overrides here and the job's own; those of the job must not be changed.
     """
-    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    if subdir != SUBDIR_BY_NUMBER or list(numbers) == list(range(len(numbers))):
+    if subdir_as_typed(config) != SUBDIR_BY_NUMBER or list(numbers) == list(range(len(numbers))):
         return
     with read_write(config), open_dict(config):
         config.hydra.overrides.hydra += [
             f"+{PLACES}=[{','.join(str(number) for number in numbers)}]",
             f"{SUBDIR}='${{oc.select:\"{PLACES}.{SUBDIR_BY_NUMBER}\"}}'",
         ]
+
+
+def subdir_as_typed(config: DictConfig) -> str:
+    """Not resolved, which each job does for itself."""
+    return str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[index,call-overload]
+
+
+def refuse_shared_folders(config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Ends the process: of other exceptions from a callback Hydra makes warnings, and starts the jobs."""
+    try:
+        check_folders(config, jobs)
+    except ConfigError as error:
+        sys.exit(report_failure(describe_exception(error), None, None))
 
 
 def expand_jobs(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:

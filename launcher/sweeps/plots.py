@@ -36,6 +36,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUIET, FRONT = "#6b6b6b", "#c9c9c9"
 MEASURED_KEY = Line2D([], [], color=QUIET, marker="o", label="measured")
 PREDICTED_KEY = Line2D([], [], color=QUIET, linestyle="--", marker="o", markerfacecolor="white", label="predicted")
+# Seen around the markers, where the front is a single point, too.
+FRONT_SIZE = 17
 FRONT_KEY = Line2D([], [], color=FRONT, linewidth=7, label="Pareto front")
 STYLE: Any = {
     # Text stays text, so that an SVG can be searched and scales with its fonts.
@@ -130,13 +132,13 @@ def draw_throughput(rows: Sequence[Row]) -> Figure | None:
     front = pareto_front(point for line in lines for point in line.points)
     axes.plot(
         [point.x for point in front], [point.y for point in front],
-        color=FRONT, linewidth=7, solid_capstyle="round", zorder=1,
+        color=FRONT, linewidth=7, solid_capstyle="round", marker="o", markersize=FRONT_SIZE, zorder=1,
     )  # fmt: skip
     for place, line in enumerate(lines):
         draw_line(axes, line, place)
         for point in line.points:
             axes.annotate(
-                point.label, (point.x, point.y), (7, -12), textcoords="offset points", fontsize=11, color=color(place)
+                point.label, (point.x, point.y), (8, 5), textcoords="offset points", fontsize=11, color=color(place)
             )
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)

@@ -236,3 +236,16 @@ def test_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main([str(tmp_path / "jobs.txt")])
     assert f"{tmp_path / 'jobs.txt'} is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_logs_of_another_queue_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.queue.read_cards", lambda: cards(1))
+    monkeypatch.setattr("tools.queue.Queue.run", lambda queue: 0)
+    (tmp_path / "jobs.txt").write_text("gpus=1")
+    arguments = [str(tmp_path / "jobs.txt"), f"--out={tmp_path / 'out'}"]
+    assert main(arguments) == 0
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"--out {tmp_path / 'out'} has the logs of another queue" in capsys.readouterr().err

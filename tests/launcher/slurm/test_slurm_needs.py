@@ -20,6 +20,7 @@ from tests.launcher.cli import environment
 from tests.launcher.config.test_config import composed
 
 PARAMS: dict[str, Any] = {"cards": "rtx4090", "timeout_min": None, "mem_gb": None, "cpus_per_task": None}
+CHUNK = "engine.prefill_chunk_while_decoding"
 SMALL = ("model=llama3_1_8b", "model.weights=dummy")
 
 
@@ -59,6 +60,14 @@ def test_baselines_have_time_of_their_own() -> None:
         for names in ("", "transformers,deepspeed")
     )
     assert beside == plain + 40
+
+
+def test_time_is_that_of_the_chunks_that_the_run_will_choose() -> None:
+    large = ("model=llama3_3_70b_awq", "model.weights=dummy", "task=bench", "gpus=2")
+    work = ("workload.batch_size=8", "workload.prompt_tokens=1024", "engine.kv_dtype=fp8")
+    chunks = ((), (f"{CHUNK}=256",), (f"{CHUNK}=512",))
+    found = [find_needs(composed(*large, *work, *chunk)).why["time"] for chunk in chunks]
+    assert found[0] == found[1] != found[2]
 
 
 # Cards, cores and memory

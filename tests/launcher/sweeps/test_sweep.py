@@ -158,6 +158,24 @@ def test_values_that_cannot_be_composed_are_not_what_the_folder_goes_on_with(pla
     assert result.stderr.count("done already") == 2
 
 
+# Folders of one's own naming
+
+
+def test_jobs_of_one_folder_are_refused_before_any_starts(tmp_path: Path) -> None:
+    arguments = ("task=plan", "gpus=1,2", "workload.batch_size=1,3")
+    error = run("-m", *arguments, "hydra.sweep.subdir='cards-${gpus}'", folder=tmp_path / "new", sweep=True).error
+    for words in ("jobs 0 (task=plan gpus=1 workload.batch_size=1) and 1 (", "into one folder, cards-1."):
+        assert words in error["message"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_jobs_of_folders_of_their_own_run_under_any_names(tmp_path: Path) -> None:
+    arguments = ("task=plan", "gpus=1,2", "hydra.sweep.subdir='${hydra:job.num}-${gpus}-cards'")
+    result = run("-m", *arguments, folder=tmp_path / "new", sweep=True)
+    assert result.returncode == 0, result.stderr
+    assert [Path(row["folder"]).name for row in read_rows(tmp_path / "new")] == ["0-1-cards", "1-2-cards"]
+
+
 # Which command line a sweep goes on with
 
 

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 
 from launcher.sweeps.jobs import find_jobs
-from launcher.sweeps.plots import write_plots
+from launcher.sweeps.plots import FRONT, write_plots
 from launcher.sweeps.rows import sweep_rows
 from tests.launcher.sweep_jobs import bench_report, failed_report, write_job
 
@@ -109,3 +109,13 @@ def test_one_job_on_a_cpu_has_only_its_memory_to_show(tmp_path: Path) -> None:
 def test_same_numbers_give_the_same_file(tmp_path: Path) -> None:
     write_job(tmp_path, 0, ["gpus=2"], bench_report())
     assert draw(tmp_path)["memory.svg"].read_bytes() == draw(tmp_path)["memory.svg"].read_bytes()
+
+
+def test_front_of_a_single_job_is_seen(tmp_path: Path) -> None:
+    """The larger batch is better in both."""
+    for number, (batch, tpot_ms) in enumerate([(1, 9.0), (8, 8.0)]):
+        report = bench_report(1, batch_size=batch, tokens_per_sec=50.0 * batch, tpot_ms={"p50": tpot_ms, "p99": 9.0})
+        write_job(tmp_path, number, ["gpus=1", f"workload.batch_size={batch}"], report)
+    text = draw(tmp_path)["throughput_against_latency.svg"].read_text()
+    marks = re.findall(rf'<use [^>]*style="fill: {FRONT}', text)
+    assert len(marks) == 1
