@@ -24,7 +24,7 @@ from launcher.config import (
 from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import read_inventory
 from launcher.models.config_json import ShapeError
-from launcher.models.shape import quantized_shape, typical_quantization
+from launcher.models.shape import quantized_shape, shape_from_checkpoint, typical_quantization
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.prefill import wanted_passes
 from launcher.plan.topology import PlanError, place_ranks
@@ -33,6 +33,7 @@ from launcher.timing.predict import Times
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.footprint import held_bits
 from parallel.units import GIB, MIB
+from tests.launcher.demo_model import DEMO
 from tests.launcher.jobs import RTX_4090
 from tests.launcher.plans import (
     CPU,
@@ -234,6 +235,13 @@ def test_plans_are_above_what_two_h200_took() -> None:
     for (size, prompt, output, context), peak in taken.items():
         card = plan(W4A16, H200S, 2, **batch_of(size, prompt, output, engine__max_context=context)).cards[0]
         assert 1.005 < card.predicted_bytes / MIB / peak < 1.025
+
+
+@pytest.mark.parametrize(("world_size", "peak"), [(1, 444.4), (2, 432.0), (3, 424.7)])
+def test_plans_of_a_cpu_are_what_the_demo_model_took(world_size: int, peak: float) -> None:
+    """MiB of the fullest rank, of a prompt of 692 tokens (torch 2.13, transformers 5.23)."""
+    cards = plan(shape_from_checkpoint(DEMO), CPU, world_size).cards
+    assert 0.995 < max(card.predicted_bytes for card in cards) / MIB / peak < 1.02
 
 
 # Llama-70B on RTX 4090s
