@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallel.kernels import nvrtc
-from tests.parallel.kernels.rtx4090 import find_nvrtc
+from tests.parallel.kernels.nvrtc_wheel import find_nvrtc
 
 SOURCE = 'extern "C" __global__ void twice(float* values) { values[threadIdx.x] *= FACTOR; }'
 
