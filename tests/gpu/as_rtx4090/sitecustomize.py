@@ -2,8 +2,8 @@
 
 torch and NVML answer that the card is of compute capability 8.9 and has the multiprocessors and the shared memory of an
 RTX 4090; kernels are compiled to PTX of compute_89, of which the driver makes code for the card that is there; one that
-takes more shared memory than an RTX 4090 has is refused. Memory, names and rates stay those of the card, and so does
-what cuBLAS, NCCL and torch's own kernels choose. Times are not those of an RTX 4090.
+takes more shared memory than an RTX 4090 has is refused. There is no CUDA toolkit. Memory, names and rates stay those
+of the card, and so does what cuBLAS, NCCL and torch's own kernels choose. Times are not those of an RTX 4090.
 
 AS_RTX4090_KERNELS: a file that gets a line for each kernel that is loaded: its target, its name, and its source's hash.
 """
@@ -51,6 +51,10 @@ def change_torch(cuda: Any) -> None:
     real = cuda.get_device_properties
     cuda.get_device_capability = lambda device=None: CAPABILITY
     cuda.get_device_properties = lambda device=None: Properties(real(device))
+
+
+def change_toolkit(cpp_extension: Any) -> None:
+    cpp_extension.CUDA_HOME = None
 
 
 def change_nvml(pynvml: Any) -> None:
@@ -113,6 +117,7 @@ def change_launches(launch: Any) -> None:
 
 CHANGES: dict[str, Callable[[Any], None]] = {
     "torch.cuda": change_torch,
+    "torch.utils.cpp_extension": change_toolkit,
     "pynvml": change_nvml,
     "parallel.kernels.nvrtc": change_compiler,
     "parallel.kernels.binaries": change_cache,

@@ -1,7 +1,6 @@
 """What an RTX 4090 is asked to run: every kernel of ours, with the options and the threads that it is started with.
 
-Kernels are compiled by the product's own way to NVRTC, for a card that is only said to be there. NVRTC comes with torch
-for cards, and with the wheel nvidia-cuda-nvrtc, which needs none.
+Kernels are compiled by the product's own way to NVRTC, for a card that is only said to be there.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import metadata
 from itertools import count, product
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -42,6 +40,7 @@ from parallel.kernels.pages import FP8
 from parallel.layers.merged import MAX_SWIGLU_ROWS
 from parallel.transports import channel, copies, copy_streams, dense, host_memory, two_step
 from parallel.transports import host_memory_norm as norm
+from tests.parallel.kernels.nvrtc_wheel import find_nvrtc
 
 # Of compute capability 8.9 (CUDA Programming Guide, Technical Specifications per Compute Capability).
 CARD = Card(multiprocessors=128, shared_bytes=100 * 1024)
@@ -172,13 +171,6 @@ def pretended_card() -> Iterator[Nvrtc]:
         ):
             stack.enter_context(patch.object(target, attribute, value))
         yield nvrtc
-
-
-@cache
-def find_nvrtc() -> ctypes.CDLL:
-    files = metadata.files("nvidia-cuda-nvrtc") or []
-    found = next(file for file in files if re.fullmatch(r"libnvrtc\.so\.\d+", file.name))
-    return ctypes.CDLL(str(found.locate()))
 
 
 # What the product asks for.

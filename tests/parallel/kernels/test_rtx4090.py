@@ -7,11 +7,17 @@ that the product may ask for, some 700 in five minutes, and prints what each tak
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests import gpu
+from tests.launcher.cli import environment
 from tests.parallel.kernels.rtx4090 import (
     SOURCES,
     Nvrtc,
@@ -54,3 +60,23 @@ def test_kernels_fit(nvrtc: Nvrtc, uses: list[Use], nearest: str) -> None:
 def test_all_sources_are_compiled_but_that_of_warp_groups(uses: list[Use]) -> None:
     compiled = {use.name.split()[0] for use in uses if any(re.match(each, use.name) for each in NEAREST)}
     assert compiled == {path.stem for path in SOURCES} - {"wide_wgmma"}
+
+
+def test_processes_that_stand_in_for_one_get_code_of_it_from_any_card(tmp_path: Path) -> None:
+    """tests/gpu/as_rtx4090, as far as that shows without a card."""
+    folder = Path(gpu.__file__).parent / "as_rtx4090"
+    code = (
+        "import torch, pynvml; from parallel.kernels import launch, fused; "
+        "from tests.parallel.kernels.nvrtc_wheel import find_nvrtc; "
+        "torch.cuda._utils._get_gpu_rtc_library = find_nvrtc; "
+        "source = launch.read_source(fused.FOLDER / 'fused_silu.cu'); "
+        "assert launch.read_or_compile(source, 'silu_mul', (), '89').startswith(b'//'); "
+        "print(torch.cuda.get_device_capability(), pynvml.nvmlDeviceGetCudaComputeCapability(None))"
+    )
+    paths = (str(folder), str(folder.parents[2]))
+    notes = {"PYTHONPATH": os.pathsep.join(paths), "AS_RTX4090_KERNELS": str(tmp_path / "kernels")}
+    env = environment(notes | {"XDG_CACHE_HOME": str(tmp_path)})
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert found.stdout.splitlines()[-1:] == ["(8, 9) [8, 9]"], found.stderr
+    assert (tmp_path / "kernels").read_text().startswith(".target sm_89 silu_mul ")
+    assert [path.parent.name for path in tmp_path.rglob("*.cubin")] == ["as_rtx4090"]
