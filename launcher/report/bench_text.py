@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.amounts import amount, count, number, percent
-from launcher.report.speed_text import disk_text
+from launcher.report.speed_text import disk_text, joule_text
 from parallel.units import GIB
 
 ENGINE = "launch70b"
@@ -30,7 +30,7 @@ def bench_table(report: dict[str, Any]) -> Table:
     missing = [f"{row['name']}: {row['error']}" for row in baselines if row["error"] is not None]
     repeats = report["workload"]["repeats"]
     spread = [f"lowest to highest of {repeats} runs in brackets"] if repeats > 1 else []
-    table.caption = "\n".join([*spread, *map(escape, missing)])
+    table.caption = "\n".join([*spread, f"tokens per joule {joule_text(report)}", *map(escape, missing)])
     return table
 
 

@@ -23,11 +23,17 @@ def speed_table(report: dict[str, Any]) -> Table:
         *accepted_row(report["speculation"]),
         *streamed_row(report["offload"]),
         ("share of communication", percent(report["comm_share"])),
-        ("tokens per joule", number(report["tokens_per_joule"])),
+        ("tokens per joule", joule_text(report)),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def joule_text(report: dict[str, Any]) -> str:
+    """Tokens per joule; what the plan said of them beside it, where it could."""
+    measured, predicted = number(report["tokens_per_joule"]), report["predicted"].get("tokens_per_joule")
+    return measured if predicted is None else f"{measured}, predicted {number(predicted)}"
 
 
 def incomplete_text(measured: dict[str, Any]) -> str:

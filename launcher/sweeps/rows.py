@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 # Of the plan's times, those that stand beside measured ones. The median of tokens waits for prompts, too; reports of
 # before have the step alone.
-PREDICTED = ("tokens_per_sec", "ttft_ms", "comm_share")
+PREDICTED = ("tokens_per_sec", "ttft_ms", "comm_share", "tokens_per_joule")
 
 OK = "ok"
 FAILED = "failed"

@@ -40,9 +40,15 @@ VALUES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_gib": ("GiB", gib),
     "predicted_gib": ("plan", gib),
     "tokens_per_joule": ("tokens/J", number),
+    "predicted_tokens_per_joule": ("plan", number),
 }
 # Of what a column that only says `plan` is the prediction.
-PREDICTS = {"predicted_ttft_ms": "ttft_ms", "predicted_tpot_ms": "tpot_p50_ms", "predicted_gib": "peak_gib"}
+PREDICTS = {
+    "predicted_ttft_ms": "ttft_ms",
+    "predicted_tpot_ms": "tpot_p50_ms",
+    "predicted_gib": "peak_gib",
+    "predicted_tokens_per_joule": "tokens_per_joule",
+}
 # What a terminal has no room for beside what was measured.
 ONLY_IN_CSV = {"predicted_tokens_per_sec": "tokens_per_sec", "predicted_comm_share": "comm_share"}
 NOTE = (

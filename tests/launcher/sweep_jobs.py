@@ -11,7 +11,7 @@ import yaml
 from parallel.units import GIB
 
 TIMES = {"tpot_floor_ms": 5.0, "tokens_per_sec": 110.0, "ttft_ms": 115.0, "tpot_ms": 7.0, "comm_share": 0.06}
-TIMES["itl_ms"] = 7.5
+TIMES |= {"itl_ms": 7.5, "tokens_per_joule": 0.3}
 FAILURE = {"type": "ConfigError", "message": "it needs 39.83 GiB | too much.\nAnd more.", "hint": ""}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from launcher.report.bench_text import bench_table, step_text
+from launcher.report.speed_text import speed_table
 from tests.launcher.sweep_jobs import bench_report
 
 
@@ -16,14 +17,32 @@ def report_of(repeats: int, lowest_ms: float) -> dict[str, Any]:
     return bench_report(workload=workload, spread=spread, prefill_tokens_per_sec=500.0, predicted={})
 
 
+JOULES = "tokens per joule 0.25"
+
+
 @pytest.mark.parametrize(
     ("repeats", "lowest_ms", "cell", "caption"),
-    [(3, 110.0, "120 (110-120)", "lowest to highest of 3 runs in brackets"), (1, 120.0, "120", "")],
+    [
+        (3, 110.0, "120 (110-120)", f"lowest to highest of 3 runs in brackets\n{JOULES}"),
+        (1, 120.0, "120", JOULES),
+    ],
 )
 def test_one_run_has_no_spread(repeats: int, lowest_ms: float, cell: str, caption: str) -> None:
     table = bench_table(report_of(repeats, lowest_ms))
     assert list(table.columns[1].cells) == [cell]
     assert table.caption == caption
+
+
+@pytest.mark.parametrize(
+    ("measured", "predicted", "text"),
+    [(0.25, 0.3, "0.25, predicted 0.3"), (0.25, None, "0.25"), (None, 0.3, "-, predicted 0.3"), (None, None, "-")],
+)
+def test_tokens_per_joule_are_said_beside_the_plans(measured: float | None, predicted: float | None, text: str) -> None:
+    report = report_of(1, 120.0) | {"tokens_per_joule": measured, "predicted": {"tokens_per_joule": predicted}}
+    assert bench_table(report).caption == f"tokens per joule {text}"
+    unmeasured = dict.fromkeys(("load", "prefix_cache", "speculation", "offload"))
+    rows = dict(zip(*(column.cells for column in speed_table(report | unmeasured).columns), strict=True))
+    assert rows["tokens per joule"] == text
 
 
 @pytest.mark.parametrize(

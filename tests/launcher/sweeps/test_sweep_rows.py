@@ -130,7 +130,7 @@ def test_markdown_is_one_table_with_the_reasons(rows: list[Row]) -> None:
     assert len(lines) == 2 + len(rows)
     # The bar in the reason is no border.
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert "| 1 | 2 | a | ok | 1 | 100 | 120 | 115 | 8 | 9 | 7.5 | 5 | 8.0 % | 22.00 | 22.50 | 0.25 |" in lines[3]
+    assert "| 1 | 2 | a | ok | 1 | 100 | 120 | 115 | 8 | 9 | 7.5 | 5 | 8.0 % | 22.00 | 22.50 | 0.25 | 0.3 |" in lines[3]
     assert "39.83 GiB \\| too much." in lines[2]
 
 
@@ -151,13 +151,14 @@ def test_sweep_of_plans_says_of_what_each_figure_is(tmp_path: Path) -> None:
         line for line in markdown_text(sweep_rows(find_jobs(tmp_path, None)), "x").splitlines() if "|" in line
     )
     names = [name.strip() for name in header.split("|")]
-    assert {"plan tokens/s", "plan TTFT ms", "plan TPOT ms", "plan comm.", "plan GiB"} <= set(names)
+    assert {"plan tokens/s", "plan TTFT ms", "plan TPOT ms", "plan comm.", "plan GiB", "plan tokens/J"} <= set(names)
     assert "plan" not in names
 
 
 def test_columns_that_no_job_has_a_value_for_are_left_out(rows: list[Row]) -> None:
     assert "tokens/J" in markdown_text(rows, "x")
-    assert "tokens/J" not in markdown_text([row | {"tokens_per_joule": None} for row in rows], "x")
+    without = {"tokens_per_joule": None, "predicted_tokens_per_joule": None}
+    assert "tokens/J" not in markdown_text([row | without for row in rows], "x")
 
 
 # Series
