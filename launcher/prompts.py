@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config import ConfigError, RunConfig
+from launcher.config.engine import MAX_SEED
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer: plain `text`, or chat `messages` (role and content), one of the two."""
+    """One thing to answer: plain `text`, or chat `messages` (role and content), one of the two.
+
+    `seed`: its own, of its draws; None where sampling.seed and its index decide, and where nothing is drawn.
+    """
 
     index: int
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    seed: int | None = None
 
 
 def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
@@ -40,7 +45,8 @@ def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
     prompts = tuple(readers[path.suffix](path, lines))
     if not prompts:
         raise ConfigError(f"prompts_file={path} holds no prompt.")
-    return prompts
+    is_greedy = run.sampling.temperature == 0
+    return tuple(replace(prompt, seed=None) for prompt in prompts) if is_greedy else prompts
 
 
 def read_text_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
@@ -50,15 +56,22 @@ def read_text_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
 
 
 def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
-    """One object a line: {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}."""
+    """One object a line: {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, and maybe "seed"."""
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     for index, (number, line) in enumerate(numbered):
         try:
-            yield _parse_json_prompt(index, json.loads(line))
+            value = json.loads(line)
+            prompt = _parse_json_prompt(index, value)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f'prompts_file={path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
             ) from error
+        seed = value.get("seed")
+        # JSON's true is an int, too.
+        if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
+            rule = f"must be a whole number from 0 to {MAX_SEED}"
+            raise ConfigError(f"prompts_file={path}, line {number}: seed={json.dumps(seed)} {rule}.")
+        yield replace(prompt, seed=seed)
 
 
 def _parse_json_prompt(index: int, value: object) -> Prompt:
@@ -125,13 +138,18 @@ def read_answer(output: Path, number: int, line: bytes, prompts: tuple[Prompt, .
     """The index of the prompt that a line of `output` answers.
 
     Raises:
-        ConfigError: the line is no answer, or answers another prompt than the one with that index.
+        ConfigError: the line is no answer, or answers another prompt than the one with that index, or by another seed.
     """
     try:
         answer = json.loads(line)
-        index, key = int(answer["index"]), answer["prompt"]
+        index, key, seed = int(answer["index"]), answer["prompt"], answer.get("seed")
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"output_file={output}, line {number} is not an answer: {error!r}") from error
     if not 0 <= index < len(prompts) or prompt_key(prompts[index]) != key:
         raise ConfigError(f"output_file={output}, line {number} answers another prompt than prompts_file has.")
+    if prompts[index].seed != seed:
+        raise ConfigError(
+            f"output_file={output}, line {number} has seed={json.dumps(seed)}, and this run draws that answer with "
+            f"seed={json.dumps(prompts[index].seed)}, as prompts_file and sampling.temperature say."
+        )
     return index

@@ -1,30 +1,26 @@
-"""Which layers a run streams from host memory or the disk, what that takes there, and how long it makes a pass."""
+"""What layers take that a run streams from host memory or the disk, and how long they make a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from launcher.config import RunConfig, SpeculationKind, WeightsKind
-from launcher.config.offload import KVPlace, OffloadKind
+from launcher.config import RunConfig, WeightsKind
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
-from launcher.memory.fit import fits, largest
+from launcher.memory.fit import fits
 from launcher.memory.kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory.streamed import disk_bytes, ring_bytes
 from launcher.plan.context import KEPT_FREE_STREAMED
+from launcher.plan.offload_choice import choose_num_streamed, stream_layers
 from launcher.plan.offload_disk import (
     DiskRate,
     disk_rate,
-    fewest_on_disk,
     free_host_bytes,
     has_host_room,
     largest_host_context,
     needed_host_bytes,
     pack_ms,
-    place_layers,
     places,
 )
 from launcher.plan.refusal import refuse_host_memory
@@ -36,8 +32,6 @@ from parallel.footprint import host_refusal
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.
 COPY_GB_PER_SEC = {3: 12.4, 4: 25.0, 5: 55.0}
 FULL_LANES = 16
-# Whether keys and values of layers in host memory may lie there, too.
-KV_ON_HOST = {KVPlace.card: (False,), KVPlace.host: (True,), KVPlace.auto: (False, True)}
 # One token of prompt and one of answer.
 MIN_CONTEXT = 2
 
@@ -96,89 +90,6 @@ class OffloadPlan:
         return None if self.disk_rate is None else sum(self.disk_bytes) / (self.disk_rate.gb_per_sec * 1e9) * 1e3
 
 
-def choose_num_streamed(
-    run: RunConfig,
-    demand: Demand,
-    budgets: tuple[int, ...],
-    inventory: Inventory,
-    needed: int,
-    wanted: int,
-    kept_free: float,
-) -> int:
-    """How many layers to stream: none where the run fits without, or may not; else the fewest that make it fit.
-
-    Args:
-        needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for, as far as host
-            memory has room for the layers.
-        kept_free: share of each budget that stays unused.
-
-    Raises:
-        PlanError: offload.resident_layers exceeds the layers of the model.
-    """
-    num_layers, resident = demand.shape.num_layers, run.offload.resident_layers
-    if resident is not None:
-        if resident > num_layers:
-            raise PlanError(f"offload.resident_layers={resident} exceeds the model's {num_layers} layers. Lower it.")
-        return num_layers - resident
-    if not MUST_STREAM[run.offload.enabled](demand, budgets, needed):
-        return 0
-    room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
-    place = partial(place_layers, run, demand, inventory)
-    wished = next((num for num in range(1, num_layers) if fits(place(num), room, wanted)), num_layers)
-    possible = largest(lambda num: has_host_room(run, place(num), inventory), wished)
-    return possible if possible and fits(place(possible), budgets, needed) else wished
-
-
-def choose_kv_place(
-    run: RunConfig,
-    demands: Sequence[Demand],
-    budgets: tuple[int, ...],
-    inventory: Inventory,
-    needed: int,
-    wanted: int,
-) -> Demand:
-    """Of those with keys and values in one place or another, the first whose steps copy least.
-
-    That is of those with room for sequences of `wanted` tokens, or else `needed`; the first where none has that.
-    """
-    for tokens in (wanted, needed):
-        possible = [
-            each for each in demands if fits(each, budgets, tokens) and has_host_room(run, each, inventory, tokens)
-        ]
-        if possible:
-            return min(possible, key=partial(_step_bytes, run))
-    return demands[0]
-
-
-def _step_bytes(run: RunConfig, demand: Demand) -> int:
-    """What a step copies to the rank that gets most. With drafts the host does not know how far sequences have come."""
-    is_known = run.speculation.kind == SpeculationKind.none
-    num_tokens = run.attended_tokens if is_known else run.workload.batch_size * run.needed_tokens
-    num_layers = demand.num_streamed - demand.num_disk
-    sizes = zip(demand.layer_bytes(), host_kv_bytes_per_token(demand), strict=True)
-    return max(num_layers * layer_bytes + num_tokens * token_bytes for layer_bytes, token_bytes in sizes)
-
-
-def weights_exceed(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
-    """Whether those alone are too much for a single card."""
-    return demand.device == "cuda" and demand.world_size == 1 and sum(demand.fixed_lines()[0].values()) > budgets[0]
-
-
-def run_exceeds(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
-    return not fits(demand, budgets, needed)
-
-
-def never(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:
-    return False
-
-
-MUST_STREAM: dict[OffloadKind, Callable[[Demand, tuple[int, ...], int], bool]] = {
-    OffloadKind.auto: weights_exceed,
-    OffloadKind.on: run_exceeds,
-    OffloadKind.off: never,
-}
-
-
 def plan_offload(
     run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory, max_context: int
 ) -> OffloadPlan | None:
@@ -193,8 +104,8 @@ def plan_offload(
     host_bytes, free_bytes = demand.host_bytes(), free_host_bytes(run, inventory)
     needed = needed_host_bytes(demand, max_context)
     if free_bytes is not None and needed > free_bytes:
-        remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(run, demand, inventory)
         refused = Refused(run, demand, budgets, inventory, run.engine.max_context or run.needed_tokens)
+        remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(refused)
         raise refuse_host_memory(refused, max_context, needed, free_bytes, remedies)
     if demand.num_disk and run.model.weights == WeightsKind.dummy:
         raise PlanError(
@@ -255,15 +166,20 @@ def _kv_remedies(
     return [*shorter, "offload.kv=card"] if is_possible else shorter
 
 
-def _disk_remedies(run: RunConfig, demand: Demand, inventory: Inventory) -> list[str]:
-    if demand.kv_on_host:
+def _disk_remedies(refused: Refused) -> list[str]:
+    """As a run that follows it would be planned: layers that are made on the card take room there, so that some more
+    have to leave it."""
+    run, demand = refused.run, refused.demand
+    if demand.kv_on_host or run.model.weights == WeightsKind.dummy:
         return []
-    least = fewest_on_disk(run, demand, inventory)
-    if least is None or run.model.weights == WeightsKind.dummy:
+    followed = replace(run, offload=replace(run.offload, disk=run.offload.disk or "checkpoint", disk_layers=None))
+    on_cards = replace(demand, num_streamed=0, num_on_disk=0)
+    placed = stream_layers(followed, on_cards, refused.budgets, refused.inventory)
+    if not refused.would_fit(placed):
         return []
     if run.offload.disk is not None:
-        return [f"offload.disk_layers={least.num_disk} or more"]
-    where = f"some {least.num_disk} of {demand.shape.num_layers} layers from the checkpoint's files in every pass"
+        return [f"offload.disk_layers={placed.num_disk} or more"]
+    where = f"{placed.num_disk} of {demand.shape.num_layers} layers from the checkpoint's files in every pass"
     return [f"offload.disk=checkpoint, which reads {where}"]
 
 

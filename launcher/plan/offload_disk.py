@@ -19,6 +19,7 @@ from parallel.units import GIB
 HOST_BYTES_PER_RANK = 4 * GIB
 # Where nothing is known of the disk: from a virtual one 4 threads got 3.6 to 4.1 (results/read_cpu_202611.md).
 ASSUMED_GB_PER_SEC = 3.6
+MEASURED = "measured on its files"
 # A layer from the disk is packed on the card each time: as long as the card moves so many bytes for each weight. w4a16:
 # counted, not measured (AWQ, which takes most: decoding 16, packing 3, joining 2). Of all others loads of a 70B on an
 # H200 took 250 to 310, the host's time for thousands of launches included (results/one_card_h200_202611.json:
@@ -34,6 +35,10 @@ class DiskRate:
 
     gb_per_sec: float
     source: str
+
+    @property
+    def is_measured(self) -> bool:
+        return self.source == MEASURED
 
 
 def place_layers(run: RunConfig, demand: Demand, inventory: Inventory, num_streamed: int) -> Demand:
@@ -98,7 +103,7 @@ def disk_rate(run: RunConfig, inventory: Inventory) -> DiskRate:
     if run.hardware.disk_gb_per_sec > 0:
         return DiskRate(run.hardware.disk_gb_per_sec, f"assumed, hardware={run.hardware.name}")
     if inventory.disk_gb_per_sec is not None:
-        return DiskRate(inventory.disk_gb_per_sec, "measured on its files")
+        return DiskRate(inventory.disk_gb_per_sec, MEASURED)
     return DiskRate(ASSUMED_GB_PER_SEC, "assumed; hardware.disk_gb_per_sec sets it")
 
 

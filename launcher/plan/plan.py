@@ -13,9 +13,10 @@ from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import largest_context
 from launcher.models.shape import ModelShape
-from launcher.plan.context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, choose_context, context_limit
-from launcher.plan.offload import KV_ON_HOST, OffloadPlan, choose_kv_place, choose_num_streamed, plan_offload
-from launcher.plan.offload_disk import largest_host_context, place_layers
+from launcher.plan.context import choose_context
+from launcher.plan.offload import OffloadPlan, plan_offload
+from launcher.plan.offload_choice import stream_layers
+from launcher.plan.offload_disk import largest_host_context
 from launcher.plan.prefill import capture_passes, hides_sums, planned_fused_rows, wanted_passes
 from launcher.plan.topology import Placement, PlanError
 from parallel.footprint import MIN_FUSED_ROWS
@@ -101,7 +102,7 @@ def plan_run(
     demand = replace(demand, captured_passes=wanted, fused_rows=fused_rows)
     budgets = _budgets(run, world_size, inventory)
     demand = capture_passes(run, demand, budgets)
-    demand = _stream_layers(run, demand, budgets, inventory)
+    demand = stream_layers(run, demand, budgets, inventory)
     max_context, max_context_reason = choose_context(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory, max_context)
     cards = _plan_cards(demand, budgets, max_context, placement)
@@ -155,21 +156,6 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         may_share=run.offload.host_layers != 0,
         hides_sums=hides_sums(run, placement),
     )
-
-
-def _stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
-    """`demand` with as many layers in host memory, and on the disk, as the run must have there, and their keys and
-    values where offload.kv says."""
-    limit, _ = context_limit(demand.shape, demand.draft_shape)
-    needed = run.engine.max_context or run.needed_tokens
-    wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
-    demands = []
-    # offload.disk is for hosts that have no room for keys and values.
-    for kv_on_host in KV_ON_HOST[run.offload.kv] if run.offload.disk is None else (False,):
-        placed = replace(demand, kv_on_host=kv_on_host)
-        num_streamed = choose_num_streamed(run, placed, budgets, inventory, needed, wanted, KEPT_FREE_STREAMED)
-        demands.append(place_layers(run, placed, inventory, num_streamed))
-    return choose_kv_place(run, demands, budgets, inventory, needed, wanted)
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:

@@ -122,8 +122,8 @@ def step_text(report: dict[str, Any]) -> str:
     share, found = report["bandwidth_share"], report["bandwidth"]
     offload = report["offload"]
     if offload is not None and offload["disk"] is not None:
-        # For which nobody knows a floor.
-        return f"{text}, from the disk {disk_text(offload['disk'])}; with the profiler:"
+        near = "" if share is None else f", {percent(share)} of the floor"
+        return f"{text}, from the disk {disk_text(offload['disk'])}{near}; with the profiler:"
     if share is None:
         return text
     if offload is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from launcher.plan.offload import OffloadPlan
 from launcher.tasks.measure import cache_bytes, weights_bytes
 from parallel.engine.engine import Engine
 from parallel.kernels.limits import PAGE_SIZE
@@ -153,17 +154,17 @@ def bandwidth(
     contexts: Sequence[int],
     step_ms: float,
     copy_bytes_per_sec: float | None,
-    streamed_ms: float | None = None,
+    streamed_ms: Sequence[float | None] = (),
 ) -> dict[str, Any]:
     """`bandwidth_share`: the time in which a copy would move the step's bytes, over that of the step; null on a CPU.
 
     Args:
-        streamed_ms: in which a plain copy would bring what is streamed, if that takes longer.
+        streamed_ms: of what goes on meanwhile and may take longer; see `streamed_floors`.
     """
     num_bytes = step_bytes(engine, contexts)
-    floor_ms = sum(num_bytes.values()) / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None
-    if floor_ms and streamed_ms:
-        floor_ms = max(floor_ms, streamed_ms)
+    card_ms = sum(num_bytes.values()) / copy_bytes_per_sec * 1e3 if copy_bytes_per_sec else None
+    known_ms = [ms for ms in (card_ms, *streamed_ms) if ms is not None]
+    floor_ms = max(known_ms) if len(known_ms) == 1 + len(streamed_ms) else None
     return {
         "bandwidth_share": floor_ms / step_ms if floor_ms else None,
         "bandwidth": {
@@ -172,3 +173,18 @@ def bandwidth(
             "floor_ms": floor_ms,
         },
     }
+
+
+def streamed_floors(found: dict[str, Any] | None, planned: OffloadPlan | None) -> list[float | None]:
+    """Milliseconds in which plain copies would bring what a step streams, and in which the disk would give what its
+    drive gave; None where that is not known. `found`: what `streaming` told of the run that was `planned`."""
+    if found is None or planned is None:
+        return []
+    disk, rate = found["disk"], found["copy_gb_per_sec"]
+    if disk is None:
+        return [found["floor_ms"]]
+    num_bytes = found["bytes_per_pass"] + disk["bytes_per_pass"]
+    is_known = planned.disk_rate is not None and planned.disk_rate.is_measured
+    # What never came from a drive, but from the page cache or over a network, came at a rate that nobody measured.
+    drive_ms = (planned.disk_ms or 0.0) * disk["drive_share"] if is_known and disk["drive_share"] else None
+    return [num_bytes / rate / 1e6 if rate else None, drive_ms]

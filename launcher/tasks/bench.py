@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launcher.finished import keep_finished
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
+from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streamed_floors, streaming
 from launcher.tasks.breakdown import break_down, profile_steps
 from launcher.tasks.generate import check_same_tokens
 from launcher.tasks.loaded import load_model
@@ -108,7 +108,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     step = decode_step(context, bench.engine, contexts)
     step_ms = step["decode_step_ms"]["measured"]
     offload = streaming(bench.engine, contexts, step_ms, pinned_copy)
-    streamed_ms = None if offload is None else offload["floor_ms"]
+    streamed_ms = streamed_floors(offload, job.plan.offload)
     return {
         "workload": asdict(job.run.workload) | {"prompt_tokens": num_prompt_tokens},
         "warm_up_sec": warm_up_sec,

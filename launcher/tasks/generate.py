@@ -103,7 +103,10 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
 
     return generate.generate(
         loaded.engine,
-        [generate.Prompt(prompt.index, ids) for prompt, ids in zip(job.prompts, token_ids, strict=True)],
+        [
+            generate.Prompt(prompt.index, ids, seed=prompt.seed)
+            for prompt, ids in zip(job.prompts, token_ids, strict=True)
+        ],
         loaded.tokenizer,
         loaded.rules,
         on_text=show_text,
@@ -126,7 +129,7 @@ def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:
 
 
 def output_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    return {"index": prompt.index, "prompt": prompt_key(prompt), **asdict(answer)}
+    return {"index": prompt.index, "prompt": prompt_key(prompt), "seed": prompt.seed, **asdict(answer)}
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -45,11 +45,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, the index that seeds the answer's draws, and the seconds after the start at which the prompt comes."""
+    """Token ids, the index that seeds the answer's draws unless it has a seed of its own, and the seconds after the
+    start at which the prompt comes."""
 
     index: int
     token_ids: list[int]
     arrival_sec: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Generation:
         self.opened: dict[EngineSequence, Opened] = {}
         for row, prompt in enumerate(prompts):
             room = engine.limits.max_context - len(prompt.token_ids)
-            sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room))
+            sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room), prompt.seed)
             self.opened[sequence] = Opened(row, Answer(), TextStream(tokenizer, rules.texts), room)
         self.result = Result([each.answer for each in self.opened.values()])
         self.sequences = list(self.opened)

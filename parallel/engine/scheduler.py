@@ -37,8 +37,14 @@ class Scheduler:
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
-            sequence.key = sequence_key(self.engine.sampler.params.seed, sequence.index)
+            sequence.key = self.key_of(sequence)
             self.waiting.append(sequence)
+
+    def key_of(self, sequence: Sequence) -> int:
+        """By a seed of its own, wherever it stands, that of a run's only prompt by this seed."""
+        if sequence.seed is not None:
+            return sequence_key(sequence.seed, 0)
+        return sequence_key(self.engine.sampler.params.seed, sequence.index)
 
     def admit(self) -> list[Sequence]:
         """Takes waiting sequences in for as long as there are rows and pages for them; returns those."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 class Sequence:
     """A prompt and how far it has come. Tokens are counted when their computation is queued, before the host sees them.
 
-    `key` seeds its draws. `max_tokens` bounds the answer, and `pages` hold the keys and values of both; of the prompt's
-    first `num_reused` tokens they held them before.
+    `key` seeds its draws, made of its own `seed` where it has one. `max_tokens` bounds the answer, and `pages` hold the
+    keys and values of both; of the prompt's first `num_reused` tokens they held them before.
     """
 
     index: int
     prompt: list[int]
     max_tokens: int
+    seed: int | None = None
     key: int = 0
     pages: list[int] = field(default_factory=list)
     num_reused: int = 0

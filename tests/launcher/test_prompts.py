@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.config import ConfigError, ModelConfig, RunConfig
+from launcher.config.engine import MAX_SEED, SamplingConfig
 from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
 
 PROMPTS = (
@@ -18,9 +20,10 @@ PROMPTS = (
 )
 
 
-def read(path: Path, text: str) -> tuple[Prompt, ...]:
+def read(path: Path, text: str, temperature: float = 0.0) -> tuple[Prompt, ...]:
     path.write_text(text, encoding="utf-8")
-    return read_prompts(RunConfig(model=ModelConfig("m"), prompt="unused", prompts_file=str(path)))
+    run = RunConfig(model=ModelConfig("m"), prompt="unused", prompts_file=str(path))
+    return read_prompts(replace(run, sampling=SamplingConfig(temperature)))
 
 
 def refused(path: Path, text: str) -> str:
@@ -32,7 +35,8 @@ def refused(path: Path, text: str) -> str:
 def answer(prompt: Prompt, /, text: str = "x", **changes: Any) -> str:
     """A line of answers as a rank writes it."""
     key = prompt.text if prompt.text is not None else json.dumps(list(prompt.messages or ()), ensure_ascii=False)
-    return json.dumps({"index": prompt.index, "prompt": key, "text": text} | changes, ensure_ascii=False) + "\n"
+    line = {"index": prompt.index, "prompt": key, "seed": prompt.seed, "text": text}
+    return json.dumps(line | changes, ensure_ascii=False) + "\n"
 
 
 # Reading
@@ -91,6 +95,21 @@ def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
     message = refused(tmp_path / "p.jsonl", '{"prompt": "fine"}\n\n' + line + "\n")
     assert f"prompts_file={tmp_path / 'p.jsonl'}, line 3" in message
     assert '{"prompt": TEXT}' in message and '{"messages": [...]}' in message
+
+
+def test_a_line_may_have_a_seed_which_counts_where_tokens_are_drawn(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "u"}]
+    values = [{"prompt": "a", "seed": 0}, {"messages": messages, "seed": MAX_SEED}, {"prompt": "b", "seed": None}]
+    text = "\n".join(map(json.dumps, values))
+    assert [prompt.seed for prompt in read(tmp_path / "p.jsonl", text, temperature=1.0)] == [0, MAX_SEED, None]
+    assert [prompt.seed for prompt in read(tmp_path / "p.jsonl", text)] == [None] * 3
+
+
+@pytest.mark.parametrize("seed", ["-1", str(MAX_SEED + 1), "1.0", "true", '"7"', "[7]"])
+def test_other_seeds_are_refused_with_line_value_and_rule(tmp_path: Path, seed: str) -> None:
+    message = refused(tmp_path / "p.jsonl", '{"prompt": "fine"}\n\n{"prompt": "a", "seed": ' + seed + "}\n")
+    assert f"prompts_file={tmp_path / 'p.jsonl'}, line 3: seed={seed} must be" in message
+    assert message.endswith(f"a whole number from 0 to {MAX_SEED}.")
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -182,6 +201,21 @@ def test_answers_of_other_prompts_are_refused_and_kept(tmp_path: Path, line: str
         prompts_to_do(PROMPTS, output, resume=True)
     assert f"output_file={output}, {words}" in str(caught.value)
     assert output.read_text(encoding="utf-8").endswith(line)
+
+
+def test_answers_by_another_seed_are_refused_and_those_of_before_seeds_are_kept(tmp_path: Path) -> None:
+    output, seeded = tmp_path / "out.jsonl", (replace(PROMPTS[0], seed=7), *PROMPTS[1:])
+    output.write_text(answer(seeded[0]), encoding="utf-8")
+    assert prompts_to_do(seeded, output, resume=True) == PROMPTS[1:]
+    for prompts, now in ((PROMPTS, "null"), ((replace(PROMPTS[0], seed=8), *PROMPTS[1:]), "8")):
+        with pytest.raises(ConfigError, match=f"line 1 has seed=7, and this run draws that answer with seed={now},"):
+            prompts_to_do(prompts, output, resume=True)
+    line = json.loads(answer(PROMPTS[0]))
+    del line["seed"]
+    output.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    assert prompts_to_do(PROMPTS, output, resume=True) == PROMPTS[1:]
+    with pytest.raises(ConfigError, match=r"line 1 has seed=null, and .* with seed=7,"):
+        prompts_to_do(seeded, output, resume=True)
 
 
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/full"])

@@ -86,17 +86,29 @@ def test_the_card_has_room_for_a_layer_that_is_made_there() -> None:
     assert offload_of(all_of_it).streamed_layers == ()
 
 
-def test_a_refusal_names_the_disk_with_what_it_would_hold() -> None:
-    message = refused(AWQ_4, cards_of(1), **limited(16))
-    least = offload_of(plan(AWQ_4, cards_of(1), offload=DISK, **limited(16)))
-    assert "16.00 of" in message
-    assert "offload.disk=checkpoint, which reads some " in message
-    named = int(message.partition("which reads some ")[2].split()[0])
-    # What is made on the card takes room there, too.
-    assert len(least.disk_layers) - 4 <= named <= len(least.disk_layers)
+@pytest.mark.parametrize("gib", [8, 16, 20])
+@pytest.mark.parametrize("changes", [{}, {"resident_layers": 40}], ids=["chosen", "set"])
+def test_a_refusal_names_the_disk_with_what_it_holds_once_that_is_followed(gib: int, changes: dict[str, int]) -> None:
+    """What is made on the card takes room there, so that more layers leave it than would without."""
+    message = refused(AWQ_4, cards_of(1), offload=OffloadConfig(**changes), **limited(gib))
+    assert f"{gib}.00 of" in message
+    disk = OffloadConfig(disk="checkpoint", **changes)
+    least = len(offload_of(plan(AWQ_4, cards_of(1), offload=disk, **limited(gib))).disk_layers)
+    assert f"or offload.disk=checkpoint, which reads {least} of 80 layers from the checkpoint's files" in message
+    too_few = replace(disk, disk_layers=0)
+    message = refused(AWQ_4, cards_of(1), offload=too_few, **limited(gib))
+    assert f"or offload.disk_layers={least} or more; or" in message
+    for num in (least, least + 3):
+        followed = offload_of(plan(AWQ_4, cards_of(1), offload=replace(disk, disk_layers=num), **limited(gib)))
+        assert len(followed.disk_layers) == min(num, 80 - followed.resident_layers)
+
+
+def test_the_disk_is_no_remedy_where_there_is_none_or_the_card_lacks_room_for_a_layer_from_it() -> None:
     assert "offload.disk" not in refused(AWQ_4, cards_of(1), model=dummy(), **limited(16))
-    too_many = OffloadConfig(disk="checkpoint", disk_layers=1)
-    assert "offload.disk_layers=" in refused(AWQ_4, cards_of(1), offload=too_many, **limited(16))
+    message = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=44), **limited(16))
+    assert "host memory, which does not suffice" in message and "offload.disk" not in message
+    followed = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=44, disk="checkpoint"), **limited(16))
+    assert "GiB of 23.60" in followed and "resident_layers=43" in followed
 
 
 def test_even_the_embedding_may_be_too_much() -> None:

@@ -27,11 +27,16 @@ def test_one_run_has_no_spread(repeats: int, lowest_ms: float, cell: str, captio
 
 
 @pytest.mark.parametrize(
-    ("drive_share", "text"),
-    [(0.25, ", 25.0 % from the drive, the rest from the page cache"), (None, "")],
+    ("drive_share", "share", "text"),
+    [
+        (0.25, 0.8, ", 25.0 % from the drive, the rest from the page cache, 80.0 % of the floor"),
+        (None, None, ""),
+    ],
 )
-def test_steps_that_read_the_disk_are_held_against_no_floor(drive_share: float | None, text: str) -> None:
+def test_steps_that_read_the_disk_are_held_against_a_floor_that_is_known(
+    drive_share: float | None, share: float | None, text: str
+) -> None:
     disk = {"bytes_per_pass": 8_890_000_000, "gb_per_sec": 1.4, "drive_share": drive_share}
-    step = {"decode_step_ms": {"measured": 6350.0}, "bandwidth_share": 0.02, "bandwidth": {}}
+    step = {"decode_step_ms": {"measured": 6350.0}, "bandwidth_share": share, "bandwidth": {}}
     said = step_text(bench_report(**step, offload={"disk": disk}))
     assert said == f"decode step 6,350 ms, from the disk 8.89 GB a pass at 1.4 GB/s a rank{text}; with the profiler:"

@@ -148,6 +148,25 @@ def test_without_resume_answers_are_not_overwritten(
     assert texts(folder / "answers.jsonl") == expected
 
 
+# Seeds of prompts
+
+
+def test_prompt_with_a_seed_has_the_same_answer_anywhere_in_a_file_and_alone(tmp_path: Path) -> None:
+    seeded = {"prompt": PROMPTS[1], "seed": 11}
+    first = write_prompts(tmp_path / "first.jsonl", seeded, PROMPTS[0])
+    last = write_prompts(tmp_path / "last.jsonl", *PROMPTS[2:5], seeded)
+    results = run_together(
+        tmp_path,
+        (*SAMPLED, f"prompts_file={first}"),
+        (*SAMPLED, f"prompts_file={last}", "workload.batch_size=3"),
+        (*ARGS, *SAMPLED[-3:], "gpus=1", "sampling.seed=11", f"prompt='{PROMPTS[1]}'"),
+    )
+    (one, plain), (*_, other), (alone,) = (result.report["outputs"] for result in results)
+    assert one["token_ids"] == other["token_ids"] == alone["token_ids"]
+    assert [(line["seed"], line["index"]) for line in (one, plain, other)] == [(11, 0), (None, 1), (11, 3)]
+    assert texts(Path(results[1].report["run_dir"]) / "outputs.jsonl")[3] == other
+
+
 # Prompts with a head in common
 
 

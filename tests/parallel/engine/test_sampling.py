@@ -246,3 +246,26 @@ def test_batch_mates_do_not_change_an_answer(folders: dict[str, Path], world_siz
         assert [*first, *last] == [together[0], together[3]]
         assert middle == [together[2], together[1]]
         assert len({tuple(tokens) for tokens in together}) == 4
+
+
+def seeded_answers(communicator: Communicator, folder: Path, batches: list[list[Prompt]]) -> list[list[list[int]]]:
+    engine = make_engine(communicator, folder, prefill_chunk=16, batch_size=3, sampling=SAMPLING)
+    results = [generate(engine, batch, demo_tokenizer(), StopRules(12)) for batch in batches]
+    return [[answer.token_ids for answer in result.answers] for result in results]
+
+
+@pytest.mark.parametrize("world_size", (1, 2))
+def test_a_prompt_with_a_seed_has_the_same_answer_at_any_place(folders: dict[str, Path], world_size: int) -> None:
+    """That of the only prompt of a run by this seed; others keep the draws of their places."""
+    first, second, third, _ = prompts_of("llama")
+    batches = [
+        [Prompt(0, first), Prompt(1, second, seed=9), Prompt(2, third), Prompt(3, second, seed=8)],
+        [Prompt(0, first), Prompt(1, third), Prompt(2, first), Prompt(7, second, seed=9)],
+        [Prompt(0, second, seed=9)],
+        [Prompt(0, second, seed=SAMPLING.seed), Prompt(0, second), Prompt(1, second), Prompt(2, third)],
+    ]
+    for mixed, moved, alone, plain in run_on_ranks(seeded_answers, world_size, folders["llama"], batches):
+        assert mixed[1] == moved[3] == alone[0]
+        assert plain[0] == plain[1]
+        assert mixed[2] == plain[3]
+        assert len({tuple(tokens) for tokens in (mixed[1], mixed[3], plain[0], plain[2])}) == 4
