@@ -62,6 +62,13 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
 
 
+def between_layers_bytes(demand: Demand, max_context: int) -> int:
+    """The residual stream and its update, all that there is of a pass while the next layer comes."""
+    prompt = min(demand.prefill_chunk, demand.batch_size * max_context)
+    tokens = max(prompt, demand.batch_size * demand.rows_per_sequence)
+    return 2 * tokens * demand.shape.hidden_size * DTYPE_BYTES[demand.dtype]
+
+
 def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
     """What stays on a card besides, whatever a pass does: tables of rotations of each model, memory of cuBLAS, and what
     torch has taken beyond what it needs."""

@@ -60,6 +60,13 @@ def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
     assert "graphs" not in lines
 
 
+def test_embedding_that_loads_first_and_leaves_the_card_takes_no_room() -> None:
+    """Nor does a layer on its way, in whose place are buffers."""
+    short = plan(AWQ_4, cards_of(1), engine__max_context=256, engine__prefill_chunk=64, workload__output_tokens=8)
+    lines = short.cards[0].lines
+    assert "load" not in lines and lines["kv_cache"] + lines["activations"] < 128256 * 8192 * 2 - lines["staging"]
+
+
 def test_plan_says_what_room_for_shorter_sequences_would_save() -> None:
     """As many layers as are streamed then; nothing where lengths are not known, or were set."""
 
