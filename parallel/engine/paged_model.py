@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import JOINED_ROWS, EngineLimits, choose_sections
+from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import positions_and_slots
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.part_attention import attend_parts
+from parallel.engine.prefill.section_sizes import JOINED_ROWS, choose_sections
 from parallel.engine.prefill.side_stream import side_stream
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part

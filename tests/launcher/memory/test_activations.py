@@ -17,8 +17,9 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator
 from parallel.engine.engine import Engine
-from parallel.engine.limits import SECTIONS, EngineLimits
+from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill.part_attention import attend_parts
+from parallel.engine.prefill.section_sizes import SECTIONS
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Part, Sequence
 from parallel.engine.speculation.speculator import Speculation
