@@ -5,8 +5,7 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from parallel.engine.prefill.recorded import Places
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
 from parallel.engine.speculation.speculator import Speculation, Speculator
@@ -74,9 +73,9 @@ class Engine:
         self.speculator: Speculator | TreeSpeculator | AutoSpeculator | None = None
         if speculation is not None:
             self.speculator = open_speculator(speculation, limits, self.sampler, self.target, kv_dtype, device)
-        self.order: list[Sequence] = []
+        self.order: list[TokenSequence] = []
         # The first tokens of answers whose sequences wait for a row.
-        self.fresh: dict[Sequence, Tensor] = {}
+        self.fresh: dict[TokenSequence, Tensor] = {}
         self.run_step = self.capture_steps(pool) if self.captures else self.step_rows
         if self.captures_drafts:
             self.capture_drafts()
@@ -123,7 +122,7 @@ class Engine:
         """Of the trees of the last step, where they are chosen step by step."""
         return self.speculator.plan if isinstance(self.speculator, AutoSpeculator) else None
 
-    def learn(self, plan: TreePlan, nodes: Ordered[int]) -> None:
+    def learn(self, plan: TreePlan, nodes: Sequence[int]) -> None:
         """What came true in a sequence's step; see Policy.learn."""
         if isinstance(self.speculator, AutoSpeculator):
             self.speculator.policy.learn(plan, nodes)
@@ -153,7 +152,7 @@ class Engine:
         return self.sampler.communicator
 
     @torch.inference_mode()
-    def prefill(self, parts: Ordered[Part]) -> Tensor:
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
         """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
         The parts follow what is in the cache, or parts before them, and their sequences have pages. Each layer writes
@@ -168,19 +167,19 @@ class Engine:
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
 
     @torch.inference_mode()
-    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+    def prefill_drafts(self, parts: Sequence[Part]) -> None:
         """Takes parts of prompts through the draft model, where there is one. By itself: it gives no token, so that the
         first ones of answers need not wait for it."""
         if self.speculator is not None:
             self.speculator.prefill(parts)
 
     @torch.inference_mode()
-    def hidden_states(self, parts: Ordered[Part]) -> Tensor:
+    def hidden_states(self, parts: Sequence[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
         return self.target.part_states(parts)
 
     @torch.inference_mode()
-    def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
+    def start_answers(self, sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         """Draws the first token of each answer from `logits` [n, local vocabulary]: [n], NO_NUMBER where these are no
         numbers. They join at the next step."""
         keys, positions = torch.tensor([[s.key, len(s.prompt)] for s in sequences]).unbind(1)
@@ -198,7 +197,7 @@ class Engine:
         self.order = []
 
     @torch.inference_mode()
-    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """A token more for each of `sequences`, [n], in their order. Those with no place here lose their rows.
 
         With speculation as many as were right and one: see Speculator.given.
@@ -241,7 +240,7 @@ class Engine:
             return [page for sequence in self.order for page in sequence.pages]
         return [page for each in self.order for page in each.pages[: pages_for(each.next_position)]]
 
-    def arrange(self, sequences: Ordered[Sequence]) -> None:
+    def arrange(self, sequences: Sequence[TokenSequence]) -> None:
         """Gives each sequence its row; its newest token comes from the row it had, or from the end of its prefill."""
         rows = {sequence: row for row, sequence in enumerate(self.order)}
         fresh = [sequence for sequence in sequences if sequence not in rows]

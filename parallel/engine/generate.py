@@ -13,8 +13,7 @@ from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
 from parallel.engine.pending import Pending, check_number
 from parallel.engine.scheduler import Scheduler
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -169,10 +168,10 @@ class Generation:
     ) -> None:
         self.engine, self.rules = engine, rules
         self.on_text, self.on_prefill, self.on_answer = on_text, on_prefill, on_answer
-        self.opened: dict[EngineSequence, Opened] = {}
+        self.opened: dict[TokenSequence, Opened] = {}
         for row, prompt in enumerate(prompts):
             room = engine.limits.max_context - len(prompt.token_ids)
-            sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room))
+            sequence = TokenSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room))
             self.opened[sequence] = Opened(row, Answer(), TextStream(tokenizer, rules.texts), room)
         self.result = Result([each.answer for each in self.opened.values()])
         self.sequences = list(self.opened)
@@ -251,7 +250,7 @@ class Generation:
             if not self.opened[sequence].answer.has_ended:
                 self.take_given(pending, sequence, given, now)
 
-    def take_given(self, pending: Pending, sequence: EngineSequence, given: Given, now: float) -> None:
+    def take_given(self, pending: Pending, sequence: TokenSequence, given: Given, now: float) -> None:
         """What one sequence got, and how long it has waited for that by `now`."""
         opened = self.opened[sequence]
         if not opened.answer.token_ids:
@@ -267,7 +266,7 @@ class Generation:
         if opened.answer.has_ended:
             self.result.requests.append(opened.times())
 
-    def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
+    def take_tokens(self, sequence: TokenSequence, opened: Opened, given: Given) -> int:
         """Adds tokens to an answer up to its end; returns how many."""
         # One was counted when the step was queued.
         sequence.num_sampled += len(given.tokens) - 1
@@ -281,7 +280,7 @@ class Generation:
             self.result.acceptance.add(given.num_drafts, taken - 1)
         return taken
 
-    def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:
+    def take_token(self, sequence: TokenSequence, opened: Opened, token: int) -> None:
         room = opened.room - len(opened.answer.token_ids) - 1
         shown = add_token(opened.answer, opened.stream, token, self.rules, room)
         if shown:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class AutoSpeculator:
         drafters: Mapping[TreePlan, TreeDrafter],
         limits: EngineLimits,
         sampler: Sampler,
-        stored: Ordered[Ordered[PagedKV]],
+        stored: Sequence[Sequence[PagedKV]],
         device: torch.device,
     ) -> None:
         self.history = History.empty(limits.batch_size, limits.max_context, device)
@@ -58,7 +57,7 @@ class AutoSpeculator:
     def given(self) -> Tensor:
         return self.plain_given if self.plan == PLAIN else self.trees[self.plan].given
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> TokenTree | None:

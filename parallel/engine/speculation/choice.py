@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -59,7 +58,7 @@ def open_speculator(
     return AutoSpeculator(dict(zip(plans, drafters, strict=True)), *others)
 
 
-def draft_trees(model: PagedModel, sampler: Sampler, plans: Ordered[TreePlan]) -> list[TreeDrafter]:
+def draft_trees(model: PagedModel, sampler: Sampler, plans: Sequence[TreePlan]) -> list[TreeDrafter]:
     """Of one model, a drafter for each plan."""
     return [TreeDraftModel(model, sampler, plan) for plan in plans]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class ModelDrafter:
     def caches(self) -> list[PagedKV]:
         return self.model.caches
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.model.part_states(parts)
 
     def take_in(self, rows: Rows, history: Tensor, num: int) -> None:
@@ -62,5 +62,5 @@ class HistoryDrafter:
     def caches(self) -> list[PagedKV]:
         return []
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         """Prompts are in the history."""

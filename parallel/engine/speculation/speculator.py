@@ -18,8 +18,7 @@ looked up, and of greedy ones, both accept the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,7 +69,7 @@ class Drafter(Protocol):
         """Pages of its models, layer by layer."""
         ...
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         """Takes in parts of prompts that the model has taken in."""
         ...
 
@@ -95,7 +94,7 @@ class Speculator:
         self.history = History.empty(limits.batch_size, limits.max_context, device)
         self.given = empty_given(limits.batch_size, num_drafts, device)
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> Tensor:

@@ -9,8 +9,7 @@ of the branch that came true are then copied to the places where tokens stay, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +40,7 @@ class TreeDrafter(Protocol):
         """Pages of its models, layer by layer."""
         ...
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         """Takes in parts of prompts that the model has taken in."""
         ...
 
@@ -62,7 +61,7 @@ class TreeSpeculator:
         plan: TreePlan,
         limits: EngineLimits,
         sampler: Sampler,
-        stored: Ordered[Ordered[PagedKV]],
+        stored: Sequence[Sequence[PagedKV]],
         device: torch.device,
         history: History | None = None,
     ) -> None:
@@ -71,7 +70,7 @@ class TreeSpeculator:
         self.history = history or History.empty(limits.batch_size, limits.max_context, device)
         self.given = empty_given(limits.batch_size, plan.depth, device)
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> TokenTree:
@@ -112,7 +111,7 @@ class TreeSpeculator:
             self._move([self.drafter.caches], rows, places, depths, is_kept & (places > 0))
 
     def _move(
-        self, stored: Ordered[Ordered[PagedKV]], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor
+        self, stored: Sequence[Sequence[PagedKV]], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor
     ) -> None:
         """Both in slots after the newest token's."""
         newest = newest_places(rows)[0].unsqueeze(1)

@@ -17,8 +17,7 @@ from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, load_whole, prompts_of
@@ -38,7 +37,7 @@ class ScriptedEngine:
     # Nothing is drafted.
     plan = None
     looks_first: bool = False
-    fresh: dict[EngineSequence, Tensor] = field(default_factory=dict)
+    fresh: dict[TokenSequence, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)
@@ -57,15 +56,15 @@ class ScriptedEngine:
     def prefill_drafts(self, parts: Sequence[Part]) -> None:
         """There is no draft model."""
 
-    def start_answers(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Tensor:
+    def start_answers(self, sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         return self.next_tokens(sequences)
 
-    def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.stepped.append([sequence.index for sequence in sequences])
         assert len(sequences) <= self.limits.batch_size
         return self.next_tokens(sequences)
 
-    def next_tokens(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def next_tokens(self, sequences: Sequence[TokenSequence]) -> Tensor:
         filler, tokens = TOKENIZER.token_to_id("x"), []
         for sequence in sequences:
             script = self.scripts[sequence.index]
@@ -172,7 +171,7 @@ def timed_engine(clock: Clock, scripts: Sequence[Sequence[int]], limits: EngineL
             clock.now += 2.0
             return super().prefill(parts)
 
-        def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
             clock.now += 5.0
             return super().step(sequences)
 
@@ -247,7 +246,7 @@ def test_host_that_looks_first_shows_a_token_before_the_next_step() -> None:
     ids, events = encode("one two three"), []
 
     class KeepingEngine(ScriptedEngine):
-        def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
             events.append("step")
             return super().step(sequences)
 

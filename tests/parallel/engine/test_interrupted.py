@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +17,7 @@ from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.engine.traced_engine import VOCABULARY, TracedEngine, answer_alone
@@ -39,11 +39,11 @@ class FailingEngine(TracedEngine):
         if self.fails_at == 0:
             raise self.error("this pass")
 
-    def prefill(self, parts: Ordered[Part]) -> Tensor:
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
         self.count()
         return super().prefill(parts)
 
-    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.count()
         return super().step(sequences)
 

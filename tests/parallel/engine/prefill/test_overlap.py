@@ -22,7 +22,7 @@ from parallel.engine.prefill import halves, overlap, part_attention, pieces, sec
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.engine.prefill.side_stream import SideStream, Sum
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels import multiprocessors
 from parallel.kernels.blocks import Block
 from parallel.layers import linear, merged
@@ -443,7 +443,7 @@ def test_ranks_agree_on_what_dequantises(folders: dict[str, Path]) -> None:
 
 
 def test_parts_are_cut_at_any_token() -> None:
-    sequences = [Sequence(index, [0] * 20, 1) for index in range(3)]
+    sequences = [TokenSequence(index, [0] * 20, 1) for index in range(3)]
     parts = [Part(sequences[0], 3, 9), Part(sequences[1], 0, 1), Part(sequences[2], 5, 12)]
     places = [(part.sequence.index, at) for part in parts for at in range(part.start, part.end)]
     num = len(places)
