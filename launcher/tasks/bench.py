@@ -14,11 +14,13 @@ import torch.distributed as dist
 
 from launcher.finished import keep_finished
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streaming
+from launcher.tasks.bandwidth import bandwidth
 from launcher.tasks.breakdown import break_down, profile_steps
+from launcher.tasks.copy_rates import copy_bandwidth, pinned_copy_bandwidth
 from launcher.tasks.generate import check_same_tokens
 from launcher.tasks.loaded import load_model
 from launcher.tasks.measure import communication
+from launcher.tasks.offload import streaming
 from launcher.tasks.passes import time_passes
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts

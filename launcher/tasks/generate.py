@@ -14,9 +14,10 @@ import torch
 
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
+from launcher.tasks.copy_rates import pinned_copy_bandwidth
 from launcher.tasks.loaded import LoadedModel, load_model
 from launcher.tasks.measure import communication, latencies, reuse
+from launcher.tasks.offload import streaming
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.tokens import (
     check_known,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import link_bytes
+from launcher.tasks.offload import link_bytes
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.pass_timer import PlanCost, time_plan
 from parallel.engine.speculation.tree_plan import TreePlan
