@@ -21,7 +21,7 @@ NUM_WARM_UPS = 2
 def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
     """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
     see `prepared_step`."""
-    return time_rows(engine, contexts, num_steps, communicator, engine.step_rows)
+    return time_prepared(engine, contexts, num_steps, communicator, engine.step_rows)
 
 
 def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
@@ -32,10 +32,10 @@ def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communi
     def draft(num_rows: int) -> None:
         speculator.propose(engine.rows.first(num_rows))
 
-    return time_rows(engine, contexts, num_steps, communicator, draft)
+    return time_prepared(engine, contexts, num_steps, communicator, draft)
 
 
-def time_rows(
+def time_prepared(
     engine: Engine,
     contexts: Sequence[int],
     num_steps: int,

@@ -12,7 +12,7 @@ from parallel.engine.speculation.pass_timer import PlanCost, time_plan
 from parallel.engine.speculation.tree_plan import TreePlan
 
 
-def time_passes(
+def time_tree_passes(
     context: RankContext, engine: Engine, contexts: Sequence[int], copy_bytes_per_sec: float | None
 ) -> list[dict[str, Any]] | None:
     """A row for each of bench.tree_sizes, of sequences with `contexts` tokens; None without any.
