@@ -107,9 +107,7 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
         [generate.Prompt(prompt.index, ids) for prompt, ids in zip(job.prompts, token_ids, strict=True)],
         loaded.tokenizer,
         loaded.rules,
-        on_text=show_text,
-        on_prefill=show_prefill,
-        on_answer=keep_answer,
+        generate.Listener(show_text, show_prefill, keep_answer),
     )
 
 

@@ -43,6 +43,22 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Listener:
+    """What is told how answers come on.
+
+    `on_text`: (row, text) as soon as text of a prompt's answer may be shown; `on_prefill`: the tokens of prompts that
+    are done, and all of them; `on_answer`: (row, answer) when one has ended.
+    """
+
+    on_text: Callable[[int, str], None] = lambda row, text: None
+    on_prefill: Callable[[int, int], None] = lambda done, total: None
+    on_answer: Callable[[int, Answer], None] = lambda row, answer: None
+
+
+SILENT = Listener()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids, the index that seeds the answer's draws, and the seconds after the start at which the prompt comes."""
 
@@ -108,11 +124,9 @@ def generate(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     rules: StopRules,
+    listener: Listener = SILENT,
     *,
     agree: Agree = alone,
-    on_text: Callable[[int, str], None] = lambda row, text: None,
-    on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    on_answer: Callable[[int, Answer], None] = lambda row, answer: None,
 ) -> Result:
     """Answers `prompts`, as many at a time as the engine has rows.
 
@@ -120,9 +134,6 @@ def generate(
 
     Args:
         agree: how ranks agree on which prompts have come, where they come over time.
-        on_text: called with (row, text) as soon as text of a prompt's answer may be shown.
-        on_prefill: called with the tokens of prompts that are done, and all of them.
-        on_answer: called with (row, answer) when one has ended.
 
     Whatever is raised under way, an interrupt too, leaves the engine without sequences and with all its pages.
 
@@ -131,7 +142,7 @@ def generate(
         ModelError: after a prompt the model gives no numbers.
     """
     check_lengths(prompts, engine.limits.max_context)
-    run = Generation(engine, prompts, tokenizer, rules, agree, on_text, on_prefill, on_answer)
+    run = Generation(engine, prompts, tokenizer, rules, listener, agree)
     try:
         while run.go_on():
             pass
@@ -161,13 +172,10 @@ class Generation:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         rules: StopRules,
+        listener: Listener,
         agree: Agree,
-        on_text: Callable[[int, str], None],
-        on_prefill: Callable[[int, int], None],
-        on_answer: Callable[[int, Answer], None],
     ) -> None:
-        self.engine, self.rules = engine, rules
-        self.on_text, self.on_prefill, self.on_answer = on_text, on_prefill, on_answer
+        self.engine, self.rules, self.listener = engine, rules, listener
         self.opened: dict[TokenSequence, Opened] = {}
         for row, prompt in enumerate(prompts):
             room = engine.limits.max_context - len(prompt.token_ids)
@@ -233,7 +241,7 @@ class Generation:
         self.engine.prefill_drafts(parts)
         self.scheduler.retire_sampled()
         self.prefilled_tokens += sum(len(part) for part in parts)
-        self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
+        self.listener.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:
         """Waits for what a pass gave, and adds it to the answers."""
@@ -284,10 +292,10 @@ class Generation:
         room = opened.room - len(opened.answer.token_ids) - 1
         shown = add_token(opened.answer, opened.stream, token, self.rules, room)
         if shown:
-            self.on_text(opened.row, shown)
+            self.listener.on_text(opened.row, shown)
         if opened.answer.has_ended:
             self.scheduler.retire(sequence)
-            self.on_answer(opened.row, opened.answer)
+            self.listener.on_answer(opened.row, opened.answer)
 
 
 def add_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
+from parallel.engine.generate import Answer, Listener, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
@@ -96,7 +96,7 @@ def answer_scripts(
         [Prompt(index, [0] * length) for index, length in enumerate(lengths)],
         cast(Tokenizer, TOKENIZER),
         rules,
-        on_text=lambda row, text: shown.append((row, text)),
+        Listener(on_text=lambda row, text: shown.append((row, text))),
     )
     assert engine.pages.num_free == batch_size * engine.limits.pages_per_sequence, "pages were not given back"
     return result, shown, engine
@@ -252,7 +252,7 @@ def test_host_that_looks_first_shows_a_token_before_the_next_step() -> None:
 
     engine = KeepingEngine([[*ids, EOS]], EngineLimits(100, 1, 64), looks_first=True)
     rules, show = StopRules(99, frozenset({EOS})), lambda row, text: events.append("text")
-    generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, on_text=show)
+    generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, Listener(on_text=show))
     assert events == ["text", "step"] * len(ids)
 
 
@@ -277,7 +277,7 @@ def test_tokens_of_a_step_that_lost_a_peer_are_not_believed() -> None:
             [Prompt(0, [0])],
             cast(Tokenizer, TOKENIZER),
             StopRules(4),
-            on_text=lambda row, text: shown.append(text),
+            Listener(on_text=lambda row, text: shown.append(text)),
         )
     assert "".join(shown) == TOKENIZER.decode(ids[:2])
 
@@ -322,7 +322,7 @@ def answer_demo(communicator: Communicator, rules: StopRules) -> tuple[list[Answ
         numbered(prompts_of("demo")),
         demo_tokenizer(),
         rules,
-        on_prefill=lambda *tokens: progress.append(tokens),
+        Listener(on_prefill=lambda *tokens: progress.append(tokens)),
     )
     return result.answers, progress
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Prompt, StopRules, generate
+from parallel.engine.generate import Answer, Listener, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache
@@ -79,7 +79,7 @@ def answers_around_an_error(communicator: Communicator, folder: Path) -> tuple[l
     for on_answer in (lambda row, answer: None, refuse, lambda row, answer: None):
         try:
             result = generate(
-                engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9), on_answer=on_answer
+                engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9), Listener(on_answer=on_answer)
             )
             both.append([answer.token_ids for answer in result.answers])
         except BrokenPipeError:
