@@ -26,6 +26,7 @@ from parallel.engine.sampling import SamplingParams, checked, open_sampler
 from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
+from parallel.engine.speculation.fixed import FixedSpeculator
 from parallel.engine.speculation.speculator import Speculation, Speculator
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
@@ -88,8 +89,8 @@ class Engine:
 
     def capture_steps(self, pool: Any) -> Callable[[int], None]:
         """Graphs in the memory `pool`; what runs the one for so many rows."""
-        if isinstance(self.speculator, AutoSpeculator):
-            return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
+        if self.speculator is not None:
+            return self.speculator.capture_steps(self.step_rows, self.limits.batch_size, pool)
         return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
 
     @property
@@ -99,11 +100,9 @@ class Engine:
         return self.device.type == "cuda" and not self.captures and bool(drafts)
 
     @property
-    def drafting(self) -> list[Speculator | TreeSpeculator]:
+    def drafting(self) -> list[FixedSpeculator[Any]]:
         """What makes drafts: one for each tree that a step may have."""
-        if isinstance(self.speculator, AutoSpeculator):
-            return list(self.speculator.trees.values())
-        return [] if self.speculator is None else [self.speculator]
+        return [] if self.speculator is None else self.speculator.drafting
 
     def capture_drafts(self) -> None:
         """Graphs of what makes drafts."""
@@ -120,12 +119,12 @@ class Engine:
     @property
     def plan(self) -> TreePlan | None:
         """Of the trees of the last step, where they are chosen step by step."""
-        return self.speculator.plan if isinstance(self.speculator, AutoSpeculator) else None
+        return None if self.speculator is None else self.speculator.chosen_plan
 
     def learn(self, plan: TreePlan, nodes: Sequence[int]) -> None:
         """What came true in a sequence's step; see Policy.learn."""
-        if isinstance(self.speculator, AutoSpeculator):
-            self.speculator.policy.learn(plan, nodes)
+        if self.speculator is not None:
+            self.speculator.learn(plan, nodes)
 
     @property
     def streamer(self) -> Streamer | None:
@@ -204,7 +203,7 @@ class Engine:
         """
         if list(sequences) != self.order:
             self.arrange(sequences)
-        if isinstance(self.speculator, AutoSpeculator):
+        if self.speculator is not None:
             self.speculator.choose(self.rows.first(len(sequences)))
         self.run_step(len(sequences))
         for sequence in sequences:

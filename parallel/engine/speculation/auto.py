@@ -14,6 +14,7 @@ from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 from parallel.engine.sequence import Part
 from parallel.engine.speculation.drafter import ModelDrafter
+from parallel.engine.speculation.fixed import FixedSpeculator
 from parallel.engine.speculation.given import empty_given
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.policy import Policy
@@ -57,6 +58,15 @@ class AutoSpeculator:
     def given(self) -> Tensor:
         return self.plain_given if self.plan == PLAIN else self.trees[self.plan].given
 
+    @property
+    def chosen_plan(self) -> TreePlan:
+        return self.plan
+
+    @property
+    def drafting(self) -> list[FixedSpeculator[Any]]:
+        """What makes drafts: one for each tree that a step may have."""
+        return list(self.trees.values())
+
     def prefill(self, parts: Sequence[Part]) -> None:
         self.drafter.prefill(parts)
 
@@ -73,6 +83,10 @@ class AutoSpeculator:
             self.drafter.take_in(rows, self.history.tokens[: len(rows.tokens)], self.num_missed)
         self.num_missed = 0
 
+    def learn(self, plan: TreePlan, nodes: Sequence[int]) -> None:
+        """What came true in a sequence's step; see Policy.learn."""
+        self.policy.learn(plan, nodes)
+
     def step(self, rows: Rows, row_logits: Callable[[Rows | TreeRows], Tensor]) -> None:
         if self.plan != PLAIN:
             self.trees[self.plan].step(rows, row_logits)
@@ -83,7 +97,7 @@ class AutoSpeculator:
         self.history.append(rows.positions, tokens.unsqueeze(1), rows.active)
         rows.advance(tokens, rows.active)
 
-    def capture(self, run_step: Callable[[int], None], max_rows: int, pool: Any) -> Callable[[int], None]:
+    def capture_steps(self, run_step: Callable[[int], None], max_rows: int, pool: Any) -> Callable[[int], None]:
         """Graphs of all plans of `run_step`, which steps here; what runs that of the plan chosen."""
         graphs = {}
         # The largest first: the others fit into its memory.
