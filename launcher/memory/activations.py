@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
-from parallel.engine.limits import SAMPLED_ROWS, choose_sections, most_at_once
+from parallel.engine.limits import SAMPLED_ROWS
+from parallel.engine.prefill.section_sizes import choose_sections, most_at_once
 from parallel.partition import split_by_grain
 
 if TYPE_CHECKING:
