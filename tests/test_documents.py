@@ -54,6 +54,18 @@ def test_claims_page_is_the_one_its_data_gives() -> None:
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == made, "python -m tools.claims > docs/claims.md"
 
 
+def test_batches_of_streamed_layers_are_those_of_their_runs() -> None:
+    guide = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", guide, flags=re.MULTILINE)
+    runs = json.loads((ROOT / "results" / "one_card_batches_h200_202611.json").read_text(encoding="utf-8"))
+    found = [(int(size), runs[f"batch{size}"], layers, ms, rate) for size, layers, ms, rate in rows]
+    assert len(found) == 5
+    for size, report, layers, ms, rate in found:
+        step_ms = report["decode_step_ms"]["measured"]
+        assert (layers, ms) == (str(len(report["offload"]["streamed_layers"])), number(step_ms))
+        assert rate == number(size / step_ms * 1e3)
+
+
 def test_guides_show_commands_and_scripts() -> None:
     assert len(COMMANDS) >= 30
     assert len(SLURM_COMMANDS) == 2

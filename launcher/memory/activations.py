@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
-from parallel.engine.limits import SAMPLED_ROWS, choose_sections, most_at_once
+from parallel.engine.limits import SAMPLED_ROWS
+from parallel.engine.prefill.section_sizes import choose_sections, most_at_once
 from parallel.partition import split_by_grain
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 4 + 8 + 4 + 4 + 2
 # Of what plain torch norms or rotates, at most; where it is not in float32, that too.
 PLAIN_TORCH_COPIES = 2
 FLOAT32_BYTES = 4
+# Of the size of a norm's result, between tensors of a pass that a card takes whole: too small for what an MLP takes at
+# once. By the rules of torch's allocator 2048 rows of a 70B leave 8 to 72 MiB so, by where keys and values find room;
+# with what GROWN_BYTES is for, an H200 took 78 to 97 MiB beside tensors, and 18 to 44 with 512 rows.
+NUM_GAPS = 2
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
 
@@ -58,8 +63,16 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
         weights = layer.whole_weight(prompt, qkv * hidden) + layer.product(tokens, queries * hidden)
         kept = largest * (2 * qkv + 4 * queries) * e
         steps["attention"] = kept + attended_bytes(demand, rank, largest, max_context) + weights
+    num_gaps = 0 if on_cpu or len(sections) > 1 else NUM_GAPS
     # The residual stream, the update that is added to it, and the norm of the sum.
-    return (2 * max(prompt, tokens) + tokens) * hidden * e + max(steps.values())
+    return (2 * max(prompt, tokens) + (1 + num_gaps) * tokens) * hidden * e + max(steps.values())
+
+
+def between_layers_bytes(demand: Demand, max_context: int) -> int:
+    """The residual stream and its update, all that there is of a pass while the next layer comes."""
+    prompt = min(demand.prefill_chunk, demand.batch_size * max_context)
+    tokens = max(prompt, demand.batch_size * demand.rows_per_sequence)
+    return 2 * tokens * demand.shape.hidden_size * DTYPE_BYTES[demand.dtype]
 
 
 def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
@@ -68,7 +81,8 @@ def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
     if models[0].device == "cpu":
         return 0
     tables = sum(max_context * each.shape.head_dim * FLOAT32_BYTES for each in models)
-    return tables + CUBLAS_BYTES + GROWN_BYTES
+    # Where the load ended, and where all ends.
+    return tables + CUBLAS_BYTES + 2 * GROWN_BYTES
 
 
 def attended_bytes(demand: Demand, rank: int, num_rows: int, max_context: int) -> int:

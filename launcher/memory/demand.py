@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.config import KVDType
-from launcher.memory.activations import activations_bytes, lasting_bytes, logits_bytes
+from launcher.memory.activations import activations_bytes, between_layers_bytes, lasting_bytes, logits_bytes
 from launcher.memory.kv import kv_lines
 from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, step_bytes
 from launcher.memory.process import process_lines
-from launcher.memory.streamed import linear_load, mapping_lines, streamed_lines
+from launcher.memory.streamed import brought_bytes, linear_load, made_layer_bytes, mapping_lines, streamed_lines
 from launcher.memory.weights import held_linear_bits
 from launcher.models.shape import DTYPE_BYTES, ModelShape, part_bytes
 from parallel.engine.limits import EngineLimits, graph_sizes
 from parallel.footprint import MIN_FUSED_ROWS, host_refusal
-from parallel.offload.spread import NUM_STAGED
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 
 FP8_BYTES = 1
@@ -152,6 +151,10 @@ class Demand:
         models = [each for each in (self, self.draft) if each is not None]
         cache = kv_lines(self, rank, max_context)
         activations = max(activations_bytes(each, rank, max_context) for each in models)
+        if self.num_disk:
+            # What a layer from the disk is made of is free while it computes.
+            making = made_layer_bytes(self, rank) - self.layer_bytes()[rank]
+            activations = max(between_layers_bytes(self, max_context), activations - making)
         activations += lasting_bytes(models, max_context)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
         outside = mapping_lines(self, rank, max_context) | self._graphs(rank)
@@ -185,12 +188,9 @@ class Demand:
         if self.device == "cuda":
             # The last layer, while its tensors move into one piece.
             plain = max(plain, self.layer_bytes()[rank])
-        if self.num_streamed:
-            # Staging buffers come after the load, too, in place of layers on their way to the host.
-            hosted = self.host_embedding_bytes(self._part_bytes(0)[rank])
-            staged = NUM_STAGED if self.num_streamed > self.num_disk else 0
-            plain = max(plain, hosted - staged * self.layer_bytes()[rank])
-        return max(plain, linear_load(shape, self.device, self.dtype, linear))
+        load = max(plain, linear_load(shape, self.device, self.dtype, linear))
+        # A layer that is to leave the card is there besides. What brings such layers back comes after the load, too.
+        return load + self.layer_bytes()[rank] - brought_bytes(self, rank) if self.num_streamed else load
 
     def limits(self, max_context: int) -> EngineLimits:
         """As far as they say what is allocated."""

@@ -21,8 +21,9 @@ PASS_GRAPH_BYTES = 1200 * 1024
 STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
 # Of cuBLAS on a stream, which torch allocates: on sm_90 and sm_100; 8 MiB on other cards.
 CUBLAS_BYTES = 32 * MIB
-# By so much torch makes memory larger that may grow (kLargeBuffer), of which up to as much is left. Weights, cache and
-# activations are in one such memory, graphs in another.
+# By so much torch makes memory larger that may grow (kLargeBuffer), of which up to as much is left at its end. Weights,
+# cache and activations are in one such memory, graphs in another. As much may stay about what the load took besides,
+# which goes back in whole pieces of this size.
 GROWN_BYTES = 20 * MIB
 # Ids, positions and slots of a pass.
 NUM_TOKEN_COLUMNS = 3

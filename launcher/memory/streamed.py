@@ -54,6 +54,13 @@ def mapping_lines(demand: Demand, rank: int, max_context: int) -> dict[str, int]
     return {"mappings": STREAMING_BYTES + pinned // PINNED_PER_MAPPING}
 
 
+def brought_bytes(demand: Demand, rank: int) -> int:
+    """Of the card, where layers are that are copied to it, or made there."""
+    size = demand.layer_bytes()[rank]
+    staged = NUM_STAGED * size if demand.num_streamed > demand.num_disk else 0
+    return staged + (made_layer_bytes(demand, rank) if demand.num_disk else 0)
+
+
 def sharing_lines(demand: Demand, layer_bytes: int) -> dict[str, int]:
     """What layers that are packed for the host take beyond others when they are streamed: in the buffers, and to be
     dequantised."""

@@ -22,7 +22,8 @@ PLAIN = "bf16"
 class Option:
     """`replicas` copies of the model, each over `world_size` cards with tensor parallelism, in one format.
 
-    All figures are predicted and of all copies together, but times. `reason` says why it does not fit, or why it has no
+    All figures are predicted and of all copies together, but times and tokens a joule; `basis` says from what.
+    `tpot_floor_ms`: as the plan's. `reason` says why it does not fit, or why it has no
     times; empty otherwise.
     """
 
@@ -36,6 +37,9 @@ class Option:
     tpot_ms: float | None = None
     ttft_ms: float | None = None
     tokens_per_sec: float | None = None
+    tpot_floor_ms: float | None = None
+    tokens_per_joule: float | None = None
+    basis: tuple[str, ...] = ()
 
 
 # What is least for the best option of an aim.
@@ -109,6 +113,7 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
         fits=True,
         predicted_bytes=max(card.predicted_bytes for card in plan.cards),
         kv_tokens=option.replicas * plan.kv_tokens_that_fit,
+        tpot_floor_ms=plan.tpot_floor_ms,
     )
     if not isinstance(times, Times):
         return replace(fitting, reason=times)
@@ -117,4 +122,6 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
         tpot_ms=times.tpot_ms,
         ttft_ms=times.ttft_ms,
         tokens_per_sec=option.replicas * times.tokens_per_sec,
+        tokens_per_joule=times.tokens_per_joule,
+        basis=(times.source, *times.assumptions),
     )

@@ -15,7 +15,7 @@ from launcher.plan.plan import Plan
 from launcher.report.accuracy_text import accuracy_page
 from launcher.report.bench_text import bench_table, breakdown_tables
 from launcher.report.cards_text import all_reduce_table, cards_table, inventory_table, links_table
-from launcher.report.options_text import options_table
+from launcher.report.options_text import bases, options_table
 from launcher.report.passes_text import passes_table
 from launcher.report.plan_text import plan_tables
 from launcher.report.speed_text import speed_table
@@ -40,6 +40,8 @@ def print_plan(plan: Plan, shape: ModelShape, times: Times | str) -> None:
 
 def print_options(options: list[Option], aim: Aim, batch_size: int) -> None:
     stderr_console().print(options_table(options, aim, batch_size))
+    for line in bases(options):
+        print_note(line)
 
 
 def print_warning(message: str) -> None:

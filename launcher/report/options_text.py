@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launcher.amounts import UNKNOWN, amount, number
+from launcher.amounts import UNKNOWN, amount, count, number
 from launcher.config import Aim
 from launcher.plan.options import Option
 from parallel.units import GIB
 
 # Narrow, so that reasons beside them have room.
-COLUMNS = ("ms a token", "TTFT ms", "tokens/s,\nall copies", "KV tokens,\nall copies", "GiB a\ncard")
+COLUMNS = ("ms a\ntoken", "floor", "TTFT ms", "tokens/s,\nall copies", "KV tokens,\nall copies", "GiB a\ncard")
 
 
 def options_table(options: list[Option], aim: Aim, batch_size: int) -> Table:
@@ -33,11 +33,18 @@ def order(options: list[Option], aim: Aim) -> str:
     return f"the best for {aim.value} first" if is_known else f"no times to rank by plan.aim={aim.value}"
 
 
+def bases(options: list[Option]) -> list[str]:
+    """What the times rest on, a line for each number of cards of a copy."""
+    found = {option.world_size: "; ".join(option.basis) for option in options if option.basis}
+    return [f"predicted on {count(cards, 'card')} from {found[cards]}." for cards in sorted(found)]
+
+
 def cells(option: Option) -> tuple[str, ...]:
     if not option.fits:
         return (UNKNOWN,) * len(COLUMNS)
     return (
         number(option.tpot_ms),
+        number(option.tpot_floor_ms),
         number(option.ttft_ms),
         number(option.tokens_per_sec),
         f"{option.kv_tokens:,}",

@@ -65,11 +65,12 @@ def describe_times(plan: Plan, times: Times | str) -> list[tuple[str, str]]:
     token = f"{number(times.tpot_ms)} ms at batch {plan.batch_size}"
     token += "" if plan.tpot_floor_ms is None else f"; {floor_text(plan.tpot_floor_ms)}"
     talk = f"; communication is {times.comm_share:.0%} of it" if plan.placement.world_size > 1 else ""
+    energy = "" if times.tokens_per_joule is None else f", {number(times.tokens_per_joule)} a joule"
     return [
         ("time to first token, predicted", f"{number(times.ttft_ms)} ms"),
         ("time a token, predicted", token),
         ("held by, predicted", times.limit + talk),
-        ("output, predicted", f"{number(times.tokens_per_sec)} tokens/s, prefill included"),
+        ("output, predicted", f"{number(times.tokens_per_sec)} tokens/s{energy}, prefill included"),
         ("predicted from", "; ".join((times.source, *times.assumptions)) + "."),
     ]
 

@@ -138,7 +138,7 @@ def draw_throughput(rows: Sequence[Row]) -> Figure | None:
         draw_line(axes, line, place)
         for point in line.points:
             axes.annotate(
-                point.label, (point.x, point.y), (8, 5), textcoords="offset points", fontsize=11, color=color(place)
+                point.label, (point.x, point.y), (10, -7), textcoords="offset points", fontsize=11, color=color(place)
             )
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
@@ -162,7 +162,8 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
     axes.scatter(peaks, places, s=60, marker="D", color=COLORS[1], label="measured peak", zorder=3)
     axes.text(1.02, 1.01, "difference", transform=axes.transAxes, va="bottom", fontsize=11)
     for place, bar in enumerate(bars):
-        text = f"{(bar.peak / bar.predicted - 1) * 100:+.1f} %"
+        # A zero has no sign of its own: less than nothing is plus nothing.
+        text = f"{round((bar.peak / bar.predicted - 1) * 100, 1) + 0.0:+.1f} %"
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=11)
     draw_limit(axes, bars)
     axes.set_yticks(places, [wrap(bar.label) for bar in bars], fontsize=11)

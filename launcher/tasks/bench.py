@@ -14,24 +14,26 @@ import torch.distributed as dist
 
 from launcher.finished import keep_finished
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import bandwidth, copy_bandwidth, pinned_copy_bandwidth, streamed_floors, streaming
-from launcher.tasks.breakdown import break_down, profile_steps
+from launcher.tasks.bandwidth import bandwidth, streamed_floors
+from launcher.tasks.breakdown import step_breakdown
+from launcher.tasks.copy_rates import copy_bandwidth, pinned_copy_bandwidth
 from launcher.tasks.generate import check_same_tokens
 from launcher.tasks.loaded import load_model
 from launcher.tasks.measure import communication
-from launcher.tasks.passes import time_passes
+from launcher.tasks.offload import streaming
 from launcher.tasks.prefill_breakdown import prefill_breakdown
 from launcher.tasks.requests import arrival_times, num_requests, random_prompts
 from launcher.tasks.serving import serving
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
+from launcher.tasks.tree_passes import time_tree_passes
 from parallel.engine.arrivals import Agree, alone
 from parallel.engine.chunk_timer import chunk_lengths
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result, StopRules, generate
 from parallel.engine.speculation.acceptance import join
-from parallel.engine.step_timer import prepared_step, time_steps
+from parallel.engine.step_timer import time_steps
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         **step,
         "offload": offload,
         **bandwidth(bench.engine, contexts, step_ms, copy_bytes_per_sec, streamed_ms),
-        "passes": time_passes(context, bench.engine, contexts, pinned_copy),
-        "breakdown": breakdown(context, bench.engine, contexts),
+        "passes": time_tree_passes(context, bench.engine, contexts, pinned_copy),
+        "breakdown": step_breakdown(bench.engine, contexts, context.communicator),
         "prefill_breakdown": prefill_breakdown(
             bench.engine, chunk_lengths(bench.engine.limits, num_prompt_tokens), context.communicator
         ),
@@ -179,10 +181,3 @@ def decode_step(context: RankContext, engine: Engine, contexts: list[int]) -> di
     num_steps = max(1, context.job.run.engine.comm_share_steps)
     times = time_steps(engine, contexts, num_steps, context.communicator)
     return measured | {"decode_step_ms": {"measured": statistics.median(times), "without_all_reduce": None}}
-
-
-def breakdown(context: RankContext, engine: Engine, contexts: list[int]) -> dict[str, Any]:
-    with prepared_step(engine, contexts, context.communicator) as run:
-        run()
-        context.communicator.barrier()
-        return break_down(profile_steps(run, context.device))

@@ -14,6 +14,10 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from parallel.communicator import Communicator
+from parallel.engine.engine import Engine
+from parallel.engine.step_timer import prepared_step
+
 # Steps that are looked at. One before them, in which ranks wait for each other to start, is dropped.
 NUM_STEPS = 5
 # Names contain one of these, in lower case; the first part that fits has the kernel. So a norm in one kernel with the
@@ -47,6 +51,14 @@ class Piece:
     us: float
 
 
+def step_breakdown(engine: Engine, contexts: Sequence[int], communicator: Communicator) -> dict[str, Any]:
+    """Of a decode step of sequences with `contexts` tokens; on all ranks at once. See `break_down_steps`."""
+    with prepared_step(engine, contexts, communicator) as run:
+        run()
+        communicator.barrier()
+        return break_down_steps(profile_steps(run, engine.device))
+
+
 def profile_steps(run: Callable[[], None], device: torch.device, num_steps: int = NUM_STEPS) -> list[Piece]:
     """What `num_steps` + 1 calls of `run`, queued one after another, did on `device`, by start."""
     on_card = device.type == "cuda"
@@ -63,7 +75,7 @@ def profile_steps(run: Callable[[], None], device: torch.device, num_steps: int 
     return sorted(pieces, key=lambda piece: piece.start_us)
 
 
-def break_down(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str, Any]:
+def break_down_steps(pieces: Sequence[Piece], num_steps: int = NUM_STEPS) -> dict[str, Any]:
     """Microseconds a step and share of each part, of `num_steps` steps and one before them.
 
     `between` is the time in which nothing ran: gaps, which the profiler widens, on a CPU Python and waiting, and where

@@ -31,7 +31,7 @@ from parallel.communicator import ElidedAllReduce
 from parallel.engine.chunk_timer import time_apart
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.step_timer import time_steps
 from parallel.footprint import held_bits
 from parallel.kernels.pages import pages_for
@@ -207,7 +207,7 @@ def time_chunk(
     # Equal tokens would make equal rows, whose products draw less power and so run faster.
     prompts = random_prompts(len(lengths), start + max(lengths), settings.vocab_size, "calibrate")
     sequences = [
-        Sequence(index, prompt[: start + tokens], max_tokens=1)
+        TokenSequence(index, prompt[: start + tokens], max_tokens=1)
         for index, (prompt, tokens) in enumerate(zip(prompts, lengths, strict=True))
     ]
     for sequence in sequences:

@@ -14,9 +14,10 @@ import torch
 
 from launcher.prompts import Prompt, prompt_key
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import pinned_copy_bandwidth, streaming
+from launcher.tasks.copy_rates import pinned_copy_bandwidth
 from launcher.tasks.loaded import LoadedModel, load_model
 from launcher.tasks.measure import communication, latencies, reuse
+from launcher.tasks.offload import streaming
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.tokens import (
     check_known,
@@ -109,9 +110,7 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
         ],
         loaded.tokenizer,
         loaded.rules,
-        on_text=show_text,
-        on_prefill=show_prefill,
-        on_answer=keep_answer,
+        generate.Listener(show_text, show_prefill, keep_answer),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from launcher.plan.offload import OffloadPlan
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import copy_bandwidth
+from launcher.tasks.copy_rates import copy_bandwidth
 from parallel.footprint import host_refusal
 from parallel.kernels import host_int4
 from parallel.offload.disk_layers import DiskLayers

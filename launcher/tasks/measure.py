@@ -17,17 +17,13 @@ from parallel.engine.generate import Result
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.pages import PagedKV
 from parallel.kernels.status import LayerSizes, kernel_status
-from parallel.timing import p99
+from parallel.timing import p50_p99
 
 
 def latencies(result: Result) -> dict[str, Any]:
     """Medians over prompts (first token) and over all later tokens, among which the time of a step that gave an answer
     several is divided; null where there was no such token."""
-    tokens = result.token_ms
-    return {
-        "ttft_ms": statistics.median(result.ttft_ms),
-        "tpot_ms": {"p50": statistics.median(tokens) if tokens else None, "p99": p99(tokens) if tokens else None},
-    }
+    return {"ttft_ms": statistics.median(result.ttft_ms), "tpot_ms": p50_p99(result.token_ms)}
 
 
 def reuse(result: Result) -> dict[str, int]:

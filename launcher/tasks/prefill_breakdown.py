@@ -67,7 +67,8 @@ def break_down_passes(pieces: Sequence[Piece], num_passes: int = NUM_PASSES) -> 
     """Microseconds a pass and share of each part, of `num_passes` passes and one before them.
 
     `all_reduce` is the time in which all-reduces went on, `all_reduce_alone` that in which nothing else did; the other
-    parts and `all_reduce_alone` make up the pass, with `between`, in which nothing ran. `problem` as of `break_down`.
+    parts and `all_reduce_alone` make up the pass, with `between`, in which nothing ran.
+    `problem` as of `break_down_steps`.
     """
     passes = split_steps(pieces, num_passes)
     if passes is None:

@@ -9,7 +9,7 @@ from typing import Any
 from launcher.config import WorkloadConfig
 from launcher.tasks.summary import MeasuredRun
 from parallel.engine.generate import RequestTimes
-from parallel.timing import p99
+from parallel.timing import p50_p99
 
 
 def serving(runs: Sequence[MeasuredRun], workload: WorkloadConfig) -> dict[str, Any]:
@@ -37,7 +37,3 @@ def num_good(requests: Sequence[RequestTimes], workload: WorkloadConfig) -> int:
         request.ttft_ms <= workload.max_ttft_ms and (request.tpot_ms or 0.0) <= workload.max_tpot_ms
         for request in requests
     )
-
-
-def p50_p99(times: Sequence[float]) -> dict[str, float | None]:
-    return {"p50": statistics.median(times) if times else None, "p99": p99(times) if times else None}

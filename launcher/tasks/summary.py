@@ -11,7 +11,7 @@ from typing import Any
 from parallel.engine.generate import RequestTimes
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.tree_plan import TreePlan
-from parallel.timing import p99
+from parallel.timing import p50_p99, p99
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def summarise(runs: Sequence[MeasuredRun]) -> dict[str, Any]:
     }
     return {
         "ttft_ms": statistics.median(ms for run in runs for ms in run.ttft_ms),
-        "tpot_ms": {"p50": statistics.median(tokens) if tokens else None, "p99": p99(tokens) if tokens else None},
+        "tpot_ms": p50_p99(tokens),
         "tokens_per_sec": statistics.median(per_run["tokens_per_sec"]),
         "prefill_tokens_per_sec": statistics.median(per_run["prefill_tokens_per_sec"]),
         "spread": {name: {"min": min(values), "max": max(values)} for name, values in per_run.items() if values},

@@ -29,6 +29,8 @@ from parallel.formats.scheme import Box, CheckpointError, Scheme
 from parallel.layers.linear import ShardedLayer
 from parallel.shard import ShardedModel
 
+EMBEDDING_NAME = "model.embed_tokens.weight"
+
 Stored = dict[str, Tensor]
 
 
@@ -68,6 +70,11 @@ class Step:
         first = next(iter(self.reads.values())).entry
         return first.file, first.offset
 
+    @property
+    def layer(self) -> str:
+        """model.layers.N, or the name of what is in none."""
+        return ".".join(self.name.split(".")[:3])
+
 
 def load_checkpoint(
     model: ShardedModel,
@@ -97,7 +104,7 @@ def load_checkpoint(
     matches = match_tensors(model, checkpoint)
     check_zeros(matches.surplus_biases, read_ahead_bytes)
     steps = [*plain_steps(model, matches, quantize), *quantized_steps(model, matches)]
-    steps.sort(key=lambda step: step.position)
+    steps = layer_by_layer(steps)
     total = sum(step.num_bytes for step in steps)
     done, decode_sec, kernels = 0, 0.0, Counter[str]()
     with ReadAhead((wanted for step in steps for wanted in step.reads.values()), device, read_ahead_bytes) as reader:
@@ -113,6 +120,24 @@ def load_checkpoint(
             on_progress(done, total)
     move_buffers(model.module, device)
     return LoadResult(done, time.perf_counter() - start, reader.wait_sec, decode_sec, dict(kernels))
+
+
+def layer_by_layer(steps: Iterable[Step]) -> list[Step]:
+    """In the order of the files, but what a file has of a layer together, and the embedding before all.
+
+    Files are sorted by dtype first: the norms without which no layer is whole, nor leaves the device, come after the
+    packed weights of ten. And where the embedding goes on to host memory, all of the device is free for it.
+    """
+    starts: dict[tuple[Path, str], int] = {}
+    for step in steps:
+        file, offset = step.position
+        starts[file, step.layer] = min(offset, starts.get((file, step.layer), offset))
+
+    def place(step: Step) -> tuple[bool, Path, int, int]:
+        file, offset = step.position
+        return step.name != EMBEDDING_NAME, file, starts[file, step.layer], offset
+
+    return sorted(steps, key=place)
 
 
 def place_step(step: Step, stored: Stored) -> str | None:

@@ -13,8 +13,7 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.step_timer import milliseconds
 from parallel.kernels.pages import pages_for
 from parallel.layers.linear import swapped_communicator
@@ -84,7 +83,7 @@ def prepared_chunk(engine: Engine, lengths: Sequence[int], communicator: Communi
     Layers talk through `communicator`. The engine must have no sequences open.
     """
     sequences = [
-        EngineSequence(index, random_tokens(engine, length), max_tokens=1) for index, length in enumerate(lengths)
+        TokenSequence(index, random_tokens(engine, length), max_tokens=1) for index, length in enumerate(lengths)
     ]
     try:
         for sequence in sequences:

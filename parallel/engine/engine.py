@@ -5,8 +5,7 @@ All ranks make the same calls in the same order, on the same tokens; nothing els
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +23,10 @@ from parallel.engine.prefill.recorded import Places
 from parallel.engine.prefix_cache import PrefixCache
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sampling import SamplingParams, checked, open_sampler
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.choice import open_speculator
+from parallel.engine.speculation.fixed import FixedSpeculator
 from parallel.engine.speculation.speculator import Speculation, Speculator
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeSpeculator
@@ -74,9 +74,9 @@ class Engine:
         self.speculator: Speculator | TreeSpeculator | AutoSpeculator | None = None
         if speculation is not None:
             self.speculator = open_speculator(speculation, limits, self.sampler, self.target, kv_dtype, device)
-        self.order: list[Sequence] = []
+        self.order: list[TokenSequence] = []
         # The first tokens of answers whose sequences wait for a row.
-        self.fresh: dict[Sequence, Tensor] = {}
+        self.fresh: dict[TokenSequence, Tensor] = {}
         self.run_step = self.capture_steps(pool) if self.captures else self.step_rows
         if self.captures_drafts:
             self.capture_drafts()
@@ -89,8 +89,8 @@ class Engine:
 
     def capture_steps(self, pool: Any) -> Callable[[int], None]:
         """Graphs in the memory `pool`; what runs the one for so many rows."""
-        if isinstance(self.speculator, AutoSpeculator):
-            return self.speculator.capture(self.step_rows, self.limits.batch_size, pool)
+        if self.speculator is not None:
+            return self.speculator.capture_steps(self.step_rows, self.limits.batch_size, pool)
         return StepGraphs(self.step_rows, self.limits.batch_size, pool).run
 
     @property
@@ -100,11 +100,9 @@ class Engine:
         return self.device.type == "cuda" and not self.captures and bool(drafts)
 
     @property
-    def drafting(self) -> list[Speculator | TreeSpeculator]:
+    def drafting(self) -> list[FixedSpeculator[Any]]:
         """What makes drafts: one for each tree that a step may have."""
-        if isinstance(self.speculator, AutoSpeculator):
-            return list(self.speculator.trees.values())
-        return [] if self.speculator is None else [self.speculator]
+        return [] if self.speculator is None else self.speculator.drafting
 
     def capture_drafts(self) -> None:
         """Graphs of what makes drafts."""
@@ -121,12 +119,12 @@ class Engine:
     @property
     def plan(self) -> TreePlan | None:
         """Of the trees of the last step, where they are chosen step by step."""
-        return self.speculator.plan if isinstance(self.speculator, AutoSpeculator) else None
+        return None if self.speculator is None else self.speculator.chosen_plan
 
-    def learn(self, plan: TreePlan, nodes: Ordered[int]) -> None:
+    def learn(self, plan: TreePlan, nodes: Sequence[int]) -> None:
         """What came true in a sequence's step; see Policy.learn."""
-        if isinstance(self.speculator, AutoSpeculator):
-            self.speculator.policy.learn(plan, nodes)
+        if self.speculator is not None:
+            self.speculator.learn(plan, nodes)
 
     @property
     def streamer(self) -> Streamer | None:
@@ -153,7 +151,7 @@ class Engine:
         return self.sampler.communicator
 
     @torch.inference_mode()
-    def prefill(self, parts: Ordered[Part]) -> Tensor:
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
         """Takes parts of prompts through the model; returns logits [n, local vocabulary] after those now complete.
 
         The parts follow what is in the cache, or parts before them, and their sequences have pages. Each layer writes
@@ -168,19 +166,19 @@ class Engine:
         return self.decoder.logits(hidden[to_device(ends[whole], self.device)])
 
     @torch.inference_mode()
-    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+    def prefill_drafts(self, parts: Sequence[Part]) -> None:
         """Takes parts of prompts through the draft model, where there is one. By itself: it gives no token, so that the
         first ones of answers need not wait for it."""
         if self.speculator is not None:
             self.speculator.prefill(parts)
 
     @torch.inference_mode()
-    def hidden_states(self, parts: Ordered[Part]) -> Tensor:
+    def hidden_states(self, parts: Sequence[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other; their keys and values are cached."""
         return self.target.part_states(parts)
 
     @torch.inference_mode()
-    def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
+    def start_answers(self, sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         """Draws the first token of each answer from `logits` [n, local vocabulary]: [n], NO_NUMBER where these are no
         numbers. They join at the next step."""
         keys, positions = torch.tensor([[s.key, len(s.prompt)] for s in sequences]).unbind(1)
@@ -198,14 +196,14 @@ class Engine:
         self.order = []
 
     @torch.inference_mode()
-    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """A token more for each of `sequences`, [n], in their order. Those with no place here lose their rows.
 
         With speculation as many as were right and one: see Speculator.given.
         """
         if list(sequences) != self.order:
             self.arrange(sequences)
-        if isinstance(self.speculator, AutoSpeculator):
+        if self.speculator is not None:
             self.speculator.choose(self.rows.first(len(sequences)))
         self.run_step(len(sequences))
         for sequence in sequences:
@@ -241,7 +239,7 @@ class Engine:
             return [page for sequence in self.order for page in sequence.pages]
         return [page for each in self.order for page in each.pages[: pages_for(each.next_position)]]
 
-    def arrange(self, sequences: Ordered[Sequence]) -> None:
+    def arrange(self, sequences: Sequence[TokenSequence]) -> None:
         """Gives each sequence its row; its newest token comes from the row it had, or from the end of its prefill."""
         rows = {sequence: row for row, sequence in enumerate(self.order)}
         fresh = [sequence for sequence in sequences if sequence not in rows]

@@ -13,8 +13,7 @@ from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
 from parallel.engine.pending import Pending, check_number
 from parallel.engine.scheduler import Scheduler
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -41,6 +40,22 @@ class Answer:
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What is told how answers come on.
+
+    `on_text`: (row, text) as soon as text of a prompt's answer may be shown; `on_prefill`: the tokens of prompts that
+    are done, and all of them; `on_answer`: (row, answer) when one has ended.
+    """
+
+    on_text: Callable[[int, str], None] = lambda row, text: None
+    on_prefill: Callable[[int, int], None] = lambda done, total: None
+    on_answer: Callable[[int, Answer], None] = lambda row, answer: None
+
+
+SILENT = Listener()
 
 
 @dataclass(frozen=True)
@@ -111,11 +126,9 @@ def generate(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     rules: StopRules,
+    listener: Listener = SILENT,
     *,
     agree: Agree = alone,
-    on_text: Callable[[int, str], None] = lambda row, text: None,
-    on_prefill: Callable[[int, int], None] = lambda done, total: None,
-    on_answer: Callable[[int, Answer], None] = lambda row, answer: None,
 ) -> Result:
     """Answers `prompts`, as many at a time as the engine has rows.
 
@@ -123,9 +136,6 @@ def generate(
 
     Args:
         agree: how ranks agree on which prompts have come, where they come over time.
-        on_text: called with (row, text) as soon as text of a prompt's answer may be shown.
-        on_prefill: called with the tokens of prompts that are done, and all of them.
-        on_answer: called with (row, answer) when one has ended.
 
     Whatever is raised under way, an interrupt too, leaves the engine without sequences and with all its pages.
 
@@ -134,7 +144,7 @@ def generate(
         ModelError: after a prompt the model gives no numbers.
     """
     check_lengths(prompts, engine.limits.max_context)
-    run = Generation(engine, prompts, tokenizer, rules, agree, on_text, on_prefill, on_answer)
+    run = Generation(engine, prompts, tokenizer, rules, listener, agree)
     try:
         while run.go_on():
             pass
@@ -164,17 +174,14 @@ class Generation:
         prompts: Sequence[Prompt],
         tokenizer: Tokenizer,
         rules: StopRules,
+        listener: Listener,
         agree: Agree,
-        on_text: Callable[[int, str], None],
-        on_prefill: Callable[[int, int], None],
-        on_answer: Callable[[int, Answer], None],
     ) -> None:
-        self.engine, self.rules = engine, rules
-        self.on_text, self.on_prefill, self.on_answer = on_text, on_prefill, on_answer
-        self.opened: dict[EngineSequence, Opened] = {}
+        self.engine, self.rules, self.listener = engine, rules, listener
+        self.opened: dict[TokenSequence, Opened] = {}
         for row, prompt in enumerate(prompts):
             room = engine.limits.max_context - len(prompt.token_ids)
-            sequence = EngineSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room), prompt.seed)
+            sequence = TokenSequence(prompt.index, prompt.token_ids, min(rules.max_tokens, room), prompt.seed)
             self.opened[sequence] = Opened(row, Answer(), TextStream(tokenizer, rules.texts), room)
         self.result = Result([each.answer for each in self.opened.values()])
         self.sequences = list(self.opened)
@@ -236,7 +243,7 @@ class Generation:
         self.engine.prefill_drafts(parts)
         self.scheduler.retire_sampled()
         self.prefilled_tokens += sum(len(part) for part in parts)
-        self.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
+        self.listener.on_prefill(self.prefilled_tokens, self.all_prompt_tokens)
 
     def take(self, pending: Pending) -> None:
         """Waits for what a pass gave, and adds it to the answers."""
@@ -253,7 +260,7 @@ class Generation:
             if not self.opened[sequence].answer.has_ended:
                 self.take_given(pending, sequence, given, now)
 
-    def take_given(self, pending: Pending, sequence: EngineSequence, given: Given, now: float) -> None:
+    def take_given(self, pending: Pending, sequence: TokenSequence, given: Given, now: float) -> None:
         """What one sequence got, and how long it has waited for that by `now`."""
         opened = self.opened[sequence]
         if not opened.answer.token_ids:
@@ -269,7 +276,7 @@ class Generation:
         if opened.answer.has_ended:
             self.result.requests.append(opened.times())
 
-    def take_tokens(self, sequence: EngineSequence, opened: Opened, given: Given) -> int:
+    def take_tokens(self, sequence: TokenSequence, opened: Opened, given: Given) -> int:
         """Adds tokens to an answer up to its end; returns how many."""
         # One was counted when the step was queued.
         sequence.num_sampled += len(given.tokens) - 1
@@ -283,14 +290,14 @@ class Generation:
             self.result.acceptance.add(given.num_drafts, taken - 1)
         return taken
 
-    def take_token(self, sequence: EngineSequence, opened: Opened, token: int) -> None:
+    def take_token(self, sequence: TokenSequence, opened: Opened, token: int) -> None:
         room = opened.room - len(opened.answer.token_ids) - 1
         shown = add_token(opened.answer, opened.stream, token, self.rules, room)
         if shown:
-            self.on_text(opened.row, shown)
+            self.listener.on_text(opened.row, shown)
         if opened.answer.has_ended:
             self.scheduler.retire(sequence)
-            self.on_answer(opened.row, opened.answer)
+            self.listener.on_answer(opened.row, opened.answer)
 
 
 def add_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:

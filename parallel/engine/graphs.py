@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from parallel.cuda_graph import record_graph
 from parallel.engine.limits import graph_sizes, size_for
 
 # Before a capture, the step runs this often outside of it: kernels are compiled and libraries set themselves up.
@@ -32,8 +33,4 @@ def capture(run: Callable[[], None], pool: Any = None, num_warm_ups: int = NUM_W
     for _ in range(num_warm_ups):
         run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (the watchdog of NCCL) may talk to the card meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
-    return graph
+    return record_graph(run, pool)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import JOINED_ROWS, EngineLimits, choose_sections
+from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import positions_and_slots
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.part_attention import attend_parts
+from parallel.engine.prefill.section_sizes import JOINED_ROWS, choose_sections
 from parallel.engine.prefill.side_stream import side_stream
 from parallel.engine.rows import Rows, to_device
 from parallel.engine.sequence import Part
@@ -51,7 +51,7 @@ class PagedModel:
         here = [cache for index, cache in enumerate(self.caches) if index not in host_kv.places]
         return [here, host_kv.stored] if here else [host_kv.stored]
 
-    def part_states(self, parts: Ordered[Part]) -> Tensor:
+    def part_states(self, parts: Sequence[Part]) -> Tensor:
         """[tokens, hidden] of all tokens of `parts`, one part after the other, until the next pass; they are cached."""
         columns = part_tokens(parts, self.caches[0].keys.device)
         if self.graphs is not None and columns.shape[1] <= self.graphs.max_rows:
@@ -81,23 +81,23 @@ class PagedModel:
 
         return self.decoder(inputs, attend, self.caches)
 
-    def _attend_parts(self, parts: Ordered[Part]) -> Attend:
+    def _attend_parts(self, parts: Sequence[Part]) -> Attend:
         return attend_parts(parts, self.decoder.scale, self.max_keys)
 
 
-def part_tokens(parts: Ordered[Part], device: torch.device) -> Tensor:
+def part_tokens(parts: Sequence[Part], device: torch.device) -> Tensor:
     """[3, tokens] int64: ids, positions and slots."""
     ids = torch.tensor([token for part in parts for token in part.sequence.prompt[part.start : part.end]])
     positions, slots = positions_and_slots([(part.sequence.pages, part.start, part.end) for part in parts])
     return to_device(torch.stack([ids, positions, slots]), device)
 
 
-def past_pages(parts: Ordered[Part]) -> list[int]:
+def past_pages(parts: Sequence[Part]) -> list[int]:
     """Those that have the tokens before each of `parts`."""
     return [page for part in parts for page in part.sequence.pages[: pages_for(part.start)]]
 
 
-def split_parts(parts: Ordered[Part], sections: Ordered[int]) -> list[list[Part]]:
+def split_parts(parts: Sequence[Part], sections: Sequence[int]) -> list[list[Part]]:
     """Those of each section of so many tokens; a part with tokens in several is cut."""
     found: list[list[Part]] = []
     left = list(parts)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.sampling import NO_NUMBER
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import TokenSequence
 from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
 
@@ -25,7 +25,7 @@ class Pending:
     `arrived`: what a card passes once they are on the host, or when they were, where the host computed them itself.
     """
 
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     tokens: Tensor
     arrived: torch.cuda.Event | float
     is_step: bool
@@ -34,7 +34,7 @@ class Pending:
 
     @classmethod
     def fetch(
-        cls, sequences: list[Sequence], tokens: Tensor, *, is_step: bool, plan: TreePlan | None = None
+        cls, sequences: list[TokenSequence], tokens: Tensor, *, is_step: bool, plan: TreePlan | None = None
     ) -> Pending:
         if tokens.device.type == "cpu":
             return cls(sequences, tokens.clone(), time.perf_counter(), is_step, plan)
@@ -57,7 +57,7 @@ class Pending:
         return [Given.read(row) for row in self.tokens.tolist()]
 
 
-def check_number(sequence: Sequence, given: Given) -> None:
+def check_number(sequence: TokenSequence, given: Given) -> None:
     """Raises ModelError: the model gave no numbers to draw from."""
     if given.tokens == [NO_NUMBER]:
         raise ModelError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Tokens
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import TokenSequence
 from parallel.kernels.attention_reference import TreeMask
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.node_bits import chain_masks
@@ -95,7 +95,9 @@ class Rows:
         repeated = (column.repeat_interleave(num, dim=0) for column in (self.keys, self.ends, self.block_table))
         return Rows(tokens.flatten(), positions.flatten(), active.flatten(), *repeated, rows_per_sequence=num)
 
-    def arrange(self, sequences: Ordered[Sequence], sources: Ordered[int], tokens: Tensor, positions: Tensor) -> None:
+    def arrange(
+        self, sequences: Sequence[TokenSequence], sources: Sequence[int], tokens: Tensor, positions: Tensor
+    ) -> None:
         """Puts `sequences` into the first rows, in order, and none into the others.
 
         Args:

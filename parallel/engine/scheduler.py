@@ -9,7 +9,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefill.shares import share_pass
 from parallel.engine.sampling import sequence_key
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 
 
 class Scheduler:
@@ -24,29 +24,29 @@ class Scheduler:
     - A prompt reads what another before it has, or will have, put into shared pages (see PrefixCache) after that one.
     """
 
-    def __init__(self, engine: Engine, sequences: Iterable[Sequence] = ()) -> None:
+    def __init__(self, engine: Engine, sequences: Iterable[TokenSequence] = ()) -> None:
         self.engine = engine
-        self.waiting: deque[Sequence] = deque()
-        self.prefilling: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: deque[TokenSequence] = deque()
+        self.prefilling: list[TokenSequence] = []
+        self.running: list[TokenSequence] = []
         self.add(sequences)
 
     @property
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.running)
 
-    def add(self, sequences: Iterable[Sequence]) -> None:
+    def add(self, sequences: Iterable[TokenSequence]) -> None:
         for sequence in sequences:
             sequence.key = self.key_of(sequence)
             self.waiting.append(sequence)
 
-    def key_of(self, sequence: Sequence) -> int:
+    def key_of(self, sequence: TokenSequence) -> int:
         """By a seed of its own, wherever it stands, that of a run's only prompt by this seed."""
         if sequence.seed is not None:
             return sequence_key(sequence.seed, 0)
         return sequence_key(self.engine.sampler.params.seed, sequence.index)
 
-    def admit(self) -> list[Sequence]:
+    def admit(self) -> list[TokenSequence]:
         """Takes waiting sequences in for as long as there are rows and pages for them; returns those."""
         admitted = []
         while self.waiting and self.num_open < self.engine.limits.batch_size and self.reserve(self.waiting[0]):
@@ -58,7 +58,7 @@ class Scheduler:
     def num_open(self) -> int:
         return len(self.prefilling) + len(self.running)
 
-    def reserve(self, sequence: Sequence) -> bool:
+    def reserve(self, sequence: TokenSequence) -> bool:
         """Gives a sequence its pages; False where it must wait for others to give theirs back.
 
         Raises:
@@ -79,14 +79,14 @@ class Scheduler:
         """What to prefill next: less where answers are under way, each of which waits for it before its next token."""
         return share_pass(self.prefilling, self.engine.limits.chunk(is_decoding=bool(self.running)))
 
-    def start_running(self) -> list[Sequence]:
+    def start_running(self) -> list[TokenSequence]:
         """Moves on those whose prompt is in the cache; returns them."""
         started = [sequence for sequence in self.prefilling if sequence.is_prefilled]
         self.prefilling = [sequence for sequence in self.prefilling if not sequence.is_prefilled]
         self.running += started
         return started
 
-    def retire(self, sequence: Sequence) -> None:
+    def retire(self, sequence: TokenSequence) -> None:
         """Frees the row and the pages of a sequence that needs no more steps. What is queued may still write to them,
         before anything that is queued later."""
         if sequence in self.running:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(eq=False)
-class Sequence:
+class TokenSequence:
     """A prompt and how far it has come. Tokens are counted when their computation is queued, before the host sees them.
 
     `key` seeds its draws, made of its own `seed` where it has one. `max_tokens` bounds the answer, and `pages` hold the
@@ -47,7 +47,7 @@ class Sequence:
 class Part:
     """Neighbouring tokens of a prompt, `start` to `end`, all before them being in the cache or in earlier parts."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     start: int
     end: int
 

@@ -11,7 +11,7 @@ import torch
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.graphs import capture
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import TokenSequence
 from parallel.layers.linear import swapped_communicator
 
 # The first steps after a change of path are slower.
@@ -21,7 +21,7 @@ NUM_WARM_UPS = 2
 def time_steps(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
     """Milliseconds of each of `num_steps` decode steps of sequences that have `contexts` tokens, the new one counted;
     see `prepared_step`."""
-    return time_rows(engine, contexts, num_steps, communicator, engine.step_rows)
+    return time_prepared(engine, contexts, num_steps, communicator, engine.step_rows)
 
 
 def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communicator: Communicator) -> list[float]:
@@ -32,10 +32,10 @@ def time_drafts(engine: Engine, contexts: Sequence[int], num_steps: int, communi
     def draft(num_rows: int) -> None:
         speculator.propose(engine.rows.first(num_rows))
 
-    return time_rows(engine, contexts, num_steps, communicator, draft)
+    return time_prepared(engine, contexts, num_steps, communicator, draft)
 
 
-def time_rows(
+def time_prepared(
     engine: Engine,
     contexts: Sequence[int],
     num_steps: int,
@@ -98,10 +98,10 @@ def swapped_drafts(engine: Engine, communicator: Communicator) -> Iterator[None]
             each.graphs = graphs
 
 
-def open_sequence(engine: Engine, index: int, length: int, num_drafts: int) -> EngineSequence:
+def open_sequence(engine: Engine, index: int, length: int, num_drafts: int) -> TokenSequence:
     """One of `length` tokens, the new one counted, with room for drafts where max_context has it."""
     room = min(num_drafts, engine.limits.max_context - length)
-    return EngineSequence(index, [0] * (length - 1), max_tokens=2 + room)
+    return TokenSequence(index, [0] * (length - 1), max_tokens=2 + room)
 
 
 def _same_step(engine: Engine, num_rows: int, run_rows: Callable[[int], object]) -> Callable[[], None]:

@@ -62,7 +62,8 @@ def error_text(error: int) -> str:
 def open_nvrtc() -> ctypes.CDLL:
     """The library, and beside it what it opens by its name alone. OSError where there is none."""
     library = cuda_utils._get_gpu_rtc_library()
-    for folder in {Path(line.split()[-1]).parent for line in memory_maps() if "/libnvrtc.so" in line}:
+    # Of a line the sixth word, which may have spaces, is the path.
+    for folder in {Path(line.split(maxsplit=5)[5]).parent for line in memory_maps() if "/libnvrtc.so" in line}:
         for path in folder.glob("libnvrtc-builtins.so.*"):
             ctypes.CDLL(str(path))
     return library

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from parallel.checkpoint.load import EMBEDDING_NAME
 from parallel.layers.layout import Layout
 from parallel.layers.linear import ShardedLayer
 from parallel.layers.merged import LayerMerger
@@ -16,8 +17,6 @@ from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.embedding import HostEmbedding, move_embedding
 from parallel.offload.host_memory import HostBuffer, HostMemory
 from parallel.offload.host_trial import HostRates
-
-EMBEDDING_NAME = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from parallel.communicator import Communicator, TransportError
+from parallel.cuda_graph import record_graph
 from parallel.timing import p99
 from parallel.transports.advice import HANGS
 
@@ -135,11 +136,12 @@ def call_timer(call: Callable[[], object], device: torch.device) -> Callable[[],
 
 def graph_timer(call: Callable[[], object]) -> Callable[[], float]:
     """Seconds of one call, as the mean of those in a replayed graph, by the card's own clock."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (the watchdog of NCCL) may talk to the card meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def calls() -> None:
         for _ in range(CALLS_PER_GRAPH):
             call()
+
+    graph = record_graph(calls)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def measure() -> float:

@@ -50,7 +50,7 @@ OF_SM90 = "wide_wgmma.cu"
 
 def as_rtx4090(kernels: Path) -> dict[str, str]:
     """Variables for processes that are to run so; `kernels`: where they note what they load."""
-    paths = (str(FOLDER / "as_rtx4090"), str(ROOT))
+    paths = (str(FOLDER / "as_rtx4090"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": os.pathsep.join(paths), "AS_RTX4090_KERNELS": str(kernels)}
 
 

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 PLAIN_COPY = (
-    "import torch; from launcher.tasks.bandwidth import pinned_copy_bandwidth; "
+    "import torch; from launcher.tasks.copy_rates import pinned_copy_bandwidth; "
     "print(pinned_copy_bandwidth(torch.device('cuda')) / 1e9)"
 )
 

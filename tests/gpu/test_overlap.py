@@ -18,7 +18,7 @@ from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels import grouping
 from parallel.kernels.pages import pages_for
 from parallel.layers.merged import LayerMerger
@@ -56,7 +56,7 @@ def pass_states(engine: Engine, lengths: tuple[int, ...]) -> Tensor:
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
     sequences = [
-        Sequence(row, torch.randint(3, 4000, (length,), generator=generator).tolist(), 1)
+        TokenSequence(row, torch.randint(3, 4000, (length,), generator=generator).tolist(), 1)
         for row, length in enumerate(lengths)
     ]
     for sequence in sequences:

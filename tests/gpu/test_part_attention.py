@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel.engine.limits import GATHERED_KEYS
 from parallel.engine.prefill.part_attention import attend_parts
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import FP8, PagedKV, pages_for
 from tests.parallel.paged import gather
@@ -49,7 +49,7 @@ def make_pass(places: Places, kv_heads: int, group: int, head_dim: int, dtype: t
     counts = [pages_for(end) for _, end in places]
     order = random.sample(range(1, 1 + sum(counts)), sum(counts))
     parts = [
-        Part(Sequence(row, [0] * end, 1, pages=[order.pop() for _ in range(pages_for(end))]), start, end)
+        Part(TokenSequence(row, [0] * end, 1, pages=[order.pop() for _ in range(pages_for(end))]), start, end)
         for row, (start, end) in enumerate(places)
     ]
     stored = torch.randn(2, 1 + sum(counts), kv_heads, PAGE_SIZE, head_dim, device="cuda")

@@ -20,6 +20,7 @@ from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.prefill import section_sizes
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels import grouping
 from parallel.layers.merged import LayerMerger
@@ -56,7 +57,7 @@ class Found:
 def open_engine(communicator: Communicator, kind: str, *, is_graphed: bool) -> Engine:
     share_process_group(torch.device("cpu"))
     limits.GRAPHED_ROWS = GRAPHED_ROWS if is_graphed else ()
-    limits.MIN_HALVED_ROWS = 10**9
+    section_sizes.MIN_HALVED_ROWS = 10**9
     # Several blocks in each large weight.
     grouping.DEQUANTIZED_AT_A_TIME = 256 * 256
     model = build(communicator, DEMO, torch.float32 if kind == "float32" else torch.bfloat16)
@@ -96,7 +97,7 @@ def find(communicator: Communicator, kind: str) -> list[Found]:
         graphed, graphs=PassGraphs(engine.decoder, engine.caches, tuple(graphed.graphs.passes), None, launched)
     )
     # From now on passes launch by launch are left whole; the graphs are what they are.
-    limits.SECTIONS = ((10**9, (1,)),)
+    section_sizes.SECTIONS = ((10**9, (1,)),)
     for parts in PASSES:
         engine.target = replace(graphed, graphs=None)
         whole, _ = pass_states(engine, parts)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tools.quantization import is_linear
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +33,7 @@ from parallel.layers.merged import LayerMerger
 from parallel.shard import share_process_group
 from tests.parallel.ranks import build, forced_logits
 from tests.parallel.small_models import random_values
+from tools.checkpoint.quantization import is_linear
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

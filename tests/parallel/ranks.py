@@ -18,8 +18,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.generate import Answer, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams, gather_logits
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.formats.scheme import Scheme
 from parallel.kernels.pages import pages_for
@@ -113,7 +112,7 @@ def numbered(prompts: Sequence[list[int]]) -> list[Prompt]:
 
 def forced_logits(engine: Engine, prompts: Sequence[list[int]], forced: Sequence[Sequence[int]]) -> Tensor:
     """[step, prompt, local vocabulary]: after each prompt, and then after each of its forced tokens in turn."""
-    sequences = [EngineSequence(row, prompt, max_tokens=len(forced[row]) + 1) for row, prompt in enumerate(prompts)]
+    sequences = [TokenSequence(row, prompt, max_tokens=len(forced[row]) + 1) for row, prompt in enumerate(prompts)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
     steps = [torch.cat([prefill_whole(engine, sequence) for sequence in sequences])]
@@ -139,7 +138,7 @@ def whole_logits(
     return torch.stack([gather_logits(step, engine.sampler.shards, communicator) for step in steps])
 
 
-def prefill_whole(engine: Engine, sequence: EngineSequence) -> Tensor:
+def prefill_whole(engine: Engine, sequence: TokenSequence) -> Tensor:
     """[1, local vocabulary] after the prompt, which goes through in chunks."""
     size = engine.limits.prefill_chunk
     for start in range(0, len(sequence.prompt), size):

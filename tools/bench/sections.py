@@ -24,11 +24,10 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine import limits
 from parallel.engine.chunk_timer import prepared_chunk, time_apart, time_chunks
 from parallel.engine.engine import Engine
-from parallel.engine.limits import MOST_SECTIONS, EngineLimits
-from parallel.engine.prefill import pieces, side_stream
+from parallel.engine.limits import EngineLimits
+from parallel.engine.prefill import pieces, section_sizes, side_stream
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.kernels.grouping import GroupedLinear
 from parallel.layers.merged import LayerMerger
@@ -168,8 +167,8 @@ def parse_sections(text: str) -> tuple[int, ...]:
     Raises ValueError, which argparse turns into its own.
     """
     counts = tuple(map(int, text.split("+"))) if "+" in text else (1,) * int(text)
-    if not counts or min(counts) < 1 or len(counts) > len(MOST_SECTIONS):
-        raise ValueError(f"{text}: 1 to {len(MOST_SECTIONS)} numbers of sections")
+    if not counts or min(counts) < 1 or len(counts) > len(section_sizes.MOST_SECTIONS):
+        raise ValueError(f"{text}: 1 to {len(section_sizes.MOST_SECTIONS)} numbers of sections")
     return counts
 
 
@@ -203,16 +202,16 @@ def time_way(engine: Engine, control: Communicator, rows: int, way: Way, num_pas
 @contextmanager
 def chosen(engine: Engine, way: Way) -> Iterator[None]:
     """Passes go that way, whatever weights are."""
-    before = limits.SECTIONS, limits.MOST_SECTIONS, limits.MIN_HALVED_ROWS, pieces.GRAPHED_HALVED_ROWS
-    answers = engine.decoder.dequantizing
-    limits.SECTIONS, limits.MOST_SECTIONS = (), way.sections
-    limits.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = 0
+    sections, halved = (section_sizes.SECTIONS, section_sizes.MOST_SECTIONS), section_sizes.MIN_HALVED_ROWS
+    graphed, answers = pieces.GRAPHED_HALVED_ROWS, engine.decoder.dequantizing
+    section_sizes.SECTIONS, section_sizes.MOST_SECTIONS = (), way.sections
+    section_sizes.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = 0
     engine.decoder.dequantizing = Always(way.is_halved)
     try:
         yield
     finally:
-        limits.SECTIONS, limits.MOST_SECTIONS, limits.MIN_HALVED_ROWS, pieces.GRAPHED_HALVED_ROWS = before
-        engine.decoder.dequantizing = answers
+        (section_sizes.SECTIONS, section_sizes.MOST_SECTIONS), section_sizes.MIN_HALVED_ROWS = sections, halved
+        pieces.GRAPHED_HALVED_ROWS, engine.decoder.dequantizing = graphed, answers
 
 
 class Always(dict[int, bool]):

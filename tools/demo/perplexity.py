@@ -30,7 +30,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import gather_logits
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.pages import pages_for
 from parallel.partition import QUANT_GROUP
 from parallel.shard import build_sharded_model
@@ -140,7 +140,7 @@ class EngineModel:
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, *, use_cache: bool) -> CausalLMOutput:
-        sequence = Sequence(0, ids[0].tolist(), max_tokens=1)
+        sequence = TokenSequence(0, ids[0].tolist(), max_tokens=1)
         sequence.pages = self.engine.pages.allocate(pages_for(sequence.num_tokens))
         hidden = self.engine.hidden_states([Part(sequence, 0, len(sequence.prompt))])
         self.engine.pages.release(sequence.pages)

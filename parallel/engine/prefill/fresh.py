@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.limits import Sections
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
+from parallel.engine.prefill.section_sizes import Sections
 from parallel.kernels.pages import PagedKV
 from parallel.kernels.ranges_attention import keys_at, ranges_attention, rows_of
 

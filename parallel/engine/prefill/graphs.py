@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder
-from parallel.engine.limits import CAPTURED_PASSES, MOST_SECTIONS, size_for
+from parallel.engine.limits import CAPTURED_PASSES, size_for
 from parallel.engine.prefill.fresh import MAX_PROMPTS, FreshPass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.engine.prefill.recorded import Places, Record, Recorded, capture_all
+from parallel.engine.prefill.section_sizes import MOST_SECTIONS
 from parallel.kernels.pages import PagedKV
 from parallel.kernels.ranges_attention import refusal
 

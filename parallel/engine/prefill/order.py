@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import Sections
 from parallel.engine.prefill.halves import PassInHalves
 from parallel.engine.prefill.overlap import PassInSections, cut_in_sections
+from parallel.engine.prefill.section_sizes import Sections
 from parallel.kernels.pages import PagedKV
 
 

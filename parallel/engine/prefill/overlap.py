@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Attend, Decoder, Tokens
-from parallel.engine.limits import Sections
+from parallel.engine.prefill.section_sizes import Sections
 from parallel.engine.prefill.side_stream import SideStream, Sum, side_stream
 from parallel.kernels.fused import add_rms_norm, add_rms_norm_into, rms_norm
 from parallel.kernels.multiprocessors import sparing

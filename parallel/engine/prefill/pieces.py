@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from parallel.engine.decoder import Decoder, Tokens
-from parallel.engine.limits import GRAPHED_HALVED_ROWS, choose_sections
 from parallel.engine.prefill.order import open_pass
+from parallel.engine.prefill.section_sizes import GRAPHED_HALVED_ROWS, choose_sections
 from parallel.kernels.pages import PagedKV
 from parallel.layers.linear import Update
 

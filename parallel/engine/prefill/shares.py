@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.limits import PAGE_SIZE
 
 
-def share_pass(sequences: Sequence[EngineSequence], room: int) -> list[Part]:
+def share_pass(sequences: Sequence[TokenSequence], room: int) -> list[Part]:
     """Parts of `sequences`, which are in the order in which they came, of up to `room` tokens together; in that order.
 
     Half of the room is for the oldest, if it has as much left, the rest for who has least left to read. What one reuses
@@ -31,7 +30,7 @@ def share_pass(sequences: Sequence[EngineSequence], room: int) -> list[Part]:
     return [Part(each, each.num_prefilled, ends[each]) for each in sequences if ends[each] > each.num_prefilled]
 
 
-def is_ready(sequence: EngineSequence, ends: Mapping[EngineSequence, int]) -> bool:
+def is_ready(sequence: TokenSequence, ends: Mapping[TokenSequence, int]) -> bool:
     """Whether pages that it has of others hold their tokens once each of those is read to its end in `ends`.
 
     All who have the last of these pages have the same ones before it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 from parallel.engine.sequence import Part
 from parallel.engine.speculation.drafter import ModelDrafter
+from parallel.engine.speculation.fixed import FixedSpeculator
 from parallel.engine.speculation.given import empty_given
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.policy import Policy
@@ -37,7 +37,7 @@ class AutoSpeculator:
         drafters: Mapping[TreePlan, TreeDrafter],
         limits: EngineLimits,
         sampler: Sampler,
-        stored: Ordered[Ordered[PagedKV]],
+        stored: Sequence[Sequence[PagedKV]],
         device: torch.device,
     ) -> None:
         self.history = History.empty(limits.batch_size, limits.max_context, device)
@@ -58,7 +58,16 @@ class AutoSpeculator:
     def given(self) -> Tensor:
         return self.plain_given if self.plan == PLAIN else self.trees[self.plan].given
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    @property
+    def chosen_plan(self) -> TreePlan:
+        return self.plan
+
+    @property
+    def drafting(self) -> list[FixedSpeculator[Any]]:
+        """What makes drafts: one for each tree that a step may have."""
+        return list(self.trees.values())
+
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.drafter.prefill(parts)
 
     def propose(self, rows: Rows) -> TokenTree | None:
@@ -74,6 +83,10 @@ class AutoSpeculator:
             self.drafter.take_in(rows, self.history.tokens[: len(rows.tokens)], self.num_missed)
         self.num_missed = 0
 
+    def learn(self, plan: TreePlan, nodes: Sequence[int]) -> None:
+        """What came true in a sequence's step; see Policy.learn."""
+        self.policy.learn(plan, nodes)
+
     def step(self, rows: Rows, row_logits: Callable[[Rows | TreeRows], Tensor]) -> None:
         if self.plan != PLAIN:
             self.trees[self.plan].step(rows, row_logits)
@@ -84,7 +97,7 @@ class AutoSpeculator:
         self.history.append(rows.positions, tokens.unsqueeze(1), rows.active)
         rows.advance(tokens, rows.active)
 
-    def capture(self, run_step: Callable[[int], None], max_rows: int, pool: Any) -> Callable[[int], None]:
+    def capture_steps(self, run_step: Callable[[int], None], max_rows: int, pool: Any) -> Callable[[int], None]:
         """Graphs of all plans of `run_step`, which steps here; what runs that of the plan chosen."""
         graphs = {}
         # The largest first: the others fit into its memory.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -14,8 +13,9 @@ from parallel.engine.paged_model import PagedModel, open_paged
 from parallel.engine.sampling import Sampler, open_sampler
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.draft_model import DraftModel
+from parallel.engine.speculation.drafter import Drafter
 from parallel.engine.speculation.ngram import NgramDrafter
-from parallel.engine.speculation.speculator import Drafter, Speculation, Speculator
+from parallel.engine.speculation.speculator import Speculation, Speculator
 from parallel.engine.speculation.tree_draft import TreeDraftModel
 from parallel.engine.speculation.tree_ngram import NgramTrees
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -43,7 +43,7 @@ def open_speculator(
     if speculation.tree is not None:
         plans = (speculation.tree,)
     if not plans:
-        chains: dict[str, Callable[[], Drafter]] = {
+        chains: dict[str, Callable[[], Drafter[torch.Tensor]]] = {
             "ngram": lambda: NgramDrafter(num, *ngrams),
             "draft": lambda: DraftModel(*draft(), num),
         }
@@ -59,7 +59,7 @@ def open_speculator(
     return AutoSpeculator(dict(zip(plans, drafters, strict=True)), *others)
 
 
-def draft_trees(model: PagedModel, sampler: Sampler, plans: Ordered[TreePlan]) -> list[TreeDrafter]:
+def draft_trees(model: PagedModel, sampler: Sampler, plans: Sequence[TreePlan]) -> list[TreeDrafter]:
     """Of one model, a drafter for each plan."""
     return [TreeDraftModel(model, sampler, plan) for plan in plans]
 

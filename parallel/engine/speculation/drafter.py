@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,35 @@ from parallel.engine.paged_model import PagedModel
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
 from parallel.engine.sequence import Part
+from parallel.engine.speculation.token_tree import TokenTree
 from parallel.engine.speculation.tree_plan import TAKEN_IN
 from parallel.kernels.pages import PagedKV
+
+Drafts_co = TypeVar("Drafts_co", Tensor, TokenTree, covariant=True)
+
+
+class Drafter(Protocol[Drafts_co]):
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """Those that it runs."""
+        ...
+
+    @property
+    def caches(self) -> list[PagedKV]:
+        """Pages of its models, layer by layer."""
+        ...
+
+    def prefill(self, parts: Sequence[Part]) -> None:
+        """Takes in parts of prompts that the model has taken in."""
+        ...
+
+    def propose(self, rows: Rows, history: Tensor) -> Drafts_co:
+        """What may follow each row's newest token: [rows, num_drafts] int64, NO_TOKEN for no draft, or trees.
+
+        Args:
+            history: [rows, width] token ids of the sequences, the newest at its position.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +60,7 @@ class ModelDrafter:
     def caches(self) -> list[PagedKV]:
         return self.model.caches
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         self.model.part_states(parts)
 
     def take_in(self, rows: Rows, history: Tensor, num: int) -> None:
@@ -62,5 +90,5 @@ class HistoryDrafter:
     def caches(self) -> list[PagedKV]:
         return []
 
-    def prefill(self, parts: Ordered[Part]) -> None:
+    def prefill(self, parts: Sequence[Part]) -> None:
         """Prompts are in the history."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from parallel.engine.rows import Rows, to_device
-from parallel.engine.sequence import Sequence
+from parallel.engine.sequence import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class History:
     def empty(cls, num_rows: int, max_context: int, device: torch.device) -> History:
         return cls(torch.zeros(num_rows, max_context + 1, dtype=torch.int32, device=device))
 
-    def arrange(self, sources: Ordered[int], fresh: Ordered[Sequence], rows: Rows) -> None:
+    def arrange(self, sources: Sequence[int], fresh: Sequence[TokenSequence], rows: Rows) -> None:
         """Follows `rows`, which have been arranged.
 
         Args:

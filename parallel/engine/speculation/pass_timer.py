@@ -18,7 +18,7 @@ from parallel.engine.speculation.token_tree import ROOT, TokenTree, choose_nodes
 from parallel.engine.speculation.tree_draft import TreeDraftModel, make_candidates
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.speculation.tree_speculator import TreeDrafter, TreeSpeculator
-from parallel.engine.step_timer import time_rows
+from parallel.engine.step_timer import time_prepared
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def time_plan(
     """
 
     def median_ms(run_rows: Callable[[int], object]) -> float:
-        return statistics.median(time_rows(engine, contexts, num_steps, communicator, run_rows, plan.depth))
+        return statistics.median(time_prepared(engine, contexts, num_steps, communicator, run_rows, plan.depth))
 
     if plan.size == 1:
         pass_ms = median_ms(engine.plain_rows)

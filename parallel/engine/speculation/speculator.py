@@ -19,9 +19,7 @@ looked up, and of greedy ones, both accept the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +28,11 @@ from transformers import PreTrainedModel
 from parallel.engine.limits import EngineLimits
 from parallel.engine.rows import Rows
 from parallel.engine.sampling import Sampler
-from parallel.engine.sequence import Part
-from parallel.engine.speculation.draft_graphs import DraftGraphs
-from parallel.engine.speculation.given import empty_given, put_given
-from parallel.engine.speculation.history import History
+from parallel.engine.speculation.drafter import Drafter
+from parallel.engine.speculation.fixed import FixedSpeculator
+from parallel.engine.speculation.given import put_given
 from parallel.engine.speculation.token_tree import NO_TOKEN
 from parallel.engine.speculation.tree_plan import TreePlan
-from parallel.kernels.pages import PagedKV
 
 
 @dataclass(frozen=True)
@@ -59,56 +55,13 @@ class Speculation:
         return max((tree.num_ahead for tree in trees), default=0)
 
 
-class Drafter(Protocol):
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        """Those that it runs."""
-        ...
+class Speculator(FixedSpeculator[Tensor]):
+    """Chains of `num_drafts`."""
 
-    @property
-    def caches(self) -> list[PagedKV]:
-        """Pages of its models, layer by layer."""
-        ...
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        """Takes in parts of prompts that the model has taken in."""
-        ...
-
-    def propose(self, rows: Rows, history: Tensor) -> Tensor:
-        """What may follow each row's newest token: [rows, num_drafts] int64, NO_TOKEN for no draft.
-
-        Args:
-            history: [rows, width] token ids of the sequences, the newest at its position.
-        """
-        ...
-
-
-class Speculator:
-    """Drafts of an engine's rows. `given`: what the last step gave to each row, as of empty_given. `graphs`: what
-    `propose` runs in place of `draft`, where that is captured."""
-
-    graphs: DraftGraphs[Tensor] | None = None
-
-    def __init__(self, drafter: Drafter, num_drafts: int, limits: EngineLimits, sampler: Sampler, device: torch.device):
-        self.drafter, self.num_drafts, self.sampler = drafter, num_drafts, sampler
-        self.rows_per_sequence = 1 + num_drafts
-        self.history = History.empty(limits.batch_size, limits.max_context, device)
-        self.given = empty_given(limits.batch_size, num_drafts, device)
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        self.drafter.prefill(parts)
-
-    def propose(self, rows: Rows) -> Tensor:
-        """Drafts of `rows`, the engine's first; until the next."""
-        return self.draft(rows) if self.graphs is None else self.graphs.run(len(rows.tokens))
-
-    def capture_drafts(self, rows: Rows, pool: Any) -> None:
-        """Graphs, in the memory `pool`, of what `propose` does for the engine's `rows`."""
-        self.graphs = DraftGraphs(self.draft, rows, pool)
-        self.graphs.prepare()
-
-    def draft(self, rows: Rows) -> Tensor:
-        return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
+    def __init__(
+        self, drafter: Drafter[Tensor], num_drafts: int, limits: EngineLimits, sampler: Sampler, device: torch.device
+    ) -> None:
+        super().__init__(drafter, num_drafts, 1 + num_drafts, limits, sampler, device)
 
     def step(self, rows: Rows, row_logits: Callable[[Rows], Tensor]) -> None:
         """Drafts, checks, and advances `rows`, the engine's first, as far as drafts were right and one further."""

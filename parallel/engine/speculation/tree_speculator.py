@@ -9,52 +9,29 @@ of the branch that came true are then copied to the places where tokens stay, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from parallel.engine.limits import EngineLimits
 from parallel.engine.rows import Rows, slots_at
 from parallel.engine.sampling import Sampler
-from parallel.engine.sequence import Part
-from parallel.engine.speculation.draft_graphs import DraftGraphs
-from parallel.engine.speculation.given import empty_given, put_given
+from parallel.engine.speculation.drafter import Drafter
+from parallel.engine.speculation.fixed import FixedSpeculator
+from parallel.engine.speculation.given import put_given
 from parallel.engine.speculation.history import History
 from parallel.engine.speculation.token_tree import TokenTree, follow
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.tree_rows import TreeRows, newest_places, tree_rows
 from parallel.kernels.pages import PagedKV, move_tokens
 
-
-class TreeDrafter(Protocol):
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        """Those that it runs."""
-        ...
-
-    @property
-    def caches(self) -> list[PagedKV]:
-        """Pages of its models, layer by layer."""
-        ...
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        """Takes in parts of prompts that the model has taken in."""
-        ...
-
-    def propose(self, rows: Rows, history: Tensor) -> TokenTree:
-        """What may follow each row's newest token; `history` as of Drafter.propose."""
-        ...
+TreeDrafter = Drafter[TokenTree]
 
 
-class TreeSpeculator:
-    """As Speculator, with trees: in `given` places are those in the tree, whose depth is the most drafts. `stored`: the
-    model's pages, see PagedModel; `history`: shared with others, where there are any."""
-
-    graphs: DraftGraphs[TokenTree] | None = None
+class TreeSpeculator(FixedSpeculator[TokenTree]):
+    """Trees of `plan`: in `given` places are those in the tree, whose depth is the most drafts. `stored`: the model's
+    pages, see PagedModel."""
 
     def __init__(
         self,
@@ -62,27 +39,12 @@ class TreeSpeculator:
         plan: TreePlan,
         limits: EngineLimits,
         sampler: Sampler,
-        stored: Ordered[Ordered[PagedKV]],
+        stored: Sequence[Sequence[PagedKV]],
         device: torch.device,
         history: History | None = None,
     ) -> None:
-        self.drafter, self.plan, self.sampler, self.stored = drafter, plan, sampler, stored
-        self.num_drafts, self.rows_per_sequence = plan.depth, plan.size
-        self.history = history or History.empty(limits.batch_size, limits.max_context, device)
-        self.given = empty_given(limits.batch_size, plan.depth, device)
-
-    def prefill(self, parts: Ordered[Part]) -> None:
-        self.drafter.prefill(parts)
-
-    def propose(self, rows: Rows) -> TokenTree:
-        return self.draft(rows) if self.graphs is None else self.graphs.run(len(rows.tokens))
-
-    def capture_drafts(self, rows: Rows, pool: Any) -> None:
-        self.graphs = DraftGraphs(self.draft, rows, pool)
-        self.graphs.prepare()
-
-    def draft(self, rows: Rows) -> TokenTree:
-        return self.drafter.propose(rows, self.history.tokens[: len(rows.tokens)])
+        super().__init__(drafter, plan.depth, plan.size, limits, sampler, device, history)
+        self.plan, self.stored = plan, stored
 
     def step(self, rows: Rows, row_logits: Callable[[Rows | TreeRows], Tensor]) -> None:
         """Drafts, checks, and advances `rows`, the engine's first, along the branch that came true and one further."""
@@ -112,7 +74,7 @@ class TreeSpeculator:
             self._move([self.drafter.caches], rows, places, depths, is_kept & (places > 0))
 
     def _move(
-        self, stored: Ordered[Ordered[PagedKV]], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor
+        self, stored: Sequence[Sequence[PagedKV]], rows: Rows, places: Tensor, depths: Tensor, is_kept: Tensor
     ) -> None:
         """Both in slots after the newest token's."""
         newest = newest_places(rows)[0].unsqueeze(1)

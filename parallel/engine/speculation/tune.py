@@ -11,7 +11,7 @@ from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.pass_timer import PlanCost, draft_rows, drafter_of
 from parallel.engine.speculation.policy import Costs
 from parallel.engine.speculation.tree_plan import PLAIN, TreePlan
-from parallel.engine.step_timer import time_rows
+from parallel.engine.step_timer import time_prepared
 
 NUM_STEPS = 3
 # Tokens of the sequences that steps are timed with, where max_context has them: a pass reads more weights than keys.
@@ -42,9 +42,9 @@ def shared_cost(engine: Engine, speculator: AutoSpeculator, plan: TreePlan, num_
     contexts = [max(1, min(CONTEXT, engine.limits.max_context // 2))] * num_sequences
     timed, draft_ms = (engine, contexts, NUM_STEPS, engine.communicator), 0.0
     if drafter_of(engine, plan) is not None:
-        draft_ms = statistics.median(time_rows(*timed, draft_rows(engine, speculator.trees[plan])))
+        draft_ms = statistics.median(time_prepared(*timed, draft_rows(engine, speculator.trees[plan])))
     speculator.plan = plan
-    step_ms = statistics.median(time_rows(*timed, engine.run_step, is_captured=True))
+    step_ms = statistics.median(time_prepared(*timed, engine.run_step, is_captured=True))
     speculator.plan = PLAIN
     own = torch.tensor([draft_ms, step_ms], dtype=torch.float64, device=engine.device)
     draft_ms, step_ms = engine.communicator.all_gather(own)[0].tolist()

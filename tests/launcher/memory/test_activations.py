@@ -17,10 +17,11 @@ from launcher.tasks.weights import config_of_shape
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.communicator import Around, Communicator
 from parallel.engine.engine import Engine
-from parallel.engine.limits import SECTIONS, EngineLimits
+from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill.part_attention import attend_parts
+from parallel.engine.prefill.section_sizes import SECTIONS
 from parallel.engine.sampling import SamplingParams
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.kernels.pages import FP8, allocate_pages, pages_for
@@ -117,7 +118,7 @@ def measured_bytes(
 ) -> int:
     """The most of passes at the end of prompts that fill the context, the draws of their answers, and a step."""
     engine = make_engine(communicator, facts, limits, sampling, dtype, speculation)
-    sequences = [Sequence(row, [3] * (limits.max_context - 1), 2) for row in range(limits.batch_size)]
+    sequences = [TokenSequence(row, [3] * (limits.max_context - 1), 2) for row in range(limits.batch_size)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
     logits: list[Tensor] = []
@@ -134,7 +135,7 @@ def measured_bytes(
     return max(peaks)
 
 
-def last_parts(sequences: list[Sequence], room: int) -> list[Part]:
+def last_parts(sequences: list[TokenSequence], room: int) -> list[Part]:
     """The ends of as many prompts as a pass has room for."""
     parts = []
     for sequence in sequences:
@@ -175,7 +176,7 @@ def test_what_parts_attend_to_takes_what_is_predicted(kv_dtype: str, max_context
     dtype = FP8 if kv_dtype == "fp8" else torch.bfloat16
     cache = allocate_pages(1, 1 + num_parts * pages, 8, facts.head_dim, dtype, CPU)[0]
     parts = [
-        Part(Sequence(row, [], 1, pages=list(range(1 + row * pages, 1 + (row + 1) * pages))), end - 2, end)
+        Part(TokenSequence(row, [], 1, pages=list(range(1 + row * pages, 1 + (row + 1) * pages))), end - 2, end)
         for row, end in enumerate([max_context] * num_parts)
     ]
     query = torch.randn(2 * num_parts, 8, facts.head_dim).to(torch.bfloat16)

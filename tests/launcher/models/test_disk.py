@@ -28,7 +28,7 @@ from launcher.plan.offload_disk import ASSUMED_GB_PER_SEC, HOST_BYTES_PER_RANK, 
 from launcher.plan.plan import Plan, demand_of
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
-from parallel.units import GIB
+from parallel.units import GIB, MIB
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plans import (
@@ -84,6 +84,16 @@ def test_the_card_has_room_for_a_layer_that_is_made_there() -> None:
     all_of_it = plan(AWQ_4, cards_of(1), offload=OffloadConfig(disk="checkpoint", disk_layers=80))
     assert "staging" not in all_of_it.cards[0].lines
     assert offload_of(all_of_it).streamed_layers == ()
+
+
+@pytest.mark.parametrize(("num_on_disk", "resident", "peak_mib"), [(20, 43, 23074), (40, 40, 20940)])
+def test_layers_from_the_disk_take_what_an_h200_took(num_on_disk: int, resident: int, peak_mib: int) -> None:
+    """With room for prompts of 1024 tokens; those that it took had few."""
+    shape = replace(LLAMA_70B_AWQ, scheme=TYPICAL_SCHEMES["awq"])
+    card = cards_of(1, memory_bytes=140 * GIB, compute_capability=(9, 0))
+    offload = OffloadConfig(disk="checkpoint", disk_layers=num_on_disk, resident_layers=resident, host_layers=0)
+    predicted = plan(shape, card, offload=offload, engine__max_context=1024).cards[0].predicted_bytes / MIB
+    assert peak_mib + 32 <= predicted <= 1.006 * peak_mib
 
 
 @pytest.mark.parametrize("gib", [8, 16, 20])

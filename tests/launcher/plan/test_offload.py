@@ -20,7 +20,7 @@ from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import place_ranks
 from launcher.report.plan_text import describe
 from parallel.layers.layout import ALIGNMENT
-from parallel.units import GIB
+from parallel.units import GIB, MIB
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import run
 from tests.launcher.plans import (
@@ -58,6 +58,27 @@ def test_70b_awq_streams_what_one_4090_does_not_hold() -> None:
     # A 4090's link is PCIe 4.0 x16.
     assert decided.tpot_floor_ms == pytest.approx(offload.pass_bytes[0] / 25e9 * 1e3)
     assert "graphs" not in lines
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "resident", "peak_mib"),
+    [(1, 45, 22952), (4, 45, 23890), (8, 43, 23752), (16, 40, 23936), (32, 33, 23882)],
+)
+def test_streamed_layers_take_what_an_h200_took(batch_size: int, resident: int, peak_mib: int) -> None:
+    """A 70B in 4 bits, prompts of 512 tokens and answers of 32: of a batch, 2048 rows in a pass."""
+    shape = replace(AWQ_4, quantization="compressed-tensors", linear_bits=4.125)
+    shape = replace(shape, scheme=TYPICAL_SCHEMES["compressed-tensors"])
+    card = cards_of(1, memory_bytes=140 * GIB, compute_capability=(9, 0))
+    settings = {"workload__batch_size": batch_size, "engine__max_context": 544}
+    decided = plan(shape, card, offload=OffloadConfig(resident_layers=resident, host_layers=0), **settings)
+    assert peak_mib <= decided.cards[0].predicted_bytes / MIB <= 1.003 * peak_mib
+
+
+def test_embedding_that_loads_first_and_leaves_the_card_takes_no_room() -> None:
+    """Nor does a layer on its way, in whose place are buffers."""
+    short = plan(AWQ_4, cards_of(1), engine__max_context=256, engine__prefill_chunk=64, workload__output_tokens=8)
+    lines = short.cards[0].lines
+    assert "load" not in lines and lines["kv_cache"] + lines["activations"] < 128256 * 8192 * 2 - lines["staging"]
 
 
 def test_plan_says_what_room_for_shorter_sequences_would_save() -> None:

@@ -74,6 +74,15 @@ def test_another_aim_is_another_order(tmp_path: Path) -> None:
     assert tokens == sorted(tokens, reverse=True)
 
 
+def test_times_stand_beside_their_floor_and_say_what_they_rest_on(tmp_path: Path) -> None:
+    result = run(*ARGUMENTS, PROMPT, folder=tmp_path)
+    fitting = [each for each in result.report["options"] if each["fits"]]
+    assert fitting and all(0 < each["tpot_floor_ms"] < each["tpot_ms"] for each in fitting)
+    assert all(each["tokens_per_joule"] > 0 for each in fitting)
+    for num_cards in {each["world_size"] for each in fitting}:
+        assert f"predicted on {num_cards} cards from published figures of NVIDIA GeForce RTX 4090; 4-" in result.stderr
+
+
 def test_only_a_plan_compares(tmp_path: Path) -> None:
     result = run("topology=all", "hardware=cpu", folder=tmp_path)
     assert result.returncode != 0 and "topology=all compares ways to run, but task=generate" in result.stderr

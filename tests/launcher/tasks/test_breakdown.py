@@ -12,7 +12,7 @@ import torch
 import parallel
 import parallel.kernels.choice
 import parallel.kernels.paged_attention
-from launcher.tasks.breakdown import NAMES, Piece, break_down, part_of, parts_of
+from launcher.tasks.breakdown import NAMES, Piece, break_down_steps, part_of, parts_of
 from parallel.kernels.operators import NAMESPACE
 
 
@@ -85,7 +85,7 @@ def test_times_are_means_over_the_steps_but_the_first() -> None:
     first = [("rms_norm", 0.0, 900.0), ("w4a16", 10.0, 900.0), ("odd", 30.0, 900.0), ("rms_norm", 70.0, 1.0)]
     second = [("rms_norm", 0.0, 10.0), ("w4a16", 10.0, 20.0), ("odd", 30.0, 6.0), ("rms_norm", 70.0, 2.0)]
     third = [("rms_norm", 0.0, 14.0), ("w4a16", 20.0, 30.0), ("odd", 60.0, 4.0), ("rms_norm", 98.0, 2.0)]
-    found = break_down(steps_of(first, second, third), num_steps=2)
+    found = break_down_steps(steps_of(first, second, third), num_steps=2)
     assert found["step_us"] == 100.0
     us = {name: part["us"] for name, part in found["parts"].items()}
     assert (us["norms"], us["linears"], us["other"], us["between"]) == (14.0, 25.0, 5.0, 56.0)
@@ -96,12 +96,12 @@ def test_times_are_means_over_the_steps_but_the_first() -> None:
 
 def test_a_kernel_that_starts_early_counts_from_the_end_of_those_before() -> None:
     step = [("w4a16", 0.0, 30.0), ("rms_norm", 20.0, 15.0), ("odd", 25.0, 5.0), ("w4a16", 36.0, 4.0)]
-    us = {name: part["us"] for name, part in break_down(steps_of(step, step), num_steps=1)["parts"].items()}
+    us = {name: part["us"] for name, part in break_down_steps(steps_of(step, step), num_steps=1)["parts"].items()}
     assert (us["linears"], us["norms"], us["other"], us["head"], us["between"]) == (30.0, 5.0, 0.0, 4.0, 1.0)
 
 
 @pytest.mark.parametrize("num_pieces", (0, 7))
 def test_steps_that_cannot_be_told_apart_give_nothing_but_why(num_pieces: int) -> None:
-    found = break_down([Piece("w4a16", float(n), 1.0) for n in range(num_pieces)], num_steps=2)
+    found = break_down_steps([Piece("w4a16", float(n), 1.0) for n in range(num_pieces)], num_steps=2)
     assert found["parts"] is None
     assert f"{num_pieces} kernels" in found["problem"]

@@ -23,8 +23,7 @@ from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, RequestTimes, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pending import Pending
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from tests.parallel.engine.test_generate import EOS, TOKENIZER, ScriptedEngine
 
 MODULES = ("arrivals", "generate", "pending")
@@ -72,11 +71,11 @@ class TimedEngine(ScriptedEngine):
         self.work(0.1 + sum(map(len, parts)) / 1e3)
         return super().prefill(parts)
 
-    def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.work(0.02 + len(sequences) / 1e3)
         return super().step(sequences)
 
-    def next_tokens(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def next_tokens(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.log += [(sequence.index, self.card_free) for sequence in sequences]
         return super().next_tokens(sequences)
 
@@ -90,7 +89,7 @@ def open_engine(
         monkeypatch.setattr(f"parallel.engine.{name}.time", engine.clock)
     if has_card:
 
-        def fetch(sequences: list[EngineSequence], tokens: Tensor, *, is_step: bool, plan: Any = None) -> Pending:
+        def fetch(sequences: list[TokenSequence], tokens: Tensor, *, is_step: bool, plan: Any = None) -> Pending:
             event = cast(Any, Event(engine.clock, engine.card_free))
             return Pending(sequences, tokens.clone(), event, is_step, plan)
 

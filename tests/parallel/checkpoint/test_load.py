@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from parallel.checkpoint.read import is_finite
 from parallel.communicator import Communicator
 from parallel.formats.scheme import CheckpointError
 from tests.parallel.checkpoint.test_headers import write_index
+from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import CPU, build, run_on_ranks
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -94,6 +96,28 @@ def test_checkpoint_in_several_files_gives_the_same_values(folders: dict[str, Pa
     for one, two in run_on_ranks(load_values, 2, [folders["llama"], two_files]):
         assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
         assert one[1].bytes_read == two[1].bytes_read
+
+
+def placed(communicator: Communicator, folder: Path) -> list[str]:
+    names: list[str] = []
+    load_checkpoint(build(communicator, folder), read_checkpoint(folder), CPU, on_placed=names.append)
+    return names
+
+
+def test_embedding_comes_first_and_layers_are_whole_one_by_one(tmp_path: Path) -> None:
+    """However dtypes, by which safetensors sorts a file, take them apart."""
+    folder = write_pair("awq", tmp_path) / "quantized"
+    stored = sorted(read_checkpoint(folder).tensors.items(), key=lambda item: item[1].offset)
+    assert len(turns(name for name, _ in stored)) > len(set(turns(name for name, _ in stored)))
+    names = run_on_ranks(placed, 1, folder)[0]
+    assert names[0] == EMBEDDING
+    layers = turns(names)
+    assert len(layers) == len(set(layers)) > 2
+
+
+def turns(names: Iterable[str]) -> list[str]:
+    """Layers, or what is in none, each as often as it begins anew."""
+    return [layer for layer, _ in groupby(".".join(name.split(".")[:3]) for name in names)]
 
 
 def storage_facts(communicator: Communicator, folder: Path) -> tuple[list[str], str]:

@@ -18,7 +18,7 @@ from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import TokenSequence
 from tests.parallel.engine.test_generate import ScriptedEngine
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import prompts_of
@@ -100,7 +100,7 @@ def test_first_token_is_timed_from_the_arrival() -> None:
     """One row, two requests at once: the second waits for three steps of the first, and that counts."""
 
     class SlowEngine(ScriptedEngine):
-        def step(self, sequences: Sequence[EngineSequence]) -> torch.Tensor:
+        def step(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
             time.sleep(0.01)
             return super().step(sequences)
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Prompt, Result, StopRules, generate
+from parallel.engine.generate import Answer, Listener, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.transports.solo import Solo
 from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered, run_on_ranks
 from tests.parallel.small_models import DEMO, load_whole, prompts_of
@@ -38,7 +37,7 @@ class ScriptedEngine:
     # Nothing is drafted.
     plan = None
     looks_first: bool = False
-    fresh: dict[EngineSequence, Tensor] = field(default_factory=dict)
+    fresh: dict[TokenSequence, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(1 + self.limits.batch_size * self.limits.pages_per_sequence)
@@ -57,15 +56,15 @@ class ScriptedEngine:
     def prefill_drafts(self, parts: Sequence[Part]) -> None:
         """There is no draft model."""
 
-    def start_answers(self, sequences: Sequence[EngineSequence], logits: Tensor) -> Tensor:
+    def start_answers(self, sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         return self.next_tokens(sequences)
 
-    def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.stepped.append([sequence.index for sequence in sequences])
         assert len(sequences) <= self.limits.batch_size
         return self.next_tokens(sequences)
 
-    def next_tokens(self, sequences: Sequence[EngineSequence]) -> Tensor:
+    def next_tokens(self, sequences: Sequence[TokenSequence]) -> Tensor:
         filler, tokens = TOKENIZER.token_to_id("x"), []
         for sequence in sequences:
             script = self.scripts[sequence.index]
@@ -97,7 +96,7 @@ def answer_scripts(
         [Prompt(index, [0] * length) for index, length in enumerate(lengths)],
         cast(Tokenizer, TOKENIZER),
         rules,
-        on_text=lambda row, text: shown.append((row, text)),
+        Listener(on_text=lambda row, text: shown.append((row, text))),
     )
     assert engine.pages.num_free == batch_size * engine.limits.pages_per_sequence, "pages were not given back"
     return result, shown, engine
@@ -172,7 +171,7 @@ def timed_engine(clock: Clock, scripts: Sequence[Sequence[int]], limits: EngineL
             clock.now += 2.0
             return super().prefill(parts)
 
-        def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
             clock.now += 5.0
             return super().step(sequences)
 
@@ -247,13 +246,13 @@ def test_host_that_looks_first_shows_a_token_before_the_next_step() -> None:
     ids, events = encode("one two three"), []
 
     class KeepingEngine(ScriptedEngine):
-        def step(self, sequences: Sequence[EngineSequence]) -> Tensor:
+        def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
             events.append("step")
             return super().step(sequences)
 
     engine = KeepingEngine([[*ids, EOS]], EngineLimits(100, 1, 64), looks_first=True)
     rules, show = StopRules(99, frozenset({EOS})), lambda row, text: events.append("text")
-    generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, on_text=show)
+    generate(cast(Engine, engine), [Prompt(0, [0])], cast(Tokenizer, TOKENIZER), rules, Listener(on_text=show))
     assert events == ["text", "step"] * len(ids)
 
 
@@ -278,7 +277,7 @@ def test_tokens_of_a_step_that_lost_a_peer_are_not_believed() -> None:
             [Prompt(0, [0])],
             cast(Tokenizer, TOKENIZER),
             StopRules(4),
-            on_text=lambda row, text: shown.append(text),
+            Listener(on_text=lambda row, text: shown.append(text)),
         )
     assert "".join(shown) == TOKENIZER.decode(ids[:2])
 
@@ -323,7 +322,7 @@ def answer_demo(communicator: Communicator, rules: StopRules) -> tuple[list[Answ
         numbered(prompts_of("demo")),
         demo_tokenizer(),
         rules,
-        on_prefill=lambda *tokens: progress.append(tokens),
+        Listener(on_prefill=lambda *tokens: progress.append(tokens)),
     )
     return result.answers, progress
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Prompt, StopRules, generate
+from parallel.engine.generate import Answer, Listener, Prompt, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.step_timer import time_steps
 from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.engine.traced_engine import VOCABULARY, TracedEngine, answer_alone
@@ -39,11 +39,11 @@ class FailingEngine(TracedEngine):
         if self.fails_at == 0:
             raise self.error("this pass")
 
-    def prefill(self, parts: Ordered[Part]) -> Tensor:
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
         self.count()
         return super().prefill(parts)
 
-    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.count()
         return super().step(sequences)
 
@@ -79,7 +79,7 @@ def answers_around_an_error(communicator: Communicator, folder: Path) -> tuple[l
     for on_answer in (lambda row, answer: None, refuse, lambda row, answer: None):
         try:
             result = generate(
-                engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9), on_answer=on_answer
+                engine, numbered(prompts_of("llama")), demo_tokenizer(), StopRules(9), Listener(on_answer=on_answer)
             )
             both.append([answer.token_ids for answer in result.answers])
         except BrokenPipeError:

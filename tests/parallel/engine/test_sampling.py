@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import Prompt, StopRules, generate
+from parallel.engine.generate import Listener, Prompt, StopRules, generate
 from parallel.engine.noise import exponential_noise
 from parallel.engine.pending import ModelError
 from parallel.engine.sampling import (
@@ -73,7 +73,7 @@ def answers_without_numbers(communicator: Communicator, folder: Path, sampling: 
             prompts,
             demo_tokenizer(),
             StopRules(3),
-            on_answer=lambda row, answer: shown.append(answer.token_ids),
+            Listener(on_answer=lambda row, answer: shown.append(answer.token_ids)),
         )
     assert [len(each) for each in shown] == [3]
     return str(error.value)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.generate import Listener, Prompt, Result, StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError, PageAllocator
 from parallel.engine.prefix_cache import PrefixCache
@@ -112,7 +112,7 @@ def test_head_that_eight_prompts_share_is_read_once() -> None:
         [Prompt(index, ids) for index, ids in enumerate(prompts)],
         TOKENIZER,
         RULES,
-        on_prefill=lambda *tokens: progress.append(tokens),
+        Listener(on_prefill=lambda *tokens: progress.append(tokens)),
     )
     assert result.reused_tokens == 7 * 3 * PAGE_SIZE
     assert progress == [(8 * 202, 8 * 202)]
@@ -127,7 +127,8 @@ def test_passes_are_shorter_while_answers_wait_for_them(while_decoding: int | No
     engine = TracedEngine(EngineLimits(MAX_CONTEXT, 2, 200, while_decoding), PageAllocator(1 + 2 * 7))
     prompts = [Prompt(0, [2] * 10), Prompt(1, [3] * 380)]
     done: list[int] = [0]
-    generate(cast(Engine, engine), prompts, TOKENIZER, StopRules(3), on_prefill=lambda now, total: done.append(now))
+    listener = Listener(on_prefill=lambda now, total: done.append(now))
+    generate(cast(Engine, engine), prompts, TOKENIZER, StopRules(3), listener)
     assert [end - start for start, end in pairwise(done)] == expected
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.transports.solo import Solo
 
@@ -21,12 +21,12 @@ VOCABULARY = 20
 SAMPLER = Sampler(SamplingParams(), VocabularyShards((VOCABULARY,)), Solo(torch.device("cpu")))
 
 
-def next_token(tokens: Ordered[int]) -> int:
+def next_token(tokens: Sequence[int]) -> int:
     """Any of the vocabulary, EOS too, as all tokens before it decide."""
     return zlib.crc32(bytes(tokens)) % VOCABULARY
 
 
-def answer_alone(prompt: Ordered[int], max_tokens: int) -> list[int]:
+def answer_alone(prompt: Sequence[int], max_tokens: int) -> list[int]:
     """What a prompt must be answered, whatever else is in the batch."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
@@ -48,9 +48,9 @@ class TracedEngine:
     sampler: Sampler = SAMPLER
     # ("prefill" or "step", the indices of its sequences)
     events: list[tuple[str, list[int]]] = field(default_factory=list)
-    tokens: dict[Sequence, bytearray] = field(default_factory=dict)
+    tokens: dict[TokenSequence, bytearray] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
-    fresh: dict[Sequence, Tensor] = field(default_factory=dict)
+    fresh: dict[TokenSequence, Tensor] = field(default_factory=dict)
     # Nothing is drafted.
     plan = None
     looks_first = False
@@ -58,19 +58,19 @@ class TracedEngine:
     def reset(self) -> None:
         self.pages.reset()
 
-    def write(self, sequence: Sequence, start: int, end: int) -> None:
+    def write(self, sequence: TokenSequence, start: int, end: int) -> None:
         for position in range(start, end):
             self.slots[self.slot(sequence, position)] = bytes(self.tokens[sequence][: position + 1])
 
-    def read(self, sequence: Sequence, end: int) -> None:
+    def read(self, sequence: TokenSequence, end: int) -> None:
         for position in range(end):
             found = self.slots.get(self.slot(sequence, position))
             assert found == self.tokens[sequence][: position + 1], f"{sequence.index=} {position=}"
 
-    def slot(self, sequence: Sequence, position: int) -> int:
+    def slot(self, sequence: TokenSequence, position: int) -> int:
         return sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
 
-    def prefill(self, parts: Ordered[Part]) -> Tensor:
+    def prefill(self, parts: Sequence[Part]) -> Tensor:
         assert 0 < sum(len(part) for part in parts) <= self.limits.prefill_chunk
         self.events.append(("prefill", [part.sequence.index for part in parts]))
         for part in parts:
@@ -82,14 +82,14 @@ class TracedEngine:
             self.read(part.sequence, part.end)
         return torch.empty(0)
 
-    def prefill_drafts(self, parts: Ordered[Part]) -> None:
+    def prefill_drafts(self, parts: Sequence[Part]) -> None:
         """There is no draft model."""
 
-    def start_answers(self, sequences: Ordered[Sequence], logits: Tensor) -> Tensor:
+    def start_answers(self, sequences: Sequence[TokenSequence], logits: Tensor) -> Tensor:
         assert all(sequence.is_prefilled and not sequence.num_sampled for sequence in sequences)
         return self.extend(sequences)
 
-    def step(self, sequences: Ordered[Sequence]) -> Tensor:
+    def step(self, sequences: Sequence[TokenSequence]) -> Tensor:
         assert len(sequences) <= self.limits.batch_size
         self.events.append(("step", [sequence.index for sequence in sequences]))
         for sequence in sequences:
@@ -99,7 +99,7 @@ class TracedEngine:
             self.read(sequence, sequence.next_position + 1)
         return self.extend(sequences)
 
-    def extend(self, sequences: Ordered[Sequence]) -> Tensor:
+    def extend(self, sequences: Sequence[TokenSequence]) -> Tensor:
         for sequence in sequences:
             self.tokens[sequence].append(next_token(self.tokens[sequence]))
             sequence.num_sampled += 1

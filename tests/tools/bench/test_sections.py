@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from launcher.config import ModelFacts
 from parallel.communicator import Communicator
-from parallel.engine import limits
-from parallel.engine.prefill import overlap
+from parallel.engine.engine import Engine
+from parallel.engine.prefill import overlap, section_sizes
 from parallel.engine.prefill.halves import PassInHalves
 from tests.parallel.ranks import CPU, run_on_ranks
 from tools.bench.sections import Way, open_engine, time_way
@@ -25,13 +25,17 @@ def timed(communicator: Communicator, quantize: str) -> tuple[list[set[tuple[boo
         init(run, decoder, joined)
 
     overlap.PassInSections.__init__ = traced
-    found, before, is_timed = [], (limits.SECTIONS, limits.MOST_SECTIONS, engine.decoder.dequantizing), True
+    found, before, is_timed = [], settings(engine), True
     for way in WAYS:
         made.clear()
         times = time_way(engine, communicator, 300, way, 1)
         is_timed &= times.ms > 0 and times.without_sums_ms > 0
         found.append(set(made))
-    return found, is_timed, before == (limits.SECTIONS, limits.MOST_SECTIONS, engine.decoder.dequantizing)
+    return found, is_timed, before == settings(engine)
+
+
+def settings(engine: Engine) -> tuple[object, ...]:
+    return section_sizes.SECTIONS, section_sizes.MOST_SECTIONS, engine.decoder.dequantizing
 
 
 def test_passes_go_the_way_that_is_timed() -> None:

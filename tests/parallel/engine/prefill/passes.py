@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from parallel.engine.engine import Engine
-from parallel.engine.sequence import Part
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.pages import pages_for
 
 
 @contextmanager
 def parts_of(engine: Engine, prompts: Sequence[list[int]], places: Sequence[tuple[int, int]]) -> Iterator[list[Part]]:
     """The part from start to end of each prompt, which is in the cache up to there; pages are given back afterwards."""
-    sequences = [EngineSequence(row, prompt, 1) for row, prompt in enumerate(prompts)]
+    sequences = [TokenSequence(row, prompt, 1) for row, prompt in enumerate(prompts)]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
     pairs = list(zip(sequences, places, strict=True))

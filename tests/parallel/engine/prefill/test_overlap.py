@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator
-from parallel.engine import limits, paged_model
+from parallel.engine import paged_model
 from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.engine import Engine
 from parallel.engine.generate import StopRules, generate
 from parallel.engine.paged_model import split_parts
-from parallel.engine.prefill import halves, overlap, part_attention, pieces
+from parallel.engine.prefill import halves, overlap, part_attention, pieces, section_sizes
 from parallel.engine.prefill.order import run_pass
 from parallel.engine.prefill.pieces import PassBuffers, Pieces
 from parallel.engine.prefill.side_stream import SideStream, Sum
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels import multiprocessors
 from parallel.kernels.blocks import Block
 from parallel.layers import linear, merged
@@ -80,9 +80,9 @@ class Cut:
 
 def cut_passes(cut: Cut, min_rows: int = 2, rows_per_tile: int = 1) -> None:
     """Those of so many rows, after any tile."""
-    limits.SECTIONS, limits.ROWS_PER_TILE = ((min_rows - 1, (1,)),), rows_per_tile
-    limits.MOST_SECTIONS = cut.joined or (1,) * cut.sections
-    limits.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = min_rows
+    section_sizes.SECTIONS, section_sizes.ROWS_PER_TILE = ((min_rows - 1, (1,)),), rows_per_tile
+    section_sizes.MOST_SECTIONS = cut.joined or (1,) * cut.sections
+    section_sizes.MIN_HALVED_ROWS = pieces.GRAPHED_HALVED_ROWS = min_rows
     Decoder.dequantizes = lambda self, num_rows: cut.dequantizes
     halves.num_ahead, halves.MIN_ROWS_APART = lambda device, num_rows: cut.num_ahead, cut.rows_apart
 
@@ -132,7 +132,7 @@ def answers_in_sections(
     Prompts are read in small chunks beside decode steps, twice: the second time their pages are in the cache.
     """
     counts: list[int] = []
-    choose = limits.choose_sections
+    choose = section_sizes.choose_sections
 
     def counting(*args: Any, **options: Any) -> tuple[int, ...]:
         counts.append(sum(map(len, choose(*args, **options))))
@@ -212,7 +212,7 @@ def test_one_half_is_multiplied_while_the_other_is_summed_up(folders: dict[str, 
         assert found == [*layer, *others, *others, *first, *second, "join"]
 
 
-def traced_sections(communicator: Communicator, folder: Path, sections: limits.Sections) -> list[str]:
+def traced_sections(communicator: Communicator, folder: Path, sections: section_sizes.Sections) -> list[str]:
     """Starts of sums, waits for them and products, with their rows, in a pass of such sections."""
     overlap.side_stream = TracedRows
     paged_model.choose_sections = lambda *_, **__: sections
@@ -252,7 +252,7 @@ def sections_beside(communicator: Communicator, folder: Path) -> list[list[int]]
     cut_passes(Cut(3, joined=(1, 2)))
     run_pass, found = paged_model.run_pass, list[list[int]]()
 
-    def noting(decoder: Decoder, tokens: Any, sections: limits.Sections, *others: Any) -> Tensor:
+    def noting(decoder: Decoder, tokens: Any, sections: section_sizes.Sections, *others: Any) -> Tensor:
         found.append([len(each) for each in sections])
         return run_pass(decoder, tokens, sections, *others)
 
@@ -271,7 +271,7 @@ class TakesSome(SideStream):
         self.num = num
 
     def multiprocessors(self, communicator: Communicator, num_bytes: int) -> int:
-        return self.num if num_bytes == limits.JOINED_ROWS * 80 * 4 else -1
+        return self.num if num_bytes == section_sizes.JOINED_ROWS * 80 * 4 else -1
 
 
 def test_sections_attend_at_once_where_sums_leave_all_multiprocessors(folders: dict[str, Path]) -> None:
@@ -294,7 +294,7 @@ def sections_over(communicator: Communicator, folder: Path) -> list[int]:
 
 
 def counting_sections(counts: list[int]) -> Callable[..., Tensor]:
-    def counting(decoder: Decoder, tokens: Tokens, sections: limits.Sections, *others: Any) -> Tensor:
+    def counting(decoder: Decoder, tokens: Tokens, sections: section_sizes.Sections, *others: Any) -> Tensor:
         counts.append(len(sections))
         return run_pass(decoder, tokens, sections, *others)
 
@@ -443,7 +443,7 @@ def test_ranks_agree_on_what_dequantises(folders: dict[str, Path]) -> None:
 
 
 def test_parts_are_cut_at_any_token() -> None:
-    sequences = [Sequence(index, [0] * 20, 1) for index in range(3)]
+    sequences = [TokenSequence(index, [0] * 20, 1) for index in range(3)]
     parts = [Part(sequences[0], 3, 9), Part(sequences[1], 0, 1), Part(sequences[2], 5, 12)]
     places = [(part.sequence.index, at) for part in parts for at in range(part.start, part.end)]
     num = len(places)
@@ -473,17 +473,17 @@ def test_sections_are_whole_tiles_and_about_equal() -> None:
     }
     for num_rows, found in expected.items():
         assert tuple(
-            limits.choose_sections(num_rows, True, lambda _, answer=answer: answer) for answer in (False, True)
+            section_sizes.choose_sections(num_rows, True, lambda _, answer=answer: answer) for answer in (False, True)
         ) == (found)
-        assert limits.choose_sections(num_rows, False, lambda _: False) == ((num_rows,),)
-    assert limits.choose_sections(2048, True, lambda _: False, joins=False) == ((1024,), (1024,))
-    assert limits.choose_sections(512, True, lambda _: True, 257) == ((256,), (256,))
+        assert section_sizes.choose_sections(num_rows, False, lambda _: False) == ((num_rows,),)
+    assert section_sizes.choose_sections(2048, True, lambda _: False, joins=False) == ((1024,), (1024,))
+    assert section_sizes.choose_sections(512, True, lambda _: True, 257) == ((256,), (256,))
 
 
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 129, 513, 2047])
 @pytest.mark.parametrize("num_sections", [1, 2, 3, 4, 5])
 def test_any_pass_is_cut_into_tiles(num_rows: int, num_sections: int) -> None:
-    found = limits.cut_evenly(num_rows, num_sections)
+    found = section_sizes.cut_evenly(num_rows, num_sections)
     assert sum(found) == num_rows and len(found) == min(num_sections, -(-num_rows // 128))
     assert all(rows % 128 == 0 for rows in found[:-1])
     tiles = [-(-rows // 128) for rows in found]
@@ -503,17 +503,17 @@ def test_sections_of_packed_weights_fill_tiles_of_256_rows_where_they_can() -> N
         (512, 3): (256, 128, 128),
     }
     for (num_rows, num_sections), found in expected.items():
-        assert limits.cut_by_tiles(num_rows, num_sections) == found
+        assert section_sizes.cut_by_tiles(num_rows, num_sections) == found
 
 
 @pytest.mark.parametrize("num_rows", [1, 129, 700, 1025, 1500, 2047])
 @pytest.mark.parametrize("num_sections", [1, 2, 3, 4])
 def test_no_other_cut_has_more_sections_or_fewer_tiles(num_rows: int, num_sections: int) -> None:
-    found, even = limits.cut_by_tiles(num_rows, num_sections), limits.cut_evenly(num_rows, num_sections)
+    found, even = section_sizes.cut_by_tiles(num_rows, num_sections), section_sizes.cut_evenly(num_rows, num_sections)
     assert sum(found) == num_rows and len(found) == len(even) and min(found) > 0
     assert sum(-(-rows // 256) for rows in found) <= sum(-(-rows // 256) for rows in even)
 
 
 def test_the_whole_pass_decides_whether_weights_are_dequantised() -> None:
-    assert limits.choose_sections(600, True, lambda rows: rows > 599) == ((600,),)
-    assert limits.choose_sections(600, True, lambda rows: rows > 600) == ((384,), (216,))
+    assert section_sizes.choose_sections(600, True, lambda rows: rows > 599) == ((600,),)
+    assert section_sizes.choose_sections(600, True, lambda rows: rows > 600) == ((384,), (216,))

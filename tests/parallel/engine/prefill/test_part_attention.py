@@ -20,7 +20,7 @@ from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill import part_attention
 from parallel.engine.prefill.part_attention import attend_parts, group_parts
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import FP8, PagedKV, pages_for
 from tests.parallel.engine.prefill.test_overlap import pass_states
@@ -38,7 +38,7 @@ def make_parts(places: tuple[tuple[int, int], ...], num_pages: int) -> list[Part
     """In shuffled pages; the second and the last of three parts or more have their first page in common."""
     order = random.sample(range(1, num_pages), num_pages - 1)
     parts = [
-        Part(Sequence(row, [0] * end, 1, pages=[order.pop() for _ in range(pages_for(end))]), start, end)
+        Part(TokenSequence(row, [0] * end, 1, pages=[order.pop() for _ in range(pages_for(end))]), start, end)
         for row, (start, end) in enumerate(places)
     ]
     if len(parts) > 2:
@@ -92,7 +92,7 @@ def test_each_part_sees_its_own_past_and_nothing_else(
 
 
 def test_neighbours_are_together_while_they_attend_to_few_enough() -> None:
-    parts = [Part(Sequence(row, [0] * end, 1), 0, end) for row, end in enumerate((30, 50, 21, 200, 1, 99, 1))]
+    parts = [Part(TokenSequence(row, [0] * end, 1), 0, end) for row, end in enumerate((30, 50, 21, 200, 1, 99, 1))]
     grouped = {limit: [[part.end for part in each] for each in group_parts(parts, limit)] for limit in (0, 100, 1000)}
     assert grouped == {
         0: [[30], [50], [21], [200], [1], [99], [1]],

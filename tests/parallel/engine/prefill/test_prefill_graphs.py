@@ -21,7 +21,7 @@ from parallel.engine.prefill import graphs as pass_graphs
 from parallel.engine.prefill.fresh import MAX_PROMPTS, prompt_bounds
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.prefill.recorded import Places, Recorded
-from parallel.engine.sequence import Part, Sequence
+from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.kernels.pages import pages_for
 from tests.parallel.engine.prefill.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
@@ -129,7 +129,7 @@ def written_slots(communicator: Communicator, folder: Path) -> list[tuple[list[i
     put_pieces(engine)
     for length in (1, 10, 16, 33):
         poison(engine)
-        sequence = Sequence(0, list(range(length)), 1)
+        sequence = TokenSequence(0, list(range(length)), 1)
         sequence.pages = engine.pages.allocate(pages_for(length))
         engine.hidden_states([Part(sequence, 0, length)])
         size = engine.caches[0].keys.shape[2]
@@ -196,13 +196,13 @@ def use_by_use(
     # What was recorded when it was made: passes of the most rows.
     assert len(recorded) == 1 and not replayed
     poison(engine)
-    other, start = Sequence(1, list(range(3, 15)), 1), 0 if is_fresh else 20
+    other, start = TokenSequence(1, list(range(3, 15)), 1), 0 if is_fresh else 20
     other.pages = engine.pages.allocate(1)
     engine.hidden_states([Part(other, 0, 12)])
     kept = [cache.keys[other.pages[0]].clone() for cache in engine.caches]
     recorded.clear()
     for _ in range(5):
-        sequence = Sequence(0, [7 + 5 * place % 90 for place in range(start + 6)], 1)
+        sequence = TokenSequence(0, [7 + 5 * place % 90 for place in range(start + 6)], 1)
         sequence.pages = engine.pages.allocate(1)
         if start:
             engine.hidden_states([Part(sequence, 0, start)])
@@ -289,7 +289,7 @@ def recorded_in_time(communicator: Communicator, folder: Path) -> tuple[list[int
     assert all(torch.equal(each.keys[1:].nan_to_num(), old) for each, old in zip(engine.caches, kept, strict=True))
     recorded.clear()
     for length in (2, 7, 30, 64):
-        sequence = Sequence(0, list(range(3, 3 + length)), 1)
+        sequence = TokenSequence(0, list(range(3, 3 + length)), 1)
         sequence.pages = engine.pages.allocate(1)
         engine.hidden_states([Part(sequence, 0, length)])
         engine.hidden_states([Part(sequence, 1, length)])
@@ -351,7 +351,7 @@ def bounded_passes(
 
 def one_pass(engine: Engine, run: Run) -> Tensor:
     start = 0 if run.is_fresh else 3
-    sequence = Sequence(0, [3 + 7 * place % 90 for place in range(start + run.tokens)], 1)
+    sequence = TokenSequence(0, [3 + 7 * place % 90 for place in range(start + run.tokens)], 1)
     sequence.pages = engine.pages.allocate(pages_for(len(sequence.prompt)))
     if start:
         graphs, engine.target = engine.target.graphs, replace(engine.target, graphs=None)

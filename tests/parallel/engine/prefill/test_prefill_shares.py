@@ -9,16 +9,16 @@ import pytest
 
 from parallel.engine.prefill.shares import share_pass
 from parallel.engine.prefix_cache import PrefixCache
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import TokenSequence
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import pages_for
 
 
-def sequences_of(*lengths: int) -> list[EngineSequence]:
-    return [EngineSequence(index, [index] * length, 1, pages=[1 + index]) for index, length in enumerate(lengths)]
+def sequences_of(*lengths: int) -> list[TokenSequence]:
+    return [TokenSequence(index, [index] * length, 1, pages=[1 + index]) for index, length in enumerate(lengths)]
 
 
-def shares(sequences: Sequence[EngineSequence], room: int) -> list[tuple[int, int, int]]:
+def shares(sequences: Sequence[TokenSequence], room: int) -> list[tuple[int, int, int]]:
     return [(part.sequence.index, part.start, part.end) for part in share_pass(sequences, room)]
 
 
@@ -40,10 +40,10 @@ def test_prompts_of_one_length_are_read_one_after_the_other() -> None:
     assert read == [[(0, 0, 70)], [(0, 70, 100), (1, 0, 40)], [(1, 40, 100), (2, 0, 10)], [(2, 10, 80)], [(2, 80, 100)]]
 
 
-def reserved(cache: PrefixCache, *prompts: list[int]) -> list[EngineSequence]:
+def reserved(cache: PrefixCache, *prompts: list[int]) -> list[TokenSequence]:
     found = []
     for index, prompt in enumerate(prompts):
-        sequence = EngineSequence(index, prompt, 1)
+        sequence = TokenSequence(index, prompt, 1)
         sequence.pages, sequence.num_reused = cache.reserve(prompt, pages_for(len(prompt)))
         sequence.num_prefilled = sequence.num_reused
         found.append(sequence)
@@ -64,7 +64,7 @@ def test_who_reuses_what_another_reads_waits_for_it() -> None:
 def test_a_pass_is_full_and_all_are_read_whoever_comes(seed: int) -> None:
     """While shorter prompts come without end, a prompt ends in at most twice the passes that those up to it take."""
     draw, room = random.Random(seed), random.Random(seed).choice((1, 7, 64, 200))
-    waiting = [EngineSequence(index, [0] * draw.randint(1, 600), 1, pages=[index]) for index in range(5)]
+    waiting = [TokenSequence(index, [0] * draw.randint(1, 600), 1, pages=[index]) for index in range(5)]
     first, since = waiting[:], dict.fromkeys(waiting, 0)
     for number in range(1, 100_000):
         parts = share_pass(waiting, room)
@@ -76,7 +76,7 @@ def test_a_pass_is_full_and_all_are_read_whoever_comes(seed: int) -> None:
             part.sequence.num_prefilled = part.end
             since[part.sequence] = number
         waiting = [each for each in waiting if not each.is_prefilled]
-        waiting.append(EngineSequence(number, [0] * draw.randint(1, room), 1, pages=[-number]))
+        waiting.append(TokenSequence(number, [0] * draw.randint(1, room), 1, pages=[-number]))
         since[waiting[-1]] = number
         if all(each.is_prefilled for each in first):
             break

@@ -15,7 +15,7 @@ from parallel.communicator import Communicator
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Result, StopRules, generate
 from parallel.engine.sampling import SamplingParams
-from parallel.engine.sequence import Sequence as EngineSequence
+from parallel.engine.sequence import TokenSequence
 from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.policy import Costs, Policy
@@ -205,7 +205,7 @@ def taken_in(communicator: Communicator, folder: Path, num: int) -> None:
     assert isinstance(engine.speculator, AutoSpeculator)
     drafter = engine.speculator.drafter
     assert isinstance(drafter, ModelDrafter)
-    sequences = [EngineSequence(index, prompt, max_tokens=9) for index, prompt in enumerate(prompts_of("llama")[:2])]
+    sequences = [TokenSequence(index, prompt, max_tokens=9) for index, prompt in enumerate(prompts_of("llama")[:2])]
     for sequence in sequences:
         sequence.pages = engine.pages.allocate(engine.limits.pages_of(sequence.num_tokens))
         engine.start_answers([sequence], prefill_whole(engine, sequence))

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config import BenchConfig, SpeculationConfig, TaskConfig, TaskKind
 from launcher.report.passes_text import passes_table
-from launcher.tasks.passes import assumed, pass_row
+from launcher.tasks.tree_passes import assumed, pass_row
 from parallel.engine.speculation.pass_timer import PlanCost
 from parallel.engine.speculation.tree_plan import TreePlan
 from tests.launcher.forked import run

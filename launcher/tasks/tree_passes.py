@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.rank.context import RankContext
-from launcher.tasks.bandwidth import link_bytes
+from launcher.tasks.offload import link_bytes
 from parallel.engine.engine import Engine
 from parallel.engine.speculation.pass_timer import PlanCost, time_plan
 from parallel.engine.speculation.tree_plan import TreePlan
 
 
-def time_passes(
+def time_tree_passes(
     context: RankContext, engine: Engine, contexts: Sequence[int], copy_bytes_per_sec: float | None
 ) -> list[dict[str, Any]] | None:
     """A row for each of bench.tree_sizes, of sequences with `contexts` tokens; None without any.
