@@ -115,10 +115,10 @@ def test_a_refusal_names_the_disk_with_what_it_holds_once_that_is_followed(gib: 
 
 def test_the_disk_is_no_remedy_where_there_is_none_or_the_card_lacks_room_for_a_layer_from_it() -> None:
     assert "offload.disk" not in refused(AWQ_4, cards_of(1), model=dummy(), **limited(16))
-    message = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=44), **limited(16))
+    message = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=46), **limited(16))
     assert "host memory, which does not suffice" in message and "offload.disk" not in message
-    followed = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=44, disk="checkpoint"), **limited(16))
-    assert "GiB of 23.60" in followed and "resident_layers=43" in followed
+    followed = refused(AWQ_4, cards_of(1), offload=OffloadConfig(resident_layers=46, disk="checkpoint"), **limited(16))
+    assert "GiB of 23.60" in followed and "resident_layers=45" in followed
 
 
 def test_even_the_embedding_may_be_too_much() -> None:
