@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
 from parallel.engine.limits import SAMPLED_ROWS
-from parallel.engine.prefill.section_sizes import choose_sections, most_at_once
+from parallel.engine.prefill.section_sizes import MIN_HALVED_ROWS, SECTIONS, choose_sections, most_at_once
 from parallel.partition import split_by_grain
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ FLOAT32_BYTES = 4
 # once. By the rules of torch's allocator 2048 rows of a 70B leave 8 to 72 MiB so, by where keys and values find room;
 # with what GROWN_BYTES is for, an H200 took 78 to 97 MiB beside tensors, and 18 to 44 with 512 rows.
 NUM_GAPS = 2
+# Rows of passes that are not cut into sections, at most: at all, and where weights are dequantised.
+MOST_WHOLE = (SECTIONS[0][0], MIN_HALVED_ROWS - 1)
 # Of a row and a token, in plain torch: which nodes it sees and which not, as booleans.
 TREE_MASK_BYTES = 4
 
@@ -65,7 +68,10 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
         steps["attention"] = kept + attended_bytes(demand, rank, largest, max_context) + weights
     num_gaps = 0 if on_cpu or len(sections) > 1 else NUM_GAPS
     # The residual stream, the update that is added to it, and the norm of the sum.
-    return (2 * max(prompt, tokens) + (1 + num_gaps) * tokens) * hidden * e + max(steps.values())
+    peak = (2 * max(prompt, tokens) + (1 + num_gaps) * tokens) * hidden * e + max(steps.values())
+    # Smaller passes may be whole.
+    smaller = [replace(demand, prefill_chunk=most) for most in MOST_WHOLE if most < prompt and len(sections) > 1]
+    return max([peak, *(activations_bytes(each, rank, max_context) for each in smaller)])
 
 
 def between_layers_bytes(demand: Demand, max_context: int) -> int:

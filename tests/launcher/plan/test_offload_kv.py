@@ -49,9 +49,9 @@ def of_batch(offload: OffloadConfig, batch_size: int, max_context: int) -> dict[
 
 
 def test_card_holds_two_layers_in_place_of_those_in_host_memory() -> None:
-    """Of half of a 70B, for 8 sequences of 1000 tokens, in pages of which one is nobody's."""
-    slots = (1 + 8 * 16) * PAGE_SIZE
-    on_card, hosted = (plan(AWQ_4, cards_of(1), **of_batch(each, 8, 1000)) for each in (HALF, HOSTED))
+    """Of half of a 70B, for 2 sequences of 4000 tokens, in pages of which one is nobody's."""
+    slots = (1 + 2 * 63) * PAGE_SIZE
+    on_card, hosted = (plan(AWQ_4, cards_of(1), **of_batch(each, 2, 4000)) for each in (HALF, HOSTED))
     before, after = on_card.cards[0].lines, hosted.cards[0].lines
     assert before["kv_cache"] == 80 * slots * TOKEN_BYTES
     assert (after["kv_cache"], after["kv_staging"]) == (40 * slots * TOKEN_BYTES, 2 * slots * TOKEN_BYTES)
@@ -111,7 +111,7 @@ def test_where_keys_and_values_lie_is_chosen_of_what_there_is_room_for() -> None
     # 16 sequences of 832 tokens fit beside no layer but with theirs.
     fits = plan(AWQ_4, cards_of(1), **of_batch(replace(auto, resident_layers=40), 16, 832))
     assert streamed(fits).kv_token_ms > 0
-    assert streamed(plan(AWQ_4, with_room(0), offload=auto)).kv_token_ms == 0
+    assert streamed(plan(AWQ_4, with_room(-GIB), offload=auto)).kv_token_ms == 0
     assert plan(LLAMA_8B, cards_of(1), offload=auto).offload is None
     with_disk = replace(auto, disk="checkpoint")
     assert streamed(plan(AWQ_4, cards_of(1), offload=with_disk)).kv_token_ms == 0

@@ -20,7 +20,7 @@ from launcher.timing.predict import Times
 from tests.launcher.plans import LLAMA_8B, LLAMA_70B, run_of
 
 CARDS = HardwareConfig(HardwareKind.facts, "a card", 23.99, 1008.0, 4, 16, bf16_tflops=165.0)
-LARGE = replace(CARDS, memory_gib=200.0)
+LARGE = replace(CARDS, memory_gib=300.0)
 FORMATS = ("int4", "int8", "bf16")
 BATCHES = (1, 2, 3, 5, 8, 9, 16, 24, 32, 33, 48)
 # Of one size, so that passes of prompts are alike.
