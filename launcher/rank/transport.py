@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ from parallel.communicator import Communicator, TransportError, open_communicato
 from parallel.transports import host_memory_norm
 from parallel.transports.advice import failed_test
 from parallel.transports.by_size import BySize
-from parallel.transports.channel import OverChannel
+from parallel.transports.channel import Channel
 from parallel.transports.choice import (
     PREFILL_BYTES,
     TIMED_BYTES,
@@ -38,7 +38,6 @@ from parallel.transports.dense import EXACT, INT8, wrap_dense, wrap_int8
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
 from parallel.transports.host_memory_norm import wrap_norm
 from parallel.transports.norm_trial import NORM_BYTES, find_wrong_norms, time_norm
-from parallel.transports.peer_memory import PeerMemory, reach_each_other, wrap_peer_memory
 from parallel.transports.rounded import Rounded, find_wrong_rounded_sums, time_rounded
 from parallel.transports.selftest import DECODE_BYTES, check_transport
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
@@ -48,16 +47,17 @@ CPU = torch.device("cpu")
 C = TypeVar("C", bound=Communicator)
 
 
-class OwnTransport(Communicator, Protocol):
-    """One over memory of ours, which it has until it is closed; `inner` carries what it cannot."""
+class HostTransport(Communicator, Protocol):
+    """One over host memory; `inner` carries what it cannot."""
 
     inner: Communicator
 
-    def close(self) -> None: ...
+    @property
+    def channel(self) -> Channel[Any]: ...
 
 
 class Wrap(Protocol):
-    def __call__(self, inner: Communicator, device: torch.device, *, timeout_sec: float) -> OwnTransport: ...
+    def __call__(self, inner: Communicator, device: torch.device, *, timeout_sec: float) -> HostTransport: ...
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,6 @@ CANDIDATES = {
     TwoStepHostMemory.name: Candidate(wrap_two_step, TIMED_LARGE_BYTES),
     EXACT.name: Candidate(wrap_dense, (DECODE_BYTES, *TIMED_MIDDLE_BYTES)),
     HostMemory.name: Candidate(wrap_host_memory, TIMED_BYTES),
-}
-# Where cards reach each other's memory. Its waits have no limit.
-OVER_PEERS = {
-    PeerMemory.name: Candidate(
-        lambda inner, device, timeout_sec: wrap_peer_memory(inner, device), (DECODE_BYTES, *TIMED_MIDDLE_BYTES)
-    )
 }
 # With engine.all_reduce_bits=8.
 ROUNDING = {INT8.name: Candidate(wrap_int8, TIMED_MIDDLE_BYTES, Trial(find_wrong_rounded_sums, time_rounded))}
@@ -142,8 +136,7 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
-        if isinstance(each, OverChannel):
-            each.channel.timeout_sec = job.run.timeouts.collective_sec
+        each.channel.timeout_sec = job.run.timeouts.collective_sec
     first = replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found])))
     return Choice(communicator, (first, *ranges[1:]))
 
@@ -170,7 +163,7 @@ def carrier_in_graphs(base: Proof, proofs: dict[str, Proof]) -> str:
 
 def compose(
     base: Communicator,
-    opened: dict[str, OwnTransport],
+    opened: dict[str, HostTransport],
     ranges: Sequence[Range],
     gather_limit: int,
     captured: str,
@@ -185,7 +178,7 @@ def compose(
     used = {each.name for each in ranges} | ({HostMemory.name} if gather_limit else set())
     used |= {captured} if CopiedHostMemory.name in used else set()
     for name in opened.keys() - used:
-        opened[name].close()
+        opened[name].channel.close()
     small = opened.get(HostMemory.name) if gather_limit else None
     if isinstance(small, HostMemory):
         small.max_bytes = max(gather_limit, *(each.up_to_bytes or 0 for each in ranges if each.name == small.name), 0)
@@ -234,22 +227,16 @@ class Tester:
             close=close,
         )
 
-    def prove_candidates(self, base: Communicator) -> tuple[dict[str, OwnTransport], dict[str, Proof]]:
-        """Those that work, and the proofs of all."""
+    def prove_candidates(self, base: Communicator) -> tuple[dict[str, HostTransport], dict[str, Proof]]:
+        """Those of `CANDIDATES` that work, and the proofs of all."""
         opened, proofs = {}, {}
-        for name, candidate in self.candidates().items():
+        wanted = CANDIDATES | (ROUNDING if self.job.run.engine.all_reduce_bits == 8 else {})
+        for name, candidate in wanted.items():
             opener = partial(candidate.wrap, base, self.device, timeout_sec=self.wait_sec)
             communicator, proofs[name] = self.prove(name, opener, candidate.sizes, candidate.trial, close)
             if communicator is not None:
                 opened[name] = communicator
         return opened, proofs
-
-    def candidates(self) -> dict[str, Candidate]:
-        """Those that the run asks for and these cards may have, alike on all ranks."""
-        engine, cards = self.job.run.engine, self.job.placement.cards
-        rounding = ROUNDING if engine.all_reduce_bits == 8 else {}
-        may_reach = engine.transport == TransportKind.auto and reach_each_other([card or 0 for card in cards])
-        return CANDIDATES | rounding | (OVER_PEERS if may_reach else {})
 
 
 def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
@@ -266,15 +253,15 @@ def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
         raise failure(apart)
     joined.max_bytes = faster_up_to(proof.times_us, apart.times_us)
     if joined.max_bytes == 0:
-        joined.close()
+        joined.channel.close()
         return inner, f"{name} was left out: {compare(proof, apart, NORM_BYTES[0])}"
     joined.channel.timeout_sec = tester.job.run.timeouts.collective_sec
     return joined, f"{name} up to {joined.max_bytes} bytes: {compare(proof, apart, NORM_BYTES[0])}"
 
 
-def close(communicator: OwnTransport) -> None:
+def close(communicator: HostTransport) -> None:
     """Frees what a candidate that failed has, of its card too; the watch of copies would go on as long as the rank."""
-    communicator.close()
+    communicator.channel.close()
 
 
 def failure(proof: Proof) -> TransportError:

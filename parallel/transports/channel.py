@@ -101,10 +101,6 @@ class OverChannel(Around, Generic[C]):
         self.channel.check()
         self.inner.check()
 
-    def close(self) -> None:
-        """Gives the memory back; nothing may be launched after it."""
-        self.channel.close()
-
 
 def reduce_aligned(reduce: Callable[[Tensor, Tensor], None], tensor: Tensor, alignment: int) -> Tensor:
     """`tensor`, reduced in place by `reduce(source, target)`; by way of a copy where it is not aligned."""

@@ -31,9 +31,7 @@ def test_two_cards_answer_like_one(
     args = ("gpus=2", f"limits.peer_access={peer_access}", f"engine.transport={transport}", *FP32)
     report = run(*args, folder=tmp_path / "run").report
     names = [each["name"] for each in report["transport"].values()]
-    over_host = {"host_memory", "host_memory_dense", "host_memory_two_step", "host_memory_copies"}
-    over_peers = {"peer_memory"} if (transport, peer_access) == ("auto", "auto") else set()
-    assert set(names) <= {"nccl"} | over_host | over_peers
+    assert set(names) <= {"host_memory", "host_memory_dense", "host_memory_two_step", "host_memory_copies", "nccl"}
     if transport == "nccl":
         assert names == ["nccl"]
     if transport == "host_memory":

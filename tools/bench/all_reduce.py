@@ -1,8 +1,7 @@
 """Times the all-reduces through host memory: `python -m tools.bench.all_reduce`.
 
-With `--cards N`, or as ranks of torchrun, between cards, each rank a process, NCCL beside them; without peer access but
-where NCCL_P2P_DISABLE=0 is set, with memory of the cards then. There `--soak N` makes so many calls instead, all
-compared. Without, ranks are streams of one card: they share its link,
+With `--cards N`, or as ranks of torchrun, between cards without peer access, each rank a process, NCCL beside them;
+there `--soak N` makes so many calls instead, all compared. Without, ranks are streams of one card: they share its link,
 so latencies of small messages are those of a pair of cards and large messages are slower than there.
 
 For each message: microseconds of a call in a replayed CUDA graph, the slowest rank's. Sums are checked against float64

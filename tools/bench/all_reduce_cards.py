@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from parallel.communicator import Communicator
-from parallel.transports import dense, host_memory, peer_memory
+from parallel.transports import dense, host_memory
 from parallel.transports.copies import CopiedHostMemory, wrap_copies
 from parallel.transports.dense import EXACT, INT8, DenseHostMemory, wrap_dense, wrap_int8
 from parallel.transports.host_memory import HostMemory, wrap_host_memory
-from parallel.transports.peer_memory import PeerMemory, reach_each_other, wrap_peer_memory
 from parallel.transports.rounded import time_rounded
 from parallel.transports.selftest import EAGER_BYTES, time_all_reduce
 from parallel.transports.two_step import TwoStepHostMemory, wrap_two_step
@@ -31,7 +30,6 @@ TRANSPORTS: dict[str, tuple[Callable[..., Communicator], int, int]] = {
     INT8.name: (wrap_int8, 16 * KIB, dense.MAX_BYTES),
     TwoStepHostMemory.name: (wrap_two_step, 64 * KIB, SIZES[-1]),
     CopiedHostMemory.name: (wrap_copies, EAGER_BYTES, SIZES[-1]),
-    PeerMemory.name: (lambda inner, device, timeout_sec: wrap_peer_memory(inner, device), 16, peer_memory.MAX_BYTES),
 }
 # What --tune tries of the dense kernels: blocks and warps a block.
 TUNED_NAMES = (EXACT.name, INT8.name)
@@ -40,8 +38,7 @@ TUNED = tuple((blocks, warps) for warps in (1, 2, 4, 8) for blocks in (8, 16, 32
 
 
 def bench(rank: CardRank, repeats: int, tune: bool) -> None:
-    wraps = {name: wrap for name, (wrap, _, _) in TRANSPORTS.items() if name != PeerMemory.name or has_peers(rank)}
-    opened = {name: wrap(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC) for name, wrap in wraps.items()}
+    opened = {name: wrap(rank.nccl, rank.device, timeout_sec=TIMEOUT_SEC) for name, (wrap, _, _) in TRANSPORTS.items()}
     opened["nccl"] = rank.nccl
     say(rank, f"{'bytes':>9}" + "".join(f"{name:>22}" for name in opened))
     rows = [measure(rank, opened, num_bytes, repeats) for num_bytes in SIZES]
@@ -51,10 +48,6 @@ def bench(rank: CardRank, repeats: int, tune: bool) -> None:
     card = {"name": torch.cuda.get_device_name(rank.device), "torch": torch.__version__}
     result = {"card": card, "ranks": rank.nccl.world_size}
     say(rank, json.dumps({**result, "all_reduce": rows, "norms": norms, "dense_launches": launches}))
-
-
-def has_peers(rank: CardRank) -> bool:
-    return reach_each_other(range(rank.nccl.world_size))
 
 
 def say(rank: CardRank, text: str) -> None:

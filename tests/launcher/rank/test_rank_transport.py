@@ -18,13 +18,11 @@ from launcher.tasks.probe import opened_transports
 from parallel.communicator import TransportError
 from parallel.transports import host_memory_norm
 from parallel.transports.by_size import BySize
-from parallel.transports.channel import OverChannel
 from parallel.transports.choice import PREFILL_BYTES, Proof, Range
 from parallel.transports.copies import CopiedHostMemory
 from parallel.transports.dense import EXACT, INT8
 from parallel.transports.host_memory import HostMemory
 from parallel.transports.norm_trial import NORM_BYTES
-from parallel.transports.peer_memory import PeerMemory
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import TwoStepHostMemory
@@ -55,7 +53,7 @@ def test_each_range_of_sizes_has_its_transport(tmp_path: Path) -> None:
 
 
 SMALL, MIDDLE, LARGE = HostMemory.name, EXACT.name, TwoStepHostMemory.name
-COPIES, PEERS = CopiedHostMemory.name, PeerMemory.name
+COPIES = CopiedHostMemory.name
 NORM, APART = host_memory_norm.NAME, "a kernel each"
 MIB = 2**20
 
@@ -70,7 +68,7 @@ class FakeChannel:
     def check(self) -> None: ...
 
 
-class Fake(Solo, OverChannel[Any]):
+class Fake(Solo):
     """Stands for a transport; its proof is what a test says."""
 
     max_bytes = 0
@@ -79,7 +77,7 @@ class Fake(Solo, OverChannel[Any]):
         super().__init__(CPU)
         self.name = name
         self.channel = FakeChannel()
-        self.inner: Any = None
+        self.inner: Fake | None = None
         self.reduced: list[int] = []
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,12 +95,7 @@ def norms(name: str, *times: float) -> Proof:
 
 
 def open_with(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kind: TransportKind,
-    *proofs: Proof,
-    bits: int = 16,
-    peers: bool = False,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, *proofs: Proof, bits: int = 16
 ) -> tuple[Any, dict[str, Fake]]:
     """The choice among fakes with these proofs, and all that were tried."""
     by_name = {name: norms(name, *[9.0] * len(NORM_BYTES)) for name in (NORM, APART)}
@@ -120,13 +113,11 @@ def open_with(
         return (None if by_name[name].error else tried[name]), by_name[name]
 
     monkeypatch.setattr(rank_transport, "prove", fake_prove)
-    monkeypatch.setattr(rank_transport, "reach_each_other", lambda cards: peers and cards == [*job.placement.cards])
     monkeypatch.setattr(rank_transport, "open_kind", lambda job, kind, device: Fake(kind))
     run = make_run()
     run.engine.transport = kind
     run.engine.all_reduce_bits = bits
-    job = make_job(tmp_path, cards=True, run=run)
-    return open_transport(job, CPU, lambda error: None), tried
+    return open_transport(make_job(tmp_path, cards=True, run=run), CPU, lambda error: None), tried
 
 
 NCCL = Proof("nccl", {DECODE_BYTES: 24.7, 128 * KIB: 30.0, MIB: 63.0})
@@ -201,33 +192,6 @@ def test_sums_are_rounded_only_where_that_was_asked_for(
     choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, *proofs, bits=bits)
     assert [each.name for each in choice.ranges] == [SMALL, carrier, "nccl"]
     assert (INT8.name in tried) == (bits == 8)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peers", "carriers"),
-    [
-        (TransportKind.auto, True, [SMALL, PEERS, "nccl"]),
-        (TransportKind.auto, False, [SMALL, MIDDLE, "nccl"]),
-        (TransportKind.host_memory, True, [SMALL, MIDDLE, "nccl"]),
-        (TransportKind.nccl, True, ["nccl"]),
-    ],
-)
-def test_memory_of_peers_competes_where_cards_reach_each_other_and_nothing_else_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: TransportKind, peers: bool, carriers: list[str]
-) -> None:
-    proofs = (NCCL, FAST, FAST_MIDDLE, Proof(PEERS, {DECODE_BYTES: 5.0, 128 * KIB: 6.0}))
-    choice, tried = open_with(monkeypatch, tmp_path, kind, *proofs, peers=peers)
-    assert [each.name for each in choice.ranges] == carriers
-    assert (PEERS in tried) == (peers and kind == TransportKind.auto)
-    if PEERS in carriers:
-        assert tried[PEERS].inner is tried[SMALL]
-        assert tried[MIDDLE].channel.closed and not tried[PEERS].channel.closed
-
-
-def test_memory_of_peers_that_is_slower_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    slower = Proof(PEERS, {DECODE_BYTES: 5.0, 128 * KIB: 10.0})
-    _, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, FAST_MIDDLE, slower, peers=True)
-    assert tried[PEERS].channel.closed and not tried[MIDDLE].channel.closed
 
 
 @pytest.mark.parametrize(("large_us", "captured"), [(1030.0, LARGE), (1300.0, "nccl")])
