@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,20 +122,24 @@ def load_checkpoint(
     return LoadResult(done, time.perf_counter() - start, reader.wait_sec, decode_sec, dict(kernels))
 
 
-def layer_by_layer(steps: Iterable[Step]) -> list[Step]:
+def layer_by_layer(steps: Sequence[Step]) -> list[Step]:
     """In the order of the files, but what a file has of a layer together, and the embedding before all.
 
     Files are sorted by dtype first: the norms without which no layer is whole, nor leaves the device, come after the
-    packed weights of ten. And where the embedding goes on to host memory, all of the device is free for it.
+    packed weights of ten. And where the embedding goes on to host memory, all of the device is free for it. A layer
+    that goes on in the next file is the last of its own, and the first there: no others are loaded beside its part.
     """
     starts: dict[tuple[Path, str], int] = {}
+    files: dict[str, set[Path]] = {}
     for step in steps:
         file, offset = step.position
         starts[file, step.layer] = min(offset, starts.get((file, step.layer), offset))
+        files.setdefault(step.layer, set()).add(file)
 
-    def place(step: Step) -> tuple[bool, Path, int, int]:
+    def place(step: Step) -> tuple[bool, Path, int, int, int]:
         file, offset = step.position
-        return step.name != EMBEDDING_NAME, file, starts[file, step.layer], offset
+        goes_on, has_begun = file < max(files[step.layer]), file > min(files[step.layer])
+        return step.name != EMBEDDING_NAME, file, goes_on - has_begun, starts[file, step.layer], offset
 
     return sorted(steps, key=place)
 

@@ -31,13 +31,18 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 Tensors = dict[str, Tensor]
 
 
-def write_two_files(source: Path, folder: Path, change: Callable[[Tensors], object] = lambda tensors: None) -> Path:
-    """The checkpoint in `source`, changed, with layer 1 in the second of two files."""
+def write_two_files(
+    source: Path,
+    folder: Path,
+    change: Callable[[Tensors], object] = lambda tensors: None,
+    in_second: str = ".layers.1.",
+) -> Path:
+    """The checkpoint in `source`, changed, with what has `in_second` in its name in the second of two files."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     folder.mkdir()
     shutil.copy(source / "config.json", folder)
-    files = {name: SECOND if ".layers.1." in name else FIRST for name in tensors}
+    files = {name: SECOND if in_second in name else FIRST for name in tensors}
     for file in (FIRST, SECOND):
         save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
     write_index(folder, files)
@@ -112,6 +117,13 @@ def test_embedding_comes_first_and_layers_are_whole_one_by_one(tmp_path: Path) -
     names = run_on_ranks(placed, 1, folder)[0]
     assert names[0] == EMBEDDING
     layers = turns(names)
+    assert len(layers) == len(set(layers)) > 2
+
+
+def test_a_layer_in_two_files_is_loaded_in_one_go(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Though others come after it in its first file."""
+    folder = write_two_files(folders["llama"], tmp_path / "two", in_second=".layers.0.mlp.")
+    layers = turns(run_on_ranks(placed, 1, folder)[0])
     assert len(layers) == len(set(layers)) > 2
 
 
