@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import ConfigError, QuantizeKind, RunConfig, SpeculationConfig, SpeculationKind
-from launcher.memory.activations import SAMPLING_BYTES_PER_LOGIT
+from launcher.memory.activations import NUM_GAPS, SAMPLING_BYTES_PER_LOGIT
 from launcher.memory.demand import TOKEN_BYTES
 from launcher.models.draft import read_vocabulary
 from launcher.models.shape import DTYPE_BYTES
@@ -220,6 +220,10 @@ def plan(speculation: SpeculationConfig, world_size: int = 2, **changes: object)
     return plan_run(run, place_ranks(run, world_size, inventory), LLAMA_70B, inventory, draft=draft)
 
 
+# Of each token of a whole pass: the residual stream, its update and their norm, and what lies free between them.
+STREAMED_ROWS = 3 + NUM_GAPS
+
+
 def test_plan_counts_the_table_of_tokens_and_the_logits_of_all_drafts() -> None:
     changes = {"workload__batch_size": 16, "engine__max_context": 1000, "engine__prefill_chunk": 1}
     changes["sampling__temperature"] = 1.0
@@ -230,7 +234,7 @@ def test_plan_counts_the_table_of_tokens_and_the_logits_of_all_drafts() -> None:
         # One token of prompt a pass: logits are the largest step of both. Of 64 rows at a time they are drawn from.
         drawn = LLAMA_70B.vocab_size * (2 * 2 + SAMPLING_BYTES_PER_LOGIT)
         local = LLAMA_70B.vocab_size // 2 * 2
-        stream = 3 * LLAMA_70B.hidden_size * 2
+        stream = STREAMED_ROWS * LLAMA_70B.hidden_size * 2
         more = 7 * 16 * (local + stream) + (64 - 16) * drawn
         assert after.lines["activations"] - before.lines["activations"] == more
         assert "draft.tokens" not in before.lines
@@ -264,5 +268,5 @@ def test_plan_counts_the_rows_and_the_slots_of_trees() -> None:
             assert after.lines[name] * (1 + 4 * 4) == before.lines[name] * (1 + 4 * 5)
         # Greedy: this rank's logits, and they in float32.
         rows = 4 * (64 - 5)
-        per_row = LLAMA_70B.vocab_size // 2 * (2 + 4) + 3 * LLAMA_70B.hidden_size * 2
+        per_row = LLAMA_70B.vocab_size // 2 * (2 + 4) + STREAMED_ROWS * LLAMA_70B.hidden_size * 2
         assert after.lines["activations"] - before.lines["activations"] == rows * per_row
