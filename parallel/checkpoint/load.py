@@ -103,8 +103,7 @@ def load_checkpoint(
     start = time.perf_counter()
     matches = match_tensors(model, checkpoint)
     check_zeros(matches.surplus_biases, read_ahead_bytes)
-    steps = [*plain_steps(model, matches, quantize), *quantized_steps(model, matches)]
-    steps = layer_by_layer(steps)
+    steps = layer_by_layer([*plain_steps(model, matches, quantize), *quantized_steps(model, matches)])
     total = sum(step.num_bytes for step in steps)
     done, decode_sec, kernels = 0, 0.0, Counter[str]()
     with ReadAhead((wanted for step in steps for wanted in step.reads.values()), device, read_ahead_bytes) as reader:
