@@ -20,7 +20,7 @@ OUTPUTS_PER_BLOCK = 128
 class GroupedWeight:
     """values [out, in] as in the weight; groups [in / group_size] int64, the group of each block of inputs.
 
-    `order` [in] is the input of the weight that each column is; None where columns are in the weight's own order.
+    `order` [in] int32 is the input of the weight that each column is; None where columns are in the weight's own order.
     """
 
     values: Tensor
@@ -37,7 +37,7 @@ def group_inputs(weight: QuantizedWeight, group_size: int) -> GroupedWeight:
     order = None if weight.group_of is None else weight.group_of.argsort(stable=True)
     if order is None or torch.equal(order, torch.arange(len(order), device=order.device)):
         return GroupedWeight(weight.values, weight.groups()[::group_size], None)
-    return GroupedWeight(weight.values, weight.groups()[order][::group_size], order)
+    return GroupedWeight(weight.values, weight.groups()[order][::group_size], order.int())
 
 
 class GroupedLinear(nn.Module):

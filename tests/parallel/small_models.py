@@ -92,7 +92,7 @@ def write_model(config: PretrainedConfig, folder: Path, *, seed: int = 1) -> Pat
 
 def random_values(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Of a spread at which layers, norms and biases all change what the model says."""
-    noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("norm.weight"):
         return 1 + 0.3 * noise
     if name.endswith("bias"):

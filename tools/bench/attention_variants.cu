@@ -2,7 +2,7 @@
 //
 // Defined by the host: CLUSTER, as there.
 
-#include "../parallel/kernels/programmatic.cuh"
+#include "../../parallel/kernels/programmatic.cuh"
 
 #if CLUSTER > 1
 #define CLUSTER_SHAPE __cluster_dims__(1, CLUSTER, 1)

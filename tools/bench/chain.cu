@@ -1,6 +1,6 @@
 // Stands for the wait of an all-reduce: one block that does nothing for some time.
 
-#include "../parallel/kernels/programmatic.cuh"
+#include "../../parallel/kernels/programmatic.cuh"
 
 __device__ __forceinline__ unsigned long long now_ns() {
   unsigned long long time;
