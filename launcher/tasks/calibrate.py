@@ -8,7 +8,8 @@ layers again and again, so that it takes no more memory: together they are beyon
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from launcher.timing.work import work_of
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import ElidedAllReduce
-from parallel.engine.chunk_timer import time_apart
+from parallel.engine.chunk_timer import sustained_milliseconds, time_apart
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import Part, TokenSequence
@@ -156,13 +157,16 @@ def time_engine(
     engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
     work = work_of(demand_of_calibration(context, settings, shape))
     large = [tokens for tokens in settings.chunks if tokens >= MIN_PARTS * settings.part_tokens]
+    chunks = {tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks}
+    is_largest = (settings.widths[size], len(model.model.layers)) == (max(settings.widths.values()), max(DEPTHS))
     return Point(
         size=size,
         work=replace(work, num_layers=len(model.model.layers)),
         steps={rows: time_rows(context, settings, engine, rows) for rows in settings.rows},
-        chunks={tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks},
+        chunks=chunks,
         past={tokens: time_chunk(context, settings, engine, [tokens], start=tokens) for tokens in large},
         parts={tokens: time_chunk(context, settings, engine, prompts_of(settings, tokens)) for tokens in large},
+        sustained_ms=time_sustained(context, settings, engine, chunks) if is_largest else None,
     )
 
 
@@ -200,10 +204,28 @@ def time_rows(context: RankContext, settings: Settings, engine: Engine, rows: in
 def time_chunk(
     context: RankContext, settings: Settings, engine: Engine, lengths: list[int], start: int = 0
 ) -> ChunkTimes:
-    """A pass over `lengths` tokens of as many prompts, those before `start` being in the cache, and their first draws.
+    """The median of each time of such a pass."""
+    with prompt_pass(settings, engine, lengths, start) as run:
+        num = NUM_WARM_UPS + settings.num_chunks
+        times = [time_apart(run, context.communicator, context.device) for _ in range(num)][NUM_WARM_UPS:]
+    return ChunkTimes(
+        *(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card"))
+    )
 
-    The median of each time.
-    """
+
+def time_sustained(context: RankContext, settings: Settings, engine: Engine, chunks: Mapping[int, ChunkTimes]) -> float:
+    """Milliseconds on the card of a pass of most tokens, after many of them."""
+    tokens = max(chunks)
+    with prompt_pass(settings, engine, [tokens], start=0) as run:
+        return sustained_milliseconds(run, chunks[tokens].card, context.communicator, context.device)
+
+
+@contextmanager
+def prompt_pass(
+    settings: Settings, engine: Engine, lengths: list[int], start: int
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """A pass over `lengths` tokens of as many prompts, those before `start` being in the cache, and their first draws:
+    each call queues the same one again."""
     # Equal tokens would make equal rows, whose products draw less power and so run faster.
     prompts = random_prompts(len(lengths), start + max(lengths), settings.vocab_size, "calibrate")
     sequences = [
@@ -218,11 +240,7 @@ def time_chunk(
         return engine.start_answers(sequences, engine.prefill(parts))
 
     try:
-        num = NUM_WARM_UPS + settings.num_chunks
-        times = [time_apart(run, context.communicator, context.device) for _ in range(num)][NUM_WARM_UPS:]
+        yield run
     finally:
         for sequence in sequences:
             engine.pages.release(sequence.pages)
-    return ChunkTimes(
-        *(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card"))
-    )

@@ -90,7 +90,10 @@ def measure_point(context: RankContext, engine: Engine, point: GridPoint, agree:
     run = context.job.run
     assert context.job.shape is not None
     bench = Bench(context, engine, point.prompt_tokens, context.job.shape.vocab_size, agree)
-    bench.answer(bench.prompts(warm_up_prompts(engine.limits, point.prompt_tokens), "warm up"), 2)
+    bench.answer(
+        bench.prompts(warm_up_prompts(engine.limits, point.prompt_tokens), "warm up"),
+        min(run.workload.output_tokens, warm_up_tokens(engine.limits, point.prompt_tokens)),
+    )
     engine.record_passes()
     found = summarise([bench.measure(number) for number in range(run.workload.repeats)])
     contexts = [point.prompt_tokens + run.workload.output_tokens // 2] * point.batch_size
@@ -102,7 +105,12 @@ def measure_point(context: RankContext, engine: Engine, point: GridPoint, agree:
 def warm_up_prompts(limits: EngineLimits, prompt_tokens: int) -> int:
     """Prompts that make a pass of every size that a batch has: first calls of a size choose and load kernels."""
     tokens = limits.chunk(is_decoding=False) + limits.chunk(is_decoding=True)
-    return min(limits.batch_size, math.ceil(tokens / prompt_tokens))
+    return min(limits.batch_size, max(2, math.ceil(tokens / prompt_tokens)))
+
+
+def warm_up_tokens(limits: EngineLimits, prompt_tokens: int) -> int:
+    """Of each answer, so that the first are still under way while a prompt is read in passes beside them."""
+    return 2 + math.ceil(prompt_tokens / limits.chunk(is_decoding=True))
 
 
 def keep_rows(context: RankContext, rows: list[Row]) -> None:

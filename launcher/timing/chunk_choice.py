@@ -58,9 +58,10 @@ def predict_chunk(work: Work, rates: Rates, *, prefill_chunk: int, batch_size: i
     if work.format not in rates.prefill:
         raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.prefill)}")
     step_ms = sum(decode_parts(work, batch_size, batch_size * context, rates).values())
+    slowdown = rates.slowdown.get(work.format, 1.0)
 
     def pass_ms(tokens: int) -> float:
         cost = chunk_cost(work, [(0, tokens)], rates)
-        return max(cost.card, cost.queue) + cost.lead
+        return max(cost.card * slowdown, cost.queue) + cost.lead
 
     return choose_chunk(prefill_chunk, pass_ms, step_ms)

@@ -35,7 +35,8 @@ class Point:
     """One engine's times, by rows of a step and tokens of a chunk; `work` is what it did, its layers counted.
 
     Chunks are of one prompt from its start. Of as many tokens, those of `past` come after as many in the cache, and
-    those of `parts` are prompts of Calibration.part_tokens.
+    those of `parts` are prompts of Calibration.part_tokens. `sustained_ms`: of the largest chunk on the card, after a
+    second of such passes; None where that was not timed.
     """
 
     size: str
@@ -44,6 +45,7 @@ class Point:
     chunks: Mapping[int, ChunkTimes]
     past: Mapping[int, ChunkTimes]
     parts: Mapping[int, ChunkTimes]
+    sustained_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def fit_rates(calibration: Calibration) -> Rates:
         power_w=calibration.power_w,
         parts=fit_parts(sizes, calibration.part_tokens, pair_us),
         past=fit_past(sizes, pair_us),
+        slowdown={name: fit_slowdown(each) for name, each in formats.items()},
     )
 
 
@@ -161,6 +164,15 @@ def fit_chunk(sizes: list[Size], tokens: int) -> ChunkRates:
         lead_us=statistics.mean(max(0.0, each.whole - max(each.card, each.queued)) for each in points) * 1e3,
         pairs=square_pairs(tokens),
     )
+
+
+def fit_slowdown(sizes: list[Size]) -> float:
+    """Of the points that were timed so, those with the longest passes tell it best."""
+    timed = [point for size in sizes for point in (size.shallow, size.deep) if point.sustained_ms is not None]
+    if not timed:
+        return 1.0
+    longest = max(timed, key=lambda point: point.sustained_ms or 0.0)
+    return max(1.0, (longest.sustained_ms or 0.0) / longest.chunks[max(longest.chunks)].card)
 
 
 def of_chunk(tokens: int, name: str, kind: str = "chunks") -> Callable[[Point], float]:

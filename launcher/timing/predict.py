@@ -9,6 +9,7 @@ from functools import cache
 from launcher.timing.chunks import Part, PassCost, chunk_cost
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.power import PowerLimit
 from launcher.timing.rates import MB, Rates, StepRates, interpolate
 
 
@@ -92,6 +93,7 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
 def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
     """The passes of `load`; each takes as long as its copies or more, and writes back what it reads of prompts."""
     table, tokens = rates.decode[work.format], load.middle_tokens
+    power = PowerLimit(rates.slowdown.get(work.format, 1.0))
 
     @cache
     def step_ms(num_running: int) -> float:
@@ -103,7 +105,7 @@ def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
     def cost(parts: list[Part]) -> PassCost:
         found = chunk_cost(work, parts, rates)
         past, written_ms = sum(past for past, _ in parts), copies.kv_token_ms * sum(num for _, num in parts)
-        return replace(found, card=max(found.card + written_ms, copies.ms(past)))
+        return replace(found, card=max(power.held(found.card) + written_ms, copies.ms(past)))
 
     return run_through(load, cost, step_ms)
 

@@ -73,7 +73,8 @@ class Rates:
 
     `all_reduce_us` is one call's, in a captured step, by its bytes. `pair_us`: in a layer of prefill, a million pairs
     of a token and one that it attends to, of one query head. `parts`: what each prompt in a chunk but the first adds
-    to a layer; `past`: what a chunk adds that begins within a prompt, beside its pairs.
+    to a layer; `past`: what a chunk adds that begins within a prompt, beside its pairs. `slowdown`, by format: how
+    many times as long a chunk takes the card once its power holds it (power.py).
     `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
     products. Empty and 0 where there is nothing of the kind.
     """
@@ -90,6 +91,7 @@ class Rates:
     power_w: float | None
     parts: Extra = Extra()
     past: Extra = Extra()
+    slowdown: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:

@@ -20,6 +20,8 @@ from parallel.layers.linear import swapped_communicator
 
 # Of a card's clock in a millisecond, at most.
 CYCLES_PER_MS = 3_000_000
+# Of passes one behind the other, until cards have long been held by their power.
+SUSTAINED_MS = 1000.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,28 @@ def card_milliseconds(
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end))
+
+
+def sustained_milliseconds(
+    run: Callable[[], object], one_ms: float, communicator: Communicator, device: torch.device
+) -> float:
+    """A pass of about `one_ms` among others one behind the other, which go on for SUSTAINED_MS: the mean of the second
+    half. To be called on all ranks. On a CPU `one_ms`."""
+    if device.type != "cuda":
+        return one_ms
+    # As many on every rank.
+    mean_ms = float(communicator.all_reduce(torch.full((64,), one_ms, device=device))[0]) / communicator.world_size
+    half = max(1, round(SUSTAINED_MS / 2 / mean_ms))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    communicator.barrier()
+    for _ in range(half):
+        run()
+    begin.record()
+    for _ in range(half):
+        run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / half
 
 
 def chunk_lengths(limits: EngineLimits, num_prompt_tokens: int) -> list[int]:

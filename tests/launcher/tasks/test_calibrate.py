@@ -55,6 +55,8 @@ def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None
         assert set(point.past) == set(point.parts) == {32}
         chunks = (*point.chunks.values(), *point.past.values(), *point.parts.values())
         assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
+        is_largest = (point.size, point.work.num_layers) == ("wide", max(DEPTHS))
+        assert point.sustained_ms == (point.chunks[32].card if is_largest else None)
 
 
 def test_no_pass_that_is_timed_is_captured_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

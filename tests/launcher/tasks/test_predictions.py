@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
 from launcher.config import PredictionsConfig, TaskConfig, TaskKind
 from launcher.plan.grid import GridPoint
 from launcher.rank.context import RankContext
 from launcher.report.accuracy import compare, point_row, summarise_errors
 from launcher.report.accuracy_text import accuracy_page
-from launcher.tasks.predictions import keep_rows, warm_up_prompts
+from launcher.tasks.predictions import keep_rows, warm_up_prompts, warm_up_tokens
 from launcher.timing.fit import Calibration
 from launcher.timing.load import Work
 from launcher.timing.store import save_calibration
+from parallel.engine.engine import Engine
+from parallel.engine.generate import StopRules, generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.sequence import Part
+from parallel.transports.solo import Solo
 from tests.launcher.cli import texts
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.timing.test_timing import Machine
+from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered
+from tests.parallel.small_models import DEMO
 from tools.predictions import main
 
 # Of the demo model on one of two ranks; the machine's sizes are far above.
@@ -141,8 +149,25 @@ def test_a_page_shows_measured_predicted_and_error() -> None:
 
 def test_a_warm_up_makes_passes_of_both_sizes() -> None:
     limits = EngineLimits(8192, 32, 2048, 512)
-    assert [warm_up_prompts(limits, tokens) for tokens in (128, 512, 4096)] == [20, 5, 1]
+    assert [warm_up_prompts(limits, tokens) for tokens in (128, 512, 4096)] == [20, 5, 2]
     assert warm_up_prompts(replace(limits, batch_size=8), 128) == 8
+    assert warm_up_prompts(replace(limits, batch_size=1), 4096) == 1
+
+
+def test_a_warm_up_reads_a_prompt_beside_answers_as_the_workload_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that begin within a prompt come twice: they are captured then."""
+    engine = make_engine(Solo(CPU), DEMO, max_context=128, batch_size=4, prefill_chunk=32)
+    engine.limits = replace(engine.limits, prefill_chunk_while_decoding=8)
+    passes = []
+
+    def prefill(parts: Sequence[Part]) -> Tensor:
+        passes.append([(part.sequence.index, part.start, part.end) for part in parts])
+        return Engine.prefill(engine, parts)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    prompts = numbered([[3 + place] * 32 for place in range(warm_up_prompts(engine.limits, 32))])
+    generate(engine, prompts, demo_tokenizer(), StopRules(warm_up_tokens(engine.limits, 32)))
+    assert passes == [[(0, 0, 32)], *([(1, start, start + 8)] for start in (0, 8, 16, 24))]
 
 
 def test_lists_are_checked_and_repeats_are_read() -> None:

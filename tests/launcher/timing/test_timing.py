@@ -12,6 +12,7 @@ from launcher.timing.chunks import PassCost, chunk_cost
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
 from launcher.timing.load import Work, Workload
 from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.power import LAG_MS, PowerLimit
 from launcher.timing.predict import Copies, Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import MB, Line, fit_line, interpolate
@@ -319,3 +320,30 @@ def test_what_is_no_single_prompt_from_its_start_costs_what_was_timed_of_it(mach
         found = chunk_cost(WIDE, parts, rates)
         assert found.card == pytest.approx(machine.card_ms(WIDE, parts), rel=1e-6)
         assert found.queue == pytest.approx(machine.queued_ms(WIDE, parts), rel=1e-6)
+
+
+def slowed(calibration: Calibration, slowdown: float) -> Calibration:
+    """The same machine, whose largest engine's largest chunks take so many times as long in the long run."""
+    points = list(calibration.points)
+    place = max(range(len(points)), key=lambda place: points[place].chunks[2048].card)
+    points[place] = replace(points[place], sustained_ms=slowdown * points[place].chunks[2048].card)
+    return replace(calibration, points=tuple(points))
+
+
+def test_passes_are_slower_once_power_holds_the_cards(machine: Machine) -> None:
+    load = replace(LOAD, batch_size=64, output_tokens=1)
+    found, held = (
+        predict_times(WIDE, load, fit_rates(slowed(machine.calibration(), slowdown))) for slowdown in (0.9, 1.25)
+    )
+    # A card is never faster in the long run; here it is the one that is waited for.
+    assert found == predict_times(WIDE, load, fit_rates(machine.calibration()))
+    passes_ms = 64 * 512 / found.prefill_tokens_per_sec * 1e3
+    assert machine.card_ms(WIDE, [(0, 512)] * 4) > machine.queued_ms(WIDE, [(0, 512)] * 4)
+    assert 64 * 512 / held.prefill_tokens_per_sec * 1e3 == pytest.approx(1.25 * passes_ms - 0.25 * LAG_MS, rel=0.01)
+    assert held.tpot_ms == found.tpot_ms
+
+
+def test_a_card_is_held_after_a_while_whatever_the_passes_are() -> None:
+    power = PowerLimit(slowdown=2.0)
+    assert [power.held(card_ms) for card_ms in (30.0, 30.0, 10.0)] == [30.0, (LAG_MS - 30.0) + 2 * 10.0, 20.0]
+    assert PowerLimit(2.0).held(LAG_MS + 5.0) == LAG_MS + 10.0
