@@ -47,7 +47,8 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(
     # Ranks are other processes.
     torch.cuda.empty_cache()
     found = run_on_one_card(rank_logits, world_size, tmp_path, folder, kind, LARGE, DEVICE)
-    errors = [error(ours, exact) for ours in found]
-    print(f"{config.model_type} {kind} on {world_size}: {errors}, transformers {error(theirs, exact):.5f}")
     shutil.rmtree(folder)
-    assert max(errors) < 1.25 * error(theirs, exact) < 0.1
+    ours, allowed = max(error(each, exact) for each in found), 1.25 * error(theirs, exact)
+    print(f"{config.model_type} {kind} on {world_size}: {ours:.5f} of {allowed:.5f}")
+    # Random weights of these sizes leave much to rounding; logits of another model would be 1.4 away.
+    assert ours < allowed < 0.5
