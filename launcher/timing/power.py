@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Until a card is held: on H200s passes of 25 to 70 ms took what passes after a pause do, and 250 ms 7 % more, where a
-# second and more took 9 % more (results/LOG.md).
-LAG_MS = 50.0
+# Until a card is held: on H200s prompts of 25 to 125 ms took what passes after a pause do, those of 250 to 300 ms 7 %
+# more, and those of a second and more 9 %; 80 to 150 fit such times alike (results/LOG.md).
+LAG_MS = 100.0
 
 
 @dataclass
