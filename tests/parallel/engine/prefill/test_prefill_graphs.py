@@ -14,9 +14,10 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
+from parallel.engine.answer import StopRules
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.prefill import graphs as pass_graphs
 from parallel.engine.prefill.fresh import MAX_PROMPTS, prompt_bounds
 from parallel.engine.prefill.graphs import PassGraphs
