@@ -8,8 +8,8 @@ DEFAULT_MAX_CONTEXT = 8192
 # Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
 # 70B on one H200, results/one_card_h200_202611.md).
 KEPT_FREE = 0.02
-# The same where layers are streamed, so that no more of them are than must be: peaks of such runs were 0.4 % below to
-# 0.1 % above (results/one_card_offload_h200_202611.md, streamed_trees_h200_202611.md, streaming_h200_202611.md).
+# The same where layers are streamed, so that no more of them are than must be: plans of such runs are 0.03 to 1.7 %
+# above their peaks (results/LOG.md, "Plans of streamed runs").
 KEPT_FREE_STREAMED = 0.01
 
 
