@@ -8,21 +8,13 @@ from launcher.config import RunConfig
 from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest_context
-from launcher.models.shape import ModelShape
+from launcher.plan.limits import DEFAULT_MAX_CONTEXT, KEPT_FREE, KEPT_FREE_STREAMED, context_limit
 from launcher.plan.offload_disk import has_host_room, largest_host_context
 from launcher.plan.refusal import refuse_memory
 from launcher.plan.remedies import Refused
 from launcher.plan.topology import PlanError
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.offload.spread import NUM_STAGED
-
-DEFAULT_MAX_CONTEXT = 8192
-# Of a budget where the plan chooses the context: measured peaks were up to 2 % above the predicted ones (checkpoints of
-# 70B on one H200, results/one_card_h200_202611.md).
-KEPT_FREE = 0.02
-# The same where layers are streamed, so that no more of them are than must be: peaks of such runs were 0.4 % below to
-# 0.1 % above (results/one_card_offload_h200_202611.md, streamed_trees_h200_202611.md, streaming_h200_202611.md).
-KEPT_FREE_STREAMED = 0.01
 
 
 def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> tuple[int, str]:
@@ -66,18 +58,6 @@ def _fits_with_host(run: RunConfig, demand: Demand, room: tuple[int, ...], inven
     if run.offload.disk is not None or hosted.num_kv_hosted - demand.num_kv_hosted <= NUM_STAGED:
         return False
     return fits(hosted, room, tokens) and has_host_room(run, hosted, inventory, tokens)
-
-
-def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[int, str]:
-    """The most tokens the model takes here, beside a draft model where there is one, and what sets that limit."""
-    limit, reason = shape.max_positions, f"the model's limit of {shape.max_positions} positions"
-    if shape.sliding_window is not None:
-        # Full attention equals a sliding window up to the window's size.
-        limit = shape.sliding_window
-        reason = f"the model's sliding window of {limit} tokens (attention is full here)"
-    if draft is not None and draft.max_positions < limit:
-        limit, reason = draft.max_positions, f"the draft model's limit of {draft.max_positions} positions"
-    return limit, reason
 
 
 def _check_limit(what: str, tokens: int, limit: int, limit_reason: str, remedy: str) -> None:

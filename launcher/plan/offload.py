@@ -11,7 +11,7 @@ from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
 from launcher.memory.kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory.streamed import disk_bytes, ring_bytes
-from launcher.plan.context import KEPT_FREE_STREAMED
+from launcher.plan.limits import KEPT_FREE_STREAMED
 from launcher.plan.offload_choice import choose_num_streamed, stream_layers
 from launcher.plan.offload_disk import (
     DiskRate,

@@ -12,7 +12,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.memory.kv import host_kv_bytes_per_token
-from launcher.plan.context import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, context_limit
+from launcher.plan.limits import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, context_limit
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PlanError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from launcher.config import DType, RunConfig, SpeculationKind, TaskKind, TopologyKind
+from launcher.config import DType, RunConfig, SpeculationKind, TaskKind
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import largest_context
@@ -134,7 +134,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         PlanError: the dtype cannot be run on that device.
     """
     transport = placement.transport
-    if placement.topology == TopologyKind.dual_nvlink.value:
+    if placement.over_nvlink:
         transport += " over nvlink"
     return Demand(
         shape=shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.config import RunConfig, TopologyKind, TransportKind
+from launcher.config import RunConfig, TransportKind
 from launcher.config.engine import PrefillGraphs
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
@@ -36,8 +36,7 @@ def hides_sums(run: RunConfig, placement: Placement) -> bool:
     Over NVLink they are not: of 512 and 1024 tokens of a 70B in 4 bits on two H200 they took 8 and 11 ms, and two
     sections 12 and 16 more for the products (results/LOG.md).
     """
-    over_nvlink = placement.topology == TopologyKind.dual_nvlink.value
-    return not over_nvlink or run.engine.transport == TransportKind.host_memory
+    return not placement.over_nvlink or run.engine.transport == TransportKind.host_memory
 
 
 def planned_fused_rows(run: RunConfig, demand: Demand, cards: Sequence[Card]) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from launcher.config import MAX_CARDS, KVDType, RunConfig, TopologyKind
+from launcher.config import MAX_CARDS, KVDType, KVPlace, OffloadKind, RunConfig, TopologyKind, WeightsKind
 from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.models.shape import quantized_shape
+from launcher.plan.offload_choice import stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PLAIN_TOPOLOGY
 
@@ -71,19 +73,28 @@ def shorter_sequences(run: RunConfig, most: int) -> str:
 
 def streaming(refused: Refused) -> Iterator[str]:
     """Layers in host memory, where none is there yet; more of them where offload.resident_layers says how many."""
-    demand, num_layers = refused.demand, refused.demand.shape.num_layers
-    if demand.device != "cpu" and refused.run.offload.resident_layers is not None:
-        yield from _fewer_resident(refused, refused.run.offload.resident_layers)
+    run, demand = refused.run, refused.demand
+    if demand.device != "cpu" and run.offload.resident_layers is not None:
+        yield from _fewer_resident(refused, run.offload.resident_layers)
         return
     if demand.num_streamed or demand.device == "cpu":
         return
-    for kv_on_host in _kv_places(refused):
-        for num in range(1, num_layers + 1):
-            if refused.would_fit(replace(demand, num_streamed=num, kv_on_host=kv_on_host)):
-                with_kv = " with offload.kv=host" if kv_on_host > demand.kv_on_host else ""
-                what = f"streams {num} of {num_layers} layers from host memory in every pass"
-                yield f"offload.enabled=on{with_kv}, which {what}"
-                return
+    for kv in dict.fromkeys((run.offload.kv, *([] if run.offload.disk else [KVPlace.host]))):
+        placed = _followed(refused, enabled=OffloadKind.on, kv=kv)
+        is_made_up = placed.num_disk > 0 and run.model.weights == WeightsKind.dummy
+        if placed.num_streamed and refused.would_fit(placed) and not is_made_up:
+            with_kv = "" if kv == run.offload.kv else f" with offload.kv={kv.value}"
+            where = "host memory and the disk" if placed.num_disk else "host memory"
+            what = f"streams {placed.num_streamed} of {demand.shape.num_layers} layers from {where} in every pass"
+            yield f"offload.enabled=on{with_kv}, which {what}"
+            return
+
+
+def _followed(refused: Refused, **changes: Any) -> Demand:
+    """As a run with such changes of its `offload` would be planned."""
+    run = replace(refused.run, offload=replace(refused.run.offload, **changes))
+    on_cards = replace(refused.demand, num_streamed=0, num_on_disk=0)
+    return stream_layers(run, on_cards, refused.budgets, refused.inventory)
 
 
 def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
@@ -96,17 +107,13 @@ def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
 
 
 def kv_on_host(refused: Refused) -> Iterator[str]:
-    """Keys and values beside their layers, where some of these are in host memory already."""
-    demand, hosted = refused.demand, replace(refused.demand, kv_on_host=True)
-    is_open = demand.device == "cuda" and True in _kv_places(refused)
-    if is_open and hosted.num_kv_hosted > demand.num_kv_hosted and refused.would_fit(hosted):
+    """Keys and values beside their layers, where some of these are in host memory already; offload.disk is for hosts
+    that have no room for them."""
+    if refused.demand.device == "cpu" or refused.run.offload.disk is not None:
+        return
+    hosted = _followed(refused, kv=KVPlace.host)
+    if hosted.num_kv_hosted > refused.demand.num_kv_hosted and refused.would_fit(hosted):
         yield f"offload.kv=host, which keeps keys and values of {hosted.num_kv_hosted} layers in host memory"
-
-
-def _kv_places(refused: Refused) -> list[bool]:
-    """Whether keys and values of streamed layers may lie in host memory: as they do, then there; offload.disk is for
-    hosts that have no room for them."""
-    return sorted({refused.demand.kv_on_host, refused.run.offload.disk is None or refused.demand.kv_on_host})
 
 
 def _more_cards(refused: Refused) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 from launcher.amounts import count
 from launcher.config import MAX_CARDS, PeerAccess, RunConfig, TopologyKind, TransportKind
@@ -50,6 +51,8 @@ class Placement:
     names: tuple[str, ...]
     # What carries the collectives: nccl (and what a rank finds faster for small ones), gloo or solo.
     transport: str
+    # Whether NVLink joins each card to all others, and may be used.
+    over_nvlink: bool = False
 
 
 def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
@@ -96,6 +99,7 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
         names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
         transport=plan_transport(run, world_size, device),
+        over_nvlink=run.limits.peer_access != PeerAccess.off and _has_nvlink(inventory, world_size),
     )
 
 
@@ -173,10 +177,11 @@ def _require_nvlink(run: RunConfig, inventory: Inventory) -> str:
     return f"topology=dual_nvlink was asked for, and cards {_indices(pair)} ({_names(pair)}) are linked by NVLink."
 
 
-def _has_nvlink(inventory: Inventory) -> bool:
-    """Whether the cards of ranks 0 and 1 are linked by NVLink."""
-    chosen = {card.index for card in inventory.cards[:2]}
-    return any(link.kind == "nvlink" and {link.first, link.second} == chosen for link in inventory.links)
+def _has_nvlink(inventory: Inventory, world_size: int = 2) -> bool:
+    """Whether the cards of the first ranks are linked by NVLink, each to all others."""
+    linked = {frozenset((link.first, link.second)) for link in inventory.links if link.kind == "nvlink"}
+    pairs = set(map(frozenset, combinations([card.index for card in inventory.cards[:world_size]], 2)))
+    return bool(pairs) and pairs <= linked
 
 
 def _indices(cards: tuple[Card, ...]) -> str:

@@ -77,6 +77,7 @@ def describe_range(chosen: Range) -> dict[str, Any]:
     return {
         "name": chosen.name,
         "reason": chosen.reason,
+        "failed": list(chosen.failed),
         "decode_all_reduce_us": chosen.times_us.get(DECODE_BYTES),
         "prefill_gb_per_sec": None if prefill_us is None else PREFILL_BYTES / prefill_us / 1e3,
     }

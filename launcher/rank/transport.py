@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -29,7 +29,6 @@ from parallel.transports.choice import (
     faster_up_to,
     fastest,
     force_ranges,
-    left_out,
     plan_ranges,
     prove,
 )
@@ -132,12 +131,11 @@ def choose_between_cards(job: Job, device: torch.device, on_timeout: OnTimeout) 
     opened, proofs = tester.prove_candidates(base)
     ranges, gather_limit = choose_ranges(wanted, base_proof, proofs)
     composed = compose(base, opened, ranges, gather_limit, carrier_in_graphs(base_proof, proofs), device)
-    communicator, found = join_norm(composed, tester)
+    communicator, first = join_norm(composed, ranges[0], tester)
     # Messages of tens of MiB were sent; the model is to find the card's memory as planned.
     torch.cuda.empty_cache()
     for each in opened.values():
         each.channel.timeout_sec = job.run.timeouts.collective_sec
-    first = replace(ranges[0], reason="; ".join(filter(None, [ranges[0].reason, found])))
     return Choice(communicator, (first, *ranges[1:]))
 
 
@@ -239,24 +237,25 @@ class Tester:
         return opened, proofs
 
 
-def join_norm(inner: Communicator, tester: Tester) -> tuple[Communicator, str]:
-    """`inner`, which has the sums that a norm follows in one kernel with it, up to where that is faster; and why."""
+def join_norm(inner: Communicator, first: Range, tester: Tester) -> tuple[Communicator, Range]:
+    """`inner`, which has the sums that a norm follows in one kernel with it, up to where that is faster; and `first`,
+    the range of the smallest messages, which says so, or why not."""
     if not host_memory_norm.ENABLED:
-        return inner, ""
+        return inner, first
     name, trial = host_memory_norm.NAME, Trial(find_wrong_norms, time_norm)
     opener = partial(wrap_norm, inner, tester.device, timeout_sec=tester.wait_sec)
     joined, proof = tester.prove(name, opener, NORM_BYTES, trial, close)
     if joined is None:
-        return inner, left_out(proof)
+        return inner, first.noting_failures([proof])
     _, apart = tester.prove("a kernel each", lambda: inner, NORM_BYTES, trial)
     if apart.error:
         raise failure(apart)
     joined.max_bytes = faster_up_to(proof.times_us, apart.times_us)
     if joined.max_bytes == 0:
         joined.channel.close()
-        return inner, f"{name} was left out: {compare(proof, apart, NORM_BYTES[0])}"
+        return inner, first.noting(f"{name} was left out: {compare(proof, apart, NORM_BYTES[0])}")
     joined.channel.timeout_sec = tester.job.run.timeouts.collective_sec
-    return joined, f"{name} up to {joined.max_bytes} bytes: {compare(proof, apart, NORM_BYTES[0])}"
+    return joined, first.noting(f"{name} up to {joined.max_bytes} bytes: {compare(proof, apart, NORM_BYTES[0])}")
 
 
 def close(communicator: HostTransport) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-# As parallel/transports/choice.py words it of what failed; what works and is slower has its time there.
-LEFT_OUT = re.compile(r"\w+ was left out: rank [^;]+")
 # A link that carries less may be idle now and then, and an idle card slows its link down.
 LOADED_BYTES_PER_SEC = 10**9
 
@@ -29,8 +26,7 @@ def slow_kernels(report: dict[str, Any]) -> list[str]:
 
 def failed_transports(report: dict[str, Any]) -> list[str]:
     """Those that did not pass their self-test, and why."""
-    reasons = (each["reason"] for each in (report["transport"] or {}).values())
-    return [found for reason in reasons for found in LEFT_OUT.findall(reason)]
+    return [found for each in (report["transport"] or {}).values() for found in each["failed"]]
 
 
 def poor_links(report: dict[str, Any]) -> list[str]:

@@ -28,10 +28,11 @@ from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.summary import MeasuredRun, summarise
 from launcher.tasks.tokens import text_tokenizer
 from launcher.tasks.tree_passes import time_tree_passes
+from parallel.engine.answer import StopRules
 from parallel.engine.arrivals import Agree, alone
 from parallel.engine.chunk_timer import chunk_lengths
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.generate import Prompt, Result, generate
 from parallel.engine.speculation.acceptance import join
 from parallel.engine.step_timer import time_steps
 

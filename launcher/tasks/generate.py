@@ -26,7 +26,8 @@ from launcher.tasks.tokens import (
     load_tokenizer,
 )
 from parallel.engine import generate
-from parallel.engine.generate import Answer, Result, StopRules
+from parallel.engine.answer import Answer, StopRules
+from parallel.engine.generate import Result
 
 WARM_UP_TOKENS = 64
 

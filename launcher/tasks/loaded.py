@@ -19,8 +19,8 @@ from launcher.tasks.measure import kernels, memory
 from launcher.tasks.tokens import eos_token_ids, text_tokenizer
 from launcher.tasks.weights import load_draft_model, load_sharded_model
 from parallel.checkpoint.load import LoadResult
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation

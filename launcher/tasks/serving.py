@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.config import WorkloadConfig
 from launcher.tasks.summary import MeasuredRun
-from parallel.engine.generate import RequestTimes
+from parallel.engine.answer import RequestTimes
 from parallel.timing import p50_p99
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel.engine.generate import RequestTimes
+from parallel.engine.answer import RequestTimes
 from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.timing import p50_p99, p99

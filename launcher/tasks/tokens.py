@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
-from launcher.plan.context import context_limit
+from launcher.plan.limits import context_limit
 from launcher.prompts import Prompt, prompt_key
 from launcher.tasks.model_texts import read_config, read_texts
 

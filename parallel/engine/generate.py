@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from parallel.engine.answer import Answer, Opened, RequestTimes, StopRules
 from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
 from parallel.engine.pending import Pending, check_number
@@ -18,28 +19,6 @@ from parallel.engine.speculation.acceptance import Acceptance
 from parallel.engine.speculation.given import Given
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.text import TextStream
-
-
-@dataclass(frozen=True)
-class StopRules:
-    """What ends an answer: its length, an end-of-sequence token, or one of some texts (which is cut off)."""
-
-    max_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-    texts: tuple[str, ...] = ()
-
-
-@dataclass
-class Answer:
-    """One prompt's answer. `finish_reason` is eos, stop, length, or context where max_context was full."""
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.finish_reason is not None
 
 
 @dataclass(frozen=True)
@@ -69,15 +48,6 @@ class Prompt:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class RequestTimes:
-    """Of one answer: milliseconds from its prompt's arrival to its first token, and from one token to the next on
-    average; None where it has one."""
-
-    ttft_ms: float
-    tpot_ms: float | None
-
-
 @dataclass
 class Result:
     """Answers in prompt order.
@@ -99,26 +69,6 @@ class Result:
     reused_tokens: int = 0
     acceptance: Acceptance = field(default_factory=Acceptance)
     plans: Counter[TreePlan] = field(default_factory=Counter)
-
-
-@dataclass
-class Opened:
-    """An answer under way: its place in the result, what shows its text, since when its prompt waits for it, and when
-    its first and its newest token were there."""
-
-    row: int
-    answer: Answer
-    stream: TextStream
-    room: int
-    since: float | None = None
-    first: float = 0.0
-    newest: float = 0.0
-
-    def times(self) -> RequestTimes:
-        assert self.since is not None, "admitted before its first token"
-        num_later = len(self.answer.token_ids) - 1
-        tpot_ms = (self.newest - self.first) * 1e3 / num_later if num_later else None
-        return RequestTimes((self.first - self.since) * 1e3, tpot_ms)
 
 
 def generate(
@@ -291,28 +241,9 @@ class Generation:
         return taken
 
     def take_token(self, sequence: TokenSequence, opened: Opened, token: int) -> None:
-        room = opened.room - len(opened.answer.token_ids) - 1
-        shown = add_token(opened.answer, opened.stream, token, self.rules, room)
+        shown = opened.add(token, self.rules)
         if shown:
             self.listener.on_text(opened.row, shown)
         if opened.answer.has_ended:
             self.scheduler.retire(sequence)
             self.listener.on_answer(opened.row, opened.answer)
-
-
-def add_token(answer: Answer, stream: TextStream, token: int, rules: StopRules, room: int) -> str:
-    """Adds one token to an answer, decides whether it ends there, and returns the text that may be shown now."""
-    answer.token_ids.append(token)
-    shown = stream.add(token)
-    if token in rules.eos_ids:
-        answer.finish_reason = "eos"
-    elif stream.stopped:
-        answer.finish_reason = "stop"
-    elif len(answer.token_ids) >= rules.max_tokens:
-        answer.finish_reason = "length"
-    elif room <= 0:
-        answer.finish_reason = "context"
-    if answer.has_ended and not stream.stopped:
-        shown += stream.finish()
-    answer.text += shown
-    return shown

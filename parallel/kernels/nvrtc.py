@@ -7,6 +7,7 @@ which our sources do not include.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -70,4 +71,5 @@ def open_nvrtc() -> ctypes.CDLL:
 
 
 def memory_maps() -> list[str]:
-    return Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    """Lines, with paths as Python has them, whatever their bytes."""
+    return [os.fsdecode(line) for line in Path("/proc/self/maps").read_bytes().splitlines()]

@@ -60,12 +60,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Range:
-    """One transport and the messages it carries: those above the range before it, up to `up_to_bytes` (None: all)."""
+    """One transport and the messages it carries: those above the range before it, up to `up_to_bytes` (None: all).
+
+    `reason`: why this one, and who else was left out; `failed`: of those, who did not pass the self-test, and why.
+    """
 
     name: str
     up_to_bytes: int | None
     reason: str
     times_us: dict[int, float]
+    failed: tuple[str, ...] = ()
+
+    def noting(self, found: str) -> Range:
+        return replace(self, reason=f"{self.reason}; {found}")
+
+    def noting_failures(self, others: Sequence[Proof]) -> Range:
+        """Who of `others` failed, too."""
+        failed = tuple(left_out(other) for other in others if other.error)
+        return replace(self, reason="; ".join([self.reason, *failed]), failed=self.failed + failed)
 
 
 def prove(
@@ -148,11 +160,12 @@ def faster_up_to(times: dict[int, float], base: dict[int, float]) -> int:
 
 
 def plan_ranges(base: Proof, others: Sequence[Proof]) -> tuple[Range, ...]:
-    """Who carries what: at each size that was timed, whoever was the fastest; `base` where nobody was faster."""
+    """Who carries what: at each size that was timed, whoever was the fastest; `base` where nobody was faster. The last
+    range also says who failed."""
     sizes = all_sizes(base, *others)
     winners = [fastest((base, *others), size) or base for size in sizes]
     ranges = merge_ranges(sizes, winners, lambda winner, mine: why(winner, (base, *others), mine))
-    return with_failures(ranges, others)
+    return (*ranges[:-1], ranges[-1].noting_failures(others))
 
 
 def force_ranges(base: Proof, others: Sequence[Proof], reason: str) -> tuple[Range, ...]:
@@ -162,7 +175,7 @@ def force_ranges(base: Proof, others: Sequence[Proof], reason: str) -> tuple[Ran
     ranges = merge_ranges(
         sizes, winners, lambda winner, mine: "what the others do not carry" if winner is base else reason
     )
-    return with_failures(ranges, others)
+    return (*ranges[:-1], ranges[-1].noting_failures(others))
 
 
 def all_sizes(*proofs: Proof) -> list[int]:
@@ -186,13 +199,6 @@ def merge_ranges(
         runs[-1][1].append(size)
     ranges = [Range(winner.name, mine[-1], reason(winner, mine), winner.times_us) for winner, mine in runs]
     return [*ranges[:-1], replace(ranges[-1], up_to_bytes=None)]
-
-
-def with_failures(ranges: list[Range], others: Sequence[Proof]) -> tuple[Range, ...]:
-    """The last range also says who was left out, and why."""
-    failures = [left_out(other) for other in others if other.error]
-    last = replace(ranges[-1], reason="; ".join([ranges[-1].reason, *failures]))
-    return (*ranges[:-1], last)
 
 
 def left_out(failed: Proof) -> str:

@@ -19,8 +19,9 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.checkpoint.read import TensorSlice
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
 from parallel.kernels import pack_four_bits, w4a16
 from parallel.layers.merged import LayerMerger

@@ -23,8 +23,9 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation

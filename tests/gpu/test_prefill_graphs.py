@@ -16,9 +16,10 @@ from parallel.checkpoint.load import load_checkpoint
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
+from parallel.engine.answer import StopRules
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill import section_sizes
 from parallel.engine.prefill.graphs import PassGraphs

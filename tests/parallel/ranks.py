@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import LoadResult, load_checkpoint
 from parallel.communicator import Communicator
+from parallel.engine.answer import Answer, StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Prompt, StopRules, generate
+from parallel.engine.generate import Prompt, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sampling import SamplingParams, gather_logits
 from parallel.engine.sequence import Part, TokenSequence

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import StopRules
+from parallel.engine.answer import StopRules
 from parallel.partition import choose_grain, split_by_grain, split_by_heads
 from parallel.shard import build_sharded_model
 from tests.parallel.ranks import ModelRun, build, run_model, run_on_ranks

@@ -76,14 +76,18 @@ class Recorded:
         self.places.note_run(self)
 
     def prepare(self) -> None:
-        """Records them now, and runs them before where they were not."""
+        """Records them now, and runs them before where they were not. If that fails, they hold no place."""
         if self.is_recorded:
             return
-        if not self.was_run:
-            with self.use() as calls:
-                for call in calls:
-                    call()
-        self.record_used(is_asked=True)
+        try:
+            if not self.was_run:
+                with self.use() as calls:
+                    for call in calls:
+                        call()
+            self.record_used(is_asked=True)
+        except BaseException:
+            self.forget()
+            raise
         self.is_idle = True
 
     def record_used(self, *, is_asked: bool = False) -> None:

@@ -13,7 +13,7 @@ from launcher.config import OffloadConfig, OffloadKind, SpeculationConfig, Specu
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
 from launcher.models.shape import TYPICAL_SCHEMES
-from launcher.plan.context import KEPT_FREE_STREAMED
+from launcher.plan.limits import KEPT_FREE_STREAMED
 from launcher.plan.offload import OffloadPlan
 from launcher.plan.offload_disk import HOST_BYTES_PER_RANK
 from launcher.plan.plan import Plan, plan_run
@@ -160,7 +160,7 @@ def test_host_memory_decides_how_many_layers_make_room_for_more_than_is_needed()
 def test_off_refuses_and_names_the_way() -> None:
     message = refused(AWQ_4, cards_of(1), **OFF)
     num = int(message.partition("offload.enabled=on, which streams ")[2].split()[0])
-    assert 0 < num <= len(streamed(plan(AWQ_4, cards_of(1))).streamed_layers)
+    assert num == len(streamed(plan(AWQ_4, cards_of(1))).streamed_layers)
 
 
 def test_sequences_that_do_not_fit_stream_only_where_that_was_asked_for() -> None:

@@ -18,6 +18,7 @@ from launcher.config import (
     TaskKind,
 )
 from launcher.hardware.inventory import Inventory
+from launcher.models.shape import ModelShape
 from launcher.plan.plan import Plan
 from launcher.report.plan_text import describe
 from launcher.timing.fit import fit_rates
@@ -154,18 +155,24 @@ def test_refusal_names_the_knob_where_it_helps() -> None:
     assert knob in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 832))
     streamed(plan(AWQ_4, cards_of(1), **of_batch(HOSTED, 16, 832)))
     assert "offload.kv" not in refused(AWQ_4, cards_of(1), **of_batch(HALF, 16, 4096))
-    # All layers are streamed, and still it does not fit.
-    all_there, roomy = "keeps keys and values of 80 layers", replace(cards_of(1), host_memory_bytes=512 * GIB)
-    assert all_there in refused(AWQ_4, roomy, **of_batch(OffloadConfig(), 40, 2112))
-    # Nor does host memory of 64 GiB hold them.
-    assert all_there not in refused(AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112))
+    # All layers are streamed, and still it does not fit; so they leave room for fewer of them to be.
+    knob = "offload.kv=host, which keeps keys and values of "
+    message = refused(AWQ_4, cards_of(1), **of_batch(OffloadConfig(), 40, 2112))
+    assert layers_named(message, knob) == num_streamed(AWQ_4, cards_of(1), KVPlace.host, 40, 2112) < 80
+    small, roomy = (replace(cards_of(1), host_memory_bytes=room * GIB) for room in (44, 512))
+    assert knob not in refused(AWQ_4, small, **of_batch(OffloadConfig(), 40, 2112))
     knob = "offload.enabled=on with offload.kv=host, which streams "
     message = refused(LLAMA_8B, roomy, **of_batch(OffloadConfig(), 4, 65536))
-    assert knob in message
-    num = int(message.partition(knob)[2].split()[0])
-    decided = plan(LLAMA_8B, roomy, **of_batch(OffloadConfig(OffloadKind.on, kv=KVPlace.host), 4, 65536))
-    # A little is kept free there.
-    assert num <= len(streamed(decided).streamed_layers) <= num + 1
+    assert layers_named(message, knob) == num_streamed(LLAMA_8B, roomy, KVPlace.host, 4, 65536)
+
+
+def layers_named(message: str, knob: str) -> int:
+    return int(message.partition(knob)[2].split()[0])
+
+
+def num_streamed(shape: ModelShape, inventory: Inventory, kv: KVPlace, batch_size: int, max_context: int) -> int:
+    changes = of_batch(OffloadConfig(OffloadKind.on, kv=kv), batch_size, max_context)
+    return len(streamed(plan(shape, inventory, **changes)).streamed_layers)
 
 
 def test_context_that_had_to_be_cut_names_the_knob() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from launcher.config import (
     PeerAccess,
     TaskConfig,
     TaskKind,
+    TopologyConfig,
     TransportKind,
 )
 from launcher.config.engine import PrefillGraphs
@@ -27,7 +29,7 @@ from launcher.models.config_json import ShapeError
 from launcher.models.shape import quantized_shape, shape_from_checkpoint, typical_quantization
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.prefill import wanted_passes
-from launcher.plan.topology import PlanError, place_ranks
+from launcher.plan.topology import PLAIN_TOPOLOGY, PlanError, place_ranks
 from launcher.report.plan_text import describe, plan_tables
 from launcher.timing.predict import Times
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
@@ -145,20 +147,27 @@ def test_the_slowest_card_and_the_cpu_decide() -> None:
     assert not wanted_passes(asked, place_ranks(asked, 2, CPU), CPU)
 
 
-def test_passes_stay_whole_where_nvlink_carries_their_sums() -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_passes_stay_whole_where_nvlink_carries_their_sums(world_size: int) -> None:
     """A whole pass has all its activations at once, a pass in sections those of one."""
-    by_path = {
-        name: plan(LLAMA_70B, cards_of(2, links, memory_bytes=140 * GIB), 2, **changes).cards[0].lines["activations"]
+    linked = tuple(combinations(range(world_size), 2))
+    lines = {
+        name: plan(LLAMA_70B, cards_of(world_size, links, memory_bytes=140 * GIB), world_size, **changes).cards[0].lines
         for name, links, changes in (
             ("pcie", (), {}),
-            ("nvlink", ((0, 1),), {}),
-            ("not used", ((0, 1),), {"limits": LimitsConfig(peer_access=PeerAccess.off)}),
-            ("host memory", ((0, 1),), {"engine__transport": TransportKind.host_memory}),
+            ("one pair is not", linked[1:], {}),
+            ("nvlink", linked, {}),
+            ("by another name", linked, {"topology": TopologyConfig(PLAIN_TOPOLOGY[world_size])}),
+            ("not used", linked, {"limits": LimitsConfig(peer_access=PeerAccess.off)}),
+            ("host memory", linked, {"engine__transport": TransportKind.host_memory}),
         )
     }
-    assert by_path["pcie"] == by_path["not used"] == by_path["host memory"]
+    by_path = {name: each["activations"] for name, each in lines.items()}
+    assert by_path["pcie"] == by_path["one pair is not"] == by_path["not used"] == by_path["host memory"]
     # Gate and up, and their product, of 2048 tokens in place of 1024.
-    assert by_path["nvlink"] - by_path["pcie"] > 1024 * (2 + 1) * 14336 * 2
+    assert by_path["nvlink"] - by_path["pcie"] > 1024 * (2 + 1) * 28672 // world_size * 2
+    assert by_path["by another name"] == by_path["nvlink"]
+    assert lines["nvlink"]["communicator"] == 838 * MIB > lines["one pair is not"]["communicator"]
 
 
 # H200 as far as they tell, of which a run may have 24 GiB.

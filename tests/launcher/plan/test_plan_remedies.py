@@ -11,7 +11,7 @@ import pytest
 from launcher.config import KVDType, OffloadConfig, OffloadKind, RunConfig, TopologyKind
 from launcher.config.offload import KVPlace
 from launcher.models.shape import ModelShape, quantized_shape
-from launcher.plan.plan import plan_run
+from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import PlanError, place_ranks, resolve_world_size
 from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, refused, run_of
 
@@ -54,6 +54,16 @@ def asked_for(remedy: str, shape: ModelShape, changes: dict[str, Any]) -> tuple[
     return run_of(**{"offload": OffloadConfig()} | asked), shape
 
 
+def check_layers(remedy: str, decided: Plan) -> None:
+    """As many are streamed, or have keys and values in host memory, as it said."""
+    offload = decided.offload
+    for num in map(int, re.findall(r"which streams (\d+) ", remedy)):
+        assert offload is not None and len(offload.streamed_layers + offload.disk_layers) == num, remedy
+    for num in map(int, re.findall(r"keys and values of (\d+) layers", remedy)):
+        # Of a token: two of 8 heads of 128 numbers.
+        assert offload is not None and sum(offload.kv_bytes_per_token) == num * 2 * 8 * 128 * 2, remedy
+
+
 @pytest.mark.parametrize("host_gib", [20, 40, 512])
 @pytest.mark.parametrize(
     ("shape", "changes"),
@@ -87,7 +97,7 @@ def test_what_a_refusal_names_is_planned(shape: ModelShape, changes: dict[str, A
             run, other = asked_for(remedy, shape, changes)
             assert [*run.problems()] == [], remedy
             more = replace(cards_of(resolve_world_size(run, None)), **room)
-            plan_run(run, place_ranks(run, len(more.cards), more), other, more)
+            check_layers(remedy, plan_run(run, place_ranks(run, len(more.cards), more), other, more))
     else:
         assert host_gib == 512 or "offload__disk" in changes
 

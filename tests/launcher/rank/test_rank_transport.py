@@ -37,8 +37,9 @@ def summary(tmp_path: Path, *ranges: Range) -> dict[str, Any]:
 
 
 def test_one_transport_carries_all_sizes(tmp_path: Path) -> None:
+    times = {"decode_all_reduce_us": 90.5, "prefill_gb_per_sec": None}
     assert summary(tmp_path, Range("gloo", None, "why", {DECODE_BYTES: 90.5})) == {
-        "all_sizes": {"name": "gloo", "reason": "why", "decode_all_reduce_us": 90.5, "prefill_gb_per_sec": None}
+        "all_sizes": {"name": "gloo", "reason": "why", "failed": [], **times}
     }
 
 
@@ -243,6 +244,7 @@ def test_norms_join_sums_up_to_where_that_is_faster(
     proofs = (NCCL, FAST, SLOW_MIDDLE, SLOW_LARGE, norms(NORM, *times), apart)
     choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, *proofs)
     assert choice.ranges[0].reason == f"{FAST_REASON}; {found}, where a kernel each takes 7.3 us"
+    assert not choice.ranges[0].failed
     assert (choice.communicator is tried[NORM]) == (limit > 0) != tried[NORM].channel.closed
     if limit:
         assert tried[NORM].max_bytes == limit * DECODE_BYTES
@@ -258,6 +260,7 @@ def test_norms_that_fail_or_are_switched_off_stay_apart(
     choice, tried = open_with(monkeypatch, tmp_path, TransportKind.auto, NCCL, FAST, broken)
     left_out = f"; {NORM} was left out: {broken.error}" if enabled else ""
     assert choice.ranges[0].reason == FAST_REASON + left_out
+    assert [*choice.ranges[0].failed] == [left_out.removeprefix("; ")] * enabled
     assert isinstance(choice.communicator, BySize)
     assert (NORM in tried) == enabled
 

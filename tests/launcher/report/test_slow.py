@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from launcher.rank.context import describe_range
 from launcher.report.slow import slow_parts
-from parallel.transports.choice import Proof, Range, with_failures
+from parallel.transports.choice import Proof, Range
 
 GOOD = {
     "index": 1,
@@ -20,12 +21,15 @@ GOOD = {
 UNKNOWN = {**dict.fromkeys(GOOD), "index": 1}
 
 
-def report(card: dict[str, Any], reason: str = "4.3 us for 16384 bytes, where nccl takes 24.7 us") -> dict[str, Any]:
+CHOSEN = Range("nccl", None, "4.3 us for 16384 bytes, where nccl takes 24.7 us", {})
+
+
+def report(card: dict[str, Any], chosen: Range = CHOSEN) -> dict[str, Any]:
     return {
         "device": "cuda",
         "kernels": None,
         "load": None,
-        "transport": {"all_sizes": {"name": "nccl", "reason": reason}},
+        "transport": {"all_sizes": describe_range(chosen)},
         "cards": [card],
         "inventory": {"cards": [{"index": 0, "pcie_generation": 5, "pcie_lanes": 32}, {**GOOD}]},
     }
@@ -55,10 +59,11 @@ def test_an_idle_link_is_slow_on_purpose() -> None:
 
 
 def test_transports_that_failed_are_told_with_what_helps_and_slower_ones_are_not() -> None:
+    """Whatever words their errors have."""
     refused = Proof("host_memory", error="rank 0: cuMemHostRegister_v2 failed with CUDA_ERROR_OUT_OF_MEMORY")
-    wrong = Proof("host_memory_dense", error="rank 1: gave wrong sums of 4 bytes of float32")
-    slower = "host_memory_norm was left out: 7.5 us for 16384 bytes, where a kernel each takes 7.3 us"
-    (only,) = with_failures([Range("nccl", None, slower, {})], [refused, wrong])
-    first, second = slow_parts(report(GOOD, only.reason))
+    wrong = Proof("host_memory_dense", error="rank 1: gave wrong sums; of 4 bytes of float32")
+    slower = "host_memory_norm was left out: rank 0 took 7.5 us, where a kernel each takes 7.3 us"
+    chosen = Range("nccl", None, slower, {}).noting_failures([refused, Proof("host_memory_copies"), wrong])
+    first, second = slow_parts(report(GOOD, chosen))
     assert first.startswith("host_memory was left out: rank 0: cuMemHostRegister_v2 failed") and "memlock=-1" in first
-    assert second == "host_memory_dense was left out: rank 1: gave wrong sums of 4 bytes of float32"
+    assert second == "host_memory_dense was left out: rank 1: gave wrong sums; of 4 bytes of float32"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from launcher.tasks.generate import longest_contexts
 from launcher.tasks.measure import latencies, reuse
-from parallel.engine.generate import Answer, Result
+from parallel.engine.answer import Answer
+from parallel.engine.generate import Result
 
 
 def test_latencies_are_medians_over_prompts_and_over_later_tokens() -> None:

@@ -13,7 +13,8 @@ from launcher.tasks import generate
 from launcher.tasks.generate import check_same_tokens
 from launcher.tasks.loaded import LoadedModel
 from parallel.communicator import Communicator
-from parallel.engine.generate import Answer, Result
+from parallel.engine.answer import Answer
+from parallel.engine.generate import Result
 from tests.launcher.cli import SHORT
 from tests.launcher.forked import ForkedProcess, run
 from tests.launcher.jobs import make_job

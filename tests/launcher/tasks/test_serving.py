@@ -19,8 +19,9 @@ from launcher.tasks.requests import arrival_times
 from launcher.tasks.serving import serving
 from launcher.tasks.summary import MeasuredRun
 from parallel.engine import generate as generation
+from parallel.engine.answer import RequestTimes, StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, RequestTimes, Result, StopRules, generate
+from parallel.engine.generate import Prompt, Result, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.pending import Pending
 from parallel.engine.sequence import Part, TokenSequence

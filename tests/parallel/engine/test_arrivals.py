@@ -14,9 +14,10 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.arrivals import Agree, Arrivals, alone
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, StopRules, generate
+from parallel.engine.generate import Prompt, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import TokenSequence
 from tests.parallel.engine.test_generate import ScriptedEngine

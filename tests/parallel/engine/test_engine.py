@@ -9,7 +9,8 @@ from torch import Tensor
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
 from parallel.communicator import Communicator, ElidedAllReduce
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.answer import StopRules
+from parallel.engine.generate import generate
 from parallel.engine.graphs import graph_sizes
 from parallel.engine.sampling import gather_logits
 from parallel.engine.step_timer import time_steps

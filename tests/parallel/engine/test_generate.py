@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from parallel.communicator import Communicator, TransportError
+from parallel.engine.answer import Answer, StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Listener, Prompt, Result, StopRules, generate
+from parallel.engine.generate import Listener, Prompt, Result, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import Sampler, SamplingParams, VocabularyShards

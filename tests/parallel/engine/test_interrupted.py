@@ -12,8 +12,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import Answer, StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Answer, Listener, Prompt, StopRules, generate
+from parallel.engine.generate import Listener, Prompt, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError
 from parallel.engine.prefix_cache import PrefixCache

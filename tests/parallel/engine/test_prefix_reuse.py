@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.page_allocator import PageAllocator
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Part

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import Listener, Prompt, StopRules, generate
+from parallel.engine.answer import StopRules
+from parallel.engine.generate import Listener, Prompt, generate
 from parallel.engine.noise import exponential_noise
 from parallel.engine.pending import ModelError
 from parallel.engine.sampling import (

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Listener, Prompt, Result, StopRules, generate
+from parallel.engine.generate import Listener, Prompt, Result, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.page_allocator import OutOfPagesError, PageAllocator
 from parallel.engine.prefix_cache import PrefixCache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
+
 import pytest
 from torch.utils import cpp_extension
 
@@ -32,3 +36,11 @@ def test_an_error_begins_with_its_place_and_names_what_is_wrong() -> None:
 def test_a_card_that_it_does_not_know_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="invalid value for --gpu-architecture"):
         nvrtc.compile_source(SOURCE, "twice", ("--gpu-architecture=sm_12345", "-DFACTOR=2"))
+
+
+def test_libraries_are_found_whatever_bytes_their_paths_have(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9 and\xc2\x85 more")
+    folder.mkdir()
+    (folder / "library.so").write_bytes(b"x")
+    with (folder / "library.so").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        assert any(line.endswith(f" {folder}/library.so") for line in nvrtc.memory_maps())

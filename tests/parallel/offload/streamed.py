@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, StopRules, generate
+from parallel.engine.generate import Prompt, generate
 from parallel.engine.speculation.speculator import Speculation
 from parallel.offload.disk_layers import DiskLayers
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered

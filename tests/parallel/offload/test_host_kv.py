@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Prompt, Result, StopRules, generate
+from parallel.engine.generate import Prompt, Result, generate
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from parallel.engine.step_timer import time_steps

@@ -99,6 +99,7 @@ def test_those_that_failed_are_left_out_with_their_reasons() -> None:
         "host_memory was left out: rank 1: gave wrong sums of 4 bytes of float32; "
         "two_step was left out: rank 0: no memory"
     )
+    assert only.failed == tuple(only.reason.split("; ")[1:])
 
 
 def test_those_that_were_asked_for_carry_all_they_can_however_slow() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from parallel.communicator import Around, Communicator
 from parallel.engine import paged_model
+from parallel.engine.answer import StopRules
 from parallel.engine.decoder import Decoder, Tokens
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.paged_model import split_parts
 from parallel.engine.prefill import halves, overlap, part_attention, pieces, section_sizes
 from parallel.engine.prefill.order import run_pass

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.answer import StopRules
+from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill import part_attention
 from parallel.engine.prefill.part_attention import attend_parts, group_parts

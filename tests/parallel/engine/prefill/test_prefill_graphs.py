@@ -14,9 +14,10 @@ from torch import Tensor
 
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.engine import limits
+from parallel.engine.answer import StopRules
 from parallel.engine.chunk_timer import prepared_chunk
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.prefill import graphs as pass_graphs
 from parallel.engine.prefill.fresh import MAX_PROMPTS, prompt_bounds
 from parallel.engine.prefill.graphs import PassGraphs
@@ -24,6 +25,7 @@ from parallel.engine.prefill.recorded import Places, Recorded
 from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.kernels.pages import pages_for
+from parallel.transports.solo import Solo
 from tests.parallel.engine.prefill.test_overlap import PASSES, Cut, cut_passes, pass_states, split_weights
 from tests.parallel.quantized_models import write_pair
 from tests.parallel.ranks import demo_tokenizer, make_engine, numbered, run_on_ranks
@@ -407,6 +409,26 @@ def asked_passes(communicator: Communicator, folder: Path) -> list[object]:
 def test_what_is_asked_for_takes_the_places_of_what_was_used_longest_ago(folders: dict[str, Path]) -> None:
     for found in run_on_ranks(asked_passes, 2, folders["llama"]):
         assert found == [[64], [4, 9, 48], [9, 48], 1, ["FreshPass"], [9, 48], 0, [4, 9, 48]]
+
+
+def passes_after_a_failure(communicator: Communicator, folder: Path) -> tuple[list[Recorded], list[Recorded]]:
+    """Those that hold places, or would be recorded next, before and after others could not be recorded."""
+    engine = make_engine(communicator, folder)
+    graphs = PassGraphs(engine.decoder, engine.caches, SIZES, None, as_functions, Places(3))
+    before = list(graphs.places.runs)
+
+    def refuse(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+        raise torch.OutOfMemoryError
+
+    graphs.record = refuse
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.anew(9)
+    return before, list(graphs.places.runs)
+
+
+def test_passes_that_could_not_be_recorded_hold_no_place(folders: dict[str, Path]) -> None:
+    before, after = passes_after_a_failure(Solo(torch.device("cpu")), folders["llama"])
+    assert after == before and len(before) == 1
 
 
 def test_rows_of_a_section_see_what_is_before_them() -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from parallel.communicator import Communicator
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Result, StopRules, generate
+from parallel.engine.generate import Result, generate
 from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import TokenSequence
 from parallel.engine.speculation.auto import AutoSpeculator

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from parallel.communicator import Communicator, ElidedAllReduce
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import Result, StopRules, generate
+from parallel.engine.generate import Result, generate
 from parallel.engine.speculation.draft_graphs import DraftGraphs
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan

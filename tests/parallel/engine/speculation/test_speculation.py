@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import Answer, Result, StopRules, generate
+from parallel.engine.answer import Answer, StopRules
+from parallel.engine.generate import Result, generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.paged_model import PagedModel
 from parallel.engine.rows import Rows

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallel.communicator import Communicator
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.answer import StopRules
+from parallel.engine.generate import generate
 from parallel.engine.rows import Rows
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.token_tree import TokenTree
