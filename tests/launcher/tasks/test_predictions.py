@@ -21,8 +21,9 @@ from launcher.tasks.predictions import keep_rows, warm_up_prompts, warm_up_token
 from launcher.timing.fit import Calibration
 from launcher.timing.load import Work
 from launcher.timing.store import save_calibration
+from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
-from parallel.engine.generate import StopRules, generate
+from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
 from parallel.engine.sequence import Part
 from parallel.transports.solo import Solo
