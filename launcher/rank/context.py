@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,8 +99,19 @@ def joined_rank(
         choice = open_transport(job, device, partial(abort_rank, job, rank))
         startup = {**(startup or {}), **joined, "links_tested_sec": job.elapsed_sec}
         yield RankContext(job, rank, device, choice.communicator, choice.ranges, events, startup)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # The error may hold an engine (leave_process_group). On a card the process ends without leaving.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Nobody may hold an engine by now: from 2.26 on NCCL waits, for ever, until all graphs with its sums are gone. An
+    engine refers to itself, and so goes when garbage is collected."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def open_device(job: Job, rank: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -60,4 +61,6 @@ def call_on_card(function: Callable[..., None], card: int, args: Any, **group: A
     try:
         function(CardRank(device, open_nccl(device, LIMIT), open_gloo(torch.device("cpu"), LIMIT)), *args)
     finally:
+        # NCCL waits for graphs with its sums (launcher/rank/context.py).
+        gc.collect()
         dist.destroy_process_group()
