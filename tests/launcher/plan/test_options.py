@@ -119,7 +119,7 @@ def test_what_streams_layers_says_so() -> None:
     """A 70B in 4 bits fits one card with layers in host memory and two without; of neither are times known here."""
     alone, pair = (rank_options(run_of(), LLAMA_70B_AWQ, cards_of(num), num)[0] for num in (1, 2))
     assert alone.fits and alone.streamed_layers > 0
-    assert f"streams {alone.streamed_layers} layers; workload.prompt_tokens is not set" in shown([alone])
+    assert f"streams {alone.streamed_layers} layers; why not " in shown([replace(alone, reason="why not")])
     assert f"streams {alone.streamed_layers} layers │" in shown([replace(alone, reason="")])
     assert pair.fits and pair.streamed_layers == 0 and "streams" not in shown([pair])
 
