@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
     plots = [] if interrupted else draw_plots(jobs, rows, sweep.folder)
     print_note(f"sweep: {sweep.folder}/{TABLE_NAME}.csv, .json, .md" + (f", {PLOTS_FOLDER}/" if plots else ""))
     if num_left(rows):
-        print_note(f"{num_left(rows)} of {len(rows)} jobs are left to do: -m resume={sweep.folder}")
+        print_note(f"{num_left(rows)} of {len(rows)} jobs are left to do: -m {shlex.quote(f'resume={sweep.folder}')}")
     return exit_code or int(num_left(rows) > 0)
 
 
