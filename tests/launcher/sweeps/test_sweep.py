@@ -207,7 +207,7 @@ def test_what_is_typed_now_takes_its_place(stored: Path) -> None:
 @pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"'])
 def test_folder_of_any_name_is_quoted_for_hydra(stored: Path, typed: str) -> None:
     """As it is typed in the shell's quotes alone, or in Hydra's within them."""
-    folder = stored.rename(stored.parent / "Läufe von x = 2, (neu)")
+    folder = stored.rename(stored / ".." / f"Läufe von {stored.name} = 2, (neu)")
     arguments = resume_arguments(["-m", f"resume={typed.format(folder)}"])
     parsed = OverridesParser.create().parse_override(arguments[-2])
     assert (parsed.key_or_group, parsed.value()) == ("hydra.sweep.dir", str(folder))
