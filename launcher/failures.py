@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ERROR_FILE = "error.json"
+FOLDER_KNOBS = "hydra.run.dir=FOLDER, of a sweep hydra.sweep.dir=FOLDER"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def describe_exception(error: BaseException, rank: int | None = None, log: str |
 
 def find_hint(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "Free some space, or write elsewhere: output_file=FILE, hydra.run.dir=FOLDER."
+        return f"Free some space, or write elsewhere: output_file=FILE, {FOLDER_KNOBS}."
     if isinstance(error, OSError) and error.errno in (
         errno.EACCES,
         errno.EPERM,
@@ -50,7 +51,7 @@ def find_hint(error: BaseException) -> str:
         errno.ENOTDIR,
         errno.EEXIST,
     ):
-        return "Choose a folder that can be written: hydra.run.dir=FOLDER."
+        return f"Choose a folder that can be written: {FOLDER_KNOBS}."
     if is_out_of_memory(error):
         return "Use more cards (gpus), a smaller engine.max_context or workload.batch_size, or fewer bits."
     if is_timeout(error):

@@ -22,11 +22,12 @@ class InUse(ConfigError):
 
 
 @contextlib.contextmanager
-def held(path: Path, knob: str, flags: int = os.O_RDONLY) -> Iterator[None]:
+def held(path: Path, knob: str, flags: int = os.O_RDONLY, value: Path | None = None) -> Iterator[None]:
     """Keeps `path`, a folder or a file, to this run.
 
     Args:
         knob: the key that chose it.
+        value: of that key, where it is not `path`.
 
     Raises:
         InUse: another run has it.
@@ -38,7 +39,7 @@ def held(path: Path, knob: str, flags: int = os.O_RDONLY) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InUse(
-                f"{knob}={path} is in use by another run, which goes on. Wait for its end, or name another."
+                f"{knob}={value or path} is in use by another run, which goes on. Wait for its end, or name another."
             ) from None
         except OSError:
             # Some network file systems have no locks.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from launcher.amounts import count
+
 
 @dataclass
 class Pace:
@@ -43,7 +45,8 @@ class Stage:
     def text(self, unit: str) -> str:
         """Such as `rank 1: 3.00 GB of 20.00 GB, 3.41 GB/s, 0:05 left`; the rate and the rest of it for bytes only."""
         rank, pace = self.slowest()
-        parts = [f"{amount_text(pace.done, unit)} of {amount_text(pace.total, unit)}"]
+        done = amount_text(pace.done, unit) if unit == "bytes" else str(pace.done)
+        parts = [f"{done} of {amount_text(pace.total, unit)}"]
         if unit == "bytes" and pace.rate is not None and pace.remaining_sec is not None:
             parts.append(f"{pace.rate / 1e9:.2f} GB/s")
             if pace.done < pace.total:
@@ -52,9 +55,9 @@ class Stage:
 
 
 def amount_text(amount: int, unit: str) -> str:
-    """An amount as a person reads it: bytes in MB or GB, other units as they are."""
+    """An amount as a person reads it: bytes in MB or GB, others with the name of one or of many of them."""
     if unit != "bytes":
-        return f"{amount} {unit}"
+        return count(amount, unit.removesuffix("s"))
     return f"{amount / 1e9:.2f} GB" if amount >= 1e9 else f"{amount / 1e6:.1f} MB"
 
 

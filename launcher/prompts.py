@@ -62,9 +62,9 @@ def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
         try:
             value = json.loads(line)
             prompt = _parse_json_prompt(index, value)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f'prompts_file={path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error!r}'
+                f'prompts_file={path}, line {number} is not {{"prompt": TEXT}} or {{"messages": [...]}}: {error}.'
             ) from error
         seed = value.get("seed")
         # JSON's true is an int, too.
@@ -84,6 +84,8 @@ def _parse_json_prompt(index: int, value: object) -> Prompt:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list of one or more")
+    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
+        raise ValueError("each of messages must have role and content")
     return Prompt(
         index, messages=tuple({name: text_of(m[name], name) for name in ("role", "content")} for m in messages)
     )

@@ -1,7 +1,8 @@
 """Published figures for RTX 4090s against what the hardware allows: `python -m tools.claims > docs/claims.md`.
 
 The claims are docs/claims.json; each is one of three kinds, told by its keys: a speed (`tokens_per_sec`), a size (`gb`)
-or a fact with its own reason. The card is conf/hardware/rtx4090.yaml.
+or a fact with its own reason. Of a speed's weights, `embedding_gb` are looked up and not read. The card is
+conf/hardware/rtx4090.yaml.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ INTRODUCTION = """# What is said about RTX 4090s, held against the hardware
 Made by `python -m tools.claims` from docs/claims.json. One card: {memory:.1f} GB that a program can have,
 {bandwidth:g} GB/s, PCIe {pcie}, no NVLink, no peer access.
 
-A step at batch 1 reads every byte of the weights once. On the cards that takes bytes / (cards x {bandwidth:g} GB/s);
-what does not fit is read from the host's memory once a step, at {host:g} GB/s at best, over the link or by the
-processor. Both go on at once, and the slower bounds tokens/s from above whatever the program. A batch shares a step, so
-that its ceiling is that of batch 1 times its size. Speculation shares one too and is another claim.
+A step at batch 1 reads every byte of the weights once, but for the embedding, of which it takes a row. On the cards
+that takes bytes / (cards x {bandwidth:g} GB/s); what does not fit is read from the host's memory once a step, over the
+link or by the processor, at {host:g} GB/s at best: a desktop's two channels of DDR5-5600. Both go on at once, and the
+slower bounds tokens/s from above whatever the program. A batch shares a step, so that its ceiling is that of batch 1
+times its size. Speculation shares one too and is another claim.
 
 | claim | arithmetic | verdict |
 |---|---|---|
@@ -76,17 +78,18 @@ def judge_size(claim: dict[str, Any], card: dict[str, Any]) -> tuple[str, str]:
 
 
 def judge_speed(claim: dict[str, Any], card: dict[str, Any]) -> tuple[str, str]:
-    batch, cards, size = claim.get("batch", 1), claim["cards"], weights_gb(claim)
-    streamed = max(0.0, size - cards * usable_gb(card))
-    read_sec = (size - streamed) / (cards * card["memory_gb_per_sec"])
-    ceiling = batch / max(read_sec, streamed / HOST_GB_PER_SEC)
-    return speed_text(claim, size, streamed, ceiling), speed_verdict(claim, streamed, ceiling)
+    batch, cards, read = claim.get("batch", 1), claim["cards"], weights_gb(claim) - claim["embedding_gb"]
+    streamed = max(0.0, read - cards * usable_gb(card))
+    cards_sec = (read - streamed) / (cards * card["memory_gb_per_sec"])
+    ceiling = batch / max(cards_sec, streamed / HOST_GB_PER_SEC)
+    return speed_text(claim, read, streamed, ceiling), speed_verdict(claim, streamed, ceiling)
 
 
-def speed_text(claim: dict[str, Any], size: float, streamed: float, ceiling: float) -> str:
-    on_cards = f"{size:.1f} GB" + (f", {streamed:.1f} of them in the host's memory" if streamed else "")
+def speed_text(claim: dict[str, Any], read: float, streamed: float, ceiling: float) -> str:
+    size = f"{claim['params_b']:g} B x {claim['bits']:g} bits = {weights_gb(claim):.1f} GB"
+    step = f"a step reads {read:.1f}" + (f", {streamed:.1f} of them in the host's memory" if streamed else "")
     of = f" from {claim['batch']} answers at a time" if "batch" in claim else ""
-    return f"{claim['params_b']:g} B x {claim['bits']:g} bits = {on_cards}: at most {number(ceiling)} tokens/s{of}"
+    return f"{size}; {step}: at most {number(ceiling)} tokens/s{of}"
 
 
 def speed_verdict(claim: dict[str, Any], streamed: float, ceiling: float) -> str:

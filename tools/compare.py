@@ -107,9 +107,12 @@ def compare_values(name: str, a: Row, b: Row) -> dict[str, Any]:
 
 
 def verdict(name: str, a: Row, b: Row) -> str | None:
-    """Of B: "better", "worse", or "within the spread" where the repeats of A and B overlap; None without repeats."""
+    """Of B: "better", "worse", or "within the spread" where the repeats of A and B overlap; None without repeats.
+
+    A single one is its own lowest and highest, which tells nothing of the next.
+    """
     first, second = ((row.get("spread") or {}).get(name) for row in (a, b))
-    if first is None or second is None:
+    if any(spread is None or spread["min"] == spread["max"] for spread in (first, second)):
         return None
     if second["min"] <= first["max"] and first["min"] <= second["max"]:
         return "within the spread"

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.amounts import count
 from launcher.hardware.inventory import Card
 from launcher.processes.start import catch_signals
 from tools.cards import LOCK_FOLDER, CardLock, CardState, read_cards, take_cards
@@ -162,7 +163,7 @@ def split(number: int, line: str) -> list[str]:
 def count_cards(line: int, arguments: Sequence[str]) -> int:
     """What gpus=N says; of a sweep over gpus, the most."""
     values = [argument.removeprefix("gpus=") for argument in arguments if re.fullmatch(r"gpus=\d+(,\d+)*", argument)]
-    counts = [int(count) for value in values for count in value.split(",")]
+    counts = [int(each) for value in values for each in value.split(",")]
     if not counts or min(counts) < 1:
         raise ValueError(f"line {line} must say gpus=N with N from 1: {shlex.join(arguments)}")
     return max(counts)
@@ -174,7 +175,7 @@ def check_cards(jobs: Sequence[Job], num_cards: int) -> None:
     """
     for job in jobs:
         if job.num_cards > num_cards:
-            raise ValueError(f"{job} takes {job.num_cards} cards, but CUDA shows {num_cards} here.")
+            raise ValueError(f"{job} takes {count(job.num_cards, 'card')}, but CUDA shows {num_cards} here.")
 
 
 def claim(out: Path) -> None:

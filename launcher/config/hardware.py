@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +10,8 @@ from enum import Enum
 LANE_GB_PER_SEC = {3: 0.985, 4: 1.969, 5: 3.938}
 # More than any machine has: what is above was not meant, and infinity is no number of bytes.
 MAX_GIB = 2**20
+# So far and no further from any card's: beyond, times leave what a float holds.
+LEAST_FACT, MOST_FACT = 1e-3, 1e9
 
 
 class HardwareKind(str, Enum):
@@ -53,8 +54,10 @@ class HardwareConfig:
             "power_limit_w",
             "disk_gb_per_sec",
         ):
-            if not 0 <= getattr(self, name) < math.inf:
-                yield f"hardware.{name}={getattr(self, name)} must be above 0, or 0 where it is not known."
+            value = getattr(self, name)
+            if value != 0 and not LEAST_FACT <= value <= MOST_FACT:
+                known = f"must be from {LEAST_FACT:g} to {MOST_FACT:,.0f}"
+                yield f"hardware.{name}={value} {known}, or 0 where it is not known."
         if self.pcie_generation not in (0, *LANE_GB_PER_SEC):
             known = ", ".join(map(str, LANE_GB_PER_SEC))
             yield f"hardware.pcie_generation={self.pcie_generation} must be one of {known}, or 0 where it is not known."

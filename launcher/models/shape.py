@@ -38,6 +38,8 @@ QUANTIZED_PARTS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale
 # Of one size whatever the linear's.
 TABLES = (".quant_map", ".nested_quant_map", ".bitsandbytes__nf4")
 HEAD_NAMES = ("lm_head.weight", "lm_head.bias")
+# Several times as deep as any decoder; plans try them one by one.
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def shape_from_facts(facts: ModelFacts) -> ModelShape:
     """The shape that model.shape describes; facts know of no output or MLP biases, nor of query and key norms.
 
     Raises:
-        ShapeError: a size is below 1, heads do not divide, or the dtype is unknown.
+        ShapeError: a size is below 1, layers are too many, heads do not divide, or the dtype is unknown.
     """
     fields = asdict(facts)
     for name, value in fields.items():
@@ -223,8 +225,11 @@ def _num_norm_weights(shape: ModelShape) -> int:
 
 
 def _check(fields: dict[str, object], where: str) -> None:
-    num_heads, num_kv_heads, dtype = (fields[name] for name in ("num_heads", "num_kv_heads", "dtype"))
-    assert isinstance(num_heads, int) and isinstance(num_kv_heads, int)
+    names = ("num_layers", "num_heads", "num_kv_heads", "dtype")
+    num_layers, num_heads, num_kv_heads, dtype = (fields[name] for name in names)
+    assert isinstance(num_layers, int) and isinstance(num_heads, int) and isinstance(num_kv_heads, int)
+    if num_layers > MOST_LAYERS:
+        raise ShapeError(f"{where}: {num_layers} layers are more than the {MOST_LAYERS} that a model may have.")
     if num_heads % num_kv_heads:
         raise ShapeError(f"{where}: {num_heads} heads must be a multiple of {num_kv_heads} key/value heads.")
     if dtype not in DTYPE_BYTES:

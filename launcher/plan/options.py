@@ -23,8 +23,8 @@ class Option:
     """`replicas` copies of the model, each over `world_size` cards with tensor parallelism, in one format.
 
     All figures are predicted and of all copies together, but times and tokens a joule; `basis` says from what.
-    `tpot_floor_ms`: as the plan's. `reason` says why it does not fit, or why it has no
-    times; empty otherwise.
+    `tpot_floor_ms`: as the plan's. `streamed_layers` come from host memory in every pass, or from the disk. `reason`
+    says why it does not fit, or why it has no times; empty otherwise.
     """
 
     world_size: int
@@ -40,6 +40,7 @@ class Option:
     tpot_floor_ms: float | None = None
     tokens_per_joule: float | None = None
     basis: tuple[str, ...] = ()
+    streamed_layers: int = 0
 
 
 # What is least for the best option of an aim.
@@ -114,6 +115,7 @@ def with_times(option: Option, plan: Plan, times: Times | str) -> Option:
         predicted_bytes=max(card.predicted_bytes for card in plan.cards),
         kv_tokens=option.replicas * plan.kv_tokens_that_fit,
         tpot_floor_ms=plan.tpot_floor_ms,
+        streamed_layers=0 if plan.offload is None else len(plan.offload.streamed_layers + plan.offload.disk_layers),
     )
     if not isinstance(times, Times):
         return replace(fitting, reason=times)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import group_lines
 from launcher.memory.kv import host_kv_bytes
@@ -23,7 +22,7 @@ def refuse_memory(refused: Refused) -> PlanError:
     remedies = [*smaller_runs(refused)] if weights_fit else []
     remedies += [*other_runs(refused), *streaming(refused), *kv_on_host(refused)]
     lines = demand.lines(max_context) if weights_fit else fixed
-    sizes = [_rank_text(rank, lines[rank], budgets[rank], refused.inventory) for rank in range(demand.world_size)]
+    sizes = [_rank_text(rank, lines[rank], refused) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
     what_fits = f"What would fit: {'; or '.join(remedies)}."
     summary = f"{what} do not fit: {_total_text(lines[0], budgets[0])}"
@@ -70,15 +69,22 @@ def _sequences(demand: Demand, max_context: int) -> str:
     return f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size}"
 
 
-def _rank_text(rank: int, lines: dict[str, int], budget: int, inventory: Inventory) -> str:
+def _rank_text(rank: int, lines: dict[str, int], refused: Refused) -> str:
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in group_lines(lines).items() if size)
-    where = f"rank {rank} on the CPU"
-    free = ""
-    if inventory.cards:
-        card = inventory.cards[rank]
-        where = f"rank {rank} on card {card.index} ({card.name})"
-        free = " free" if card.free_bytes == budget else ""
-    return f"  {where}: {_total_text(lines, budget)}{free}: {parts}"
+    cards, budget = refused.inventory.cards, refused.budgets[rank]
+    where = f"rank {rank} on card {cards[rank].index} ({cards[rank].name})" if cards else f"rank {rank} on the CPU"
+    return f"  {where}: {_total_text(lines, budget)}{_bound(rank, refused)}: {parts}"
+
+
+def _bound(rank: int, refused: Refused) -> str:
+    """What leaves a rank no more, where that is not the size of its card."""
+    inventory, limit_gib = refused.inventory, refused.run.limits.card_memory_gib
+    if inventory.cards and inventory.cards[rank].free_bytes == refused.budgets[rank]:
+        return " free"
+    host_bytes = inventory.host_memory_bytes // refused.demand.world_size
+    size = inventory.cards[rank].memory_bytes if inventory.cards else host_bytes
+    is_limited = limit_gib is not None and (not size or limit_gib * GIB < size)
+    return f" (limits.card_memory_gib={limit_gib:g})" if is_limited else ""
 
 
 def _total_text(lines: dict[str, int], budget: int) -> str:

@@ -23,8 +23,14 @@ def options_table(options: list[Option], aim: Aim, batch_size: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for option in options:
-        table.add_row(f"{option.world_size} x {option.replicas}", option.format, *cells(option), option.reason)
+        table.add_row(f"{option.world_size} x {option.replicas}", option.format, *cells(option), remarks(option))
     return table
+
+
+def remarks(option: Option) -> str:
+    """What sets it apart from runs whose weights are all on the cards, and why it has no times, or does not fit."""
+    streamed = f"streams {count(option.streamed_layers, 'layer')}" if option.streamed_layers else ""
+    return "; ".join(text for text in (streamed, option.reason) if text)
 
 
 def order(options: list[Option], aim: Aim) -> str:

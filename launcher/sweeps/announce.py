@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.config import ConfigError
 from launcher.failures import describe_exception
+from launcher.locks import InUse, held
 from launcher.report.outcome import report_failure
 from launcher.sweeps.folders import check_folders
 from launcher.sweeps.jobs import number_jobs
@@ -23,6 +26,8 @@ from launcher.sweeps.resume import COMMAND_FILE, PLACES, SUBDIR, goes_on_with
 
 # As conf/config.yaml has it.
 SUBDIR_BY_NUMBER = "${hydra.job.num}"
+# The lock of this process's sweep.
+HELD = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,25 @@ class Announce(Callback):
         sweep = Sweep(folder, expand_jobs(config), file.read_bytes() if file.is_file() else None)
         if subdir_as_typed(config) != SUBDIR_BY_NUMBER:
             refuse_shared_folders(config, sweep.jobs or ())
+        hold_folder(folder)
         if sweep.is_resumed:
             keep_places(config, number_jobs(folder, sweep.jobs or ()))
         Announce.sweep = sweep
+
+
+def hold_folder(folder: Path) -> None:
+    """Until the process ends; ends it where another sweep has the folder, whose jobs and table would be mixed up.
+
+    The lock is on the file that Hydra is about to write: the folder itself may be that of a job.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        HELD.enter_context(held(folder / COMMAND_FILE, "hydra.sweep.dir", os.O_RDWR | os.O_CREAT, folder))
+    except InUse as error:
+        sys.exit(report_failure(describe_exception(error), None, None))
+    except OSError:
+        # Hydra meets it next and says so.
+        pass
 
 
 def keep_places(config: DictConfig, numbers: Sequence[int]) -> None:

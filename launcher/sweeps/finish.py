@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +32,16 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
     if sweep.is_resumed:
         jobs = tuple(sorted((*jobs, *find_finished(sweep.folder, jobs)), key=lambda job: job.number))
     rows = sweep_rows(jobs)
-    write_tables(rows, sweep.folder)
+    # Before files are written, for which a full disk has no room.
     stderr_console().print(terminal_table(rows, f"{len(rows)} jobs"))
     for line in (NOTE, *reasons(rows)):
         print_note(line)
+    if num_left(rows):
+        again = shlex.quote(f"resume={sweep.folder}")
+        print_note(f"{num_left(rows)} of {len(rows)} jobs are left to do: -m {again}")
+    write_tables(rows, sweep.folder)
     plots = [] if interrupted else draw_plots(jobs, rows, sweep.folder)
     print_note(f"sweep: {sweep.folder}/{TABLE_NAME}.csv, .json, .md" + (f", {PLOTS_FOLDER}/" if plots else ""))
-    if num_left(rows):
-        print_note(f"{num_left(rows)} of {len(rows)} jobs are left to do: -m resume={sweep.folder}")
     return exit_code or int(num_left(rows) > 0)
 
 

@@ -57,6 +57,8 @@ STYLE: Any = {
 }
 DPI = 150
 WIDTH, HEIGHT, LEGEND_ROW = 8.0, 4.6, 0.3
+# Of a label of the memory's plot.
+BAR_LINE = 0.21
 # Characters of a label in a line: one of two columns of a legend, and beside an axis or above a panel.
 LEGEND_LABEL, MAX_LABEL = 28, 34
 MAX_PANELS = 24
@@ -136,7 +138,8 @@ def draw_throughput(rows: Sequence[Row]) -> Figure | None:
     )  # fmt: skip
     for place, line in enumerate(lines):
         draw_line(axes, line, place)
-        for point in line.points:
+        # Among many lines only those of the front can be read.
+        for point in [point for point in line.points if len(lines) <= len(COLORS) or point in front]:
             axes.annotate(
                 point.label, (point.x, point.y), (10, -7), textcoords="offset points", fontsize=11, color=color(place)
             )
@@ -152,7 +155,9 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
     bars = memory_bars(rows)
     if not bars:
         return None
-    figure = Figure(figsize=(WIDTH, 1.9 + 0.42 * len(bars)), layout="constrained")
+    labels = [wrap(bar.label) for bar in bars]
+    most_lines = max(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(WIDTH, 1.9 + BAR_LINE * max(most_lines, 2) * len(bars)), layout="constrained")
     axes = figure.subplots()
     figure.suptitle("Memory of the fullest card", x=0.01, ha="left", fontsize=14)
     axes.set_xlabel("GiB")
@@ -166,7 +171,7 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
         text = f"{round((bar.peak / bar.predicted - 1) * 100, 1) + 0.0:+.1f} %"
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=11)
     draw_limit(axes, bars)
-    axes.set_yticks(places, [wrap(bar.label) for bar in bars], fontsize=11)
+    axes.set_yticks(places, labels, fontsize=11)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)

@@ -40,18 +40,32 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     folders = [argument for argument in arguments if is_resume_folder(argument)]
     if not folders:
         return list(arguments)
-    folder = Path(folders[-1].removeprefix(PREFIX))
+    folder = Path(resumed(folders[-1]))
     flags = [argument for argument in arguments if argument.startswith("-")]
     if not any(flag in MULTIRUN_FLAGS for flag in flags):
         raise ConfigError(f"resume={folder} completes a sweep: add -m. A single run is resumed by resume=true.")
     typed = [argument for argument in arguments if argument not in (*folders, *flags)]
     overrides = {key_of(argument): argument for argument in (*read_command(folder), *typed)}
     overrides.pop("resume", None)
-    return [*flags, *overrides.values(), f"hydra.sweep.dir={folder}", RESUMED]
+    return [*flags, *overrides.values(), f"hydra.sweep.dir={quoted(str(folder))}", RESUMED]
 
 
 def is_resume_folder(argument: str) -> bool:
-    return argument.startswith(PREFIX) and argument.removeprefix(PREFIX).lower() not in BOOLEANS
+    return argument.startswith(PREFIX) and resumed(argument).lower() not in BOOLEANS
+
+
+def resumed(argument: str) -> str:
+    """What resume= is set to: as the shell left it, or within the quotes that Hydra wants around special characters."""
+    value = argument.removeprefix(PREFIX)
+    quote = value[:1]
+    is_quoted = quote in ("'", '"') and len(value) > 1 and value.endswith(quote)
+    return value[1:-1].replace(f"\\{quote}", quote) if is_quoted else value
+
+
+def quoted(value: str) -> str:
+    """For Hydra, which takes most characters only so."""
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def read_command(folder: Path) -> list[str]:

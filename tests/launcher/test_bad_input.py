@@ -60,7 +60,7 @@ def test_folder_that_cannot_be_written_gets_a_hint(tmp_path: Path) -> None:
     error = run(*SHORT, "hydra.run.dir=/dev/null/x", folder=tmp_path / "run").error
     assert (error["type"], error["hint"]) == (
         "NotADirectoryError",
-        "Choose a folder that can be written: hydra.run.dir=FOLDER.",
+        "Choose a folder that can be written: hydra.run.dir=FOLDER, of a sweep hydra.sweep.dir=FOLDER.",
     )
 
 

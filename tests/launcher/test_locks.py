@@ -127,6 +127,20 @@ def test_job_of_a_sweep_whose_folder_is_in_use_is_left_out_and_the_next_runs(tmp
     assert not (tmp_path / "sweep" / "0" / "report.json").exists()
 
 
+def test_folder_of_a_sweep_is_not_another_sweeps(tmp_path: Path) -> None:
+    """Its command line, jobs and table stay as they are until it ends."""
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    (folder / "multirun.yaml").write_text("of the first\n")
+    with held(folder / "multirun.yaml", "hydra.sweep.dir"):
+        result = run("-m", "task=plan", "gpus=1,2", folder=folder, sweep=True)
+    assert result.returncode == 1
+    assert result.error["message"].startswith(f"hydra.sweep.dir={folder} is in use by another run, which goes on")
+    assert [path.name for path in folder.iterdir()] == ["multirun.yaml"]
+    assert (folder / "multirun.yaml").read_text() == "of the first\n"
+    assert run("-m", "task=plan", "gpus=1,2", folder=folder, sweep=True).returncode == 0
+
+
 def check_held_at_write() -> None:
     """Of the process of a run: its folder is its own until its report is there."""
 

@@ -32,7 +32,8 @@ def test_first_report_gives_no_rate_and_the_last_no_rest() -> None:
 
 
 def test_what_is_no_bytes_has_no_rate() -> None:
-    assert stage((0, 1, 9, 5.0), (0, 3, 9, 6.0)).text("prompts") == "3 prompts of 9 prompts"
+    assert stage((0, 1, 9, 5.0), (0, 3, 9, 6.0)).text("prompts") == "3 of 9 prompts"
+    assert stage((0, 1, 1, 5.0)).text("runs") == "1 of 1 run"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0, "0:00"), (4.2, "0:05"), (60.0, "1:00"), (759.5, "12:40")])

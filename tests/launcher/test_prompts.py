@@ -233,3 +233,11 @@ def test_folder_that_is_missing_is_refused_before_the_run(tmp_path: Path) -> Non
 def test_folder_is_no_file_of_answers(tmp_path: Path, resume: bool) -> None:
     with pytest.raises(ConfigError, match=rf"output_file={tmp_path} is a folder. Name a file in it"):
         prompts_to_do(PROMPTS, tmp_path, resume=resume)
+
+
+@pytest.mark.parametrize("message", ['"hello"', '{"role": "user"}', '{"content": "hello"}', "3"])
+def test_message_without_its_parts_is_told_in_words(tmp_path: Path, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"messages": [{message}]}}\n')
+    with pytest.raises(ConfigError, match=r"line 1 is not .*: each of messages must have role and content\.$"):
+        read_prompts(RunConfig(model=ModelConfig("m"), prompt="x", prompts_file=str(file)))

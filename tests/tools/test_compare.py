@@ -61,6 +61,7 @@ def test_same_job_twice_is_matched_in_turn(tmp_path: Path) -> None:
         ({"min": 90, "max": 99}, "better", "worse"),
         ({"min": 99, "max": 100}, "within the spread", "within the spread"),
         ({"min": 111, "max": 120}, "worse", "better"),
+        ({"min": 111, "max": 111}, None, None),
         (None, None, None),
     ],
 )

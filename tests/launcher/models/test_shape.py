@@ -322,6 +322,7 @@ def test_facts_make_a_shape() -> None:
     ("changes", "part"),
     [
         ({"hidden_size": 0}, "model.shape.hidden_size=0 must be at least 1"),
+        ({"num_layers": 10**9}, "model.shape: 1000000000 layers are more than the 1000 "),
         ({"num_kv_heads": 3}, "8 heads must be a multiple of 3"),
         ({"dtype": "int8"}, "dtype=int8 is not supported"),
         ({"linear_bits": 0.0}, "model.shape.linear_bits=0.0"),

@@ -9,8 +9,9 @@ import pytest
 
 from launcher.memory.fit import fits
 from launcher.plan import remedies as plan_remedies
+from parallel.units import GIB
 from tests.launcher.jobs import RTX_4090
-from tests.launcher.plans import LLAMA_8B, LLAMA_70B_AWQ, TINY, cards_of, plan, refused
+from tests.launcher.plans import CPU, LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, TINY, cards_of, plan, refused
 
 
 def test_context_that_is_set_is_kept() -> None:
@@ -88,7 +89,16 @@ def test_advice_for_a_huge_batch_is_found_in_few_trials(monkeypatch: pytest.Monk
 
 def test_limit_below_what_the_driver_keeps_leaves_nothing_and_not_less() -> None:
     message = refused(LLAMA_70B_AWQ, cards_of(2), 2, limits__card_memory_gib=0.1)
-    assert "GiB of 0.00" in message
+    assert "GiB of 0.00 (limits.card_memory_gib=0.1): context" in message
+
+
+def test_what_is_short_of_a_limit_names_it() -> None:
+    assert "GiB of 7.61 (limits.card_memory_gib=8): " in refused(
+        LLAMA_70B_AWQ, cards_of(2), 2, limits__card_memory_gib=8
+    )
+    assert "limits" not in refused(LLAMA_70B, cards_of(2), 2, limits__card_memory_gib=24)
+    on_cpu = refused(LLAMA_70B_AWQ, replace(CPU, host_memory_bytes=16 * GIB), 2, limits__card_memory_gib=4)
+    assert "rank 1 on the CPU: " in on_cpu and "GiB of 4.00 (limits.card_memory_gib=4): " in on_cpu
 
 
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:

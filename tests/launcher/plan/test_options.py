@@ -115,6 +115,15 @@ def test_figures_are_shown_whatever_the_reasons_beside_them_take() -> None:
     assert "the best for latency first" in text
 
 
+def test_what_streams_layers_says_so() -> None:
+    """A 70B in 4 bits fits one card with layers in host memory and two without; of neither are times known here."""
+    alone, pair = (rank_options(run_of(), LLAMA_70B_AWQ, cards_of(num), num)[0] for num in (1, 2))
+    assert alone.fits and alone.streamed_layers > 0
+    assert f"streams {alone.streamed_layers} layers; why not " in shown([replace(alone, reason="why not")])
+    assert f"streams {alone.streamed_layers} layers │" in shown([replace(alone, reason="")])
+    assert pair.fits and pair.streamed_layers == 0 and "streams" not in shown([pair])
+
+
 def test_what_has_no_times_is_not_called_the_best_for_latency() -> None:
     untimed = [Option(1, 1, "bf16", True, "workload.prompt_tokens is not set", GIB, 1000)]
     assert "no times to rank by plan.aim=throughput" in shown(untimed, Aim.throughput)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launcher.config import ConfigError, SamplingConfig
 from launcher.report.report import config_values
-from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
+from launcher.sweeps.resume import finished_report, goes_on, quoted, resume_arguments
+from launcher.sweeps.resume import resumed as resumed_folder
 from tests.launcher.cli import SHORT, Result
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_run
@@ -193,13 +195,28 @@ hydra:
 
 def test_folder_stands_for_the_command_line_of_its_sweep(stored: Path) -> None:
     assert resume_arguments(["-m", f"resume={stored}"]) == [
-        "-m", "hydra/launcher=basic", "gpus=1,2", "++model=demo", f"hydra.sweep.dir={stored}", "resume=true",
+        "-m", "hydra/launcher=basic", "gpus=1,2", "++model=demo", f"hydra.sweep.dir='{stored}'", "resume=true",
     ]  # fmt: skip
 
 
 def test_what_is_typed_now_takes_its_place(stored: Path) -> None:
     arguments = resume_arguments(["--multirun", "gpus=1,2,4", f"resume={stored}", "prompt=x"])
-    assert arguments[2:] == ["gpus=1,2,4", "++model=demo", "prompt=x", f"hydra.sweep.dir={stored}", "resume=true"]
+    assert arguments[2:] == ["gpus=1,2,4", "++model=demo", "prompt=x", f"hydra.sweep.dir='{stored}'", "resume=true"]
+
+
+@pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"'])
+def test_folder_of_any_name_is_quoted_for_hydra(stored: Path, typed: str) -> None:
+    """As it is typed in the shell's quotes alone, or in Hydra's within them."""
+    folder = stored.rename(stored / ".." / f"Läufe von {stored.name} = 2, (neu)")
+    arguments = resume_arguments(["-m", f"resume={typed.format(folder)}"])
+    parsed = OverridesParser.create().parse_override(arguments[-2])
+    assert (parsed.key_or_group, parsed.value()) == ("hydra.sweep.dir", str(folder))
+
+
+@pytest.mark.parametrize("name", ["it's", "back\\slash"])
+def test_quotes_stay_in_names(name: str) -> None:
+    parsed = OverridesParser.create().parse_override(f"resume={quoted(name)}")
+    assert parsed.value() == name == resumed_folder(f"resume={quoted(name)}")
 
 
 @pytest.mark.parametrize("arguments", [["-m", "resume=true", "gpus=1"], ["resume=True"], ["gpus=2"], ["resume=false"]])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from launcher.sweeps.jobs import find_jobs
-from launcher.sweeps.plots import FRONT, write_plots
-from launcher.sweeps.rows import sweep_rows
+from launcher.sweeps.jobs import SweepJob, find_jobs
+from launcher.sweeps.plots import FRONT, draw_memory, draw_throughput, write_plots
+from launcher.sweeps.rows import Row, sweep_rows
 from tests.launcher.sweep_jobs import bench_report, failed_report, write_job
 
 NAMES = {
@@ -119,3 +121,34 @@ def test_front_of_a_single_job_is_seen(tmp_path: Path) -> None:
     text = draw(tmp_path)["throughput_against_latency.svg"].read_text()
     marks = re.findall(rf'<use [^>]*style="fill: {FRONT}', text)
     assert len(marks) == 1
+
+
+def many_jobs(num_models: int) -> list[Row]:
+    """Of long names, at two batch sizes each."""
+    jobs = [
+        SweepJob(0, (f"model=a_model_of_a_long_name_{model}", f"engine.prefill_chunk_while_decoding={model}",
+                     f"workload.batch_size={batch}", f"gpus={gpus}"),
+                 Path(), bench_report(gpus, batch_size=batch, tokens_per_sec=100.0 * batch + model + gpus))
+        for model in range(num_models) for batch in (1, 8) for gpus in (1, 2)
+    ]  # fmt: skip
+    return sweep_rows(jobs)
+
+
+def test_long_labels_of_memory_stand_apart() -> None:
+    figure = draw_memory(many_jobs(3))
+    assert figure is not None
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert max(label.get_text().count("\n") for label in figure.axes[0].get_yticklabels()) >= 2
+    assert not any(above.overlaps(below) for above, below in pairwise(boxes))
+
+
+@pytest.mark.parametrize(("num_models", "num_numbers"), [(2, 8), (5, 2)])
+def test_of_many_lines_only_the_front_has_numbers(num_models: int, num_numbers: int) -> None:
+    rows = many_jobs(num_models)
+    for row in rows:
+        row["tpot_p50_ms"] = 1000.0 * row["batch_size"] - row["tokens_per_sec"]
+    figure = draw_throughput(rows)
+    assert figure is not None
+    assert len(figure.axes[0].texts) == num_numbers
