@@ -47,8 +47,8 @@ def choose_num_streamed(
     """How many layers to stream: none where the run fits without, or may not; else the fewest that make it fit.
 
     Args:
-        needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for, as far as host
-            memory has room for the layers.
+        needed: tokens of a sequence without which the run cannot be; `wanted`: those to make room for, if some number
+            of layers does, and as far as host memory has room for them.
         kept_free: share of each budget that stays unused.
 
     Raises:
@@ -63,7 +63,11 @@ def choose_num_streamed(
         return 0
     room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
     place = partial(place_layers, run, demand, inventory)
-    wished = next((num for num in range(1, num_layers) if fits(place(num), room, wanted)), num_layers)
+
+    def fewest(tokens: int) -> int | None:
+        return next((num for num in range(1, num_layers + 1) if fits(place(num), room, tokens)), None)
+
+    wished = fewest(wanted) or fewest(needed) or num_layers
     possible = largest(lambda num: has_host_room(run, place(num), inventory), wished)
     return possible if possible and fits(place(possible), budgets, needed) else wished
 

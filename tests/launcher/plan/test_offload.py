@@ -85,7 +85,7 @@ def test_plan_says_what_room_for_shorter_sequences_would_save() -> None:
     """As many layers as are streamed then; nothing where lengths are not known, or were set."""
 
     def decided(**settings: Any) -> OffloadPlan:
-        return streamed(plan(AWQ_4, cards_of(1), workload__batch_size=8, **settings))
+        return streamed(plan(AWQ_4, cards_of(1), workload__batch_size=4, **settings))
 
     lengths = {"workload__prompt_tokens": 512, "workload__output_tokens": 32}
     long, short = decided(**lengths), decided(**lengths, engine__max_context=544)
@@ -155,6 +155,16 @@ def test_host_memory_decides_how_many_layers_make_room_for_more_than_is_needed()
     offload = streamed(tight)
     layer_bytes = offload.pass_bytes[0] / len(offload.streamed_layers)
     assert 0 <= 27 * GIB - offload.needed_host_bytes < layer_bytes
+
+
+def test_a_context_that_no_number_of_streamed_layers_has_room_for_costs_none() -> None:
+    """32 sequences of 8192 tokens do not fit however many are streamed: then as many as the workload's own need."""
+    changes: dict[str, Any] = {"workload__batch_size": 32, "workload__prompt_tokens": 2000} | ON
+    offload = streamed(plan(AWQ_4, cards_of(2), 2, **changes))
+    assert 0 < len(offload.streamed_layers) < 40
+    # Beyond what is kept free.
+    fewer = OffloadConfig(resident_layers=offload.resident_layers + 4)
+    assert "do not fit" in refused(AWQ_4, cards_of(2), 2, **changes | {"offload": fewer})
 
 
 def test_off_refuses_and_names_the_way() -> None:
