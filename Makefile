@@ -1,8 +1,8 @@
 # `make run` and `make test` set up everything they need in .venv by themselves.
 PYTHON ?= python3
 GPUS ?= 2
-# Files of tests at a time. Some start ranks for each core, others mostly wait.
-TEST_WORKERS ?= 2
+# Files of tests at a time: one more than two cores, since some mostly wait.
+TEST_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -147,10 +147,9 @@ def end_group(names: list[str], folder: Path) -> dict[str, Outcome]:
 
 
 def end_runs(running: dict[str, Running]) -> dict[str, Result]:
-    """Ends runs that all have come to their point; the result of each, of which no process is left."""
+    """Ends runs one after the other, each at its point; the result of each, of which no process is left."""
     for name, each in running.items():
         each.wait_for(*ENDINGS[name].when)
-    for name, each in running.items():
         ENDINGS[name].end(each)
     results = {name: each.finish() for name, each in running.items()}
     for each in running.values():

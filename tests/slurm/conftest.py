@@ -13,9 +13,11 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They come first: others have the cores while they wait."""
     for item in items:
         if item.path.is_relative_to(FOLDER):
             item.add_marker("slurm")
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture(scope="session")

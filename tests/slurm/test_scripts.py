@@ -51,11 +51,10 @@ class Submitted:
         wait_until(lambda: b"\n" in (self.run_dir / ANSWERS).read_bytes(), f"an answer of job {self.job}")
 
 
-def submit(cluster: Cluster, folder: Path, *arguments: str, num_prompts: int) -> Submitted:
+def write_run(folder: Path, *arguments: str, num_prompts: int) -> Path:
     folder.mkdir()
     (folder / "prompts.txt").write_text(PROMPT * num_prompts)
-    script = write_script(folder, *SHORT, *arguments, "prompts_file=prompts.txt")
-    return Submitted(cluster.submit(script), folder, cluster)
+    return write_script(folder, *SHORT, *arguments, "prompts_file=prompts.txt")
 
 
 def write_script(folder: Path, *arguments: str) -> Path:
@@ -70,10 +69,14 @@ def write_script(folder: Path, *arguments: str) -> Path:
 def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
     """Submitted together, for they mostly wait. Each has come to an end that its test then looks at."""
     folder = tmp_path_factory.mktemp("scripts")
-    requeued = submit(cluster, folder / "requeue", "gpus=1", num_prompts=SOME)
-    limited = submit(cluster, folder / "limit", "gpus=1", "--time=5", "--signal-sec=55", num_prompts=MANY)
-    cancelled = submit(cluster, folder / "cancel", "gpus=2", num_prompts=MANY)
-    array = submit(cluster, folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2)
+    # All are written before the first runs, which else might be done by then.
+    scripts = [
+        write_run(folder / "requeue", "gpus=1", num_prompts=SOME),
+        write_run(folder / "limit", "gpus=1", "--time=5", "--signal-sec=55", num_prompts=MANY),
+        write_run(folder / "cancel", "gpus=2", num_prompts=MANY),
+        write_run(folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2),
+    ]
+    requeued, limited, cancelled, array = (Submitted(cluster.submit(each), each.parent, cluster) for each in scripts)
     # The shortest first, while there is something left to do.
     requeued.wait_for_answers()
     cluster.run("scontrol", "requeue", requeued.job)

@@ -1,19 +1,14 @@
-// CUDA, and parallel/kernels/device.cuh, on threads of a CPU: one for each of a block's, meeting where a warp does.
+// CUDA, and parallel/kernels/device.cuh, on a CPU: a fiber for each thread of a block, meeting where a warp does.
 // Asynchronous copies arrive as early or as late as they may, as copy_early says.
 #define DEVICE_CUH
 
-#include <pthread.h>
+#include "fibers.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <functional>
-#include <thread>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -30,7 +25,20 @@ struct float4 { float x, y, z, w; };
 struct Index { int x, y; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static thread_local Index threadIdx, blockIdx;
+struct Copy { char* to; const void* from; int bytes; };
+struct Product { float (*sums)[4]; const u32* weights; u32 tokens; };
+struct Thread {
+  Index index, block;
+  // What it has asked for since it last committed, and what it has committed and not waited for.
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> committed;
+  std::vector<Product> asked;
+  std::deque<std::vector<Product>> under_way;
+};
+static std::vector<Thread> threads;
+inline Thread& this_thread() { return threads[fibers::running]; }
+#define threadIdx this_thread().index
+#define blockIdx this_thread().block
 static Index gridDim;
 using std::max;
 using std::min;
@@ -43,12 +51,7 @@ alignas(1024) static unsigned char dynamic_shared[SHARED_KIB * 1024];
 #define DYNAMIC_SHARED(name) unsigned char* const name = dynamic_shared
 #define DYNAMIC_SHARED_AT(alignment, name) DYNAMIC_SHARED(name)
 
-struct Barrier {
-  pthread_barrier_t barrier;
-  explicit Barrier(int threads) { pthread_barrier_init(&barrier, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier); }
-  void meet() { pthread_barrier_wait(&barrier); }
-};
+using fibers::Barrier;
 struct Warp : Barrier {
   u32 a[32][4], b[32][2], word[32];
   Warp() : Barrier(32) {}
@@ -59,7 +62,7 @@ inline Warp& own_warp() { return warps[threadIdx.x / 32]; }
 inline int own_lane() { return threadIdx.x % 32; }
 inline void __syncwarp() { own_warp().meet(); }
 inline void __syncthreads() { block->meet(); }
-static std::atomic<int> agreed;
+static int agreed;
 inline int __syncthreads_or(int mine) {
   block->meet();
   agreed = 0;
@@ -110,9 +113,6 @@ inline void wait_for_predecessors() {
 inline void let_successor_start() {}
 template <class T> inline T load_fresh(const T* from) { return *from; }
 
-struct Copy { char* to; const void* from; int bytes; };
-static thread_local std::vector<Copy> started;
-static thread_local std::deque<std::vector<Copy>> committed;
 static char origin;
 static bool is_early;
 extern "C" void copy_early(int early) { is_early = early; }
@@ -121,11 +121,16 @@ template <int bytes = 16> inline void copy_async(u32 shared, const void* global)
   char* to = &origin + (int32_t)shared;
   if ((uintptr_t)to % bytes || (uintptr_t)global % bytes) abort();
   if (is_early) memcpy(to, global, bytes);
-  else started.push_back({to, global, bytes});
+  else this_thread().started.push_back({to, global, bytes});
 }
-inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }
+// What was asked for since it was last called becomes one of those that are waited for.
+template <class T> inline void commit(std::vector<T>& asked, std::deque<std::vector<T>>& committed) {
+  committed.push_back(std::move(asked));
+  asked.clear();
+}
+inline void commit_copies() { commit(this_thread().started, this_thread().committed); }
 template <int pending> inline void await_copies() {
-  for (; (int)committed.size() > pending; committed.pop_front())
+  for (auto& committed = this_thread().committed; (int)committed.size() > pending; committed.pop_front())
     for (const Copy& copy : committed.front()) memcpy(copy.to, copy.from, copy.bytes);
 }
 
@@ -178,7 +183,7 @@ inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
 }
 
 // One block after the other, from the first on or from the last.
-static void run_grid(Index grid, int num_threads, const std::function<void()>& kernel, bool backwards = false) {
+template <class Kernel> void run_grid(Index grid, int num_threads, const Kernel& kernel, bool backwards = false) {
   gridDim = grid;
   for (int place = 0; place < grid.x * grid.y; place++) {
     const int i = backwards ? grid.x * grid.y - 1 - place : place;
@@ -188,14 +193,11 @@ static void run_grid(Index grid, int num_threads, const std::function<void()>& k
     std::vector<Warp> all(num_threads / 32);
     block = &meeting;
     warps = all.data();
-    std::vector<std::thread> threads;
-    for (int t = 0; t < num_threads; t++)
-      threads.emplace_back([=, &kernel] {
-        threadIdx = {t, 0};
-        blockIdx = {i % grid.x, i / grid.x};
-        kernel();
-      });
-    for (std::thread& thread : threads) thread.join();
+    threads.assign(num_threads, {});
+    fibers::run(num_threads, [&](int t) {
+      this_thread().index = {t, 0}, this_thread().block = {i % grid.x, i / grid.x};
+      kernel();
+    });
   }
 }
 

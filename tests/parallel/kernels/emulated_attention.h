@@ -1,17 +1,15 @@
-// CUDA, and the instructions of parallel/kernels/attention.cuh, on threads of a CPU: one for each of a block's, meeting
-// where a warp does. Asynchronous copies arrive as early (EAGER) or as late as they may. Blocks of a cluster run beside one
+// CUDA, and the instructions of parallel/kernels/attention.cuh, on a CPU: a fiber for each thread of a block, meeting where
+// a warp does. Asynchronous copies arrive as early (EAGER) or as late as they may. Blocks of a cluster run beside one
 // another, each with a copy of the kernel, as what is static in it is the block's own.
 #define ATTENTION_CUH
 
-#include <pthread.h>
+#include "fibers.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
-#include <thread>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -19,9 +17,9 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define DYNAMIC_SHARED(name) u8* const name = block->memory
+#define DYNAMIC_SHARED(name) u8* const name = own_block().memory
 #define CLUSTER_SHAPE
-#define SHARED_IN_CLUSTER(type, name) type& name = *(type*)block->shared_in_cluster
+#define SHARED_IN_CLUSTER(type, name) type& name = *(type*)own_block().shared_in_cluster
 #define STARTS_EARLY 1
 #define FULL 0xffffffffu
 #define LOWEST (-INFINITY)
@@ -40,32 +38,44 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
 
-struct Warp {
-  pthread_barrier_t barrier;
+using fibers::Barrier;
+struct Warp : Barrier {
   u32 a[32][4], b[32][2], word[32];
+  Warp() : Barrier(32) {}
 };
 struct Block {
   // NaN when the block starts.
   alignas(16) u8 memory[99 * 1024], shared_in_cluster[32 * 1024];
-  pthread_barrier_t barrier;
-  Warp warps[32];
+  Barrier barrier{WARPS * 32};
+  Warp warps[WARPS];
 };
 static Block blocks[CLUSTER];
-static thread_local Block* block;
-static pthread_barrier_t cluster_barrier;
-inline Warp& own_warp() { return block->warps[threadIdx.x / 32]; }
+struct Copy { u8* to; const void* from; bool present; };
+struct Thread {
+  Block* block;
+  Index index, place;
+  // What it has asked for since it last committed, and what it has committed and not waited for.
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> committed;
+};
+static std::vector<Thread> threads;
+inline Thread& this_thread() { return threads[fibers::running]; }
+#define threadIdx this_thread().index
+#define blockIdx this_thread().place
+static Barrier cluster_barrier(CLUSTER* WARPS * 32);
+inline Block& own_block() { return *this_thread().block; }
+inline Warp& own_warp() { return own_block().warps[threadIdx.x / 32]; }
 inline int own_lane() { return threadIdx.x % 32; }
-inline void __syncwarp() { pthread_barrier_wait(&own_warp().barrier); }
-inline void __syncthreads() { pthread_barrier_wait(&block->barrier); }
+inline void __syncwarp() { own_warp().meet(); }
+inline void __syncthreads() { own_block().barrier.meet(); }
 inline void arrive_at_cluster() {}
 inline void wait_for_cluster() {}
 inline void expect_bytes(u64*, int) {}
-inline void await_bytes(u64*) { pthread_barrier_wait(&cluster_barrier); }
+inline void await_bytes(u64*) { cluster_barrier.meet(); }
 template <class T> inline void store_in_block(T* own, int rank, const T& value, u64*) {
-  *(T*)(blocks[rank].shared_in_cluster + ((u8*)own - block->shared_in_cluster)) = value;
+  *(T*)(blocks[rank].shared_in_cluster + ((u8*)own - own_block().shared_in_cluster)) = value;
 }
 
 template <class T> inline T from_lane(T value, int lane) {
@@ -122,21 +132,23 @@ inline u32 count_up(u32* counter, u32 last) {
   return found;
 }
 
-struct Copy { u8* to; const void* from; bool present; };
-static thread_local std::vector<Copy> started;
-static thread_local std::deque<std::vector<Copy>> committed;
-inline u32 shared_address(const void* memory) { return (const u8*)memory - block->memory; }
+inline u32 shared_address(const void* memory) { return (const u8*)memory - own_block().memory; }
 inline void arrive(const Copy& copy) {
   if (copy.present) memcpy(copy.to, copy.from, 16);
   else memset(copy.to, 0, 16);
 }
 inline void copy_async(u32 shared, const void* global, bool present) {
-  started.push_back({block->memory + shared, global, present});
+  auto& started = this_thread().started;
+  started.push_back({own_block().memory + shared, global, present});
   if (EAGER) arrive(started.back()), started.clear();
 }
-inline void commit_copies() { committed.push_back(std::move(started)); started.clear(); }
+inline void commit_copies() {
+  auto& started = this_thread().started;
+  this_thread().committed.push_back(std::move(started));
+  started.clear();
+}
 template <int pending> inline void await_copies() {
-  for (; (int)committed.size() > pending; committed.pop_front())
+  for (auto& committed = this_thread().committed; (int)committed.size() > pending; committed.pop_front())
     for (const Copy& copy : committed.front()) arrive(copy);
 }
 
@@ -268,11 +280,6 @@ extern "C" void run_attention(const void* query, const void* keys, const void* v
   values_there.start(values, page_bytes, ROW_BYTES);
   for (int i = 0; i < sequences; i++)
     mark_new(block_table + (size_t)i * table_stride, TREE ? starts[i] : lengths[i] - 1, lengths[i], kv_heads);
-  pthread_barrier_init(&cluster_barrier, nullptr, CLUSTER * WARPS * 32);
-  for (Block& each : blocks) {
-    pthread_barrier_init(&each.barrier, nullptr, WARPS * 32);
-    for (Warp& warp : each.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
-  }
   for (int i = 0; i < grid_x * splits / CLUSTER * sequences; i++) {
     query_there.poison(), keys_there.poison(), values_there.poison();
     const int x = i % grid_x, first_split = i / grid_x % (splits / CLUSTER) * CLUSTER, z = i / grid_x / (splits / CLUSTER);
@@ -280,18 +287,14 @@ extern "C" void run_attention(const void* query, const void* keys, const void* v
       memset(each.memory, 255, sizeof each.memory);
       memset(each.shared_in_cluster, 255, sizeof each.shared_in_cluster);
     }
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < CLUSTER; rank++)
-      for (int t = 0; t < WARPS * 32; t++)
-        threads.emplace_back([=] {
-          block = &blocks[rank];
-          threadIdx = {t, 0, 0};
-          blockIdx = {x, first_split + rank, z};
-          kernels[rank]((const u16*)query_there.there.data(), keys_there.there.data(), values_there.there.data(),
-                        block_table, lengths, starts, (const u64*)masks, (u16*)out, (float*)partial,
-                        (float*)maxima_sums, scale_log2, query_stride, table_stride, max_pages, kv_heads, group, rows,
-                        words);
-        });
-    for (std::thread& thread : threads) thread.join();
+    threads.assign(CLUSTER * WARPS * 32, {});
+    fibers::run(CLUSTER * WARPS * 32, [&](int number) {
+      const int rank = number / (WARPS * 32), t = number % (WARPS * 32);
+      Thread& own = this_thread();
+      own.block = &blocks[rank], own.index = {t, 0, 0}, own.place = {x, first_split + rank, z};
+      kernels[rank]((const u16*)query_there.there.data(), keys_there.there.data(), values_there.there.data(), block_table,
+                    lengths, starts, (const u64*)masks, (u16*)out, (float*)partial, (float*)maxima_sums, scale_log2,
+                    query_stride, table_stride, max_pages, kv_heads, group, rows, words);
+    });
   }
 }

@@ -1,11 +1,9 @@
-// parallel/kernels/bulk_copies.cuh and wgmma.cuh, on threads of a CPU. Copies and products are done as early or as late as
+// parallel/kernels/bulk_copies.cuh and wgmma.cuh, on fibers. Copies and products are done as early or as late as
 // they may be: when they are asked for, or when somebody waits for them.
 #define BULK_COPIES_CUH
 #define WGMMA_CUH
 
-#include <condition_variable>
 #include <map>
-#include <mutex>
 
 #define __grid_constant__
 #undef shared_address
@@ -22,22 +20,19 @@ inline TensorMap describe(const void* from, long rows, long row_bytes, int box_r
   return {(const unsigned char*)from, rows, row_bytes, box_rows, box_bytes, element_bytes, swapped};
 }
 
-struct BoxCopy { u32 to; const TensorMap* map; int x, y; };
+struct BoxCopy { u32 to; TensorMap map; int x, y; };
 struct Phases { int expected, pending; long bytes; u32 phase; std::vector<BoxCopy> copies; };
 static std::map<u32, Phases> phases;
-static std::mutex all_phases;
-static std::condition_variable changed;
 
 inline u32 swapped_place(u32 at) { return at ^ (at >> 7 & 7) << 4; }
 inline void settle(Phases& each) {
   if (each.pending || each.bytes) return;
   each.phase++;
   each.pending = each.expected;
-  changed.notify_all();
 }
 inline void land(Phases& each) {
   for (const BoxCopy& copy : each.copies) {
-    const TensorMap& map = *copy.map;
+    const TensorMap& map = copy.map;
     if (copy.to % (map.is_swapped ? 1024 : 128)) abort();
     for (int r = 0; r < map.box_rows; r++)
       for (int i = 0; i < map.box_bytes; i++) {
@@ -55,7 +50,6 @@ inline void land(Phases& each) {
 inline void open_barrier(u32 barrier, int arrivals) { phases[barrier] = {arrivals, arrivals, 0, 0, {}}; }
 inline void show_barriers() {}
 inline void arrive_and_announce(u32 barrier, int bytes) {
-  std::lock_guard<std::mutex> lock(all_phases);
   Phases& each = phases.at(barrier);
   if (each.pending-- <= 0) abort();
   each.bytes += bytes;
@@ -63,19 +57,16 @@ inline void arrive_and_announce(u32 barrier, int bytes) {
 }
 inline void arrive_at(u32 barrier) { arrive_and_announce(barrier, 0); }
 inline void await_phase(u32 barrier, u32 parity) {
-  std::unique_lock<std::mutex> lock(all_phases);
   Phases& each = phases.at(barrier);
-  changed.wait(lock, [&] {
+  fibers::wait_until([&] {
     if ((each.phase & 1) == parity) land(each);
     return (each.phase & 1) != parity;
   });
 }
 inline void copy_box(u32 shared, const TensorMap* map, int x, int y, u32 barrier) {
-  std::lock_guard<std::mutex> lock(all_phases);
   Phases& each = phases.at(barrier);
-  each.copies.push_back({shared, map, x, y});
+  each.copies.push_back({shared, *map, x, y});
   if (is_early) land(each);
-  changed.notify_all();
 }
 
 // Of the only threads that meet so.
@@ -83,7 +74,7 @@ static Barrier& meeting_of(int threads) {
   static Barrier meeting(threads);
   return meeting;
 }
-static std::atomic<int> said;
+static int said;
 template <int threads> inline void meet_threads() { meeting_of(threads).meet(); }
 template <int threads> inline bool any_thread(bool mine) {
   meet_threads<threads>();
@@ -108,9 +99,6 @@ inline u32 transpose_pairs(u32 pair) {
   return found;
 }
 
-struct Product { float (*sums)[4]; const u32* weights; u32 tokens; };
-static thread_local std::vector<Product> asked;
-static thread_local std::deque<std::vector<Product>> under_way;
 inline void multiply_now(const Product& product) {
   Warp& warp = own_warp();
   memcpy(warp.a[own_lane()], product.weights, 16);
@@ -132,14 +120,11 @@ inline void start_products() {}
 inline void multiply_tokens(float (&sums)[NT][4], const u32 (&weights)[4], u32 tokens) {
   const Product product{sums, weights, tokens << 4};
   if (is_early) multiply_now(product);
-  else asked.push_back(product);
+  else this_thread().asked.push_back(product);
 }
-inline void commit_products() {
-  under_way.push_back(std::move(asked));
-  asked.clear();
-}
+inline void commit_products() { commit(this_thread().asked, this_thread().under_way); }
 template <int pending> inline void await_products() {
-  for (; (int)under_way.size() > pending; under_way.pop_front())
+  for (auto& under_way = this_thread().under_way; (int)under_way.size() > pending; under_way.pop_front())
     for (const Product& product : under_way.front()) multiply_now(product);
 }
 template <class T> inline void hold(T&) {}

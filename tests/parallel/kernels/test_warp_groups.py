@@ -53,7 +53,7 @@ def test_the_source_computes_what_float64_does_whichever_block_is_last(name: str
     weight = make()
     layer, layout = layer_and_layout(weight)
     library = compile_source(
-        "wide_wgmma.cu", ["-DRUN_GROUPS", "-DSHARED_KIB=227", *launch.options(layout, H200)], early=early
+        "wide_wgmma.cu", ["-O1", "-DRUN_GROUPS", "-DSHARED_KIB=227", *launch.options(layout, H200)], early=early
     )
     rows = torch.randn(num_rows, NUM_IN).bfloat16()
     tiles, units = layer.packed.shape[:2]
