@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from parallel.shard import share_process_group
 from parallel.transports.choice import PREFILL_BYTES, Range
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.units import GIB
+
+# For NCCL to end its communicators, which takes a fraction of a second where all ranks do.
+LEAVE_SEC = 10.0
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,15 @@ def joined_rank(
 
 def leave_process_group() -> None:
     """Nobody may hold an engine by now: from 2.26 on NCCL waits, for ever, until all graphs with its sums are gone. An
-    engine refers to itself, and so goes when garbage is collected."""
+    engine refers to itself, and so goes when garbage is collected.
+
+    Nor is a peer waited for that has gone already: what this rank has to tell must not be lost so late, and its
+    process ends soon.
+    """
     gc.collect()
-    dist.destroy_process_group()
+    leaving = threading.Thread(target=dist.destroy_process_group, name="leave", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SEC)
 
 
 def open_device(job: Job, rank: int) -> torch.device:
