@@ -167,12 +167,11 @@ def fit_chunk(sizes: list[Size], tokens: int) -> ChunkRates:
 
 
 def fit_slowdown(sizes: list[Size]) -> float:
-    """Of the points that were timed so, those with the longest passes tell it best."""
-    timed = [point for size in sizes for point in (size.shallow, size.deep) if point.sustained_ms is not None]
-    if not timed:
-        return 1.0
-    longest = max(timed, key=lambda point: point.sustained_ms or 0.0)
-    return max(1.0, (longest.sustained_ms or 0.0) / longest.chunks[max(longest.chunks)].card)
+    """Of the points that were timed so, that with the longest passes tells it best."""
+    points = [point for size in sizes for point in (size.shallow, size.deep)]
+    timed = [(point.sustained_ms, point.chunks[max(point.chunks)].card) for point in points if point.sustained_ms]
+    sustained_ms, paused_ms = max(timed, default=(1.0, 1.0))
+    return max(1.0, sustained_ms / paused_ms)
 
 
 def of_chunk(tokens: int, name: str, kind: str = "chunks") -> Callable[[Point], float]:
