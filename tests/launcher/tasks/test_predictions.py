@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,14 +19,17 @@ from launcher.plan.grid import GridPoint
 from launcher.rank.context import RankContext
 from launcher.report.accuracy import compare, point_row, summarise_errors
 from launcher.report.accuracy_text import accuracy_page
-from launcher.tasks.predictions import keep_rows, warm_up_prompts, warm_up_tokens
+from launcher.tasks.bench import Bench
+from launcher.tasks.predictions import keep_rows, warm_up, warm_up_prompts, warm_up_tokens
 from launcher.timing.fit import Calibration
 from launcher.timing.load import Work
 from launcher.timing.store import save_calibration
 from parallel.engine.answer import StopRules
+from parallel.engine.arrivals import alone
 from parallel.engine.engine import Engine
 from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
+from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.sequence import Part
 from parallel.transports.solo import Solo
 from tests.launcher.cli import texts
@@ -169,6 +174,24 @@ def test_a_warm_up_reads_a_prompt_beside_answers_as_the_workload_does(monkeypatc
     prompts = numbered([[3 + place] * 32 for place in range(warm_up_prompts(engine.limits, 32))])
     generate(engine, prompts, demo_tokenizer(), StopRules(warm_up_tokens(engine.limits, 32)))
     assert passes == [[(0, 0, 32)], *([(1, start, start + 8)] for start in (0, 8, 16, 24))]
+
+
+def test_what_is_measured_replays_a_pass_for_the_second_time_or_later(tmp_path: Path) -> None:
+    """A card takes longer over the first replay."""
+    engine, replays = make_engine(Solo(CPU), DEMO, max_context=128, batch_size=1, prefill_chunk=64), Counter[int]()
+
+    def record(calls: Sequence[Callable[[], None]], pool: object) -> list[Callable[[], None]]:
+        def replay(place: int) -> None:
+            replays[place] += 1
+            calls[place]()
+
+        return [partial(replay, place) for place in range(len(calls))]
+
+    graphs = PassGraphs(engine.decoder, engine.caches, [32, 64], None, record)
+    engine.target = replace(engine.target, graphs=graphs)
+    context = cast(RankContext, SimpleNamespace(job=make_job(tmp_path), communicator=engine.communicator))
+    warm_up(Bench(context, engine, 32, 512, alone), 3)
+    assert set(replays.values()) == {1}
 
 
 def test_lists_are_checked_and_repeats_are_read() -> None:
