@@ -191,16 +191,17 @@ def join_kernels(results: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def speed(result: dict[str, Any], telemetry: Telemetry) -> dict[str, Any]:
-    """Tokens per second and per joule over the whole generation, prefill included; a rank that timed several runs knows
-    their rate itself."""
-    span = result.get("generation")
-    if not span or not result["generated_tokens"]:
+    """Tokens per second and per joule over all generation, prefill included; a rank that timed several runs knows their
+    rate itself."""
+    spans = result.get("generation")
+    if not spans or not result["generated_tokens"]:
         return {"tokens_per_sec": None, "tokens_per_joule": None}
     tokens = result["generated_tokens"]
-    energy_j = telemetry.energy_between(span["start"], span["end"])
+    joules = [telemetry.energy_between(start, end) for start, end in spans]
+    energy_j = None if None in joules else sum(filter(None, joules))
     return {
         "generated_tokens": tokens,
-        "tokens_per_sec": result.get("tokens_per_sec") or tokens / (span["end"] - span["start"]),
+        "tokens_per_sec": result.get("tokens_per_sec") or tokens / sum(end - start for start, end in spans),
         "tokens_per_joule": tokens / energy_j if energy_j else None,
     }
 

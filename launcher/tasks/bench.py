@@ -51,7 +51,9 @@ class Bench:
         """Run `number` of the workload: the same requests for the same number on every rank, new ones for each."""
         workload = self.context.job.run.workload
         prompts = self.arriving(self.prompts(num_requests(workload), f"run {number}"))
+        started = time.time()
         result, sec = self.answer(prompts, workload.output_tokens)
+        ended = time.time()
         check_same_tokens(self.context, result.answers)
         first = self.prompts(workload.batch_size, f"prefill {number}")
         _, prefill_sec = self.answer(first, 1)
@@ -65,6 +67,7 @@ class Bench:
             result.step_ms,
             result.plans,
             result.requests,
+            (started, ended),
         )
 
     def prompts(self, num: int, seed: str) -> list[Prompt]:
@@ -106,7 +109,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
     warm_up_sec = warm_up(bench)
     context.reached("ready")
     loaded.engine.record_passes()
-    runs, span = measure_runs(bench)
+    runs = measure_runs(bench)
     contexts = [num_prompt_tokens + job.run.workload.output_tokens // 2] * job.run.workload.batch_size
     step = decode_step(context, bench.engine, contexts)
     step_ms = step["decode_step_ms"]["measured"]
@@ -119,7 +122,7 @@ def run_bench(context: RankContext) -> dict[str, Any]:
         "requests": serving(runs, job.run.workload),
         "speculation": speculated(context, loaded, join_steps(runs), contexts, offload),
         "generated_tokens": sum(run.output_tokens for run in runs),
-        "generation": span,
+        "generation": [run.span for run in runs],
         **step,
         "offload": offload,
         **bandwidth(bench.engine, contexts, step_ms, copy_bytes_per_sec, streamed_ms),
@@ -141,15 +144,15 @@ def warm_up(bench: Bench) -> float:
     return time.perf_counter() - start
 
 
-def measure_runs(bench: Bench) -> tuple[list[MeasuredRun], dict[str, float]]:
-    """The measured runs, and between which times they were made; those so far are kept as they end."""
-    context, num, runs, start = bench.context, bench.context.job.run.workload.repeats, [], time.time()
+def measure_runs(bench: Bench) -> list[MeasuredRun]:
+    """The measured runs; those so far are kept as they end."""
+    context, num, runs = bench.context, bench.context.job.run.workload.repeats, []
     for number in range(num):
         runs.append(bench.measure(number))
         if context.rank == 0:
             keep_finished(context.run_dir, {"repeats": len(runs), "wanted_repeats": num} | summarise(runs))
         context.events.progress("measuring", number + 1, num, "runs")
-    return runs, {"start": start, "end": time.time()}
+    return runs
 
 
 def join_steps(runs: Sequence[MeasuredRun]) -> Steps:

@@ -63,7 +63,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         **latencies(result),
         "prefix_cache": reuse(result) if job.run.engine.prefix_cache else None,
         "generated_tokens": sum(len(answer.token_ids) for answer in result.answers),
-        "generation": {"start": started, "end": ended},
+        "generation": [(started, ended)],
         "speculation": speculated(context, loaded, steps, contexts, offload),
         "offload": offload,
         **communication(context, loaded.engine, contexts),

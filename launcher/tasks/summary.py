@@ -33,6 +33,8 @@ class MeasuredRun:
     plans: Counter[TreePlan] = field(default_factory=Counter)
     # Of each answer, where they are told apart.
     requests: list[RequestTimes] = field(default_factory=list)
+    # When the answers were made, in seconds since 1970; what else is timed of a run is outside.
+    span: tuple[float, float] | None = None
 
     @property
     def tokens_per_sec(self) -> float:

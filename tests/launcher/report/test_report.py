@@ -52,7 +52,7 @@ RESULT = {
     "tpot_ms": {"p50": 10.0, "p99": 12.0},
     "prefix_cache": {"prompt_tokens": 90, "reused_tokens": 64},
     "generated_tokens": 30,
-    "generation": {"start": 1000.0, "end": 1002.0},
+    "generation": [(1000.0, 1002.0), (1010.0, 1011.0)],
     "comm_share": 0.25,
     "decode_step_ms": {"measured": 10.0, "without_all_reduce": 7.5},
     "memory": {"weights_bytes": 50},
@@ -63,19 +63,17 @@ SLOW_LOAD = {"bytes_read": 300, "sec": 4.0, "disk_wait_sec": 0.5, "decode_sec": 
 
 
 class FakeTelemetry:
-    """A telemetry that has seen these usages, and `energy_j` over one interval."""
+    """A telemetry that has seen these usages, and so many watts from the first second of RESULT's generation on."""
 
-    def __init__(self, *usages: CardUsage, energy_j: float | None = None) -> None:
+    def __init__(self, *usages: CardUsage, power_w: float | None = None) -> None:
         self.usages = usages
-        self.energy_j = energy_j
-        self.asked: tuple[float, float] | None = None
+        self.power_w = power_w
 
     def summary(self) -> tuple[CardUsage, ...]:
         return self.usages
 
     def energy_between(self, start_sec: float, end_sec: float) -> float | None:
-        self.asked = (start_sec, end_sec)
-        return self.energy_j
+        return None if self.power_w is None or start_sec < 1000.0 else self.power_w * (end_sec - start_sec)
 
 
 USAGES = (
@@ -140,25 +138,25 @@ def test_load_is_as_long_as_the_slowest_rank_and_reads_what_all_read(tmp_path: P
     }
 
 
-def test_speed_covers_the_whole_generation_and_energy_the_same_time(tmp_path: Path) -> None:
-    (tmp_path / "ranks").mkdir()
-    for rank in range(2):
-        (tmp_path / "ranks" / f"{rank}.json").write_text(json.dumps(RESULT))
-    fake = FakeTelemetry(*USAGES, energy_j=60.0)
-    report = build_report(planned_job(tmp_path), INVENTORY, cast(Telemetry, fake))
-    assert (report["generated_tokens"], report["tokens_per_sec"], report["tokens_per_joule"]) == (30, 15.0, 0.5)
-    assert fake.asked == (1000.0, 1002.0)
+def test_speed_covers_all_generation_and_energy_the_same_time(tmp_path: Path) -> None:
+    report = build(tmp_path, power_w=20.0)
+    assert (report["generated_tokens"], report["tokens_per_sec"], report["tokens_per_joule"]) == (30, 10.0, 0.5)
 
 
-@pytest.mark.parametrize("energy_j", [None, 0.0])
-def test_energy_that_was_not_measured_gives_no_tokens_per_joule(tmp_path: Path, energy_j: float | None) -> None:
-    report = build(tmp_path, energy_j=energy_j)
-    assert (report["tokens_per_sec"], report["tokens_per_joule"]) == (15.0, None)
+@pytest.mark.parametrize("power_w", [None, 0.0])
+def test_energy_that_was_not_measured_gives_no_tokens_per_joule(tmp_path: Path, power_w: float | None) -> None:
+    report = build(tmp_path, power_w=power_w)
+    assert (report["tokens_per_sec"], report["tokens_per_joule"]) == (10.0, None)
+
+
+def test_energy_of_a_part_of_the_generation_gives_no_tokens_per_joule(tmp_path: Path) -> None:
+    partly = RESULT | {"generation": [(990.0, 992.0), (1010.0, 1011.0)]}
+    assert build(tmp_path, partly, partly, power_w=20.0)["tokens_per_joule"] is None
 
 
 def test_run_that_had_nothing_to_do_has_no_speed(tmp_path: Path) -> None:
     nothing = RESULT | {"generated_tokens": 0, "ttft_ms": None, "tpot_ms": {"p50": None, "p99": None}, "outputs": []}
-    report = build(tmp_path, nothing, nothing, energy_j=5.0)
+    report = build(tmp_path, nothing, nothing, power_w=5.0)
     assert (report["tokens_per_sec"], report["tokens_per_joule"], report["ttft_ms"]) == (None, None, None)
 
 

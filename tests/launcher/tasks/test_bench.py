@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -23,10 +25,16 @@ from launcher.failures import Failure, RunFailed
 from launcher.hardware.inventory import read_inventory
 from launcher.job import Job
 from launcher.processes.start import SIGNAL_EXIT_CODE, StartRanks
+from launcher.rank.context import RankContext
 from launcher.report.bench_text import predicted_row
 from launcher.report.report import predicted_times
 from launcher.run import check_baselines
+from launcher.tasks import bench as bench_module
+from launcher.tasks.bench import Bench
 from launcher.timing.predict import Times
+from parallel.engine.arrivals import alone
+from parallel.engine.engine import Engine
+from parallel.engine.generate import Prompt, Result
 from tests.launcher.cli import PYTHON, started, torchrun
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
@@ -164,3 +172,20 @@ def test_what_a_baseline_cannot_run_is_said(tmp_path: Path, kind: BaselineKind, 
     wanted = make_run(task=TaskConfig(TaskKind.bench), workload=workload, bench=BenchConfig([kind]))
     wanted.model.quantize = fields.get("quantize", QuantizeKind.none)
     assert words in str(refusal(make_job(tmp_path, run=wanted), kind))
+
+
+def test_energy_is_that_of_answers_and_not_of_passes_that_time_prompts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = [1000.0]
+
+    def answer(bench: Bench, prompts: list[Prompt], num_tokens: int) -> tuple[Result, float]:
+        clock[0] += 10.0
+        return Result([]), 10.0
+
+    monkeypatch.setattr(Bench, "answer", answer)
+    monkeypatch.setattr(bench_module, "check_same_tokens", lambda context, answers: None)
+    monkeypatch.setattr(bench_module, "time", SimpleNamespace(time=lambda: clock[0]))
+    context = cast(RankContext, SimpleNamespace(job=make_job(tmp_path)))
+    assert Bench(context, cast(Engine, None), 8, 512, alone).measure(0).span == (1000.0, 1010.0)
+    assert clock == [1020.0]
