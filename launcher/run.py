@@ -90,7 +90,9 @@ def measured_report(job: Job, inventory: Inventory, telemetry: Telemetry, start_
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
     if run.task.kind == TaskKind.calibrate:
-        report["calibration_file"] = str(keep_calibration(run, job.placement, inventory, report))
+        report["calibration_file"] = str(
+            keep_calibration(run, job.placement, inventory, report, telemetry.energy_between)
+        )
     print_report(report)
     for line in slow_parts(report):
         print_warning(f"slower than it could be: {line}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from launcher.models.shape import ModelShape
 from launcher.plan.plan import Plan, demand_of, plan_run
 from launcher.plan.topology import Placement
 from launcher.timing.chunk_choice import predict_chunk
+from launcher.timing.draws import EnergyBetween, Load, find_draws
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import Copies, Times, predict_times
@@ -137,12 +137,14 @@ def has_peer_access(run: RunConfig, placement: Placement, inventory: Inventory) 
     return all(bool(link.peer_access) for link in links)
 
 
-def keep_calibration(run: RunConfig, placement: Placement, inventory: Inventory, report: dict[str, Any]) -> Path:
-    """Stores what task=calibrate measured where the next plans look for it, with what a card drew meanwhile."""
+def keep_calibration(
+    run: RunConfig, placement: Placement, inventory: Inventory, report: dict[str, Any], energy_between: EnergyBetween
+) -> Path:
+    """Stores what task=calibrate measured where the next plans look for it, with what cards drew under its loads."""
     calibration = TypeAdapter(Calibration).validate_python(report["calibration"])
-    drawn = [card["power_w"] for card in report["cards"] if card["power_w"] is not None]
+    loads = TypeAdapter(list[Load]).validate_python(report["loads"])
     path = rates_path(run, placement, inventory)
-    calibration = replace(calibration, power_w=statistics.mean(drawn) if drawn else None)
+    calibration = replace(calibration, draws=find_draws(loads, energy_between, placement.world_size))
     save_calibration(path, with_older(calibration, load_calibration(path)))
     return path
 

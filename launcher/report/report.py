@@ -40,6 +40,7 @@ MEASURED_BY_RANKS = (
     "decode_step_ms",
     "all_reduce",
     "calibration",
+    "loads",
     "outputs",
     "workload",
     "requests",

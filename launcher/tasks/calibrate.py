@@ -8,8 +8,7 @@ layers again and again, so that it takes no more memory: together they are beyon
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,20 +21,20 @@ from launcher.models.shape import ModelShape
 from launcher.plan.prefill import hides_sums
 from launcher.rank.context import RankContext
 from launcher.tasks.fused_rows import fused_rows_of
-from launcher.tasks.requests import random_prompts
+from launcher.tasks.loads import Loads
+from launcher.tasks.prompt_pass import prompt_pass
 from launcher.tasks.weights import config_of_shape, give_back
+from launcher.timing.draws import Load
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes
 from launcher.timing.work import work_of
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.communicator import ElidedAllReduce
-from parallel.engine.chunk_timer import sustained_milliseconds, time_apart
+from parallel.engine.chunk_timer import time_apart
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
-from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.step_timer import time_steps
 from parallel.footprint import held_bits
-from parallel.kernels.pages import pages_for
 from parallel.layers.merged import LayerMerger
 from parallel.partition import choose_grain
 from parallel.product_trial import rows_limit
@@ -69,14 +68,15 @@ class Settings:
 
 
 def run_calibrate(context: RankContext, settings: Settings | None = None) -> dict[str, Any]:
-    """Results: {"calibration": ...}, of rank 0's clock; every rank runs the same engines."""
+    """Results: {"calibration": ..., "loads": ...}, of rank 0's clock; every rank runs the same engines. What cards drew
+    under the loads is for the parent to add."""
     settings = settings or Settings(WIDTHS, tuple(context.job.run.calibrate.formats))
-    points: list[Point] = []
+    points, loads = list[Point](), list[Load]()
     cases = [(f, name) for f in settings.formats for name in settings.widths]
     for done, (format_name, size) in enumerate(cases, start=1):
         shape = calibration_shape(settings, size, format_name)
         model = build_model(context, shape)
-        points += time_depths(context, settings, shape, size, model)
+        points += time_depths(context, settings, shape, size, model, loads)
         del model
         give_back(context.device)
         context.events.progress("calibrating", done, len(cases), "models")
@@ -90,7 +90,11 @@ def run_calibrate(context: RankContext, settings: Settings | None = None) -> dic
         part_tokens=settings.part_tokens,
         points=tuple(points),
     )
-    return {"transport": context.transport_summary(), "calibration": asdict(calibration)}
+    return {
+        "transport": context.transport_summary(),
+        "calibration": asdict(calibration),
+        "loads": [asdict(load) for load in loads],
+    }
 
 
 def calibration_shape(settings: Settings, size: str, format_name: str) -> ModelShape:
@@ -132,19 +136,24 @@ def build_model(context: RankContext, shape: ModelShape) -> PreTrainedModel:
 
 
 def time_depths(
-    context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
+    context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel, loads: list[Load]
 ) -> list[Point]:
+    """A point of each depth; the largest of all widths and depths adds to `loads`."""
     own, points = list(model.model.layers), []
     for depth in DEPTHS:
         model.model.layers = nn.ModuleList(own[place % len(own)] for place in range(depth))
-        points.append(time_engine(context, settings, shape, size, model))
+        engine = open_engine(context, settings, model)
+        point = time_engine(context, settings, shape, size, engine)
+        if (settings.widths[size], depth) == (max(settings.widths.values()), max(DEPTHS)):
+            point, added = keep_busy(context, settings, engine, point)
+            loads += added
+        points.append(point)
+        del engine
         give_back(context.device)
     return points
 
 
-def time_engine(
-    context: RankContext, settings: Settings, shape: ModelShape, size: str, model: PreTrainedModel
-) -> Point:
+def open_engine(context: RankContext, settings: Settings, model: PreTrainedModel) -> Engine:
     # Each size, at the start of prompts and after it: a pass that is timed is captured before.
     captured = 2 * len(settings.chunks) if context.job.captured_passes else 0
     limits = EngineLimits(
@@ -154,20 +163,31 @@ def time_engine(
         captured_passes=captured,
         hides_sums=hides_sums(context.job.run, context.job.placement),
     )
-    engine = Engine(model, context.communicator, context.device, limits, prefix_cache=False)
+    return Engine(model, context.communicator, context.device, limits, prefix_cache=False)
+
+
+def time_engine(context: RankContext, settings: Settings, shape: ModelShape, size: str, engine: Engine) -> Point:
     work = work_of(demand_of_calibration(context, settings, shape))
     large = [tokens for tokens in settings.chunks if tokens >= MIN_PARTS * settings.part_tokens]
-    chunks = {tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks}
-    is_largest = (settings.widths[size], len(model.model.layers)) == (max(settings.widths.values()), max(DEPTHS))
     return Point(
         size=size,
-        work=replace(work, num_layers=len(model.model.layers)),
+        work=replace(work, num_layers=len(engine.caches)),
         steps={rows: time_rows(context, settings, engine, rows) for rows in settings.rows},
-        chunks=chunks,
+        chunks={tokens: time_chunk(context, settings, engine, [tokens]) for tokens in settings.chunks},
         past={tokens: time_chunk(context, settings, engine, [tokens], start=tokens) for tokens in large},
         parts={tokens: time_chunk(context, settings, engine, prompts_of(settings, tokens)) for tokens in large},
-        sustained_ms=time_sustained(context, settings, engine, chunks) if is_largest else None,
     )
+
+
+def keep_busy(context: RankContext, settings: Settings, engine: Engine, point: Point) -> tuple[Point, list[Load]]:
+    """`point` with what the longest passes take after many of them; and when the cards did what: steps of the fewest
+    rows and of the most, such passes, nothing."""
+    loads, tokens = Loads(context, engine, point.work.format), max(settings.chunks)
+    for rows in sorted({min(settings.rows), max(settings.rows)}):
+        loads.steps(rows, settings.short_context, point.steps[rows].short)
+    sustained_ms = loads.passes(tokens, settings.vocab_size, point.chunks[tokens].card)
+    loads.waiting()
+    return replace(point, sustained_ms=sustained_ms), loads.done
 
 
 def prompts_of(settings: Settings, tokens: int) -> list[int]:
@@ -205,42 +225,9 @@ def time_chunk(
     context: RankContext, settings: Settings, engine: Engine, lengths: list[int], start: int = 0
 ) -> ChunkTimes:
     """The median of each time of such a pass."""
-    with prompt_pass(settings, engine, lengths, start) as run:
+    with prompt_pass(engine, settings.vocab_size, lengths, start) as run:
         num = NUM_WARM_UPS + settings.num_chunks
         times = [time_apart(run, context.communicator, context.device) for _ in range(num)][NUM_WARM_UPS:]
     return ChunkTimes(
         *(statistics.median(getattr(each, name) for each in times) for name in ("whole", "queued", "card"))
     )
-
-
-def time_sustained(context: RankContext, settings: Settings, engine: Engine, chunks: Mapping[int, ChunkTimes]) -> float:
-    """Milliseconds on the card of a pass of most tokens, after many of them."""
-    tokens = max(chunks)
-    with prompt_pass(settings, engine, [tokens], start=0) as run:
-        return sustained_milliseconds(run, chunks[tokens].card, context.communicator, context.device)
-
-
-@contextmanager
-def prompt_pass(
-    settings: Settings, engine: Engine, lengths: list[int], start: int
-) -> Iterator[Callable[[], torch.Tensor]]:
-    """A pass over `lengths` tokens of as many prompts, those before `start` being in the cache, and their first draws:
-    each call queues the same one again."""
-    # Equal tokens would make equal rows, whose products draw less power and so run faster.
-    prompts = random_prompts(len(lengths), start + max(lengths), settings.vocab_size, "calibrate")
-    sequences = [
-        TokenSequence(index, prompt[: start + tokens], max_tokens=1)
-        for index, (prompt, tokens) in enumerate(zip(prompts, lengths, strict=True))
-    ]
-    for sequence in sequences:
-        sequence.pages = engine.pages.allocate(pages_for(sequence.num_tokens))
-    parts = [Part(sequence, start, len(sequence.prompt)) for sequence in sequences]
-
-    def run() -> torch.Tensor:
-        return engine.start_answers(sequences, engine.prefill(parts))
-
-    try:
-        yield run
-    finally:
-        for sequence in sequences:
-            engine.pages.release(sequence.pages)

@@ -30,11 +30,15 @@ def square_pairs(tokens: int) -> float:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Milliseconds of a pass: to queue it, on the card, and of what neither hides where the card has nothing else."""
+    """Milliseconds of a pass: to queue it, on the card, and of what neither hides where the card has nothing else.
+
+    `waits`, of `card`: for what is copied to it.
+    """
 
     queue: float
     card: float
     lead: float
+    waits: float = 0.0
 
 
 def chunk_cost(work: Work, parts: list[Part], rates: Rates) -> PassCost:

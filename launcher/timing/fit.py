@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from launcher.timing.chunks import square_pairs
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
-from launcher.timing.rates import MB, ChunkRates, Extra, Line, Rates, StepRates, fit_line
+from launcher.timing.rates import MB, ChunkRates, Draw, Extra, Line, Rates, StepRates, fit_line
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Calibration:
     long_context: int
     part_tokens: int
     points: tuple[Point, ...]
-    power_w: float | None = None
+    # Of each format that was timed where cards tell their energy.
+    draws: Mapping[str, Draw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def fit_rates(calibration: Calibration) -> Rates:
         all_reduce_us=fit_all_reduce(sizes) if calibration.world_size > 1 else {},
         pair_us=pair_us,
         message_us_per_mb=0.0,
-        power_w=calibration.power_w,
         parts=fit_parts(sizes, calibration.part_tokens, pair_us),
         past=fit_past(sizes, pair_us),
         slowdown={name: fit_slowdown(each) for name, each in formats.items()},
+        draws=calibration.draws,
     )
 
 
@@ -108,12 +109,13 @@ def with_older(calibration: Calibration, older: Calibration | None) -> Calibrati
         return calibration
     timed = formats_of(calibration.points)
     kept = (point for point in older.points if point.work.format not in timed)
-    return replace(calibration, points=(*calibration.points, *kept))
+    draws = {name: draw for name, draw in older.draws.items() if name not in timed} | dict(calibration.draws)
+    return replace(calibration, points=(*calibration.points, *kept), draws=draws)
 
 
 def settings_of(calibration: Calibration) -> Calibration:
     """All but what was measured, and the format."""
-    return replace(calibration, power_w=None, points=())
+    return replace(calibration, points=(), draws={})
 
 
 def formats_of(points: Iterable[Point]) -> list[str]:

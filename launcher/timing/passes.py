@@ -11,16 +11,33 @@ from launcher.timing.load import Workload
 
 # Parts of prompts, and sequences, of a pass.
 ChunkCost = Callable[[list[Part]], PassCost]
-StepMs = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Milliseconds of a step; `waits`, of them: for what is copied to the card."""
+
+    ms: float
+    waits: float = 0.0
 
 
 @dataclass
 class Answers:
-    """When each prompt has its first token, and how long the others take: (milliseconds, tokens that took as long)."""
+    """When each prompt has its first token, and how long the others take: (milliseconds, tokens that took as long).
+
+    `passes_ms` and `steps_ms`: what the card computes, of `end_ms`.
+    """
 
     first_ms: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     end_ms: float = 0.0
+    passes_ms: float = 0.0
+    steps_ms: float = 0.0
+
+    @property
+    def waits_ms(self) -> float:
+        """In which the card computes nothing."""
+        return max(0.0, self.end_ms - self.passes_ms - self.steps_ms)
 
 
 @dataclass
@@ -64,7 +81,7 @@ class Clocks:
         return [*self.fresh, *([(self.stepped, num_others)] if num_others else [])]
 
 
-def run_through(load: Workload, chunk_cost: ChunkCost, step_ms: StepMs) -> Answers:
+def run_through(load: Workload, chunk_cost: ChunkCost, step_cost: Callable[[int], StepCost]) -> Answers:
     """Chunks are filled in order. Once answers are under way they are shorter, and a step follows each.
 
     As parallel/engine/generate.py goes on and measures: the host queues a pass, then waits for the one before it, and a
@@ -75,18 +92,23 @@ def run_through(load: Workload, chunk_cost: ChunkCost, step_ms: StepMs) -> Answe
         size = min(load.prefill_chunk_while_decoding, load.prefill_chunk) if left else load.prefill_chunk
         tokens = min(size, load.num_tokens - read)
         started = (read + tokens) // load.prompt_tokens - read // load.prompt_tokens
-        clocks.add_chunk(chunk_cost(parts_of(read, tokens, load.prompt_tokens)), started)
+        cost = chunk_cost(parts_of(read, tokens, load.prompt_tokens))
+        clocks.add_chunk(cost, started)
+        answers.passes_ms += cost.card - cost.waits
         read += tokens
         left = [num for num in (*left, *[load.output_tokens - 1] * started) if num]
         if left:
-            clocks.add_step(step_ms(len(left)), len(left))
+            step = step_cost(len(left))
+            clocks.add_step(step.ms, len(left))
+            answers.steps_ms += step.ms - step.waits
             left = [num - 1 for num in left if num > 1]
         clocks.take(answers, num_left=1)
     clocks.take(answers, num_left=0)
     while left:
-        num_steps, each_ms = min(left), step_ms(len(left))
-        answers.gaps.append((each_ms, num_steps * len(left)))
-        answers.end_ms += num_steps * each_ms
+        num_steps, step = min(left), step_cost(len(left))
+        answers.gaps.append((step.ms, num_steps * len(left)))
+        answers.end_ms += num_steps * step.ms
+        answers.steps_ms += num_steps * (step.ms - step.waits)
         left = [num - num_steps for num in left if num > num_steps]
     return answers
 

@@ -8,7 +8,7 @@ from functools import cache
 
 from launcher.timing.chunks import Part, PassCost, chunk_cost
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work, Workload
-from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.passes import Answers, StepCost, median_of, run_through
 from launcher.timing.power import PowerLimit
 from launcher.timing.rates import MB, Rates, StepRates, interpolate
 
@@ -85,9 +85,19 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
         tokens_per_sec=tokens_per_sec,
         ttft_ms=statistics.median(answers.first_ms),
         prefill_tokens_per_sec=load.num_tokens / prefill_only.end_ms * 1e3,
-        tokens_per_joule=tokens_per_sec / (rates.power_w * rates.world_size) if rates.power_w else None,
+        tokens_per_joule=tokens_per_joule(work, load, answers, rates),
         itl_ms=median_of(answers.gaps),
     )
+
+
+def tokens_per_joule(work: Work, load: Workload, answers: Answers, rates: Rates) -> float | None:
+    """Of all cards, from the first prompt to the last token; None where it is not known what they draw."""
+    draw = rates.draws.get(work.format)
+    if draw is None:
+        return None
+    steps, passes = draw.of_steps(load.batch_size) * answers.steps_ms, draw.passes * answers.passes_ms
+    joules = rates.world_size * (steps + passes + draw.waiting * answers.waits_ms) / 1e3
+    return load.batch_size * load.output_tokens / joules
 
 
 def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
@@ -96,18 +106,22 @@ def answer(work: Work, load: Workload, rates: Rates, copies: Copies) -> Answers:
     power = PowerLimit(rates.slowdown.get(work.format, 1.0))
 
     @cache
-    def step_ms(num_running: int) -> float:
+    def step_cost(num_running: int) -> StepCost:
         # Steps are captured for some numbers of rows, those that are timed.
         num_rows = min((size for size in table if size >= num_running), default=load.batch_size)
         parts = decode_parts(work, min(num_rows, load.batch_size), num_running * tokens, rates)
-        return max(sum(parts.values()), copies.ms(num_running * tokens))
+        computed = sum(parts.values())
+        waits = max(0.0, copies.ms(num_running * tokens) - computed)
+        return StepCost(computed + waits, waits)
 
     def cost(parts: list[Part]) -> PassCost:
         found = chunk_cost(work, parts, rates)
         past, written_ms = sum(past for past, _ in parts), copies.kv_token_ms * sum(num for _, num in parts)
-        return replace(found, card=max(power.held(found.card) + written_ms, copies.ms(past)))
+        computed = power.held(found.card)
+        waits = max(written_ms, copies.ms(past) - computed)
+        return replace(found, card=computed + waits, waits=waits)
 
-    return run_through(load, cost, step_ms)
+    return run_through(load, cost, step_cost)
 
 
 def decode_parts(work: Work, num_rows: int, num_tokens: int, rates: Rates) -> dict[str, float]:

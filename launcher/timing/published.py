@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from launcher.config.hardware import LANE_GB_PER_SEC
 from launcher.config.tasks import RATED_FORMATS
-from launcher.timing.rates import ChunkRates, Line, Rates, StepRates
+from launcher.timing.rates import ChunkRates, Draw, Line, Rates, StepRates
 from parallel.footprint import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
@@ -41,7 +41,8 @@ FLOPS_PER_PAIR = 4 * 128
 ALL_REDUCE_START_US = 4.5
 WIRE_BYTES_PER_BYTE = 1.45
 LINK_SHARE = 0.8
-POWER_SHARE = 0.7
+# Of its limit, what an H200 draws in steps of one sequence, and while it has nothing to do; passes of prompts reach it.
+STEPS_POWER_SHARE, WAITING_POWER_SHARE = 0.7, 0.2
 ROWS = tuple(INT4_SHARE)
 TOKENS = (256, 512, 1024, 2048)
 MESSAGE_BYTES = tuple(2**i for i in range(12, 21))
@@ -75,8 +76,12 @@ def rates_from_facts(facts: Facts, world_size: int) -> Rates:
         all_reduce_us={size: all_reduce_us(facts, world_size, size) for size in MESSAGE_BYTES if world_size > 1},
         pair_us=FLOPS_PER_PAIR * 1e6 / (facts.bf16_tflops * 1e12 * ATTENTION_SHARE) * 1e6,
         message_us_per_mb=us_per_mb(facts.link_gb_per_sec) * exchanged(world_size),
-        power_w=None if facts.power_w is None else facts.power_w * POWER_SHARE,
+        draws={} if facts.power_w is None else dict.fromkeys(RATED_FORMATS, draw_of(facts.power_w)),
     )
+
+
+def draw_of(limit_w: float) -> Draw:
+    return Draw({1: STEPS_POWER_SHARE * limit_w}, limit_w, WAITING_POWER_SHARE * limit_w)
 
 
 def step_rates(facts: Facts, name: str, rows: int) -> StepRates:
@@ -155,6 +160,11 @@ def assumptions(facts: Facts, world_size: int) -> tuple[str, ...]:
         f"up to {fused_up_to(facts, 'int4')} tokens by 4-bit weights as they are packed, at "
         f"{fused_tflops(facts):.0f} TFLOP/s; more by weights that are dequantised first",
     ]
+    if facts.power_w is not None:
+        found.append(
+            f"a card draws {STEPS_POWER_SHARE:.0%} of {facts.power_w:g} W in steps, {WAITING_POWER_SHARE:.0%} while it "
+            "waits, all of it in passes of prompts"
+        )
     if world_size > 1:
         found.append(
             f"an all-reduce takes {ALL_REDUCE_START_US} us and its bytes {WIRE_BYTES_PER_BYTE:g} times over "

@@ -68,6 +68,19 @@ class Extra:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Watts of a card: in steps, by their rows; in passes of prompts; and while it has nothing to do."""
+
+    steps: Mapping[int, float]
+    passes: float
+    waiting: float
+
+    def of_steps(self, num_rows: float) -> float:
+        """Passes are held by the card's limit, which steps of more rows than were measured do not exceed either."""
+        return min(self.passes, interpolate(self.steps, num_rows, float))
+
+
+@dataclass(frozen=True)
 class Rates:
     """`decode` and `prefill` by format (RATED_FORMATS), then by rows of the step and by tokens of the chunk.
 
@@ -76,7 +89,7 @@ class Rates:
     to a layer; `past`: what a chunk adds that begins within a prompt, beside its pairs. `slowdown`, by format: how
     many times as long a chunk takes the card once its power holds it (power.py).
     `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
-    products. Empty and 0 where there is nothing of the kind.
+    products. `draws`, by format, where they are known. Empty and 0 where there is nothing of the kind.
     """
 
     source: str
@@ -87,11 +100,10 @@ class Rates:
     all_reduce_us: Mapping[int, float]
     pair_us: float
     message_us_per_mb: float
-    # Mean of a card while it decodes; None: unknown.
-    power_w: float | None
     parts: Extra = Extra()
     past: Extra = Extra()
     slowdown: Mapping[str, float] = field(default_factory=dict)
+    draws: Mapping[str, Draw] = field(default_factory=dict)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from launcher.config import HardwareConfig, HardwareKind
 from launcher.hardware.inventory import read_inventory
-from launcher.plan.timed import plan_timed
+from launcher.plan.timed import keep_calibration, plan_timed
 from launcher.plan.topology import place_ranks
+from launcher.timing.draws import Load
 from launcher.timing.predict import Times
+from launcher.timing.store import load_calibration
 from tests.launcher.plans import LLAMA_8B, run_of
+from tests.launcher.timing.test_timing import Machine
 
 FACTS = HardwareConfig(
     HardwareKind.facts,
@@ -37,3 +41,20 @@ def test_cards_of_which_all_is_known_have_times() -> None:
 @pytest.mark.parametrize("name", ["memory_gb_per_sec", "bf16_tflops", "pcie_generation", "pcie_lanes"])
 def test_fact_that_is_not_known_is_named_where_times_would_be(name: str) -> None:
     assert times_by(replace(FACTS, **{name: 0})) == f"hardware=a card does not say hardware.{name}"
+
+
+def test_what_cards_drew_while_they_were_calibrated_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    inventory, run = read_inventory(FACTS, 2), run_of(hardware=FACTS)
+    kinds = [("steps", 1), ("passes", 0), ("waiting", 0)]
+    loads = [Load("int4", kind, second, second + 1.0, rows) for second, (kind, rows) in enumerate(kinds)]
+    report = {"calibration": asdict(Machine(0).calibration()), "loads": [asdict(load) for load in loads]}
+
+    def energy_between(start: float, end: float) -> float:
+        return 2 * (end - start) * 100.0 * (1 + int(start))
+
+    path = keep_calibration(run, place_ranks(run, 2, inventory), inventory, report, energy_between)
+    kept = load_calibration(path)
+    assert kept is not None and kept.points == Machine(0).calibration().points
+    (draw,) = kept.draws.values()
+    assert (draw.steps[1], draw.passes, draw.waiting) == pytest.approx((100.0, 200.0, 300.0))

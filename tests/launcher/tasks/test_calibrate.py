@@ -13,11 +13,13 @@ import torch
 from pydantic import TypeAdapter
 
 from launcher.rank.context import RankContext
-from launcher.tasks import calibrate
+from launcher.tasks import calibrate, loads
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
+from launcher.timing.draws import Load
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
 from launcher.timing.predict import predict_times
+from launcher.timing.rates import Draw
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from parallel.engine.engine import Engine
 from parallel.engine.prefill.recorded import Places, Recorded
@@ -39,12 +41,19 @@ SETTINGS = Settings(
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cpu = torch.device("cpu")
     events = cast(Any, SimpleNamespace(progress=lambda *args: None))
     job = make_job(tmp_path_factory.mktemp("calibrate"), world_size=1)
-    found = run_calibrate(RankContext(job, 0, cpu, Solo(cpu), (), events), SETTINGS)["calibration"]
-    return TypeAdapter(Calibration).validate_python(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loads, "SUSTAINED_MS", 1.0)
+        found = run_calibrate(RankContext(job, 0, cpu, Solo(cpu), (), events), SETTINGS)
+    return found | {"calibration": TypeAdapter(Calibration).validate_python(found["calibration"])}
+
+
+@pytest.fixture(scope="module")
+def calibration(results: dict[str, Any]) -> Calibration:
+    return cast(Calibration, results["calibration"])
 
 
 def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None:
@@ -57,6 +66,16 @@ def test_every_format_size_and_depth_was_timed(calibration: Calibration) -> None
         assert min(*(chunk.whole for chunk in chunks), *(step.short for step in point.steps.values())) > 0
         is_largest = (point.size, point.work.num_layers) == ("wide", max(DEPTHS))
         assert point.sustained_ms == (point.chunks[32].card if is_largest else None)
+
+
+def test_cards_are_kept_at_steps_passes_and_nothing_of_every_format(results: dict[str, Any]) -> None:
+    done = TypeAdapter(list[Load]).validate_python(results["loads"])
+    kinds = [("steps", 1), ("steps", 2), ("passes", 0), ("waiting", 0)]
+    assert [(load.format, load.kind, load.rows) for load in done] == [
+        (f, *kind) for f in ("bf16", "int4") for kind in kinds
+    ]
+    times = [moment for load in done for moment in (load.start, load.end)]
+    assert times == sorted(times)
 
 
 def test_no_pass_that_is_timed_is_captured_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +111,7 @@ def test_engines_that_are_timed_have_the_layers_that_their_points_say(monkeypatc
     cpu = torch.device("cpu")
     context = RankContext(make_job(Path(), world_size=1), 0, cpu, Solo(cpu), (), cast(Any, None))
     shape = calibrate.calibration_shape(SETTINGS, "narrow", "bf16")
-    points = calibrate.time_depths(context, SETTINGS, shape, "narrow", calibrate.build_model(context, shape))
+    points = calibrate.time_depths(context, SETTINGS, shape, "narrow", calibrate.build_model(context, shape), [])
     assert depths == [point.work.num_layers for point in points] == list(DEPTHS)
 
 
@@ -136,10 +155,12 @@ def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPa
 def test_formats_that_were_not_timed_again_stay(calibration: Calibration) -> None:
     def of(name: str) -> Calibration:
         points = tuple(point for point in calibration.points if point.work.format == name)
-        return replace(calibration, points=points, power_w=100.0)
+        return replace(calibration, points=points, draws={name: Draw({1: 1.0}, 2.0, 0.5)})
 
     joined = with_older(of("int4"), of("bf16"))
-    assert {point.work.format for point in joined.points} == {"int4", "bf16"}
+    assert {point.work.format for point in joined.points} == set(joined.draws) == {"int4", "bf16"}
+    newer = replace(of("int4"), draws={})
+    assert with_older(newer, of("int4")) == newer
     assert with_older(of("int4"), replace(of("int4"), points=())) == of("int4")
     # Of other prompts, or another torch, rates do not mix.
     assert with_older(of("int4"), replace(of("bf16"), short_context=1)) == of("int4")

@@ -11,7 +11,7 @@ import pytest
 from launcher.timing.chunks import PassCost, chunk_cost
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes, fit_rates
 from launcher.timing.load import Work, Workload
-from launcher.timing.passes import Answers, median_of, run_through
+from launcher.timing.passes import Answers, StepCost, median_of, run_through
 from launcher.timing.power import LAG_MS, PowerLimit
 from launcher.timing.predict import Copies, Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
@@ -68,7 +68,7 @@ class Machine:
             for name, work in (("wide", WIDE), ("narrow", NARROW))
             for depth in (2, 6)
         ]
-        return Calibration("a card", world_size, {}, SHORT, LONG, PART, tuple(points), power_w=300.0)
+        return Calibration("a card", world_size, {}, SHORT, LONG, PART, tuple(points))
 
     def point(self, size: str, work: Work) -> Point:
         def step(rows: int) -> StepTimes:
@@ -287,7 +287,7 @@ def test_a_step_goes_on_while_the_host_queues_the_next_pass() -> None:
     steps = {1: 5.0, 2: 6.0}
 
     def times(queue: float, card: float) -> Answers:
-        return run_through(load, lambda parts: PassCost(queue, card, 1.0), steps.__getitem__)
+        return run_through(load, lambda parts: PassCost(queue, card, 1.0), lambda num: StepCost(steps[num]))
 
     slow_host, slow_card = times(20.0, 8.0), times(3.0, 8.0)
     # 20 + 1; then 20 + 1 more, in which the step of 5 is over.
