@@ -24,9 +24,9 @@ from launcher.models.shape import ModelShape
 from launcher.plan.plan import Plan, demand_of, plan_run
 from launcher.plan.topology import Placement
 from launcher.timing.chunk_choice import predict_chunk
-from launcher.timing.draws import EnergyBetween, Load, find_draws
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
+from launcher.timing.power_draw import EnergyBetween, Load, find_power_draws
 from launcher.timing.predict import Copies, Times, predict_times
 from launcher.timing.published import Facts, rates_from_facts
 from launcher.timing.rates import Rates
@@ -144,7 +144,7 @@ def keep_calibration(
     calibration = TypeAdapter(Calibration).validate_python(report["calibration"])
     loads = TypeAdapter(list[Load]).validate_python(report["loads"])
     path = rates_path(run, placement, inventory)
-    calibration = replace(calibration, draws=find_draws(loads, energy_between, placement.world_size))
+    calibration = replace(calibration, power_draws=find_power_draws(loads, energy_between, placement.world_size))
     save_calibration(path, with_older(calibration, load_calibration(path)))
     return path
 

@@ -24,8 +24,8 @@ from launcher.tasks.fused_rows import fused_rows_of
 from launcher.tasks.loads import Loads
 from launcher.tasks.prompt_pass import prompt_pass
 from launcher.tasks.weights import config_of_shape, give_back
-from launcher.timing.draws import Load
 from launcher.timing.fit import Calibration, ChunkTimes, Point, StepTimes
+from launcher.timing.power_draw import Load
 from launcher.timing.work import work_of
 from parallel.checkpoint.dummy import fill_dummy
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from launcher.rank.context import RankContext
 from launcher.tasks.prompt_pass import prompt_pass
-from launcher.timing.draws import PASSES, STEPS, WAITING, Load
+from launcher.timing.power_draw import PASSES, STEPS, WAITING, Load
 from parallel.engine.chunk_timer import SUSTAINED_MS, sustained_milliseconds
 from parallel.engine.engine import Engine
 from parallel.engine.step_timer import prepared_step

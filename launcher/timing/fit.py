@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from launcher.timing.chunks import square_pairs
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
-from launcher.timing.rates import MB, ChunkRates, Draw, Extra, Line, Rates, StepRates, fit_line
+from launcher.timing.rates import MB, ChunkRates, Extra, Line, PowerDraw, Rates, StepRates, fit_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Calibration:
     part_tokens: int
     points: tuple[Point, ...]
     # Of each format that was timed where cards tell their energy.
-    draws: Mapping[str, Draw] = field(default_factory=dict)
+    power_draws: Mapping[str, PowerDraw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def fit_rates(calibration: Calibration) -> Rates:
         parts=fit_parts(sizes, calibration.part_tokens, pair_us),
         past=fit_past(sizes, pair_us),
         slowdown={name: fit_slowdown(each) for name, each in formats.items()},
-        draws=calibration.draws,
+        power_draws=calibration.power_draws,
     )
 
 
@@ -109,13 +109,15 @@ def with_older(calibration: Calibration, older: Calibration | None) -> Calibrati
         return calibration
     timed = formats_of(calibration.points)
     kept = (point for point in older.points if point.work.format not in timed)
-    draws = {name: draw for name, draw in older.draws.items() if name not in timed} | dict(calibration.draws)
-    return replace(calibration, points=(*calibration.points, *kept), draws=draws)
+    draws = {name: draw for name, draw in older.power_draws.items() if name not in timed} | dict(
+        calibration.power_draws
+    )
+    return replace(calibration, points=(*calibration.points, *kept), power_draws=draws)
 
 
 def settings_of(calibration: Calibration) -> Calibration:
     """All but what was measured, and the format."""
-    return replace(calibration, points=(), draws={})
+    return replace(calibration, points=(), power_draws={})
 
 
 def formats_of(points: Iterable[Point]) -> list[str]:

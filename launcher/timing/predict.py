@@ -92,7 +92,7 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
 
 def tokens_per_joule(work: Work, load: Workload, answers: Answers, rates: Rates) -> float | None:
     """Of all cards, from the first prompt to the last token; None where it is not known what they draw."""
-    draw = rates.draws.get(work.format)
+    draw = rates.power_draws.get(work.format)
     if draw is None:
         return None
     steps, passes = draw.of_steps(load.batch_size) * answers.steps_ms, draw.passes * answers.passes_ms

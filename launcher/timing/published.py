@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from launcher.config.hardware import LANE_GB_PER_SEC
 from launcher.config.tasks import RATED_FORMATS
-from launcher.timing.rates import ChunkRates, Draw, Line, Rates, StepRates
+from launcher.timing.rates import ChunkRates, Line, PowerDraw, Rates, StepRates
 from parallel.footprint import MIN_FUSED_ROWS
 
 # Share of the memory bandwidth at which linears read their weights, by rows of a step: bytes over the time of a layer's
@@ -76,12 +76,12 @@ def rates_from_facts(facts: Facts, world_size: int) -> Rates:
         all_reduce_us={size: all_reduce_us(facts, world_size, size) for size in MESSAGE_BYTES if world_size > 1},
         pair_us=FLOPS_PER_PAIR * 1e6 / (facts.bf16_tflops * 1e12 * ATTENTION_SHARE) * 1e6,
         message_us_per_mb=us_per_mb(facts.link_gb_per_sec) * exchanged(world_size),
-        draws={} if facts.power_w is None else dict.fromkeys(RATED_FORMATS, draw_of(facts.power_w)),
+        power_draws={} if facts.power_w is None else dict.fromkeys(RATED_FORMATS, power_draw_of(facts.power_w)),
     )
 
 
-def draw_of(limit_w: float) -> Draw:
-    return Draw({1: STEPS_POWER_SHARE * limit_w}, limit_w, WAITING_POWER_SHARE * limit_w)
+def power_draw_of(limit_w: float) -> PowerDraw:
+    return PowerDraw({1: STEPS_POWER_SHARE * limit_w}, limit_w, WAITING_POWER_SHARE * limit_w)
 
 
 def step_rates(facts: Facts, name: str, rows: int) -> StepRates:

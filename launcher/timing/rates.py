@@ -68,7 +68,7 @@ class Extra:
 
 
 @dataclass(frozen=True)
-class Draw:
+class PowerDraw:
     """Watts of a card: in steps, by their rows; in passes of prompts; and while it has nothing to do."""
 
     steps: Mapping[int, float]
@@ -89,7 +89,7 @@ class Rates:
     to a layer; `past`: what a chunk adds that begins within a prompt, beside its pairs. `slowdown`, by format: how
     many times as long a chunk takes the card once its power holds it (power.py).
     `message_us_per_mb`: of the all-reduces of prefill, where `prefill` leaves them out since they run beside the
-    products. `draws`, by format, where they are known. Empty and 0 where there is nothing of the kind.
+    products. `power_draws`, by format, where they are known. Empty and 0 where there is nothing of the kind.
     """
 
     source: str
@@ -103,7 +103,7 @@ class Rates:
     parts: Extra = Extra()
     past: Extra = Extra()
     slowdown: Mapping[str, float] = field(default_factory=dict)
-    draws: Mapping[str, Draw] = field(default_factory=dict)
+    power_draws: Mapping[str, PowerDraw] = field(default_factory=dict)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:

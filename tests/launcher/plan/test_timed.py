@@ -11,7 +11,7 @@ from launcher.config import HardwareConfig, HardwareKind
 from launcher.hardware.inventory import read_inventory
 from launcher.plan.timed import keep_calibration, plan_timed
 from launcher.plan.topology import place_ranks
-from launcher.timing.draws import Load
+from launcher.timing.power_draw import Load
 from launcher.timing.predict import Times
 from launcher.timing.store import load_calibration
 from tests.launcher.plans import LLAMA_8B, run_of
@@ -56,5 +56,5 @@ def test_what_cards_drew_while_they_were_calibrated_is_kept(monkeypatch: pytest.
     path = keep_calibration(run, place_ranks(run, 2, inventory), inventory, report, energy_between)
     kept = load_calibration(path)
     assert kept is not None and kept.points == Machine(0).calibration().points
-    (draw,) = kept.draws.values()
+    (draw,) = kept.power_draws.values()
     assert (draw.steps[1], draw.passes, draw.waiting) == pytest.approx((100.0, 200.0, 300.0))

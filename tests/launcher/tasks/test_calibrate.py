@@ -15,11 +15,11 @@ from pydantic import TypeAdapter
 from launcher.rank.context import RankContext
 from launcher.tasks import calibrate, loads
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
-from launcher.timing.draws import Load
 from launcher.timing.fit import Calibration, fit_rates, with_older
 from launcher.timing.load import Workload
+from launcher.timing.power_draw import Load
 from launcher.timing.predict import predict_times
-from launcher.timing.rates import Draw
+from launcher.timing.rates import PowerDraw
 from launcher.timing.store import calibration_path, load_calibration, save_calibration
 from parallel.engine.engine import Engine
 from parallel.engine.prefill.recorded import Places, Recorded
@@ -155,11 +155,11 @@ def test_the_file_is_named_for_what_rates_depend_on(monkeypatch: pytest.MonkeyPa
 def test_formats_that_were_not_timed_again_stay(calibration: Calibration) -> None:
     def of(name: str) -> Calibration:
         points = tuple(point for point in calibration.points if point.work.format == name)
-        return replace(calibration, points=points, draws={name: Draw({1: 1.0}, 2.0, 0.5)})
+        return replace(calibration, points=points, power_draws={name: PowerDraw({1: 1.0}, 2.0, 0.5)})
 
     joined = with_older(of("int4"), of("bf16"))
-    assert {point.work.format for point in joined.points} == set(joined.draws) == {"int4", "bf16"}
-    newer = replace(of("int4"), draws={})
+    assert {point.work.format for point in joined.points} == set(joined.power_draws) == {"int4", "bf16"}
+    newer = replace(of("int4"), power_draws={})
     assert with_older(newer, of("int4")) == newer
     assert with_older(of("int4"), replace(of("int4"), points=())) == of("int4")
     # Of other prompts, or another torch, rates do not mix.

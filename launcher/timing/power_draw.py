@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from launcher.timing.rates import Draw
+from launcher.timing.rates import PowerDraw
 
 STEPS, PASSES, WAITING = "steps", "passes", "waiting"
 # Left out at either end of a load: energy is sampled some times a second, and in proportion between samples.
@@ -26,16 +26,16 @@ class Load:
     rows: int = 0
 
 
-def find_draws(loads: Iterable[Load], energy_between: EnergyBetween, num_cards: int) -> dict[str, Draw]:
+def find_power_draws(loads: Iterable[Load], energy_between: EnergyBetween, num_cards: int) -> dict[str, PowerDraw]:
     """By format; without those of which something is not known."""
     by_format: dict[str, list[Load]] = {}
     for load in loads:
         by_format.setdefault(load.format, []).append(load)
-    found = {name: find_draw(each, energy_between, num_cards) for name, each in by_format.items()}
+    found = {name: find_power_draw(each, energy_between, num_cards) for name, each in by_format.items()}
     return {name: draw for name, draw in found.items() if draw is not None}
 
 
-def find_draw(loads: Iterable[Load], energy_between: EnergyBetween, num_cards: int) -> Draw | None:
+def find_power_draw(loads: Iterable[Load], energy_between: EnergyBetween, num_cards: int) -> PowerDraw | None:
     """Of the loads of one format: steps of some numbers of rows, passes, and waiting."""
     watts: dict[tuple[str, int], float] = {}
     for load in loads:
@@ -45,4 +45,4 @@ def find_draw(loads: Iterable[Load], energy_between: EnergyBetween, num_cards: i
             return None
         watts[load.kind, load.rows] = joules / (end - start) / num_cards
     steps = {rows: each for (kind, rows), each in watts.items() if kind == STEPS}
-    return Draw(steps, watts[PASSES, 0], watts[WAITING, 0])
+    return PowerDraw(steps, watts[PASSES, 0], watts[WAITING, 0])
