@@ -109,9 +109,8 @@ def with_older(calibration: Calibration, older: Calibration | None) -> Calibrati
         return calibration
     timed = formats_of(calibration.points)
     kept = (point for point in older.points if point.work.format not in timed)
-    draws = {name: draw for name, draw in older.power_draws.items() if name not in timed} | dict(
-        calibration.power_draws
-    )
+    kept_draws = {name: draw for name, draw in older.power_draws.items() if name not in timed}
+    draws = kept_draws | dict(calibration.power_draws)
     return replace(calibration, points=(*calibration.points, *kept), power_draws=draws)
 
 
