@@ -122,7 +122,12 @@ round_groups(const Stored* __restrict__ weight, unsigned char* __restrict__ valu
   for (int i = 0; i < HELD; i++) sizes[i] = fabsf(held[i]);
   const float scale = as_stored(__fdiv_rn(largest(sizes), IS_FLOAT ? FLOAT8_MAX : LEVELS / 2 - 1));
 #endif
-  if (lane == 0) scales[group] = to_bf16(scale);
+  float strange[HELD];
+#pragma unroll
+  for (int i = 0; i < HELD; i++) strange[i] = held[i] != held[i];
+  const bool has_nan = largest(strange) > 0;
+  // What is no number must not become one.
+  if (lane == 0) scales[group] = has_nan ? 0x7fc0 : to_bf16(scale);
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     const int at = lane + 32 * i;

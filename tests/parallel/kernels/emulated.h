@@ -151,7 +151,8 @@ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 inline u32 widen_half(unsigned short bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
   return __float_as_uint(bits & 0x8000 ? -size : size);
 }
 inline unsigned short to_bf16(float value) {

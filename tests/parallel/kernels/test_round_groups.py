@@ -93,6 +93,19 @@ def test_extreme_groups(name: str, dtype: torch.dtype) -> None:
     assert_same(weight, SCHEMES[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_weight_that_is_no_number_leaves_no_numbers_in_its_group(name: str, dtype: torch.dtype) -> None:
+    """As with plain torch: damaged files must be seen in what the model gives."""
+    weight = torch.randn(3, 3 * 128).to(dtype)
+    weight[0, 5] = weight[1, 255] = weight[2, 128:256] = torch.nan
+    found, expected = round_by_source(weight, SCHEMES[name]), quantize_weight(weight, SCHEMES[name])
+    assert torch.equal(found.scales.isnan(), expected.scales.isnan())
+    assert found.scales.isnan().sum() == 3
+    whole = ~found.scales.isnan().repeat_interleave(128, 1)
+    assert torch.equal(found.dequantize(dtype)[whole], expected.dequantize(dtype)[whole])
+
+
 def undecided() -> Tensor:
     """[groups, 128] float32, of which two grids have errors so close that the order of their sums decides.
 
