@@ -68,14 +68,15 @@ class OffloadPlan:
 
     @property
     def pass_ms(self) -> float | None:
-        """What the slowest takes of what goes on at once: a rank's copies, the disk, packing; None where a link is not
-        known."""
-        times_ms = [self.disk_ms or 0.0, self.pack_ms or 0.0]
+        """What the slowest takes of what goes on at once: a rank's copies, the disk, and packing, which goes on between
+        copies of what is packed; None where a link is not known."""
+        times_ms = [self.disk_ms or 0.0]
         read = self.disk_bytes or (0,) * len(self.pass_bytes)
         for num_bytes, num_read, rate in zip(self.pass_bytes, read, self.copy_gb_per_sec, strict=True):
             if rate is None:
                 return None
-            times_ms.append((num_bytes + num_read) / (rate * 1e9) * 1e3)
+            read_ms = num_read / (rate * 1e9) * 1e3
+            times_ms += [num_bytes / (rate * 1e9) * 1e3 + read_ms, read_ms + (self.pack_ms or 0.0)]
         return max(times_ms)
 
     @property

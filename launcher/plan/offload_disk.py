@@ -20,13 +20,19 @@ HOST_BYTES_PER_RANK = 4 * GIB
 # Where nothing is known of the disk: from a virtual one 4 threads got 3.6 to 4.1 (results/read_cpu_202611.md).
 ASSUMED_GB_PER_SEC = 3.6
 MEASURED = "measured on its files"
-# A layer from the disk is packed on the card each time: as long as the card moves so many bytes for each weight. w4a16:
-# counted, not measured (AWQ, which takes most: decoding 16, packing 3, joining 2). Of all others loads of a 70B on an
-# H200 took 250 to 310, the host's time for thousands of launches included (results/one_card_h200_202611.json:
-# decode_sec). Rounding: counted, not measured, of what does not stay in the card's cache.
-PACK_BYTES = {"w4a16": 21}
+# A layer from the disk is made on the card in every pass: decoded or rounded, packed, and joined with its like. Bytes
+# that this moves for each weight, counted (tests/launcher/plan/test_pack_ms.py), not measured; decoding is AWQ's, which
+# moves most. What other kernels read is packed by plain torch, in thousands of launches: as long as the card moves 250
+# to 310, where that was measured, of 8 bits before one launch packed them (results/one_card_h200_202611.json:
+# decode_sec).
+DECODE_BYTES = 10
+ROUND_BYTES = 4
+PACK_BYTES = {"w4a16": 5, "w8a16": 8}
 OTHER_PACK_BYTES = 280
-ROUNDING_BYTES = 150
+# Rounding also takes instructions: of a warp for 128 weights, as round_groups.cu is compiled for an RTX 4090. Each of
+# its 128 multiprocessors starts 4 a clock. By the lower clock of an H200, which has four more of them.
+ROUND_INSTRUCTIONS = {"int4": 1024, "int8": 304, "fp8": 328}
+INSTRUCTIONS_PER_SEC = 128 * 4 * 1.7e9
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ def pack_ms(demand: Demand, cards: tuple[Card, ...]) -> float | None:
     if demand.shape.quantization == "none":
         return 0.0
     weights = demand.num_disk * demand.shape.num_linear_weights / demand.shape.num_layers / demand.world_size
-    num_bytes = weights * pack_bytes(demand)
-    return num_bytes / (statistics.fmean(filter(None, rates)) * 1e9) * 1e3
+    bytes_per_sec = statistics.fmean(filter(None, rates)) * 1e9
+    return weights * (pack_bytes(demand) / bytes_per_sec + round_sec(demand)) * 1e3
 
 
 def pack_bytes(demand: Demand) -> int:
@@ -124,5 +130,13 @@ def pack_bytes(demand: Demand) -> int:
     scheme = demand.shape.scheme
     if scheme is None:
         return OTHER_PACK_BYTES
-    rounding = ROUNDING_BYTES if scheme.layout == "rounded" else 0
-    return rounding + PACK_BYTES.get(predict_kernel(scheme, demand.device, demand.dtype), OTHER_PACK_BYTES)
+    made = ROUND_BYTES if scheme.layout == "rounded" else DECODE_BYTES
+    return made + PACK_BYTES.get(predict_kernel(scheme, demand.device, demand.dtype), OTHER_PACK_BYTES)
+
+
+def round_sec(demand: Demand) -> float:
+    """For each weight, that its rounding computes."""
+    scheme = demand.shape.scheme
+    if scheme is None or scheme.layout != "rounded":
+        return 0.0
+    return ROUND_INSTRUCTIONS[scheme.method] / 128 / INSTRUCTIONS_PER_SEC

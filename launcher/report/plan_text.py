@@ -117,7 +117,7 @@ def describe_disk(offload: OffloadPlan) -> list[tuple[str, str]]:
     text = f"{len(offload.disk_layers)}, {number(read)} GB a pass as the checkpoint has it, {ring:.2f} GiB of host"
     text += f" memory to read ahead; {number(offload.disk_ms)} ms at {number(rate.gb_per_sec)} GB/s ({rate.source})"
     if offload.pack_ms:
-        text += f"; packing them meanwhile {number(offload.pack_ms)} ms, estimated by bytes moved"
+        text += f"; packing them meanwhile {number(offload.pack_ms)} ms, estimated by bytes and instructions"
     return [("layers from the disk, predicted", text)]
 
 

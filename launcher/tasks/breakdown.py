@@ -29,7 +29,8 @@ PARTS = {
     "rotary": ("rotary",),
     "activation": ("silu",),
     "linears": (
-        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "pack_four_bits", "tinygemm"),
+        *("w4a16", "w8a16", "wide", "dequantize_w", "dequantize_h", "tinygemm"),
+        *("pack_four_bits", "pack_eight_bits", "round_groups"),
         *("gemm", "gemv", "nvjet", "cutlass", "splitk"),
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul"),
     ),

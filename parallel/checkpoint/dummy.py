@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from parallel.checkpoint.load import LoadResult, move_buffers, place
 from parallel.checkpoint.match import parameter_owners
-from parallel.checkpoint.quantize import FLOAT8_MAX
 from parallel.checkpoint.quantized import install, local_box
 from parallel.formats.scheme import Box, Range, Scheme, group_range
 from parallel.formats.unpack import cut_groups
+from parallel.kernels.round_groups import FLOAT8_MAX
 from parallel.layers.linear import ShardedLayer
 from parallel.quantized import QuantizedWeight
 from parallel.shard import ShardedModel

@@ -32,7 +32,9 @@ def load_bytes(scheme: Scheme, device: str, dtype: str, stored_element_bytes: in
     stays = numel * held_bits(scheme, device, dtype, num_in) / 8
     pack = pack_bytes(scheme, predict_kernel(scheme, device, dtype), stays, numel)
     if scheme.layout == "rounded":
-        rounding = numel * (stored_element_bytes + VALUE_BYTES) + min(numel, ROUNDED_AT_A_TIME) * ROUNDING_BYTES
+        # On a card, one kernel rounds all of it and takes nothing beside.
+        block = 0 if device == "cuda" else min(numel, ROUNDED_AT_A_TIME)
+        rounding = numel * (stored_element_bytes + VALUE_BYTES) + block * ROUNDING_BYTES
         return round(max(rounding, pack) - stays)
     stored = numel * stored_bits(scheme, num_in) / 8
     return round(stored + max(decode_bytes(scheme, numel), pack) - stays)

@@ -1,7 +1,7 @@
 """Rounds weights to 4 or 8 bits on the device they are on, one tensor at a time, while a checkpoint loads.
 
 Every step is elementwise or exact, so that a group's result depends on nothing but the group: not on the shape of the
-slice, the number of ranks, or the device.
+slice, the number of ranks, or the device. On a card one kernel takes the same steps (kernels/round_groups.cu).
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from torch import Tensor
 
 from parallel.checkpoint.quantize_schemes import ROUNDED_AT_A_TIME
 from parallel.formats.scheme import Box, Scheme
+from parallel.kernels import round_groups
+from parallel.kernels.round_groups import FLOAT8_MAX, LEAST_SCALE, RANGES
 from parallel.quantized import QuantizedWeight
-
-# Shares of a group's range that are tried: outliers are cut off where that lowers the squared error.
-RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
-FLOAT8_MAX = 448.0
-# Scales of groups without a value above it.
-LEAST_SCALE = 1e-10
 
 Rounded = tuple[Tensor, Tensor, Tensor | None]
 
@@ -37,14 +33,22 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     values = torch.empty(num_out, num_in, dtype=dtype, device=device)
     scales = torch.empty(num_out, num_groups, dtype=torch.bfloat16, device=device)
     zeros = torch.empty(num_out, num_groups, dtype=torch.uint8, device=device) if scheme.has_zeros else None
-    for rows in row_blocks(num_out, num_groups * group_size):
+    round_all = round_groups.run if round_groups.takes(weight, scheme) else round_by_blocks
+    round_all(weight, values, scales, zeros, scheme)
+    return QuantizedWeight(values, scheme.bits, scales, zeros, group_size)
+
+
+def round_by_blocks(weight: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> None:
+    """Fills what `quantize_weight` returns; what a block takes beside it is ROUNDING_BYTES for each weight."""
+    num_in, num_groups = weight.shape[1], scales.shape[1]
+    group_size = scheme.group_size or max(num_in, 1)
+    for rows in row_blocks(len(weight), num_groups * group_size):
         groups = split_groups(weight[rows].float(), num_groups, group_size)
         levels, scale, zero = rounding_of(scheme)(groups, scheme.bits)
         values[rows] = levels.flatten(1)[:, :num_in].to(values.dtype)
         scales[rows] = scale.squeeze(-1).to(scales.dtype)
         if zeros is not None and zero is not None:
             zeros[rows] = zero.squeeze(-1).to(zeros.dtype)
-    return QuantizedWeight(values, scheme.bits, scales, zeros, group_size)
 
 
 def split_groups(rows: Tensor, num_groups: int, group_size: int) -> Tensor:

@@ -12,7 +12,7 @@ QUANTIZE_SCHEMES = {
     "int8": Scheme("int8", "rounded", bits=8, group_size=128),
     "fp8": Scheme("fp8", "rounded", bits=8, group_size=128, is_float=True),
 }
-# Weights that are rounded at a time: their passes stay in the cache of a card.
+# Weights that plain torch rounds at a time: its passes over them stay in the cache of a card.
 ROUNDED_AT_A_TIME = 4 * 1024**2
 # Bytes a weight of those at most: as float32, filled up to whole groups, as levels, and errors while they are summed.
 ROUNDING_BYTES = 4 + 4 + 4 + 4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.footprint import MIN_FUSED_ROWS, UNIT_INPUTS, W8A16_GROUP_SIZE
-from parallel.kernels import dequantize_packed, wide
+from parallel.kernels import dequantize_packed, pack_eight_bits, wide
 from parallel.kernels.grouping import GroupedLinear, group_inputs
 from parallel.kernels.launch import Kernel, load_problem
 from parallel.kernels.operators import operator
@@ -61,7 +61,8 @@ class W8A16Linear(GroupedLinear):
         grouped = group_inputs(weight, W8A16_GROUP_SIZE)
         super().__init__(weight.shape, grouped.order, max_rows=max_rows)
         self.is_float = weight.is_float
-        self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack_values))
+        pack = pack_eight_bits.pack if weight.values.device.type == "cuda" else pack_values
+        self.register_buffer("packed", pack_by_blocks(grouped, PACKED_SHAPE, pack))
         self.register_buffer("scales", pack_scales(weight, grouped.groups))
 
     def multiply(self, rows: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.checkpoint.load import load_checkpoint
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.checkpoint.read import TensorSlice
 from parallel.communicator import Communicator
 from parallel.engine.answer import StopRules
 from parallel.engine.engine import Engine
 from parallel.engine.generate import generate
 from parallel.engine.limits import EngineLimits
-from parallel.kernels import pack_four_bits, w4a16
+from parallel.formats.scheme import Scheme
+from parallel.kernels import pack_eight_bits, pack_four_bits, w4a16, w8a16
 from parallel.layers.merged import LayerMerger
 from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.disk_reads import DiskReads, Stamps
@@ -99,7 +101,7 @@ def report_of(folder: Path, *args: str) -> dict[str, Any]:
     fixed = (
         *("model=local", "gpus=1", "workload.output_tokens=12", "workload.prompt_tokens=300", "task=bench"),
         *("engine.max_context=1024", "workload.batch_size=1", "workload.repeats=1", "workload.warm_up=0"),
-        # Rounding a layer anew in every pass takes a second and tens of thousands of kernels.
+        # Every step reads layers anew.
         "engine.comm_share_steps=1",
     )
     report = run(*fixed, *args, folder=folder).report
@@ -155,12 +157,12 @@ def test_large_layers_answer_as_resident_ones(
     assert tokens[0] == tokens[1]
 
 
-def layer_costs(communicator: Communicator, folder: Path) -> list[tuple[float, float]]:
+def layer_costs(communicator: Communicator, folder: Path, quantize: Scheme | None) -> list[tuple[float, float]]:
     """ms until a layer that has been read is queued, and done; half of it, as of one rank of two."""
     share_process_group(torch.device("cpu"))
     model, checkpoint = build(communicator, folder, torch.bfloat16), read_checkpoint(folder)
     disk, times = DiskLayers((1, 2, 3), DEVICE), []
-    disk.open(model, checkpoint, None)
+    disk.open(model, checkpoint, quantize)
     for turn in range(7 if communicator.rank == 0 else 0):
         disk.reads.start(turn % 3)
         for _, _, future in list(disk.reads.reading):
@@ -174,9 +176,13 @@ def layer_costs(communicator: Communicator, folder: Path) -> list[tuple[float, f
     return times
 
 
-def test_what_a_layer_costs_the_card(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    times = run_on_one_card(layer_costs, 2, tmp_path, checkpoints["awq"])[0]
-    print(json.dumps({"half a layer of a 70B in AWQ, ms queued and done": times}))
+@pytest.mark.parametrize(("name", "quantize"), [("awq", None), *(("bf16", kind) for kind in QUANTIZE_SCHEMES)])
+def test_what_a_layer_costs_the_card(
+    name: str, quantize: str | None, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    scheme = None if quantize is None else QUANTIZE_SCHEMES[quantize]
+    times = run_on_one_card(layer_costs, 2, tmp_path, checkpoints[name], scheme)[0]
+    print(json.dumps({f"half a layer of a 70B, {name}, {quantize=}, ms queued and done": times}))
     assert len(times) == 7
 
 
@@ -185,3 +191,10 @@ def test_card_packs_as_plain_torch_does(in_pairs: bool) -> None:
     values = torch.randint(0, 16, (2064, 8064), dtype=torch.uint8)
     packed = pack_four_bits.pack(values.to(DEVICE), in_pairs=in_pairs)
     assert torch.equal(packed.cpu(), w4a16.pack_values(values, in_pairs=in_pairs))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_card_packs_eight_bits_as_plain_torch_does(dtype: torch.dtype) -> None:
+    values = torch.randint(0, 256, (2064, 8064), dtype=torch.uint8)
+    packed = pack_eight_bits.pack(values.to(DEVICE).view(dtype))
+    assert torch.equal(packed.cpu(), w8a16.pack_values(values.view(dtype)))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from parallel.checkpoint.load_memory import load_bytes
 from parallel.checkpoint.quantize import quantize_weight
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
+from parallel.kernels import round_groups
 from parallel.kernels.choice import pack_linear
 from tests.launcher.cli import run
+from tests.parallel.kernels.test_round_groups import extremes, undecided
 
 pytestmark = pytest.mark.gpu
 KINDS = tuple(QUANTIZE_SCHEMES)
@@ -31,6 +35,17 @@ def test_card_rounds_as_the_cpu_does(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(rounded.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(rounded.scales.cpu(), expected.scales)
     assert expected.zeros is None or torch.equal(rounded.zeros.cpu(), expected.zeros)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("make", [extremes, undecided])
+@pytest.mark.parametrize("kind", KINDS)
+def test_card_rounds_hard_groups_as_the_cpu_does(kind: str, make: Callable[[], Tensor]) -> None:
+    weight, scheme = make(), QUANTIZE_SCHEMES[kind]
+    assert round_groups.takes(weight.cuda(), scheme)
+    rounded, expected = quantize_weight(weight.cuda(), scheme), quantize_weight(weight, scheme)
+    assert torch.equal(rounded.scales.cpu(), expected.scales)
+    assert expected.zeros is None or torch.equal(rounded.zeros.cpu(), expected.zeros)  # type: ignore[union-attr]
+    assert torch.equal(rounded.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

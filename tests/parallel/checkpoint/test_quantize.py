@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint import quantize
-from parallel.checkpoint.quantize import RANGES, cut_inputs, quantize_weight
+from parallel.checkpoint.quantize import cut_inputs, quantize_weight
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES, ROUNDING_BYTES, widen
 from parallel.formats.scheme import Box
+from parallel.kernels.round_groups import RANGES
 from parallel.quantized import QuantizedWeight
 from tests.parallel.memory import peak_bytes
 

@@ -85,6 +85,18 @@ inline u32 __shfl_sync(u32, u32 value, int lane) {
   warp.meet();
   return found;
 }
+inline float __shfl_xor_sync(u32 mask, float value, int lanes) {
+  u32 bits;
+  memcpy(&bits, &value, 4);
+  bits = __shfl_sync(mask, bits, own_lane() ^ lanes);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+// Each rounds by itself; built without FMA, as here, all of C++'s do.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 template <class T> inline T __ldg(const T* from) { return *from; }
 template <class T> inline T __ldcs(const T* from) { return *from; }
 template <class T> inline void __stcs(T* to, const T& value) { *to = value; }
@@ -139,7 +151,8 @@ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 inline u32 widen_half(unsigned short bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
   return __float_as_uint(bits & 0x8000 ? -size : size);
 }
 inline unsigned short to_bf16(float value) {
@@ -260,10 +273,26 @@ extern "C" void run_dequantize_host(const void* packed, const void* scales, void
   });
 }
 
+#elif defined(RUN_PACK_EIGHT)
+
+extern "C" void run_pack(const void* values, void* packed, int units, int num_quarters, int num_blocks) {
+  run_grid({num_blocks, 1}, WARPS * 32, [=] { pack_eight_bits((const uint2*)values, (uint4*)packed, units, num_quarters); });
+}
+
 #elif defined(RUN_PACK)
 
 extern "C" void run_pack(const void* values, void* packed, int units, int num_halves, int num_blocks) {
   run_grid({num_blocks, 1}, WARPS * 32, [=] { pack_four_bits((const uint2*)values, (uint4*)packed, units, num_halves); });
+}
+
+#elif defined(RUN_ROUND)
+
+extern "C" void run_round(const void* weight, void* values, void* scales, void* zeros, int num_in, int groups_in_row,
+                          int num_groups, int num_blocks) {
+  run_grid({num_blocks, 1}, WARPS * 32, [=] {
+    round_groups((const Stored*)weight, (unsigned char*)values, (unsigned short*)scales, (unsigned char*)zeros, num_in,
+                 groups_in_row, num_groups);
+  });
 }
 
 #else

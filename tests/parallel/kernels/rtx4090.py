@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 
+from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.footprint import W4A16_GROUP_SIZES
 from parallel.kernels import (
     attention_launch,
@@ -25,8 +26,10 @@ from parallel.kernels import (
     fused,
     host_int4,
     launch,
+    pack_eight_bits,
     pack_four_bits,
     paged_attention,
+    round_groups,
     tiles,
     w4a16,
     w8a16,
@@ -263,6 +266,12 @@ def packing() -> Iterator[Use]:
     for in_pairs in (False, True):
         load = partial(pack_four_bits.compile_kernel, DEVICE.index, in_pairs=in_pairs)
         yield Use(f"pack_four_bits in_pairs={in_pairs}", load, pack_four_bits.WARPS * WARP)
+    for is_float in (False, True):
+        load = partial(pack_eight_bits.compile_kernel, DEVICE.index, is_float=is_float)
+        yield Use(f"pack_eight_bits {is_float=}", load, pack_eight_bits.WARPS * WARP)
+    for (name, scheme), dtype in product(QUANTIZE_SCHEMES.items(), round_groups.STORED):
+        load = partial(round_groups.compile_kernel, scheme, dtype, DEVICE.index)
+        yield Use(f"round_groups {name} of {dtype}", load, round_groups.WARPS * WARP)
     for block in host_int4.OUTPUTS_PER_BLOCK:
         load = partial(dequantize_host.compile_kernel, block, DEVICE.index)
         yield Use(f"dequantize_host {block}", load, dequantize_host.THREADS)

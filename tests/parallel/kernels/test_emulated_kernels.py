@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.kernels import pack_four_bits, w4a16, w8a16
+from parallel.kernels import pack_eight_bits, pack_four_bits, w4a16, w8a16
 from parallel.kernels.dequantize_packed import count_blocks
 from parallel.kernels.host_int4 import OUTPUTS_PER_BLOCK, pack_values
 from parallel.kernels.packed_layout import Layout
@@ -137,6 +137,21 @@ def test_the_source_packs_as_plain_torch_does(in_pairs: bool) -> None:
     assert torch.equal(packed.flatten(0, 2)[:17], expected.flatten(0, 2)[:17])
     assert (packed.flatten(0, 2)[17:] == -1).all()
     library.run_pack(pointer(values), pointer(packed), 3, 18, pack_four_bits.count_blocks(3, 3))
+    assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_the_source_packs_eight_bits_as_plain_torch_does(dtype: torch.dtype) -> None:
+    library = compile_source("pack_eight_bits.cu", ["-DRUN_PACK_EIGHT", f"-DE4M3={int(dtype.is_floating_point)}"])
+    values = torch.randint(0, 256, (48, 384), dtype=torch.uint8).view(dtype)
+    packed = torch.full((3, 3, 4, 32, 4), -1, dtype=torch.int32)
+    blocks = pack_eight_bits.count_blocks(3, 3)
+    # Quarters of units that the warps of a block do not share evenly.
+    library.run_pack(pointer(values), pointer(packed), 3, 35, blocks)
+    expected = w8a16.pack_values(values)
+    assert torch.equal(packed.flatten(0, 2)[:35], expected.flatten(0, 2)[:35])
+    assert (packed.flatten(0, 2)[35:] == -1).all()
+    library.run_pack(pointer(values), pointer(packed), 3, 36, blocks)
     assert torch.equal(packed, expected)
 
 

@@ -35,7 +35,8 @@ NEAREST = (
     "wide (128-20-bfloat16|int8-groups) swiglu 32 rows",
     "dequantize_packed (32-codebook|int8-groups)",
     "paged_attention 128 bfloat16( fp8)?( tree)? (8|32) columns",
-    "(fused_norm|fused_silu|fused_rotary (64|256)|pack_four_bits|dequantize_host)",
+    "(fused_norm|fused_silu|fused_rotary (64|256)|pack_four_bits|pack_eight_bits|dequantize_host)",
+    "round_groups",
     "host_memory.* of 4,",
 )
 

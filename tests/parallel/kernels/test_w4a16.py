@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -148,6 +150,16 @@ def test_every_launch_fits_its_block_and_its_weight(num_rows: int) -> None:
 def test_groups_are_cut_into_a_size_that_the_kernel_knows(group_size: int, found: int | None) -> None:
     weight = QuantizedWeight(torch.zeros(16, 768, dtype=torch.uint8), 4, torch.ones(16, 48), None, group_size)
     assert w4a16.find_group_size(weight) == found
+
+
+@pytest.mark.parametrize("group_size", [1, 16, 32, 48, 64, 96, 128, 256, 300, 768, 1000])
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_groups_of_neighbours_fit_as_listed_ones_do(tile: int, group_size: int) -> None:
+    """Of these no tensor is asked, which a card would be waited for."""
+    values, groups = torch.zeros(16, 768, dtype=torch.uint8), -(-768 // group_size)
+    neighbours = QuantizedWeight(values, 4, torch.ones(16, groups), None, group_size)
+    listed = replace(neighbours, group_of=neighbours.groups())
+    assert tiles.fits_groups(neighbours, tile) == tiles.fits_groups(listed, tile)
 
 
 def test_weights_that_the_kernel_cannot_take_are_refused_with_the_reason() -> None:
