@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,9 @@ FACTS = HardwareConfig(
 )
 
 
-def times_by(hardware: HardwareConfig) -> Times | str:
+def times_by(hardware: HardwareConfig, **changes: Any) -> Times | str:
     inventory = read_inventory(hardware, 2)
-    run = run_of(hardware=hardware, workload__prompt_tokens=512)
+    run = run_of(hardware=hardware, workload__prompt_tokens=512, **changes)
     return plan_timed(run, place_ranks(run, 2, inventory), LLAMA_8B, inventory)[1]
 
 
@@ -37,3 +38,11 @@ def test_cards_of_which_all_is_known_have_times() -> None:
 @pytest.mark.parametrize("name", ["memory_gb_per_sec", "bf16_tflops", "pcie_generation", "pcie_lanes"])
 def test_fact_that_is_not_known_is_named_where_times_would_be(name: str) -> None:
     assert times_by(replace(FACTS, **{name: 0})) == f"hardware=a card does not say hardware.{name}"
+
+
+def test_times_say_what_of_the_workload_they_leave_out() -> None:
+    whole = times_by(FACTS, workload__num_requests=1)
+    more = times_by(FACTS, workload__num_requests=64, workload__arrival_rate=2.0)
+    assert isinstance(whole, Times) and isinstance(more, Times)
+    left_out = "of 1 request at once, workload.num_requests=64 and workload.arrival_rate=2.0 left out"
+    assert more == replace(whole, assumptions=(*whole.assumptions, left_out))
