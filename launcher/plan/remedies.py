@@ -11,7 +11,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.models.shape import quantized_shape
-from launcher.plan.offload_choice import stream_layers
+from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PLAIN_TOPOLOGY
 
@@ -86,7 +86,7 @@ def streaming(refused: Refused) -> Iterator[str]:
             with_kv = "" if kv == run.offload.kv else f" with offload.kv={kv.value}"
             where = "host memory and the disk" if placed.num_disk else "host memory"
             what = f"streams {placed.num_streamed} of {demand.shape.num_layers} layers from {where} in every pass"
-            yield f"offload.enabled=on{with_kv}, which {what}"
+            yield f"offload.enabled=on{with_kv}{_without_host_layers(refused)}, which {what}"
             return
 
 
@@ -102,8 +102,13 @@ def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
     run, demand, inventory = refused.run, refused.demand, refused.inventory
     for num in range(resident - 1, -1, -1):
         if refused.would_fit(place_layers(run, demand, inventory, demand.shape.num_layers - num)):
-            yield f"offload.resident_layers={num}"
+            yield f"offload.resident_layers={num}{_without_host_layers(refused)}"
             return
+
+
+def _without_host_layers(refused: Refused) -> str:
+    """Which are read only where layers are streamed, and may be such that the host cannot compute them."""
+    return "" if refused_by_host(refused.run, refused.demand) is None else " without offload.host_layers"
 
 
 def kv_on_host(refused: Refused) -> Iterator[str]:

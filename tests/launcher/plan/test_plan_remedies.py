@@ -48,8 +48,8 @@ def asked_for(remedy: str, shape: ModelShape, changes: dict[str, Any]) -> tuple[
         else:
             name, kind = FIELDS[key]
             asked[name] = kind(value)
-    if "without offload.resident_layers" in remedy:
-        del asked["offload__resident_layers"]
+    for name in re.findall(r"without offload\.(\w+)", remedy):
+        del asked[f"offload__{name}"]
     # Of its own: fields of it are set.
     return run_of(**{"offload": OffloadConfig()} | asked), shape
 
@@ -72,6 +72,8 @@ def check_layers(remedy: str, decided: Plan) -> None:
         (LLAMA_70B, {"gpus": 1, "engine__max_context": 30000}),
         (LLAMA_70B, {"gpus": 2, "offload__enabled": OffloadKind.on}),
         (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 30}),
+        (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 80, "offload__host_layers": 8}),
+        (LLAMA_70B, {"gpus": 2, "offload__host_layers": 8}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 80}),
         (LLAMA_70B_AWQ, {"gpus": 2, "offload__resident_layers": 79, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 60, "offload__disk": "checkpoint"}),
