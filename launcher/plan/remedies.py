@@ -44,7 +44,7 @@ def other_runs(refused: Refused) -> list[str]:
     """More cards or fewer bits, nothing being streamed."""
     whole = replace(refused, demand=replace(refused.demand, num_streamed=0))
     without = "" if refused.run.offload.resident_layers is None else " without offload.resident_layers"
-    return [f"{remedy}{without}" for remedy in (*_more_cards(whole), *_fewer_bits(whole))]
+    return [f"{remedy}{without}" for remedy in _more_cards(whole)] + [*_fewer_bits(whole, without)]
 
 
 def smaller_runs(refused: Refused) -> Iterator[str]:
@@ -131,8 +131,9 @@ def _more_cards(refused: Refused) -> Iterator[str]:
         yield f"{_cards_knob(refused.run, num_cards)}{more}"
 
 
-def _fewer_bits(refused: Refused) -> Iterator[str]:
-    """The settings of model.quantize that fit here; where none does, the fewest cards that 4 bits need."""
+def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
+    """The settings of model.quantize that fit here, each with what has to go; where none does, the fewest cards that 4
+    bits need."""
     demand = refused.demand
     if demand.shape.quantization != "none":
         return
@@ -142,7 +143,7 @@ def _fewer_bits(refused: Refused) -> Iterator[str]:
         num_cards = _smallest_num_cards(refused, smaller["int4"], 1)
         fitting = [f"model.quantize=int4 on {_cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
     if fitting:
-        yield " or ".join(fitting) + _none_as_it_is(refused)
+        yield " or ".join(f"{each}{without}" for each in fitting) + _none_as_it_is(refused)
 
 
 def _none_as_it_is(refused: Refused) -> str:

@@ -74,6 +74,7 @@ def check_layers(remedy: str, decided: Plan) -> None:
         (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 30}),
         (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 80, "offload__host_layers": 8}),
         (LLAMA_70B, {"gpus": 2, "offload__host_layers": 8}),
+        (LLAMA_70B, {"gpus": 4, "offload__resident_layers": 70, "limits__host_memory_gib": 8}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 80}),
         (LLAMA_70B_AWQ, {"gpus": 2, "offload__resident_layers": 79, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 60, "offload__disk": "checkpoint"}),
