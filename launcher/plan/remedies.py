@@ -41,9 +41,11 @@ class Refused:
 
 
 def other_runs(refused: Refused) -> list[str]:
-    """More cards or fewer bits, nothing being streamed."""
+    """More cards or fewer bits, nothing being streamed; neither where the cards hold it all."""
     whole = replace(refused, demand=replace(refused.demand, num_streamed=0))
     without = "" if refused.run.offload.resident_layers is None else " without offload.resident_layers"
+    if without and whole.would_fit(whole.demand):
+        return [f"the run{without}"]
     return [f"{remedy}{without}" for remedy in _more_cards(whole)] + [*_fewer_bits(whole, without)]
 
 
