@@ -95,7 +95,7 @@ def plan_offload(
     """What `demand.num_streamed` layers in host memory and on the disk mean; None where there are none.
 
     Raises:
-        PlanError: host memory does not suffice; the message has the sizes. Or there are no files to read from.
+        PlanError: host memory does not suffice; the message has the sizes.
     """
     if demand.num_streamed == 0:
         return None
@@ -105,11 +105,6 @@ def plan_offload(
         refused = Refused(run, demand, budgets, inventory, run.engine.max_context or run.needed_tokens)
         remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(refused)
         raise refuse_host_memory(refused, max_context, needed, free_bytes, remedies)
-    if demand.num_disk and run.model.weights == WeightsKind.dummy:
-        raise PlanError(
-            f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
-            "model.weights=dummy has none. Write one with tools.make_checkpoint, or lower what is streamed."
-        )
     on_host, on_disk = places(demand)
     cards = inventory.cards[: demand.world_size]
     return OffloadPlan(
@@ -126,6 +121,15 @@ def plan_offload(
         kv_bytes_per_token=host_kv_bytes_per_token(demand),
         **(_disk_part(run, demand, inventory, on_disk) if on_disk else {}),
     )
+
+
+def check_disk(run: RunConfig, demand: Demand) -> None:
+    """Raises PlanError: layers are to be read from files that there are not."""
+    if demand.num_disk and run.model.weights == WeightsKind.dummy:
+        raise PlanError(
+            f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
+            "model.weights=dummy has none. Write one with tools.make_checkpoint, or lower what is streamed."
+        )
 
 
 def check_shared(run: RunConfig, demand: Demand) -> None:
