@@ -1,7 +1,8 @@
 """Two runs, or two sweeps, side by side: python -m tools.compare A B [--json]
 
-A and B are folders of runs, their report.json, or folders of sweeps. Jobs of sweeps are matched by the overrides that
-vary within either. Ratios are B / A; a verdict stands only where both runs had repeats that tell their spread.
+A and B are folders of runs, their report.json, or folders of sweeps. Jobs of sweeps are matched by the settings that
+vary within either, typed or not. Ratios are B / A; a verdict stands only where both runs had repeats that tell their
+spread.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """The jobs of A and of B with the same values of the overrides that vary; None where a side has none."""
+    """The jobs of A and of B with the same values of the settings that vary; None where a side has none."""
 
     varies: dict[str, str | None]
     a: SweepJob | None
@@ -82,7 +83,14 @@ def overrides_of(job: SweepJob) -> dict[str, str]:
 
 
 def values_of(job: SweepJob, keys: Sequence[str]) -> tuple[str | None, ...]:
-    return tuple(overrides_of(job).get(key) for key in keys)
+    """As the job ran, whether they were typed or not; as typed where it has no such setting (model=NAME), or the report
+    holds no config."""
+    known, typed = settings(job), overrides_of(job)
+    return tuple(as_typed(known[key]) if key in known else typed.get(key) for key in keys)
+
+
+def as_typed(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def compare_pair(pair: Pair) -> dict[str, Any]:

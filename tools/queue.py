@@ -143,12 +143,15 @@ def read_jobs(text: str) -> list[Job]:
     """The jobs of a file; empty lines and comments (#) are left out.
 
     Raises:
-        ValueError: a line does not say how many cards it takes, or a quote is open; or there is no job.
+        ValueError: a line does not say how many cards it takes, holds what is no setting, or a quote is open; or there
+            is no job.
     """
     lines = [(number, split(number, line)) for number, line in enumerate(text.splitlines(), start=1)]
     found = [(number, arguments) for number, arguments in lines if arguments]
     if not found:
         raise ValueError("the file holds no job: write a launcher's command line a line, as gpus=2 model=NAME.")
+    for number, words in found:
+        check_words(number, words)
     return [Job(place, tuple(words), count_cards(number, words)) for place, (number, words) in enumerate(found)]
 
 
@@ -158,6 +161,14 @@ def split(number: int, line: str) -> list[str]:
         return shlex.split(line, comments=True)
     except ValueError as error:
         raise ValueError(f"line {number} cannot be read ({error}): {line}") from None
+
+
+def check_words(line: int, words: Sequence[str]) -> None:
+    """Raises ValueError: a word that the job, hours later perhaps, could make nothing of."""
+    for word in words:
+        if "=" not in word and not word.startswith(("-", "~")):
+            what = "what comes after `torchrun -m launcher`, as gpus=2 model=NAME"
+            raise ValueError(f"line {line}: {word} is no setting. Write {what}.")
 
 
 def count_cards(line: int, arguments: Sequence[str]) -> int:

@@ -64,6 +64,11 @@ class WorkloadConfig:
         if self.warm_up < 0:
             yield f"workload.warm_up={self.warm_up} must be 0 (none) or above."
 
+    def beyond_a_batch(self) -> list[str]:
+        """Settings by which requests do not come as one batch, all at once, which is what plans predict times of."""
+        more = [] if self.num_requests in (None, self.batch_size) else [f"workload.num_requests={self.num_requests}"]
+        return more + ([] if self.arrival_rate is None else [f"workload.arrival_rate={self.arrival_rate}"])
+
     def bench_keys(self) -> list[str]:
         """Keys that were set and that only task=bench reads."""
         names = ("num_requests", "arrival_rate", "max_ttft_ms", "max_tpot_ms", "repeats", "warm_up")

@@ -12,7 +12,7 @@ from launcher.memory.fit import fits
 from launcher.memory.kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory.streamed import disk_bytes, ring_bytes
 from launcher.plan.limits import KEPT_FREE_STREAMED
-from launcher.plan.offload_choice import choose_num_streamed, stream_layers
+from launcher.plan.offload_choice import choose_num_streamed, refused_by_host, stream_layers
 from launcher.plan.offload_disk import (
     DiskRate,
     disk_rate,
@@ -26,7 +26,6 @@ from launcher.plan.offload_disk import (
 from launcher.plan.refusal import refuse_host_memory
 from launcher.plan.remedies import Refused, shorter_sequences
 from launcher.plan.topology import PlanError
-from parallel.footprint import host_refusal
 
 # What copies from pinned memory reach, by PCIe generation, over 16 lanes: 55 measured on an H200 (5.0); 25 and 12.4 are
 # usual of 4.0 and 3.0, 0.8 of what the lanes carry.
@@ -97,22 +96,16 @@ def plan_offload(
     """What `demand.num_streamed` layers in host memory and on the disk mean; None where there are none.
 
     Raises:
-        PlanError: host memory does not suffice; the message has the sizes. Or there are no files to read from.
+        PlanError: host memory does not suffice; the message has the sizes.
     """
     if demand.num_streamed == 0:
         return None
-    check_shared(run, demand)
     host_bytes, free_bytes = demand.host_bytes(), free_host_bytes(run, inventory)
     needed = needed_host_bytes(demand, max_context)
     if free_bytes is not None and needed > free_bytes:
         refused = Refused(run, demand, budgets, inventory, run.engine.max_context or run.needed_tokens)
         remedies = _kv_remedies(run, demand, budgets, inventory, max_context) + _disk_remedies(refused)
         raise refuse_host_memory(refused, max_context, needed, free_bytes, remedies)
-    if demand.num_disk and run.model.weights == WeightsKind.dummy:
-        raise PlanError(
-            f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
-            "model.weights=dummy has none. Write one with tools.make_checkpoint, or lower what is streamed."
-        )
     on_host, on_disk = places(demand)
     cards = inventory.cards[: demand.world_size]
     return OffloadPlan(
@@ -131,13 +124,19 @@ def plan_offload(
     )
 
 
+def check_disk(run: RunConfig, demand: Demand) -> None:
+    """Raises PlanError: layers are to be read from files that there are not."""
+    if demand.num_disk and run.model.weights == WeightsKind.dummy:
+        raise PlanError(
+            f"offload.disk={run.offload.disk} reads {demand.num_disk} layers from the checkpoint in every pass, and "
+            "model.weights=dummy has none. Write one with tools.make_checkpoint, or lower what is streamed."
+        )
+
+
 def check_shared(run: RunConfig, demand: Demand) -> None:
-    """Raises PlanError: the host is to compute layers, and cannot."""
-    if not run.offload.host_layers or demand.device != "cuda":
-        return
-    scheme = demand.shape.scheme
-    why_not = "only linears of 4 bits" if scheme is None else host_refusal(scheme, demand.dtype)
-    if why_not is not None:
+    """Raises PlanError: the host is to compute some of the streamed layers, and cannot."""
+    why_not = refused_by_host(run, demand)
+    if demand.num_streamed and why_not is not None:
         raise PlanError(
             f"offload.host_layers={run.offload.host_layers}: the host computes {why_not}. Leave it out, or set "
             "model.quantize=int4 for a checkpoint in 16 or 32 bits, and model.dtype=bfloat16."

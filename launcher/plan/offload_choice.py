@@ -15,6 +15,7 @@ from launcher.memory.kv import host_kv_bytes_per_token
 from launcher.plan.limits import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, context_limit
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PlanError
+from parallel.footprint import host_refusal
 
 # Whether keys and values of layers in host memory may lie there, too.
 KV_ON_HOST = {KVPlace.card: (False,), KVPlace.host: (True,), KVPlace.auto: (False, True)}
@@ -100,6 +101,14 @@ def _step_bytes(run: RunConfig, demand: Demand) -> int:
     num_layers = demand.num_streamed - demand.num_disk
     sizes = zip(demand.layer_bytes(), host_kv_bytes_per_token(demand), strict=True)
     return max(num_layers * layer_bytes + num_tokens * token_bytes for layer_bytes, token_bytes in sizes)
+
+
+def refused_by_host(run: RunConfig, demand: Demand) -> str | None:
+    """What it computes, where it is to compute layers and these are none; None otherwise."""
+    if not run.offload.host_layers or demand.device != "cuda":
+        return None
+    scheme = demand.shape.scheme
+    return "only linears of 4 bits" if scheme is None else host_refusal(scheme, demand.dtype)
 
 
 def weights_exceed(demand: Demand, budgets: tuple[int, ...], needed: int) -> bool:

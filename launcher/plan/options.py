@@ -74,13 +74,14 @@ def find_options(
 
 
 def variants(shape: ModelShape) -> dict[str, ModelShape]:
-    """The model as it is and, where that is known, in the formats that it could have instead."""
+    """The model as it is and in the formats that it could have instead; of two of one name, its own."""
     if shape.quantization != "none":
         given = {shape.quantization: shape}
         plain = replace(shape, quantization="none", scheme=None, linear_bits=16.0, not_loadable="")
     else:
         given, plain = {}, shape
-    return given | {PLAIN: plain} | {name: quantized_shape(plain, name) for name in QUANTIZE_SCHEMES}
+    others = {name: quantized_shape(plain, name) for name in QUANTIZE_SCHEMES if name not in given}
+    return given | {PLAIN: plain} | others
 
 
 def try_option(

@@ -14,7 +14,7 @@ from launcher.memory.demand import Demand
 from launcher.memory.fit import largest_context
 from launcher.models.shape import ModelShape
 from launcher.plan.context import choose_context
-from launcher.plan.offload import OffloadPlan, plan_offload
+from launcher.plan.offload import OffloadPlan, check_disk, check_shared, plan_offload
 from launcher.plan.offload_choice import stream_layers
 from launcher.plan.offload_disk import largest_host_context
 from launcher.plan.prefill import capture_passes, hides_sums, planned_fused_rows, wanted_passes
@@ -103,6 +103,8 @@ def plan_run(
     budgets = _budgets(run, world_size, inventory)
     demand = capture_passes(run, demand, budgets)
     demand = stream_layers(run, demand, budgets, inventory)
+    check_shared(run, demand)
+    check_disk(run, demand)
     max_context, max_context_reason = choose_context(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory, max_context)
     cards = _plan_cards(demand, budgets, max_context, placement)

@@ -11,7 +11,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.models.shape import quantized_shape
-from launcher.plan.offload_choice import stream_layers
+from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PLAIN_TOPOLOGY
 
@@ -41,10 +41,12 @@ class Refused:
 
 
 def other_runs(refused: Refused) -> list[str]:
-    """More cards or fewer bits, nothing being streamed."""
+    """More cards or fewer bits, nothing being streamed; neither where the cards hold it all."""
     whole = replace(refused, demand=replace(refused.demand, num_streamed=0))
     without = "" if refused.run.offload.resident_layers is None else " without offload.resident_layers"
-    return [f"{remedy}{without}" for remedy in (*_more_cards(whole), *_fewer_bits(whole))]
+    if without and whole.would_fit(whole.demand):
+        return [f"the run{without}"]
+    return [f"{remedy}{without}" for remedy in _more_cards(whole)] + [*_fewer_bits(whole, without)]
 
 
 def smaller_runs(refused: Refused) -> Iterator[str]:
@@ -86,7 +88,7 @@ def streaming(refused: Refused) -> Iterator[str]:
             with_kv = "" if kv == run.offload.kv else f" with offload.kv={kv.value}"
             where = "host memory and the disk" if placed.num_disk else "host memory"
             what = f"streams {placed.num_streamed} of {demand.shape.num_layers} layers from {where} in every pass"
-            yield f"offload.enabled=on{with_kv}, which {what}"
+            yield f"offload.enabled=on{with_kv}{_without_host_layers(refused)}, which {what}"
             return
 
 
@@ -102,8 +104,13 @@ def _fewer_resident(refused: Refused, resident: int) -> Iterator[str]:
     run, demand, inventory = refused.run, refused.demand, refused.inventory
     for num in range(resident - 1, -1, -1):
         if refused.would_fit(place_layers(run, demand, inventory, demand.shape.num_layers - num)):
-            yield f"offload.resident_layers={num}"
+            yield f"offload.resident_layers={num}{_without_host_layers(refused)}"
             return
+
+
+def _without_host_layers(refused: Refused) -> str:
+    """Which are read only where layers are streamed, and may be such that the host cannot compute them."""
+    return "" if refused_by_host(refused.run, refused.demand) is None else " without offload.host_layers"
 
 
 def kv_on_host(refused: Refused) -> Iterator[str]:
@@ -126,8 +133,9 @@ def _more_cards(refused: Refused) -> Iterator[str]:
         yield f"{_cards_knob(refused.run, num_cards)}{more}"
 
 
-def _fewer_bits(refused: Refused) -> Iterator[str]:
-    """The settings of model.quantize that fit here; where none does, the fewest cards that 4 bits need."""
+def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
+    """The settings of model.quantize that fit here, each with what has to go; where none does, the fewest cards that 4
+    bits need."""
     demand = refused.demand
     if demand.shape.quantization != "none":
         return
@@ -137,7 +145,7 @@ def _fewer_bits(refused: Refused) -> Iterator[str]:
         num_cards = _smallest_num_cards(refused, smaller["int4"], 1)
         fitting = [f"model.quantize=int4 on {_cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
     if fitting:
-        yield " or ".join(fitting) + _none_as_it_is(refused)
+        yield " or ".join(f"{each}{without}" for each in fitting) + _none_as_it_is(refused)
 
 
 def _none_as_it_is(refused: Refused) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from launcher.amounts import count
 from launcher.config import (
     RANDOM_PROMPT_TOKENS,
     HardwareConfig,
@@ -95,9 +96,17 @@ def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> T
         return "layers are streamed over a link that is not known"
     copies = Copies(pass_ms, kv_token_ms)
     try:
-        return predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, copies)
+        times = predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, copies)
     except ValueError as error:
         return str(error)
+    return replace(times, assumptions=(*times.assumptions, *one_batch(run)))
+
+
+def one_batch(run: RunConfig) -> list[str]:
+    """What times leave out of a workload of more than that."""
+    left_out = run.workload.beyond_a_batch()
+    requests = count(run.workload.batch_size, "request")
+    return [f"of {requests} at once, {' and '.join(left_out)} left out"] if left_out else []
 
 
 def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from launcher.config import RunConfig
+from launcher.config import RunConfig, TaskKind
 from launcher.failures import Failure
 from launcher.finished import read_finished
 from launcher.hardware.inventory import Inventory
@@ -63,6 +64,8 @@ PREDICTED_TIMES = (
     "comm_share",
     "tokens_per_joule",
 )
+# Of these, what hangs on when requests come.
+WHOLE_RUN_TIMES = ("ttft_ms", "itl_ms", "tokens_per_sec", "tokens_per_joule")
 MEASURED = (
     "transport",
     "load",
@@ -121,7 +124,12 @@ def base_report(job: Job) -> dict[str, Any]:
         "config": config_values(run),
         "versions": versions(),
     }
-    return report if plan is None else report | planned(plan, job.times)
+    return report if plan is None else report | planned(plan, job.times, incomparable(run))
+
+
+def incomparable(run: RunConfig) -> tuple[str, ...]:
+    """Predicted times that are not of the requests that are measured."""
+    return WHOLE_RUN_TIMES if run.task.kind == TaskKind.bench and run.workload.beyond_a_batch() else ()
 
 
 def config_values(run: RunConfig) -> dict[str, Any]:
@@ -130,8 +138,8 @@ def config_values(run: RunConfig) -> dict[str, Any]:
     return values
 
 
-def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
-    """What the plan decided, and what it predicts."""
+def planned(plan: Plan, times: Times | str | None, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """What the plan decided, and what it predicts, but for the times `left_out`."""
     cards = [{"name": card.name, "predicted_bytes": card.predicted_bytes, "lines": card.lines} for card in plan.cards]
     return {
         "dtype": plan.dtype,
@@ -146,6 +154,7 @@ def planned(plan: Plan, times: Times | str | None) -> dict[str, Any]:
             "offload": None if plan.offload is None else planned_offload(plan.offload),
             "cards": cards,
             **predicted_times(times),
+            **dict.fromkeys(left_out),
         },
     }
 

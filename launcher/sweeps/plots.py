@@ -59,8 +59,8 @@ DPI = 150
 WIDTH, HEIGHT, LEGEND_ROW = 8.0, 4.6, 0.3
 # Of a label of the memory's plot.
 BAR_LINE = 0.21
-# Characters of a label in a line: one of two columns of a legend, and beside an axis or above a panel.
-LEGEND_LABEL, MAX_LABEL = 28, 34
+# Characters of a label in a line: one of two columns of a legend, or its only one; beside an axis or above a panel.
+LEGEND_LABEL, LONG_LABEL, MAX_LABEL = 28, 60, 34
 MAX_PANELS = 24
 PANEL_COLUMNS = 3
 
@@ -234,18 +234,20 @@ def add_legend(figure: Figure, keys: Sequence[Line2D]) -> None:
     """Below the plot, where it hides nothing and takes no height from it."""
     if not keys:
         return
-    columns = 1 if max(len(str(key.get_label())) for key in keys) > LEGEND_LABEL else 2
-    figure.set_figheight(HEIGHT + LEGEND_ROW * -(-len(keys) // columns))
+    labels = [str(key.get_label()) for key in keys]
+    columns = 1 if max(map(len, labels)) > LEGEND_LABEL else 2
+    num_lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(HEIGHT + LEGEND_ROW * -(-num_lines // columns))
     figure.legend(handles=keys, loc="outside lower center", ncols=columns)
 
 
 def key_of(label: str, place: int) -> Line2D:
     """A line of the legend."""
-    return Line2D([], [], color=color(place), marker=marker(place), label=label)
+    return Line2D([], [], color=color(place), marker=marker(place), label=wrap(label, LONG_LABEL))
 
 
-def wrap(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, MAX_LABEL))
+def wrap(label: str, width: int = MAX_LABEL) -> str:
+    return "\n".join(textwrap.wrap(label, width))
 
 
 def color(place: int) -> str:

@@ -77,7 +77,7 @@ def markdown_text(rows: Sequence[Row], title: str) -> str:
     headings = [*words, *(heading(name, names) for name in names), *(["reason"] if has_reason else [])]
     rules = [*["---"] * len(words), *["--:"] * len(names), *(["---"] if has_reason else [])]
     cells = [[*table_cells(row, names), *([plain(row["reason"])] if has_reason else [])] for row in rows]
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in (headings, rules, *cells))
+    escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (headings, rules, *cells))
     lines = [f"| {' | '.join(line)} |" for line in escaped]
     return "\n".join([f"# {title}", "", *lines, "", f"{NOTE}.", ""])
 

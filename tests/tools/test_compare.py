@@ -47,6 +47,25 @@ def test_jobs_of_sweeps_are_matched_by_what_varies(tmp_path: Path, capsys: pytes
     ]  # fmt: skip
 
 
+def test_setting_that_one_side_left_out_is_matched_with_what_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep over groups alone beside one over batches, too; a group is no setting of a run, only its values are."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for number, model in enumerate(("small", "large")):
+        for batch_size in (1, 8):
+            config = {"model": {"path": model}, "workload": {"batch_size": batch_size}}
+            report = bench_report(config=config, batch_size=batch_size)
+            if batch_size == 1:
+                write_job(a, number, [f"model={model}"], report)
+            write_job(b, 2 * number + batch_size // 8, [f"model={model}", f"workload.batch_size={batch_size}"], report)
+    jobs = compare(capsys, a, b)["jobs"]
+    assert [(*job["overrides"].values(), job["a"] is not None) for job in jobs] == [
+        ("small", "1", True), ("large", "1", True), ("small", "8", False), ("large", "8", False),
+    ]  # fmt: skip
+    assert all(job["b"] is not None for job in jobs)
+
+
 def test_same_job_twice_is_matched_in_turn(tmp_path: Path) -> None:
     for name in ("a", "b"):
         for number in range(2):

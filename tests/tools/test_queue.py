@@ -144,6 +144,14 @@ def test_open_quote_is_told_with_its_line() -> None:
         read_jobs("gpus=1\ngpus=1 prompt='a\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "word"), [("torchrun -m launcher gpus=2", "torchrun"), ("gpus=2 && gpus=1", "&&"), ("gpus=2 > log", ">")]
+)
+def test_command_of_a_shell_is_no_line(line: str, word: str) -> None:
+    with pytest.raises(ValueError, match=rf"line 2: {word} is no setting. Write what comes after"):
+        read_jobs(f"gpus=1 ~prompt --config-dir=x\n{line}")
+
+
 @pytest.mark.parametrize("text", ["", "\n# gpus=1\n"])
 def test_file_without_a_job_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="holds no job: write a launcher's command line"):

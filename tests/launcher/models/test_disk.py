@@ -139,8 +139,11 @@ def dummy() -> ModelConfig:
     return ModelConfig(path="m", weights=WeightsKind.dummy)
 
 
-def test_dummies_have_no_files_to_read() -> None:
-    message = refused(AWQ_4, cards_of(1), offload=DISK, model=dummy(), **limited(16))
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_dummies_have_no_files_to_read(batch_size: int) -> None:
+    """Which is told before sequences that do not fit, too."""
+    workload = {"workload__prompt_tokens": 2000, "workload__batch_size": batch_size}
+    message = refused(AWQ_4, cards_of(1), offload=DISK, model=dummy(), **limited(16), **workload)
     assert message.startswith("offload.disk=checkpoint reads ")
     assert "model.weights=dummy has none" in message
 

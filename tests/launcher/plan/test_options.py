@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from launcher.config import Aim, OffloadKind, SpeculationConfig, SpeculationKind
+from launcher.models.shape import TYPICAL_SCHEMES
 from launcher.plan.options import Option, rank_options
 from launcher.plan.plan import plan_run
 from launcher.plan.topology import place_ranks
@@ -122,6 +123,15 @@ def test_what_streams_layers_says_so() -> None:
     assert f"streams {alone.streamed_layers} layers; why not " in shown([replace(alone, reason="why not")])
     assert f"streams {alone.streamed_layers} layers │" in shown([replace(alone, reason="")])
     assert pair.fits and pair.streamed_layers == 0 and "streams" not in shown([pair])
+
+
+def test_checkpoint_in_fp8_is_compared_as_it_is() -> None:
+    """Not as model.quantize=fp8 would round it, with other scales."""
+    own = replace(LLAMA_8B, quantization="fp8", scheme=TYPICAL_SCHEMES["fp8"], linear_bits=8.0)
+    run, cards = run_of(workload__prompt_tokens=512), cards_of(1)
+    planned = plan_run(run, place_ranks(run, 1, cards), own, cards)
+    found = [option for option in rank_options(run, own, cards, 1) if option.format == "fp8"]
+    assert [option.predicted_bytes for option in found] == [planned.cards[0].predicted_bytes]
 
 
 def test_what_has_no_times_is_not_called_the_best_for_latency() -> None:

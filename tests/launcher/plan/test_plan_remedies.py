@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from launcher.config import KVDType, OffloadConfig, OffloadKind, RunConfig, TopologyKind
+from launcher.config import KVDType, LimitsConfig, OffloadConfig, OffloadKind, RunConfig, TopologyKind
 from launcher.config.offload import KVPlace
 from launcher.models.shape import ModelShape, quantized_shape
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import PlanError, place_ranks, resolve_world_size
-from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, refused, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, plan, refused, run_of
 
 # Of a run, by the key in the message; sums of tokens are one token of prompt and the answer.
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -48,8 +48,8 @@ def asked_for(remedy: str, shape: ModelShape, changes: dict[str, Any]) -> tuple[
         else:
             name, kind = FIELDS[key]
             asked[name] = kind(value)
-    if "without offload.resident_layers" in remedy:
-        del asked["offload__resident_layers"]
+    for name in re.findall(r"without offload\.(\w+)", remedy):
+        del asked[f"offload__{name}"]
     # Of its own: fields of it are set.
     return run_of(**{"offload": OffloadConfig()} | asked), shape
 
@@ -72,6 +72,9 @@ def check_layers(remedy: str, decided: Plan) -> None:
         (LLAMA_70B, {"gpus": 1, "engine__max_context": 30000}),
         (LLAMA_70B, {"gpus": 2, "offload__enabled": OffloadKind.on}),
         (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 30}),
+        (LLAMA_70B, {"gpus": 1, "offload__resident_layers": 80, "offload__host_layers": 8}),
+        (LLAMA_70B, {"gpus": 2, "offload__host_layers": 8}),
+        (LLAMA_70B, {"gpus": 4, "offload__resident_layers": 70, "limits__host_memory_gib": 8}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 80}),
         (LLAMA_70B_AWQ, {"gpus": 2, "offload__resident_layers": 79, **LONG}),
         (LLAMA_70B_AWQ, {"gpus": 1, "offload__resident_layers": 60, "offload__disk": "checkpoint"}),
@@ -100,6 +103,13 @@ def test_what_a_refusal_names_is_planned(shape: ModelShape, changes: dict[str, A
             check_layers(remedy, plan_run(run, place_ranks(run, len(more.cards), more), other, more))
     else:
         assert host_gib == 512 or "offload__disk" in changes
+
+
+def test_layers_that_need_not_be_streamed_ask_for_no_more_cards() -> None:
+    small = {"offload": OffloadConfig(resident_layers=30), "limits": LimitsConfig(host_memory_gib=2)}
+    found = remedies(refused(LLAMA_8B, cards_of(2), 2, **small))
+    assert found == ["the run without offload.resident_layers"]
+    assert plan(LLAMA_8B, cards_of(2), 2, **small | {"offload": OffloadConfig()}).offload is None
 
 
 def test_sequences_are_shortened_by_the_keys_that_make_them_long() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,9 +29,9 @@ FACTS = HardwareConfig(
 )
 
 
-def times_by(hardware: HardwareConfig) -> Times | str:
+def times_by(hardware: HardwareConfig, **changes: Any) -> Times | str:
     inventory = read_inventory(hardware, 2)
-    run = run_of(hardware=hardware, workload__prompt_tokens=512)
+    run = run_of(hardware=hardware, workload__prompt_tokens=512, **changes)
     return plan_timed(run, place_ranks(run, 2, inventory), LLAMA_8B, inventory)[1]
 
 
@@ -58,3 +59,11 @@ def test_what_cards_drew_while_they_were_calibrated_is_kept(monkeypatch: pytest.
     assert kept is not None and kept.points == Machine(0).calibration().points
     (draw,) = kept.power_draws.values()
     assert (draw.steps[1], draw.passes, draw.waiting) == pytest.approx((100.0, 200.0, 300.0))
+
+
+def test_times_say_what_of_the_workload_they_leave_out() -> None:
+    whole = times_by(FACTS, workload__num_requests=1)
+    more = times_by(FACTS, workload__num_requests=64, workload__arrival_rate=2.0)
+    assert isinstance(whole, Times) and isinstance(more, Times)
+    left_out = "of 1 request at once, workload.num_requests=64 and workload.arrival_rate=2.0 left out"
+    assert more == replace(whole, assumptions=(*whole.assumptions, left_out))

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.config import LimitsConfig, ModelFacts
+from launcher.config import LimitsConfig, ModelFacts, TaskConfig, TaskKind, WorkloadConfig
 from launcher.failures import Failure
 from launcher.finished import keep_finished
 from launcher.hardware.inventory import Inventory
@@ -23,6 +23,7 @@ from launcher.report.report import base_report, build_report, failure_report
 from launcher.report.slow import slow_kernels
 from launcher.telemetry.sampler import Telemetry
 from launcher.telemetry.usage import CardUsage
+from launcher.timing.predict import Times
 from tests.launcher.jobs import make_job, make_run
 
 CONTRACT = {
@@ -192,6 +193,23 @@ def test_predictions_stand_apart(tmp_path: Path) -> None:
     assert predicted["tpot_floor_ms"] is None
     for card, planned in zip(predicted["cards"], job.plan.cards, strict=True):
         assert card["predicted_bytes"] == planned.predicted_bytes == sum(card["lines"].values())
+
+
+@pytest.mark.parametrize(
+    ("workload", "is_of_the_run"),
+    [({}, True), ({"num_requests": 4}, True), ({"num_requests": 8}, False), ({"arrival_rate": 2.0}, False)],
+)
+def test_times_of_a_batch_do_not_stand_beside_those_of_other_requests(
+    tmp_path: Path, workload: dict[str, Any], is_of_the_run: bool
+) -> None:
+    times = Times("a test", (), 3.6, {}, 0.1, "", 100.0, 726.0, 1e4, 0.2, itl_ms=21.0)
+    for task, is_told in ((TaskKind.bench, is_of_the_run), (TaskKind.plan, True)):
+        job = replace(planned_job(tmp_path), times=times)
+        run = replace(job.run, task=TaskConfig(task), workload=WorkloadConfig(batch_size=4, **workload))
+        predicted = base_report(replace(job, run=run))["predicted"]
+        names = ("ttft_ms", "itl_ms", "tokens_per_sec", "tokens_per_joule")
+        assert [predicted[name] for name in names] == ([726.0, 21.0, 100.0, 0.2] if is_told else [None] * 4)
+        assert (predicted["tpot_ms"], predicted["comm_share"], predicted["prefill_tokens_per_sec"]) == (3.6, 0.1, 1e4)
 
 
 def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,11 +85,27 @@ def test_image_is_large_enough_and_not_blank(plots: dict[str, Path], name: str) 
     assert 0.005 < (image[..., :3].min(axis=2) < 0.7).mean() < 0.5
 
 
+def is_framed(path: Path) -> bool:
+    """Whether nothing is drawn over an edge."""
+    image = matplotlib.image.imread(path)[..., :3]
+    return all((edge > 0.99).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_nothing_is_drawn_over_the_edge(plots: dict[str, Path], name: str) -> None:
-    image = matplotlib.image.imread(plots[f"{name}.png"])[..., :3]
-    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
-        assert (edge > 0.99).all()
+    assert is_framed(plots[f"{name}.png"])
+
+
+def test_long_names_of_lines_have_room_below_the_plot(tmp_path: Path) -> None:
+    """Such as two folders, which only their ends tell apart."""
+    for number, (end, gpus) in enumerate((end, gpus) for end in ("old", "new") for gpus in (1, 2)):
+        overrides = [f"model.path=/models/{'folder/' * 20}{end}", f"gpus={gpus}"]
+        write_job(tmp_path, number, overrides, bench_report(gpus, batch_size=gpus))
+    files = draw(tmp_path)
+    for name in ("ttft_over_cards", "throughput_against_latency"):
+        assert is_framed(files[f"{name}.png"])
+        found = " ".join(texts(files[f"{name}.svg"]))
+        assert "old" in found and "new" in found
 
 
 def test_plans_alone_are_drawn_over_cards_as_predictions(tmp_path: Path) -> None:

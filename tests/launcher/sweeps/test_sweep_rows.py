@@ -134,6 +134,12 @@ def test_markdown_is_one_table_with_the_reasons(rows: list[Row]) -> None:
     assert "39.83 GiB \\| too much." in lines[2]
 
 
+def test_value_with_a_line_end_stays_in_its_row(tmp_path: Path) -> None:
+    for number, stop in enumerate(("\n", "###")):
+        write_job(tmp_path, number, [f'sampling.stop=["{stop}"]'], bench_report())
+    assert '| 0 | [" "] | ok |' in markdown_text(sweep_rows(find_jobs(tmp_path)), "x")
+
+
 def test_terminal_gets_the_table_and_the_reasons_below(rows: list[Row]) -> None:
     console = Console(width=140)
     with console.capture() as capture:
