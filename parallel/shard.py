@@ -101,6 +101,9 @@ def apply_tensor_parallel(model: PreTrainedModel, communicator: Communicator, gr
         partition_config=specs, vocab_parallel_lm_head=True, model_config=model.config, tp_grain_size=grain,
     )  # fmt: skip
     group = dist.group.WORLD
+    # Sizes that modules keep of their model are read by nobody here. For each it would write the module out as text,
+    # the whole model 16 times: 0.6 s of a core for 80 layers.
+    autotp.update_mp_params = lambda child, name=None: None
     autotp.set_tensor_parallel_config(world_size, group)
     autotp.update_linear_policies()
     autotp._replace_module(model)

@@ -19,7 +19,12 @@ from typing import Any
 # Ranks compute on the CPU, whatever the machine has.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 # Imported once, in the server that ranks are forked from: a start takes milliseconds instead of seconds.
-PRELOADED = ("torch", "transformers", "deepspeed", "deepspeed.comm", "parallel.checkpoint.load", "parallel.shard")
+PRELOADED = (
+    *("torch", "transformers", "deepspeed", "deepspeed.comm", "parallel.checkpoint.load", "parallel.shard"),
+    # What building a model imports.
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.module_inject.tp_plan_converter"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3")),
+)
 # So much longer than the caller of ranks their collectives wait: who hangs is told, not what it does to the others.
 COLLECTIVE_SEC = 60.0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -27,10 +28,22 @@ from parallel.offload.disk_layers import DiskLayers
 from parallel.offload.host_layers import HostLayers, HostLoader
 from parallel.partition import choose_grain
 from parallel.shard import ShardedModel, build_sharded_model
+from tests.parallel.shared_memory import SharedMemory
 from tests.parallel.small_models import DEMO
-from tools.local_ranks import run_on_ranks as run_on_ranks
+from tools import local_ranks
 
 CPU = torch.device("cpu")
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_sec: float = 120) -> list[Any]:
+    """As tools.local_ranks does, but that ranks talk through memory they share, not over gloo."""
+    if world_size == 1:
+        return local_ranks.run_on_ranks(function, 1, *args, timeout_sec=timeout_sec)
+    return local_ranks.run_on_ranks(through_memory, world_size, function, *args, timeout_sec=timeout_sec)
+
+
+def through_memory(communicator: Communicator, function: Callable[..., Any], *args: Any) -> Any:
+    return function(SharedMemory(communicator), *args)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Transports add and gather exactly; wrappers and swaps do what they say and no more."""
 
+import random
 import time
 from pathlib import Path
 
@@ -10,9 +11,18 @@ from torch import Tensor
 from parallel.communicator import Communicator, ElidedAllReduce, open_communicator
 from parallel.layers.linear import ShardedLayer, swapped_communicator
 from parallel.transports.solo import Solo
-from tests.parallel.ranks import CPU, build, run_on_ranks
+from tests.parallel import ranks
+from tests.parallel.ranks import CPU, build
+from tools.local_ranks import run_on_ranks
 
-WORLD_SIZES = (1, 2, 3)
+# Of as many ranks: what they talk through, and what starts them.
+RANKS = {
+    "solo": (1, run_on_ranks),
+    "gloo": (2, run_on_ranks),
+    "gloo of three": (3, run_on_ranks),
+    "shared memory": (2, ranks.run_on_ranks),
+    "shared memory of three": (3, ranks.run_on_ranks),
+}
 
 
 def values_of(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -26,13 +36,14 @@ def reduce_values(communicator: Communicator) -> tuple[Tensor, bool, str]:
     return result, result is tensor, communicator.name
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_all_reduce_is_the_exact_sum_in_place(world_size: int) -> None:
+@pytest.mark.parametrize("kind", RANKS)
+def test_all_reduce_is_the_exact_sum_in_place(kind: str) -> None:
+    world_size, run = RANKS[kind]
     expected = sum(values_of(rank) for rank in range(world_size))
-    for result, in_place, name in run_on_ranks(reduce_values, world_size):
+    for result, in_place, name in run(reduce_values, world_size):
         assert torch.equal(result, expected)
         assert in_place
-        assert name == ("solo" if world_size == 1 else "gloo")
+        assert name == kind.removesuffix(" of three")
 
 
 def reduce_fractions(communicator: Communicator) -> list[Tensor]:
@@ -44,10 +55,30 @@ def reduce_fractions(communicator: Communicator) -> list[Tensor]:
     ]
 
 
-def test_every_rank_gets_the_same_bits() -> None:
-    first, *others = run_on_ranks(reduce_fractions, 3)
+@pytest.mark.parametrize("kind", RANKS)
+def test_every_rank_gets_the_same_bits(kind: str) -> None:
+    world_size, run = RANKS[kind]
+    first, *others = run(reduce_fractions, world_size)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def reduce_in_turn(communicator: Communicator) -> list[list[float]]:
+    """Of many sums one upon another, to which each rank is late now and then."""
+    draw, found = random.Random(communicator.rank), []
+    for number in range(200):
+        time.sleep(0.001 * (draw.random() < 0.1))
+        total = communicator.all_reduce(torch.tensor([float(number), communicator.rank]))
+        found.append([*total.tolist(), *communicator.all_gather(total).sum(0).tolist()])
+    return found
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_collectives_do_not_mix(kind: str) -> None:
+    n, run = RANKS[kind]
+    ranks_sum = n * (n - 1) // 2
+    for found in run(reduce_in_turn, n):
+        assert found == [[n * number, ranks_sum, n * n * number, n * ranks_sum] for number in range(200)]
 
 
 def gather_values(communicator: Communicator) -> tuple[Tensor, Tensor]:
@@ -55,10 +86,11 @@ def gather_values(communicator: Communicator) -> tuple[Tensor, Tensor]:
     return communicator.all_gather(values), communicator.all_gather(values.T)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_all_gather_is_in_rank_order(world_size: int) -> None:
+@pytest.mark.parametrize("kind", RANKS)
+def test_all_gather_is_in_rank_order(kind: str) -> None:
+    world_size, run = RANKS[kind]
     expected = torch.stack([values_of(rank) for rank in range(world_size)])
-    for gathered, of_a_view in run_on_ranks(gather_values, world_size):
+    for gathered, of_a_view in run(gather_values, world_size):
         assert torch.equal(gathered, expected)
         assert torch.equal(of_a_view, expected.transpose(1, 2))
 
@@ -70,9 +102,10 @@ def pass_barrier(communicator: Communicator) -> tuple[float, float]:
     return arrived, time.monotonic()
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_nobody_passes_a_barrier_before_the_last_has_come(world_size: int) -> None:
-    arrivals, departures = zip(*run_on_ranks(pass_barrier, world_size), strict=True)
+@pytest.mark.parametrize("kind", RANKS)
+def test_nobody_passes_a_barrier_before_the_last_has_come(kind: str) -> None:
+    world_size, run = RANKS[kind]
+    arrivals, departures = zip(*run(pass_barrier, world_size), strict=True)
     assert min(departures) >= max(arrivals)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
 from parallel.communicator import Communicator
@@ -164,6 +164,18 @@ def dtypes_of(communicator: Communicator, folder: Path) -> dict[str, set[torch.d
 def test_asked_dtype_wins_over_the_config(folders: dict[str, Path]) -> None:
     found = run_on_ranks(dtypes_of, 1, folders["demo"])[0]
     assert found == {"torch.float32": {torch.float32}, "torch.bfloat16": {torch.bfloat16}}
+
+
+def build_without_texts(communicator: Communicator, folder: Path) -> None:
+    def refuse(module: nn.Module) -> str:
+        raise AssertionError(type(module))
+
+    nn.Module.__repr__ = refuse  # type: ignore[method-assign]
+    build(communicator, folder)
+
+
+def test_a_model_is_not_written_out_while_it_is_built(folders: dict[str, Path]) -> None:
+    run_on_ranks(build_without_texts, 1, folders["llama"])
 
 
 def refuse_unplanned(communicator: Communicator) -> str:

@@ -27,7 +27,7 @@ from parallel.transports.solo import Solo
 from tests.launcher.jobs import make_job
 
 SETTINGS = Settings(
-    widths={"wide": 512, "narrow": 256},
+    widths={"wide": 256, "narrow": 128},
     formats=("bf16", "int4"),
     rows=(1, 2),
     chunks=(16, 32),
@@ -117,8 +117,8 @@ def test_engines_that_are_timed_have_the_layers_that_their_points_say(monkeypatc
 
 def test_bytes_are_those_of_the_shape(calibration: Calibration) -> None:
     deep = next(point for point in calibration.points if (point.size, point.work.format) == ("wide", "bf16"))
-    # q and o, k and v of four heads of 128, and three projections of 1792; two bytes each.
-    assert deep.work.layer_plain_bytes == 2 * 512 * (2 * 512 + 2 * 512 + 3 * 1792)
+    # q and o, k and v of two heads of 128, and three projections of 896; two bytes each.
+    assert deep.work.layer_plain_bytes == 2 * 256 * (2 * 256 + 2 * 256 + 3 * 896)
 
 
 def test_the_file_gives_the_rates_back(calibration: Calibration, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def anonymous_growth(communicator: Communicator, folder: Path, on_disk: range) -
     engine = make_engine(communicator, folder, on_disk=on_disk)
     thread = threading.Thread(target=sample)
     thread.start()
-    answers(engine, numbered([[5, 6, 7]]))
+    answers(engine, numbered([[5, 6, 7]]), 3)
     samples.append(anonymous() - before)
     done.set()
     thread.join()

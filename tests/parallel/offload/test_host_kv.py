@@ -72,8 +72,8 @@ def prompts_of_pages() -> list[list[int]]:
     ]
 
 
-def answered(engine: Engine, prompts: list[Prompt]) -> Result:
-    return generate(engine, prompts, demo_tokenizer(), StopRules(NUM_NEW))
+def answered(engine: Engine, prompts: list[Prompt], num_tokens: int = NUM_NEW) -> Result:
+    return generate(engine, prompts, demo_tokenizer(), StopRules(num_tokens))
 
 
 def tokens_of(result: Result) -> list[list[int]]:
@@ -99,7 +99,7 @@ def runs(
         found.append(tokens_of(result))
         reused = result.reused_tokens
         # A second time, when the cache has what the first left.
-        assert tokens_of(answered(engine, prompts)) == found[-1]
+        assert tokens_of(answered(engine, prompts, 4)) == [tokens[:4] for tokens in found[-1]]
     return resident, found, reused
 
 

@@ -34,8 +34,9 @@ from parallel.transports.shared_region import SharedRegion, share_region
 from parallel.transports.solo import Solo
 from parallel.transports.two_step import CHUNK_BYTES, FLAG_BYTES, MAX_CHUNKS, THREADS, TwoStepHostMemory, TwoStepLayout
 from parallel.units import KIB
-from tests.parallel.ranks import CPU, run_on_ranks
+from tests.parallel.ranks import CPU
 from tests.parallel.transports.sums import ordered_sum
+from tools.local_ranks import run_on_ranks
 
 SMALL = 2 * KIB
 

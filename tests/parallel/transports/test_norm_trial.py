@@ -23,8 +23,9 @@ from parallel.transports.host_memory_norm import (
     row_threads,
 )
 from parallel.transports.selftest import DECODE_BYTES
-from tests.parallel.ranks import CPU, forced_logits, make_engine, run_on_ranks
+from tests.parallel.ranks import CPU, forced_logits, make_engine
 from tests.parallel.small_models import prompts_of
+from tools.local_ranks import run_on_ranks
 
 EPS = 1e-5
 FORCED = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]

@@ -10,7 +10,8 @@ from torch import Tensor
 from parallel.communicator import Communicator, ElidedAllReduce
 from parallel.transports.selftest import DECODE_BYTES, Timing, TransportError, check_transport
 from parallel.transports.solo import Solo
-from tests.parallel.ranks import CPU, run_on_ranks
+from tests.parallel.ranks import CPU
+from tools.local_ranks import run_on_ranks
 
 
 class Corrupting(ElidedAllReduce):

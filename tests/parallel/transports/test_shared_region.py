@@ -13,7 +13,8 @@ from parallel.transports.host_memory import wrap_host_memory
 from parallel.transports.region_layout import PAGE_BYTES
 from parallel.transports.shared_region import gather_texts, open_region, share_region
 from parallel.units import KIB
-from tests.parallel.ranks import CPU, run_on_ranks
+from tests.parallel.ranks import CPU
+from tools.local_ranks import run_on_ranks
 
 SMALL = 2 * KIB
 

@@ -13,7 +13,8 @@ from parallel.communicator import Communicator, ElidedAllReduce, TransportError
 from parallel.transports.choice import Proof, Range, agree, faster_up_to, force_ranges, plan_ranges, prove
 from parallel.transports.selftest import DECODE_BYTES
 from parallel.transports.solo import Solo
-from tests.parallel.ranks import CPU, run_on_ranks
+from tests.parallel.ranks import CPU
+from tools.local_ranks import run_on_ranks
 
 SIZES = (1024, DECODE_BYTES)
 SMALL_SIZES = (4096, DECODE_BYTES, 65536, 262144, 524288)

@@ -21,7 +21,7 @@ from parallel.engine.speculation.auto import AutoSpeculator
 from parallel.engine.speculation.drafter import ModelDrafter
 from parallel.engine.speculation.policy import Costs, Policy
 from parallel.engine.speculation.speculator import Speculation
-from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TREES, TreePlan
+from parallel.engine.speculation.tree_plan import CHAINS, PLAIN, TreePlan
 from parallel.engine.speculation.tune import tune
 from parallel.kernels.limits import PAGE_SIZE
 from tests.parallel.engine.speculation.draft_models import write_truncated
@@ -113,25 +113,26 @@ def test_a_draft_model_takes_in_what_it_has_missed(num_plain: int, folders: dict
     assert sum(num < plan.depth for plan, num in trees) <= 4
 
 
+CHOICES = (TreePlan(4, 3, 2), TreePlan(8, 3, 4), TreePlan(32, 4, 6))
+
+
 def tuned(communicator: Communicator, draft: Path, streamed: Sequence[int]) -> tuple[object, ...]:
     """Costs, and choices by them; and choices by costs that are given, which change from step to step."""
     settings = {"max_context": 128, "batch_size": 3, "streamed": streamed}
     plain = generate(make_engine(communicator, DEMO, **settings), numbered(prompts_of("demo")), demo_tokenizer(), RULES)
-    engine = make_engine(
-        communicator, DEMO, speculation=Speculation("draft", choices=TREES[:4]), draft=draft, **settings
-    )
+    engine = make_engine(communicator, DEMO, speculation=Speculation("draft", choices=CHOICES), draft=draft, **settings)
     speculator = engine.speculator
     assert isinstance(speculator, AutoSpeculator)
     costs = tune(engine)
     assert costs is not None
     assert all(cost.step_ms > 0 for by_num in costs.values() for cost in by_num.values())
-    assert [cost.draft_ms > 0 for cost in costs[TREES[0]].values()] == [True, True]
+    assert [cost.draft_ms > 0 for cost in costs[CHOICES[0]].values()] == [True, True]
     measured = speculator.policy
     assert measured.costs == {
         plan: Costs(tuple((num, cost.step_ms) for num, cost in by_num.items())) for plan, by_num in costs.items()
     }
     # What was measured may say that no tree ever pays; where all cost about the same, the largest is tried first.
-    given = Policy(TREES[:4], {plan: Costs(((1, 100.0 + plan.size),)) for plan in costs})
+    given = Policy(CHOICES, {plan: Costs(((1, 50.0 + plan.size),)) for plan in costs})
     chosen = []
     for speculator.policy in (measured, given):
         found = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), RULES)
@@ -150,7 +151,7 @@ def test_ranks_measure_for_themselves_and_choose_alike(streamed: Sequence[int], 
     first, second = run_on_ranks(tuned, 2, draft, streamed)
     assert first == second
     costs, (_, chosen), _ = first
-    assert set(costs) == {PLAIN, *TREES[:4]}
+    assert set(costs) == {PLAIN, *CHOICES}
     assert len(chosen) > 1, chosen
 
 

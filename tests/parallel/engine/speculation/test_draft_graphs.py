@@ -56,7 +56,7 @@ def put_graphs(engine: Engine) -> Recorder:
 def answer(engine: Engine) -> tuple[list[list[int]], Counter[int]]:
     if engine.plan is not None:
         script(engine, [*PLANS, TreePlan(1, 0, 0), *PLANS])
-    result: Result = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), StopRules(20))
+    result: Result = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), StopRules(12))
     return [each.token_ids for each in result.answers], result.acceptance.lengths
 
 
