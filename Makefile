@@ -5,6 +5,8 @@ GPUS ?= 2
 TEST_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests start hundreds of processes, each of which would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test check format clean
 
