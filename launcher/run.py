@@ -20,16 +20,18 @@ from launcher.models.draft import find_draft
 from launcher.models.find import Model, find_model
 from launcher.plan.grid import largest_plan, plan_grid
 from launcher.plan.options import rank_options
-from launcher.plan.plan import plan_run
+from launcher.plan.plan import Plan, plan_run
 from launcher.plan.prefill import wanted_passes
 from launcher.plan.timed import keep_calibration, plan_timed
 from launcher.plan.topology import Placement, place_ranks, resolve_world_size
 from launcher.processes.start import StartRanks
+from launcher.prompt_lengths import answered_times, longest_prompt, wants_lengths, with_prompts_of
 from launcher.prompts import Prompt, cut_last_line, prompts_to_do, read_prompts
 from launcher.report.console import print_note, print_options, print_plan, print_report, print_warning
-from launcher.report.report import base_report, build_report
+from launcher.report.report import base_report, build_report, read_results
 from launcher.report.slow import slow_parts
 from launcher.telemetry.sampler import Telemetry
+from launcher.timing.predict import Times
 from launcher.watch import watch_ranks
 
 WITHOUT_MODEL = (TaskKind.probe, TaskKind.calibrate)
@@ -86,6 +88,9 @@ def decide(job: Job, inventory: Inventory) -> Job:
 def measured_report(job: Job, inventory: Inventory, telemetry: Telemetry, start_ranks: StartRanks) -> dict[str, Any]:
     """The report of ranks that have ended well, printed; baselines, where there are some, are run for it."""
     run = job.run
+    if run.task.kind == TaskKind.generate:
+        lengths = [output["num_prompt_tokens"] for output in read_results(Path(job.run_dir), 1)[0]["outputs"]]
+        job = replace(job, times=answered_times(job, inventory, lengths))
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:
         report["baselines"] = run_baselines(job, inventory, start_ranks)
@@ -194,11 +199,22 @@ def prepare_job(job: Job, model: Model, inventory: Inventory) -> Job:
         disk_folder = find_disk_folder(run, model.folder)
         if run.hardware.kind != HardwareKind.facts:
             inventory = replace(inventory, disk_gb_per_sec=measure_disk(disk_folder))
-    draft_shape = None if draft is None else draft.shape
-    plan, times = plan_timed(run, job.placement, model.shape, inventory, draft=draft_shape)
+    folder = str(model.folder) if model.folder else None
+    disk = str(disk_folder) if disk_folder else None
+    job = replace(job, shape=model.shape, model_folder=folder, disk_folder=disk, draft=draft)
+    plan, times = plan_job(job, inventory)
     print_plan(plan, model.shape, times)
     if run.model.weights == WeightsKind.dummy:
         print_warning("model.weights=dummy: weights are random numbers. Times and memory are real, answers are noise.")
-    folder = str(model.folder) if model.folder else None
-    disk = str(disk_folder) if disk_folder else None
-    return replace(job, plan=plan, shape=model.shape, model_folder=folder, disk_folder=disk, draft=draft, times=times)
+    return replace(job, plan=plan, times=times)
+
+
+def plan_job(job: Job, inventory: Inventory) -> tuple[Plan, Times | str]:
+    """As plan_timed, with the lengths of the prompts where the plan hangs on them."""
+    assert job.shape is not None
+    draft = None if job.draft is None else job.draft.shape
+    plan, times = plan_timed(job.run, job.placement, job.shape, inventory, draft=draft)
+    if not wants_lengths(job, plan):
+        return plan, times
+    known = with_prompts_of(job.run, longest_prompt(replace(job, plan=plan)))
+    return plan_timed(known, job.placement, job.shape, inventory, draft=draft)

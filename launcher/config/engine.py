@@ -71,7 +71,7 @@ class EngineConfig:
     """How a model is run on its cards: context and KV cache, passes of prefill, all-reduces."""
 
     # Tokens a sequence may have, prompt and answer; null: 8192, or more where the workload needs it, as far as they fit
-    # and the model's own limit goes.
+    # and the model's own limit goes; beside streamed layers what the prompts and answers need.
     max_context: int | None = None
     # `fp8` (e4m3) halves the KV cache and rounds it to 4 significant bits.
     kv_dtype: KVDType = KVDType.auto

@@ -8,7 +8,7 @@ from launcher.config import RunConfig
 from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest_context
-from launcher.plan.limits import DEFAULT_MAX_CONTEXT, KEPT_FREE, KEPT_FREE_STREAMED, context_limit
+from launcher.plan.limits import KEPT_FREE, KEPT_FREE_STREAMED, context_limit, wanted_context
 from launcher.plan.offload_disk import has_host_room, largest_host_context
 from launcher.plan.refusal import refuse_memory
 from launcher.plan.remedies import Refused
@@ -33,10 +33,11 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
         return asked, "engine.max_context was set."
     workload = f"workload.prompt_tokens + workload.output_tokens = {needed}"
     _check_limit(workload, needed, limit, limit_reason, "Lower workload.output_tokens or shorten the prompts.")
-    wanted = min(max(DEFAULT_MAX_CONTEXT, needed), limit)
+    is_streamed = demand.num_streamed > 0
+    wanted = wanted_context(run, limit, is_streamed=is_streamed)
     if not fits(demand, budgets, needed):
         raise refuse_memory(Refused(run, demand, budgets, inventory, needed))
-    kept_free = KEPT_FREE_STREAMED if demand.num_streamed else KEPT_FREE
+    kept_free = KEPT_FREE_STREAMED if is_streamed else KEPT_FREE
     room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
     most = largest_context(demand, room, wanted)
     on_host = largest_host_context(run, demand, inventory, most)
@@ -49,7 +50,9 @@ def choose_context(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inv
         return in_pages, f"what fits beside the weights, with a little kept free{hint}."
     if wanted == limit:
         return wanted, f"{limit_reason}."
-    return wanted, "the default." if needed <= DEFAULT_MAX_CONTEXT else f"{workload}."
+    if wanted == needed:
+        return wanted, f"{workload}{'; room for more would stream more layers' if is_streamed else ''}."
+    return wanted, f"the default{', until lengths of prompts are known' if is_streamed else ''}."
 
 
 def _fits_with_host(run: RunConfig, demand: Demand, room: tuple[int, ...], inventory: Inventory, tokens: int) -> bool:

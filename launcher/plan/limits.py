@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.config import RunConfig
 from launcher.models.shape import ModelShape
 
 DEFAULT_MAX_CONTEXT = 8192
@@ -23,3 +24,13 @@ def context_limit(shape: ModelShape, draft: ModelShape | None = None) -> tuple[i
     if draft is not None and draft.max_positions < limit:
         limit, reason = draft.max_positions, f"the draft model's limit of {draft.max_positions} positions"
     return limit, reason
+
+
+def wanted_context(run: RunConfig, limit: int, *, is_streamed: bool) -> int:
+    """Tokens of a sequence to make room for, as far as memory goes, where engine.max_context leaves it open.
+
+    Beside layers that are streamed no more than are known to be needed: in place of other room the card holds layers.
+    """
+    if is_streamed and run.num_prompt_tokens is not None:
+        return run.needed_tokens
+    return min(max(DEFAULT_MAX_CONTEXT, run.needed_tokens), limit)

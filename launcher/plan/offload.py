@@ -11,8 +11,7 @@ from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
 from launcher.memory.kv import host_kv_bytes, host_kv_bytes_per_token
 from launcher.memory.streamed import disk_bytes, ring_bytes
-from launcher.plan.limits import KEPT_FREE_STREAMED
-from launcher.plan.offload_choice import choose_num_streamed, refused_by_host, stream_layers
+from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import (
     DiskRate,
     disk_rate,
@@ -111,7 +110,7 @@ def plan_offload(
     return OffloadPlan(
         streamed_layers=on_host,
         resident_layers=demand.shape.num_layers - demand.num_streamed,
-        reason=_reason(run, demand, budgets, inventory),
+        reason=_reason(run, demand),
         host_bytes=host_bytes,
         needed_host_bytes=needed,
         free_host_bytes=free_bytes,
@@ -183,21 +182,11 @@ def _disk_remedies(refused: Refused) -> list[str]:
     return [f"offload.disk=checkpoint, which reads {where}"]
 
 
-def _reason(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> str:
+def _reason(run: RunConfig, demand: Demand) -> str:
     if run.offload.resident_layers is not None:
         return "offload.resident_layers was set."
     fewer_bits = "; model.quantize=int4 streams less, or nothing" if demand.shape.quantization == "none" else ""
-    shorter = _with_shorter_sequences(run, demand, budgets, inventory)
-    return f"what does not fit beside cache and activations{shorter}{fewer_bits}."
-
-
-def _with_shorter_sequences(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inventory: Inventory) -> str:
-    """What room for no more than the workload's own sequences would save, where their lengths are known."""
-    if run.engine.max_context is not None or run.num_prompt_tokens is None:
-        return ""
-    needed, on_card = run.needed_tokens, replace(demand, num_streamed=0, num_on_disk=0)
-    num = choose_num_streamed(run, on_card, budgets, inventory, needed, needed, KEPT_FREE_STREAMED)
-    return f"; {num} with engine.max_context={needed}" if num < demand.num_streamed else ""
+    return f"what does not fit beside cache and activations{fewer_bits}."
 
 
 def copy_gb_per_sec(card: Card) -> float | None:

@@ -12,7 +12,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.memory.kv import host_kv_bytes_per_token
-from launcher.plan.limits import DEFAULT_MAX_CONTEXT, KEPT_FREE_STREAMED, context_limit
+from launcher.plan.limits import KEPT_FREE_STREAMED, context_limit, wanted_context
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.topology import PlanError
 from parallel.footprint import host_refusal
@@ -26,7 +26,7 @@ def stream_layers(run: RunConfig, demand: Demand, budgets: tuple[int, ...], inve
     values where offload.kv says."""
     limit, _ = context_limit(demand.shape, demand.draft_shape)
     needed = run.engine.max_context or run.needed_tokens
-    wanted = run.engine.max_context or min(max(DEFAULT_MAX_CONTEXT, needed), limit)
+    wanted = run.engine.max_context or wanted_context(run, limit, is_streamed=True)
     demands = []
     # offload.disk is for hosts that have no room for keys and values.
     for kv_on_host in KV_ON_HOST[run.offload.kv] if run.offload.disk is None else (False,):

@@ -124,12 +124,16 @@ def base_report(job: Job) -> dict[str, Any]:
         "config": config_values(run),
         "versions": versions(),
     }
-    return report if plan is None else report | planned(plan, job.times, incomparable(run))
+    return report if plan is None else report | planned(plan, job.times, incomparable(job))
 
 
-def incomparable(run: RunConfig) -> tuple[str, ...]:
-    """Predicted times that are not of the requests that are measured."""
-    return WHOLE_RUN_TIMES if run.task.kind == TaskKind.bench and run.workload.beyond_a_batch() else ()
+def incomparable(job: Job) -> tuple[str, ...]:
+    """Predicted times that are not of the requests that are measured: those are of one batch."""
+    is_more = {
+        TaskKind.bench: bool(job.run.workload.beyond_a_batch()),
+        TaskKind.generate: len(job.prompts) > job.run.workload.batch_size,
+    }
+    return WHOLE_RUN_TIMES if is_more.get(job.run.task.kind, False) else ()
 
 
 def config_values(run: RunConfig) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from launcher.amounts import UNKNOWN, number, percent
 def speed_table(report: dict[str, Any]) -> Table:
     table = Table("measured", "", title=f"{escape(report['model'])} on {report['world_size']} x {report['device']}")
     load, tpot = report["load"] or {}, report["tpot_ms"] or {}
+    token_text = f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"
+    rate_text = f"{number(report['tokens_per_sec'])} tokens/s, prefill included"
     rows = [
         ("ready to answer", startup_text(report.get("startup"))),
         ("load", f"{number(load.get('sec'))} s, {number(load.get('gb_per_sec'))} GB/s"),
-        ("time to first token", f"{number(report['ttft_ms'])} ms"),
+        ("time to first token", f"{number(report['ttft_ms'])} ms{predicted(report, 'ttft_ms')}"),
         ("prompt tokens reused", reuse(report["prefix_cache"])),
-        ("time per output token", f"{number(tpot.get('p50'))} ms (p99 {number(tpot.get('p99'))})"),
-        ("output", f"{number(report['tokens_per_sec'])} tokens/s, prefill included"),
+        ("time per output token", token_text + predicted(report, "itl_ms")),
+        ("output", rate_text + predicted(report, "tokens_per_sec")),
         *accepted_row(report["speculation"]),
         *streamed_row(report["offload"]),
         ("share of communication", percent(report["comm_share"])),
@@ -32,8 +34,13 @@ def speed_table(report: dict[str, Any]) -> Table:
 
 def joule_text(report: dict[str, Any]) -> str:
     """Tokens per joule; what the plan said of them beside it, where it could."""
-    measured, predicted = number(report["tokens_per_joule"]), report["predicted"].get("tokens_per_joule")
-    return measured if predicted is None else f"{measured}, predicted {number(predicted)}"
+    return number(report["tokens_per_joule"]) + predicted(report, "tokens_per_joule")
+
+
+def predicted(report: dict[str, Any], name: str) -> str:
+    """What is to stand beside what was measured; empty where nothing was predicted."""
+    value = report["predicted"].get(name)
+    return "" if value is None else f", predicted {number(value)}"
 
 
 def incomplete_text(measured: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launcher.amounts import count
 from launcher.config import RunConfig, TaskKind
-from launcher.prompts import prompt_key, read_prompts
+from launcher.prompts import read_prompts
 from launcher.timing.predict import Times
 
 # Imports, process group, self-test of the links, warm-up and graphs: about 20 s where files are in memory, minutes on
@@ -26,8 +26,6 @@ WITHOUT_MODEL_MIN = 10
 WITHOUT_TIMES_MIN = 60
 # Others' engines on the same requests, where times are not predicted.
 BASELINE_MIN = 20
-# Of text, English or code, there are about four.
-CHARACTERS_PER_TOKEN = 3
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,3 @@ def requests_sec(run: RunConfig, times: Times, requests: int) -> float:
     work_sec = math.ceil(requests / run.workload.batch_size) * batch_sec
     rate = run.workload.arrival_rate
     return max(work_sec, requests / rate) if rate else work_sec
-
-
-def longest_prompt_tokens(run: RunConfig) -> int:
-    """Tokens of the longest prompt of a run, by its characters.
-
-    Raises:
-        ConfigError: prompts_file cannot be read.
-    """
-    return max(math.ceil(len(prompt_key(each)) / CHARACTERS_PER_TOKEN) for each in read_prompts(run)) or 1

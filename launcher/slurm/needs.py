@@ -16,10 +16,10 @@ from launcher.models.find import find_model
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.timed import predict_run, with_chunk
 from launcher.plan.topology import place_ranks, resolve_world_size
+from launcher.prompt_lengths import estimate_longest_prompt, with_prompts_of
 from launcher.run import WITHOUT_MODEL
 from launcher.slurm.duration import (
     Duration,
-    longest_prompt_tokens,
     minutes_of,
     minutes_without_model,
 )
@@ -74,7 +74,7 @@ def find_needs(run: RunConfig, cards: str = DEFAULT_CARDS) -> Needs:
     draft = find_draft(planned, model.shape, model.folder)
     shapes = [model.shape, *([] if draft is None else [draft.shape])]
     placement = place_ranks(planned, num_ranks, inventory)
-    timed = with_prompts_of(planned, run.num_prompt_tokens or longest_prompt_tokens(run))
+    timed = with_prompts_of(planned, run.num_prompt_tokens or estimate_longest_prompt(run))
     plan = plan_run(planned, placement, model.shape, inventory, draft=None if draft is None else draft.shape)
     times: Times | str = GRID_REASON
     if run.task.kind != TaskKind.predictions:
@@ -107,13 +107,10 @@ def hardware_of(name: str) -> HardwareConfig:
 
 
 def as_planned(run: RunConfig, hardware: HardwareConfig) -> RunConfig:
-    """`run` as task=plan sees it: the memory that others have taken here now does not count."""
-    planned = replace(run, task=TaskConfig(TaskKind.plan), hardware=hardware)
-    return planned if run.num_prompt_tokens is None else with_prompts_of(planned, run.num_prompt_tokens)
-
-
-def with_prompts_of(run: RunConfig, tokens: int) -> RunConfig:
-    return replace(run, workload=replace(run.workload, prompt_tokens=tokens))
+    """`run` as task=plan sees it: the memory that others have taken here now does not count, and prompts that are not
+    counted yet may be of any length."""
+    tokens = None if run.task.kind == TaskKind.generate else run.num_prompt_tokens
+    return with_prompts_of(replace(run, task=TaskConfig(TaskKind.plan), hardware=hardware), tokens)
 
 
 def build_needs(run: RunConfig, num_ranks: int, inventory: Inventory, plan: Plan | None, duration: Duration) -> Needs:

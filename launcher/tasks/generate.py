@@ -68,7 +68,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
         "offload": offload,
         **communication(context, loaded.engine, contexts),
         **loaded.results(context),
-        "outputs": [output_line(prompt, answer) for prompt, answer in zip(job.prompts, result.answers, strict=True)],
+        "outputs": [output_line(*each) for each in zip(job.prompts, token_ids, result.answers, strict=True)],
     }
 
 
@@ -100,7 +100,7 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
         nonlocal num_done
         num_done += 1
         if context.rank == 0 and not single:
-            append_lines(job.output_path, [output_line(job.prompts[row], answer)])
+            append_lines(job.output_path, [output_line(job.prompts[row], token_ids[row], answer)])
             events.progress("answering", num_done, len(token_ids), "prompts")
 
     return generate.generate(
@@ -128,8 +128,9 @@ def check_same_tokens(context: RankContext, answers: Sequence[Answer]) -> None:
         raise RuntimeError("ranks picked different tokens: the links or a card corrupt data. Check with task=probe.")
 
 
-def output_line(prompt: Prompt, answer: Answer) -> dict[str, Any]:
-    return {"index": prompt.index, "prompt": prompt_key(prompt), "seed": prompt.seed, **asdict(answer)}
+def output_line(prompt: Prompt, token_ids: Sequence[int], answer: Answer) -> dict[str, Any]:
+    of_prompt = {"index": prompt.index, "prompt": prompt_key(prompt), "seed": prompt.seed}
+    return of_prompt | {"num_prompt_tokens": len(token_ids), **asdict(answer)}
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

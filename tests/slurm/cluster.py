@@ -81,7 +81,7 @@ class Cluster:
             timeout=COMMAND_SEC,
             stdin=subprocess.DEVNULL,
         )
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.returncode == 0, done
         return done.stdout
 
     def submit(self, script: Path) -> str:

@@ -81,18 +81,22 @@ def test_embedding_that_loads_first_and_leaves_the_card_takes_no_room() -> None:
     assert "load" not in lines and lines["kv_cache"] + lines["activations"] < 128256 * 8192 * 2 - lines["staging"]
 
 
-def test_plan_says_what_room_for_shorter_sequences_would_save() -> None:
-    """As many layers as are streamed then; nothing where lengths are not known, or were set."""
+def test_cards_hold_layers_in_place_of_room_that_no_sequence_needs() -> None:
+    """Where lengths are known and layers are streamed; more room was asked for, or may be needed, in the others."""
 
-    def decided(**settings: Any) -> OffloadPlan:
-        return streamed(plan(AWQ_4, cards_of(1), workload__batch_size=4, **settings))
+    def decided(**settings: Any) -> Plan:
+        return plan(AWQ_4, cards_of(1), workload__batch_size=4, workload__output_tokens=32, **settings)
 
-    lengths = {"workload__prompt_tokens": 512, "workload__output_tokens": 32}
-    long, short = decided(**lengths), decided(**lengths, engine__max_context=544)
-    assert len(short.streamed_layers) < 40 < len(long.streamed_layers)
-    assert long.reason.endswith(f"; {len(short.streamed_layers)} with engine.max_context=544.")
-    assert "engine.max_context" not in short.reason + decided(workload__output_tokens=32).reason
-    assert "engine.max_context" not in decided(**lengths, offload__resident_layers=0).reason
+    known, asked = decided(workload__prompt_tokens=512), decided(engine__max_context=544)
+    assert (known.max_context, known.offload, known.cards) == (544, asked.offload, asked.cards)
+    assert known.max_context_reason == "workload.prompt_tokens + workload.output_tokens = 544; " \
+        "room for more would stream more layers."  # fmt: skip
+    unknown, larger = decided(), decided(workload__prompt_tokens=512, engine__max_context=8192)
+    assert (unknown.max_context, unknown.offload) == (8192, larger.offload)
+    assert unknown.max_context_reason == "the default, until lengths of prompts are known."
+    assert len(streamed(known).streamed_layers) < 40 < len(streamed(larger).streamed_layers)
+    on_cards = plan(AWQ_4, cards_of(2), 2, workload__prompt_tokens=512, workload__output_tokens=32)
+    assert (on_cards.offload, on_cards.max_context, on_cards.max_context_reason) == (None, 8192, "the default.")
 
 
 def test_a_draft_model_beside_streamed_layers_takes_room_for_its_graphs() -> None:

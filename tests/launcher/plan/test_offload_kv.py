@@ -87,7 +87,10 @@ def test_keys_and_values_lie_where_a_step_copies_less() -> None:
     """The card has room for sequences at their longest, a pass brings what there is: at a fifteenth of that three more
     layers stay for less, at the whole of it for as much."""
     places = [OffloadConfig(kv=place) for place in KVPlace]
-    short, long = {"workload__prompt_tokens": 512}, {"engine__max_context": 2048, "workload__prompt_tokens": 2000}
+    short, long = (
+        {"engine__max_context": 8192, "workload__prompt_tokens": 512},
+        {"engine__max_context": 2048, "workload__prompt_tokens": 2000},
+    )
     for workload, batch_size, hosted in ((short, 1, True), (long, 12, False)):
         changes = workload | {"workload__output_tokens": 48, "workload__batch_size": batch_size}
         on_card, on_host, chosen = (plan(AWQ_4, cards_of(1), offload=each, **changes) for each in places)

@@ -45,6 +45,19 @@ def test_tokens_per_joule_are_said_beside_the_plans(measured: float | None, pred
     assert rows["tokens per joule"] == text
 
 
+def test_answers_are_said_beside_what_the_plan_said_of_them() -> None:
+    unmeasured = dict.fromkeys(("load", "prefix_cache", "speculation", "offload", "tokens_per_joule"))
+    predicted = {"ttft_ms": 70.0, "itl_ms": 7.2, "tpot_ms": 7.1, "tokens_per_sec": 130.0}
+    report = report_of(1, 120.0) | unmeasured | {"predicted": predicted}
+    rows = dict(zip(*(column.cells for column in speed_table(report).columns), strict=True))
+    told = {name: text.partition(", predicted ")[2] for name, text in rows.items()}
+    assert {name: text for name, text in told.items() if text} == {
+        "time to first token": "70",
+        "time per output token": "7.2",
+        "output": "130",
+    }
+
+
 @pytest.mark.parametrize(
     ("drive_share", "share", "text"),
     [

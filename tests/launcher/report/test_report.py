@@ -16,6 +16,7 @@ from launcher.hardware.inventory import Inventory
 from launcher.job import Job
 from launcher.models.shape import shape_from_facts
 from launcher.plan.plan import plan_run
+from launcher.prompts import Prompt
 from launcher.report import report as report_module
 from launcher.report.console import print_report
 from launcher.report.outcome import discard_report, report_failure, write_report
@@ -210,6 +211,16 @@ def test_times_of_a_batch_do_not_stand_beside_those_of_other_requests(
         names = ("ttft_ms", "itl_ms", "tokens_per_sec", "tokens_per_joule")
         assert [predicted[name] for name in names] == ([726.0, 21.0, 100.0, 0.2] if is_told else [None] * 4)
         assert (predicted["tpot_ms"], predicted["comm_share"], predicted["prefill_tokens_per_sec"]) == (3.6, 0.1, 1e4)
+
+
+@pytest.mark.parametrize(("num_prompts", "is_told"), [(1, True), (4, True), (5, False)])
+def test_times_of_a_batch_do_not_stand_beside_those_of_more_prompts(
+    tmp_path: Path, num_prompts: int, is_told: bool
+) -> None:
+    times = Times("a test", (), 3.6, {}, 0.1, "", 100.0, 726.0, 1e4, 0.2, itl_ms=21.0)
+    job = replace(planned_job(tmp_path), times=times, prompts=tuple(Prompt(i, "x") for i in range(num_prompts)))
+    predicted = base_report(replace(job, run=replace(job.run, workload=WorkloadConfig(batch_size=4))))["predicted"]
+    assert (predicted["ttft_ms"], predicted["tpot_ms"]) == (726.0 if is_told else None, 3.6)
 
 
 def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from launcher.prompt_lengths import estimate_longest_prompt
 from launcher.slurm import commands
 from launcher.slurm.commands import requeue_if_out_of_time
-from launcher.slurm.duration import longest_prompt_tokens, minutes_of
+from launcher.slurm.duration import minutes_of
 from launcher.slurm.needs import find_needs, hardware_of
 from launcher.slurm.request import Request, request_of
 from launcher.timing.predict import Times
@@ -49,7 +50,7 @@ def test_prompts_of_a_file_are_counted_and_the_longest_is_taken(tmp_path: Path) 
     file = tmp_path / "prompts.txt"
     file.write_text("a\n" + "b" * 3000 + "\n" + "c" * 30 + "\n")
     run = composed(f"prompts_file={file}", "workload.output_tokens=100")
-    assert longest_prompt_tokens(run) == 1000
+    assert estimate_longest_prompt(run) == 1000
     assert minutes_of(run, times(1), 0).minutes == 15
     assert "3 requests of 100 tokens" in minutes_of(run, times(1), 0).why
 
