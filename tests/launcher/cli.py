@@ -83,8 +83,8 @@ class Running:
     folder: Path
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of the run: the run folder is in their command lines. Zombies have none."""
-        return [process for process in psutil.process_iter() if str(self.folder) in " ".join(command_line(process))]
+        """Every live process of the run: its folder is in their command lines, or they write there. No zombies."""
+        return [each for each in psutil.process_iter() if str(self.folder) in " ".join(command_line(each)) + stdout(each)]
 
     def rank(self, rank: int) -> psutil.Process:
         """A rank that has begun to announce itself."""
@@ -94,13 +94,13 @@ class Running:
 
     def wait_for(self, path: str, text: str = "") -> None:
         """Returns when a file of the run folder is there and holds `text`."""
+        wait_until(lambda: self.has(path, text), f"{text!r} in {self.folder / path}")
+
+    def has(self, path: str, text: str = "") -> bool:
+        """Whether a file of the run folder is there and holds `text`; the run must go on."""
+        assert self.process.poll() is None, self.output("stderr") + self.output("stdout")
         file = self.folder / path
-
-        def is_there() -> bool:
-            assert self.process.poll() is None, self.output("stderr") + self.output("stdout")
-            return file.exists() and text in file.read_text(encoding="utf-8", errors="replace")
-
-        wait_until(is_there, f"{text!r} in {file}")
+        return file.exists() and text in file.read_text(encoding="utf-8", errors="replace")
 
     def finish(self, timeout_sec: float = LIMIT_SEC) -> Result:
         returncode = self.process.wait(timeout_sec)
@@ -115,6 +115,14 @@ def command_line(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:
         return []
+
+
+def stdout(process: psutil.Process) -> str:
+    """The file that takes what a process prints: a forked one has the command line of another."""
+    try:
+        return str(Path(f"/proc/{process.pid}/fd/1").readlink())
+    except OSError:
+        return ""
 
 
 def wait_until(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
@@ -17,7 +17,20 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launcher.cli import LIMIT_SEC, PYTHON, SHORT, TORCHRUN, Result, Running, command_line, started, torchrun
+from tests.launcher.cli import (
+    LIMIT_SEC,
+    PYTHON,
+    SHORT,
+    TORCHRUN,
+    Result,
+    Running,
+    StartProcess,
+    command_line,
+    started,
+    torchrun,
+    wait_until,
+)
+from tests.launcher.forked import ForkedProcess
 
 # What torchrun says where it kills processes that it has asked to end, and how long it waits for them before: much
 # longer than they take on a busy machine. Older versions wait for 30 s whatever is set.
@@ -31,10 +44,13 @@ STARTING = ("ranks/1.pid", "")
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run of two ranks is ended. `when`: a file of the run folder and what it must hold by then."""
+    """How a run is ended. `when`: a file of the run folder and what it must hold by then.
+
+    Ranks and the launcher are forked but where torchrun is in it, or where ranks are to be caught importing torch.
+    """
 
     end: Callable[[Running], None]
-    launcher: tuple[str, ...] = PYTHON
+    launcher: Sequence[str] | StartProcess = ForkedProcess
     when: tuple[str, str] = ANSWERING
     args: tuple[str, ...] = ("gpus=2",)
 
@@ -67,7 +83,7 @@ def send_twice(sig: signal.Signals) -> Callable[[Running], None]:
 
     def end(running: Running) -> None:
         running.process.send_signal(sig)
-        time.sleep(0.2)
+        time.sleep(0.03)
         running.process.send_signal(sig)
 
     return end
@@ -94,17 +110,17 @@ def send_in_a_collective(sig: signal.Signals) -> Callable[[Running], None]:
 SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 ENDINGS = {
     "python, SIGINT twice": Ending(send_twice(SIGINT)),
-    "python, SIGTERM while ranks start": Ending(send(SIGTERM), when=STARTING),
     "python, rank 1 killed": Ending(kill_rank(1)),
     "python, killed": Ending(send(SIGKILL)),
-    "torchrun, SIGINT": Ending(send(SIGINT), TORCHRUN),
+    "sweep, SIGTERM": Ending(send(SIGTERM), when=("0/outputs.jsonl", "\n"), args=("-m", "gpus=1,2")),
+    "python, SIGTERM while ranks start": Ending(send(SIGTERM), PYTHON, STARTING),
+    "torchrun, SIGINT": Ending(send(SIGINT), TORCHRUN, args=("gpus=1",)),
     "torchrun, rank 0 killed": Ending(kill_rank(0), TORCHRUN),
-    "torchrun, killed": Ending(send(SIGKILL), TORCHRUN),
+    "torchrun, killed": Ending(send(SIGKILL), TORCHRUN, args=("gpus=1",)),
     "torchrun of two, SIGTERM": Ending(send_in_a_collective(SIGTERM), torchrun(2)),
     "torchrun of two, rank 1 killed": Ending(kill_rank(1), torchrun(2)),
     "torchrun of two, rank 1 killed at its start": Ending(kill_rank(1), torchrun(2), STARTING),
     "torchrun of two, killed": Ending(send(SIGKILL), torchrun(2)),
-    "sweep, SIGTERM": Ending(send(SIGTERM), when=("0/outputs.jsonl", "\n"), args=("-m", "gpus=1,2")),
 }
 # So many at a time keep two cores busy and do not starve each other.
 GROUP_SIZE = 4
@@ -140,17 +156,21 @@ def end_group(names: list[str], folder: Path) -> dict[str, Outcome]:
             args = (*ending.args, *SHORT, f"prompts_file={folder / 'prompts.txt'}")
             place = {"folder": folder / str(number), "sweep": "-m" in args}
             running[name] = stack.enter_context(started(*args, launcher=ending.launcher, env=PATIENCE, **place))
-        ends = end_runs({name: running[name] for name in names if ENDINGS[name].when == STARTING})
-        ends |= end_runs({name: running[name] for name in names if ENDINGS[name].when != STARTING})
+        ends = end_runs(running)
     left = forgotten_since(shared_memory_before)
     return {name: Outcome(end, running[name].folder, left) for name, end in ends.items()}
 
 
 def end_runs(running: dict[str, Running]) -> dict[str, Result]:
-    """Ends runs one after the other, each at its point; the result of each, of which no process is left."""
-    for name, each in running.items():
-        each.wait_for(*ENDINGS[name].when)
-        ENDINGS[name].end(each)
+    """Ends each run as soon as it has come to its point; the result of each, of which no process is left."""
+    going_on = dict(running)
+
+    def have_all_come() -> bool:
+        for name in [name for name, each in going_on.items() if each.has(*ENDINGS[name].when)]:
+            ENDINGS[name].end(going_on.pop(name))
+        return not going_on
+
+    wait_until(have_all_come, f"the points at which {list(running)} are ended")
     results = {name: each.finish() for name, each in running.items()}
     for each in running.values():
         wait_until_gone(each)
