@@ -8,6 +8,7 @@ import resource
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 
 from parallel.checkpoint.headers import LENGTH_BYTES
 from tests.launcher import cli
-from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, torchrun
+from tests.launcher.cli import SHORT, TORCHRUN, Result, torchrun
 from tests.launcher.demo_model import WEIGHTS, change_weights, copy_demo
-from tests.launcher.forked import run, started
+from tests.launcher.forked import ForkedProcess, run, started
 
 GIB = 2**30
 
@@ -189,14 +190,14 @@ def results(folder: Path) -> dict[str, Result]:
         "longest": {"args": [f"prompts_file={folder / 'longest.jsonl'}"]},
         "chat": {"args": [f"prompts_file={folder / 'chat.jsonl'}"]},
         "disk": {"args": [f"prompts_file={folder / 'p.txt'}", "output_file=/dev/full"]},
-        "nan": {"args": [f"model.path={broken}", "gpus=2"], "launcher": PYTHON},
+        "nan": {"args": [f"model.path={broken}", "gpus=2"]},
         "nan-torchrun-of-two": {"args": [f"model.path={broken}", "gpus=2"], "launcher": torchrun(2)},
-        "world size": {"args": ["gpus=2"], "launcher": torchrun(3)},
+        "world size": {"args": ["gpus=3"], "launcher": torchrun(2)},
         "sweep": {"args": ["-m", "gpus=1,2"], "launcher": torchrun(2), "sweep": True},
     }
     if not ROOMY.args[0]:
         huge = make_huge(folder / "huge")
-        options["memory"] = {"args": [f"model.path={huge}"], "launcher": PYTHON, "limits": limit_memory}
+        options["memory"] = {"args": [f"model.path={huge}"], "launcher": partial(ForkedProcess, before=limit_memory)}
     with ExitStack() as stack:
         running = {}
         for name, option in options.items():
@@ -250,9 +251,9 @@ def test_no_memory_at_load_says_what_takes_less(results: dict[str, Result]) -> N
 
 def test_world_size_that_contradicts_gpus_names_both_and_both_ways_to_start(results: dict[str, Result]) -> None:
     message = results["world size"].error["message"]
-    assert "WORLD_SIZE=3 ranks were started, but 2 are asked for" in message
-    assert "`torchrun -m launcher gpus=2`" in message
-    assert "`torchrun --nproc-per-node 2 -m launcher gpus=2`" in message
+    assert "WORLD_SIZE=2 ranks were started, but 3 are asked for" in message
+    assert "`torchrun -m launcher gpus=3`" in message
+    assert "`torchrun --nproc-per-node 3 -m launcher gpus=3`" in message
     assert len(results["world size"].reports) == 1
 
 

@@ -15,7 +15,7 @@ from launcher.job import load_job
 from launcher.models.files import find_local_model
 from parallel.checkpoint.headers import read_checkpoint
 from tests.launcher.cli import PYTHON, SHORT, TORCHRUN, Result, started, torchrun
-from tests.launcher.forked import run
+from tests.launcher.forked import ForkedProcess, run
 
 # What scripts rely on, from DESIGN.md.
 CONTRACT = {
@@ -38,7 +38,9 @@ def results(folder: Path) -> dict[str, Result]:
     """Every way to start two ranks, and a sweep, all at the same time: nothing may collide."""
     with ExitStack() as stack:
         contexts = {way: started("gpus=2", *ARGS, folder=folder / way, launcher=WAYS[way]) for way in WAYS}
-        contexts[SWEEP] = started("-m", "gpus=1,9,2", *ARGS, folder=folder / SWEEP, sweep=True)
+        contexts[SWEEP] = started(
+            "-m", "gpus=1,9,2", *ARGS, folder=folder / SWEEP, sweep=True, launcher=ForkedProcess
+        )
         running = {name: stack.enter_context(context) for name, context in contexts.items()}
         return {name: each.finish() for name, each in running.items()}
 
