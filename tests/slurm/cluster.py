@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +128,33 @@ class Cluster:
 
     def job_processes(self, job: str) -> list[psutil.Process]:
         return [each for each in self.processes() if environ(each).get("SLURM_JOB_ID") == job]
+
+
+def hold_ranks(run_dir: Path) -> list[psutil.Process]:
+    """Stops the ranks of a run, which else compute until what is to end them comes; see `let_ranks_end`."""
+    ranks = [psutil.Process(int(file.read_text())) for file in (run_dir / "ranks").glob("*.pid")]
+    for rank in ranks:
+        rank.suspend()
+    return ranks
+
+
+def let_ranks_end(ranks: Iterable[psutil.Process]) -> None:
+    """Waits until ranks that were stopped have been sent SIGTERM, or are gone, and lets them go on, and so end."""
+    for rank in ranks:
+        wait_until(lambda rank=rank: has_pending(rank, signal.SIGTERM), f"SIGTERM for {rank}")  # type: ignore[misc]
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+
+
+def has_pending(process: psutil.Process, sig: signal.Signals) -> bool:
+    """Whether a signal waits for the process to go on; True for one that is gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    pending = int(re.search(r"^ShdPnd:\t(\w+)$", status, re.M)[1], 16)  # type: ignore[index]
+    return bool(pending >> (sig - 1) & 1) or "T (stopped)" not in status
 
 
 def environ(process: psutil.Process) -> dict[str, str]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
-from tests.slurm.cluster import POLL_SEC, Cluster
+from tests.slurm.cluster import POLL_SEC, Cluster, hold_ranks, let_ranks_end
 
-# More than a run gets done before it is ended, for which SLURM may take most of a minute on a free machine; and few,
-# since other jobs run meanwhile, but still seconds of work.
-MANY, SOME = 10000, 200
+# More than a run gets done before it is ended; and few, but more than until its ranks are stopped.
+MANY, SOME = 10000, 40
 PROMPT = "import os\n"
 ANSWERS = "outputs.jsonl"
 # A model that needs cards, by facts: nothing of it is here.
@@ -30,6 +30,8 @@ class Submitted:
     job: str
     folder: Path
     cluster: Cluster
+    # That were stopped, and are to end.
+    ranks: list[psutil.Process] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -74,13 +76,16 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         write_run(folder / "requeue", "gpus=1", num_prompts=SOME),
         write_run(folder / "limit", "gpus=1", "--time=5", "--signal-sec=55", num_prompts=MANY),
         write_run(folder / "cancel", "gpus=2", num_prompts=MANY),
-        write_run(folder / "array", "gpus=1,2", "--parallel=1", num_prompts=2),
+        write_run(folder / "array", "gpus=1", "engine.prefix_cache=true,false", "--parallel=1", num_prompts=2),
     ]
     requeued, limited, cancelled, array = (Submitted(cluster.submit(each), each.parent, cluster) for each in scripts)
     # The shortest first, while there is something left to do.
     requeued.wait_for_answers()
+    hold_ranks(requeued.run_dir)
+    # Which lets those go on that were stopped.
     cluster.run("scontrol", "requeue", requeued.job)
     limited.wait_for_answers()
+    limited.ranks.extend(hold_ranks(limited.run_dir))
     # A minute from its start, of which the warning takes most. SLURM looks at limits twice a minute.
     cluster.run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=1")
     cancelled.wait_for_answers()
@@ -105,7 +110,7 @@ def test_slurm_understands_what_a_script_asks_for(cluster: Cluster, tmp_path: Pa
 def test_array_runs_a_task_for_each_value(jobs: dict[str, Submitted]) -> None:
     array = jobs["array"]
     reports = [array.report(task) for task in ("0", "1")]
-    assert [(report["world_size"], report["device"]) for report in reports] == [(1, "cpu"), (2, "cpu")]
+    assert [(report["device"], report["prefix_cache"] is None) for report in reports] == [("cpu", False), ("cpu", True)]
     assert [len(array.answers(task)) for task in ("0", "1")] == [2, 2]
     assert array.log.count('{"task": "generate"') == 2
 
@@ -127,6 +132,7 @@ def test_requeued_run_answers_the_rest(jobs: dict[str, Submitted]) -> None:
 
 def test_run_that_comes_to_its_time_limit_puts_itself_back_into_the_queue(jobs: dict[str, Submitted]) -> None:
     limited = jobs["limited"]
+    let_ranks_end(limited.ranks)
     wait_until(lambda: '"Interrupted"' in limited.log, "the end of the time limit")
     wait_until(lambda: limited.cluster.states(limited.job) == ["PENDING"], "a requeued job", poll_sec=POLL_SEC)
     assert 1 <= len(limited.answers()) < MANY

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.launcher.cli import SHORT, Result, Running, started, texts, wait_until
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, hold_ranks, let_ranks_end
 
-# More than a run gets done before it is ended; and few, but seconds of work for two ranks.
-MANY, SOME = 10000, 120
+# More than a run gets done before it is ended; and few, but more than until its ranks are stopped.
+MANY, SOME = 10000, 40
+SHARED = "engine.prefix_cache"
 SLURM = ("-m", "hydra/launcher=slurm", *SHORT)
 
 
@@ -37,10 +39,10 @@ def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     env = {name: cluster.env[name] for name in ("SLURM_CONF", "PATH")}
     with ExitStack() as stack:
         found = []
-        for name, gpus, num_prompts in (("whole", "2,1", SOME), ("ended", "2", MANY)):
+        for name, swept, num_prompts in (("whole", f"{SHARED}=true,false", SOME), ("ended", "gpus=2", MANY)):
             prompts = folder / f"{name}.txt"
             prompts.write_text("import os\n" * num_prompts)
-            words = (*SLURM, f"gpus={gpus}", f"prompts_file={prompts}", "hydra.launcher.mem_gb=3")
+            words = (*SLURM, swept, f"prompts_file={prompts}", "hydra.launcher.mem_gb=3")
             found.append(stack.enter_context(started(*words, folder=folder / name, env=env, sweep=True)))
         yield found[0], found[1]
 
@@ -51,7 +53,9 @@ def told(cluster: Cluster, running: tuple[Running, Running]) -> list[str]:
     sweep, _ = running
     sweep.wait_for("0/outputs.jsonl", "\n")
     found = names(sweep, 2)
+    ranks = hold_ranks(sweep.folder / "0")
     cluster.run("scancel", "--signal=TERM", found[0])
+    let_ranks_end(ranks)
     return found
 
 
@@ -103,15 +107,19 @@ def test_interrupted_sweep_ends_its_job_in_order_and_leaves_no_process(cluster: 
     assert (ended.folder / "sweep.csv").exists()
 
 
+def reports_of(sweep: Sweep) -> list[dict[str, Any]]:
+    """Of its two jobs, in their order."""
+    return sorted(sweep.result.reports, key=lambda report: int(Path(report["run_dir"]).name))
+
+
 def test_every_job_of_a_sweep_runs_and_reports(whole: Sweep) -> None:
     assert whole.result.returncode == 0, whole.result
-    reports = {report["world_size"]: report for report in whole.result.reports}
-    assert sorted(reports) == [1, 2]
-    assert [report.get("error") for report in reports.values()] == [None, None]
+    assert [report.get("error") for report in reports_of(whole)] == [None, None]
+    assert [report["prefix_cache"] is None for report in reports_of(whole)] == [False, True]
     assert "2 jobs" in whole.result.stderr
 
 
 def test_job_at_its_time_limit_goes_back_into_the_queue_and_does_what_is_missing(whole: Sweep) -> None:
     assert [whole.answers(job) for job in (0, 1)] == [list(range(SOME))] * 2
-    reports = {report["world_size"]: report for report in whole.result.reports}
-    assert 1 <= len(reports[2]["outputs"]) < SOME == len(reports[1]["outputs"])
+    requeued, other = reports_of(whole)
+    assert 1 <= len(requeued["outputs"]) < SOME == len(other["outputs"])
