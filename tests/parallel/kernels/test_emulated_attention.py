@@ -108,7 +108,7 @@ def run(
 
 def compile_source(folder: Path, launch: Launch, *, eager: bool) -> ctypes.CDLL:
     target = folder / "kernel.so"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER)]
+    command = ["g++", "-std=c++17", "-w", "-fPIC", "-shared", "-pthread", "-x", "c++", str(HEADER)]
     options = [f'-DKERNEL_FILE="{own.SOURCE}"', f"-DEAGER={int(eager)}", *launch.options()]
     subprocess.run([*command, "-o", str(target), *options], check=True)
     return ctypes.CDLL(str(target))
