@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.sequence import Part
 from parallel.transports.solo import Solo
-from tests.launcher.cli import texts
+from tests.launcher.cli import started, texts
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.timing.test_timing import Machine
@@ -110,6 +111,26 @@ def test_two_ranks_measure_a_grid_and_a_wrong_rate_is_seen(tmp_path: Path, capsy
         assert b["itl_ms"] > a["itl_ms"] and b["prefill_tokens_per_sec"] == a["prefill_tokens_per_sec"]
     assert main([str(folder)]) == 0
     assert "## demo, 2 x CPU" in capsys.readouterr().out
+
+
+def test_a_grid_that_is_ended_reports_the_workloads_that_it_had(tmp_path: Path) -> None:
+    """All but the first of them are the same, so that none is the last before the run is ended."""
+    grid = ("predictions.batch_sizes=[1]", f"predictions.prompt_tokens=[2000,{','.join(['16'] * 100)}]")
+    few = ("workload.output_tokens=4", "workload.repeats=1", "engine.comm_share_steps=1")
+    folder = tmp_path / "run"
+    with started("task=predictions", "gpus=1", "hardware=cpu", *grid, *few, folder=folder) as running:
+        running.wait_for("finished.json", '"measured": {')
+        running.process.send_signal(signal.SIGTERM)
+        result = running.finish()
+    report, points = result.report, texts(folder / "predictions.jsonl")
+    assert report["error"]["type"] == "Interrupted" and json.loads((folder / "report.json").read_text()) == report
+    incomplete = report["incomplete"]
+    # The rank may have been ended between both files.
+    kept = incomplete["predictions"]["points"]
+    assert len(points) - 1 <= len(kept) == incomplete["workloads"] < incomplete["wanted_workloads"] == 101
+    assert kept == points[: len(kept)] and kept[0]["skipped"] and kept[-1]["measured"]["ttft_ms"] > 0
+    assert incomplete["predictions"]["summary"] == summarise_errors(kept)
+    assert f"incomplete, {len(kept)} of 101 workloads, as in predictions.md" in result.stderr
 
 
 def measured_row(point: GridPoint, **measured: float) -> dict[str, Any]:
