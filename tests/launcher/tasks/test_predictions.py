@@ -20,6 +20,7 @@ from launcher.plan.grid import GridPoint
 from launcher.rank.context import RankContext
 from launcher.report.accuracy import compare, point_row, summarise_errors
 from launcher.report.accuracy_text import accuracy_page
+from launcher.report.outcome import discard_report
 from launcher.tasks.bench import Bench
 from launcher.tasks.predictions import keep_rows, warm_up, warm_up_prompts, warm_up_tokens
 from launcher.timing.fit import Calibration
@@ -160,6 +161,9 @@ def test_what_was_done_is_kept_after_every_point(tmp_path: Path) -> None:
     keep_rows(context, rows)
     assert texts(tmp_path / "predictions.jsonl") == rows
     assert "too large" in (tmp_path / "predictions.md").read_text()
+    # Another run in the folder has none of them among its own.
+    discard_report(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_shows_measured_predicted_and_error() -> None:
