@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from launcher.config import KVDType
 from launcher.memory.activations import activations_bytes, between_layers_bytes, lasting_bytes, logits_bytes
@@ -107,13 +109,14 @@ class Demand:
         parts = self._part_bytes(self.shape.num_layers)
         return tuple(
             (self.num_streamed - self.num_disk) * size + self.host_embedding_bytes(part)
-            for size, part in zip(self.layer_bytes(), parts, strict=True)
+            for size, part in zip(self.layer_bytes, parts, strict=True)
         )
 
     def host_embedding_bytes(self, part: dict[str, int]) -> int:
         """Of a rank's embedding: all of it, unless it is the head too."""
         return 0 if self.shape.tied_embeddings else part["embedding"]
 
+    @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
         """Weights of one decoder layer on each rank."""
         with_one, without = (self._part_bytes(num) for num in (1, 0))
@@ -136,10 +139,12 @@ class Demand:
 
         Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
         """
-        return tuple(
-            fixed | self._speculation(rank, max_context) | self._varying(rank, max_context)
-            for rank, fixed in enumerate(self.fixed_lines())
-        )
+        return tuple(self.each_lines(max_context))
+
+    def each_lines(self, max_context: int) -> Iterator[dict[str, int]]:
+        """The same, one rank after the other: most runs that do not fit fail on the first."""
+        for rank, fixed in enumerate(self.fixed_lines()):
+            yield fixed | self._speculation(rank, max_context) | self._varying(rank, max_context)
 
     def _speculation(self, rank: int, max_context: int) -> dict[str, int]:
         """What drafts take beside the weights of their model: its cache, and all tokens of all sequences."""
@@ -153,7 +158,7 @@ class Demand:
         activations = max(activations_bytes(each, rank, max_context) for each in models)
         if self.num_disk:
             # What a layer from the disk is made of is free while it computes.
-            making = made_layer_bytes(self, rank) - self.layer_bytes()[rank]
+            making = made_layer_bytes(self, rank) - self.layer_bytes[rank]
             activations = max(between_layers_bytes(self, max_context), activations - making)
         activations += lasting_bytes(models, max_context)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
@@ -187,10 +192,10 @@ class Demand:
         plain = stored_bytes * embedding if shape.dtype != self.dtype else 0
         if self.device == "cuda":
             # The last layer, while its tensors move into one piece.
-            plain = max(plain, self.layer_bytes()[rank])
+            plain = max(plain, self.layer_bytes[rank])
         load = max(plain, linear_load(shape, self.device, self.dtype, linear))
         # A layer that is to leave the card is there besides. What brings such layers back comes after the load, too.
-        return load + self.layer_bytes()[rank] - brought_bytes(self, rank) if self.num_streamed else load
+        return load + self.layer_bytes[rank] - brought_bytes(self, rank) if self.num_streamed else load
 
     def limits(self, max_context: int) -> EngineLimits:
         """As far as they say what is allocated."""
