@@ -9,7 +9,7 @@ from functools import cached_property
 from launcher.config import KVDType
 from launcher.memory.activations import activations_bytes, between_layers_bytes, lasting_bytes, logits_bytes
 from launcher.memory.kv import kv_lines
-from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, step_bytes
+from launcher.memory.layer import CUBLAS_BYTES, Layer, draft_graphs_bytes, graphs_bytes, step_bytes
 from launcher.memory.process import process_lines
 from launcher.memory.streamed import brought_bytes, linear_load, made_layer_bytes, mapping_lines, streamed_lines
 from launcher.memory.weights import held_linear_bits
@@ -51,6 +51,8 @@ class Demand:
     hides_sums: bool = True
     # Of a product, up to which no packed weight is dequantised for sure.
     fused_rows: int = MIN_FUSED_ROWS
+    # Of cuBLAS, on a stream.
+    cublas_bytes: int = CUBLAS_BYTES
     # Whether tokens are drawn; the likeliest take less memory to find.
     is_sampled: bool = True
     # Of the model that guesses, where one does.
@@ -174,7 +176,8 @@ class Demand:
         rows = self.batch_size * self.rows_per_sequence
         step = step_bytes(self.layer(rank), rows, logits_bytes(self, rank, rows))
         chunk, num = self.prefill_chunk, self.captured_passes
-        return {"graphs": graphs_bytes(self.layer(rank), self.shape.num_layers, chunk, num, step)}
+        graphs = graphs_bytes(self.layer(rank), self.shape.num_layers, chunk, num, step)
+        return {"graphs": graphs + self.cublas_bytes}
 
     def _draft_graphs(self, rank: int) -> int:
         rows, num_graphs = self.batch_size * self.drafting_rows, len(graph_sizes(self.batch_size))

@@ -12,6 +12,7 @@ from launcher.config import DType, RunConfig, SpeculationKind, TaskKind
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import largest_context
+from launcher.memory.layer import cublas_bytes
 from launcher.models.shape import ModelShape
 from launcher.plan.context import choose_context
 from launcher.plan.offload import OffloadPlan, check_disk, check_shared, plan_offload
@@ -132,6 +133,7 @@ def _wanted_demand(
         demand,
         captured_passes=wanted_passes(run, placement, inventory),
         fused_rows=planned_fused_rows(run, demand, cards),
+        cublas_bytes=cublas_bytes(card.compute_capability for card in cards),
     )
 
 
