@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
+from launcher.memory.layer import GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
 from parallel.engine.limits import SAMPLED_ROWS
 from parallel.engine.prefill.section_sizes import MIN_HALVED_ROWS, SECTIONS, choose_sections, most_at_once
@@ -88,7 +88,7 @@ def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
         return 0
     tables = sum(max_context * each.shape.head_dim * FLOAT32_BYTES for each in models)
     # Where the load ended, and where all ends.
-    return tables + CUBLAS_BYTES + 2 * GROWN_BYTES
+    return tables + models[0].cublas_bytes + 2 * GROWN_BYTES
 
 
 def attended_bytes(demand: Demand, rank: int, num_rows: int, max_context: int) -> int:

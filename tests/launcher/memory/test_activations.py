@@ -158,7 +158,7 @@ def make_engine(
     grain = choose_grain((facts.intermediate_size, facts.vocab_size), communicator.world_size)
     model = build_sharded_model(config, communicator, dtype=getattr(torch, dtype), grain=grain)
     fill_dummy(model, None, CPU)
-    return Engine(model.module, communicator, CPU, limits, sampling=sampling, speculation=speculation)
+    return Engine(model.module, communicator, limits, sampling=sampling, speculation=speculation)
 
 
 @pytest.fixture(scope="module", params=(1, 2))
