@@ -28,13 +28,11 @@ from parallel.kernels.attention_launch import (
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
-from parallel.kernels.limits import MAX_NODES, PAGE_SIZE
+from parallel.kernels.limits import HEAD_DIMS, MAX_GROUP, MAX_NODES, PAGE_SIZE
 from parallel.kernels.operators import operator
 from parallel.kernels.pages import FP8, PagedKV, pages_for
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
-HEAD_DIMS = (64, 128)
-MAX_GROUP = 16
 # Not cuDNN's, which builds a plan for each new length (launcher/rank/context.py has the measurement).
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
