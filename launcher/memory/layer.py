@@ -61,7 +61,7 @@ class Layer:
             "rotation": tokens * (qkv + queries) * e,
             "output": tokens * (queries + hidden) * e + self.product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self.product(tokens, 2 * intermediate * hidden),
-            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
+            "activation": tokens * (3 if (self.device, self.dtype) == ("cuda", "bfloat16") else 4) * intermediate * e,
             "down": tokens * (intermediate + hidden) * e + self.product(tokens, intermediate * hidden),
         }
 

@@ -165,8 +165,11 @@ def test_first_draws_of_many_prompts_are_independent() -> None:
     assert_frequencies(torch.stack([draw(SamplingParams(1.0, seed=seed), [0], 1) for seed in range(5000)]), params)
 
 
-def test_temperature_close_to_zero_is_greedy() -> None:
-    assert set(draw(SamplingParams(temperature=1e-4), range(20), 5).flatten().tolist()) == {0}
+@pytest.mark.parametrize("temperature", [1e-4, 1e-40, 5e-324])
+def test_temperature_close_to_zero_is_greedy(temperature: float) -> None:
+    logits, keys = LOGITS.flip(0).expand(20, -1), torch.arange(20)
+    noise = exponential_noise(keys, keys, len(LOGITS))
+    assert sampled_tokens(logits, SamplingParams(temperature), noise).tolist() == [len(LOGITS) - 1] * 20
 
 
 def test_seed_changes_the_draws() -> None:
