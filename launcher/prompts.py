@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.config import ConfigError, RunConfig
@@ -17,12 +17,24 @@ class Prompt:
     """One thing to answer: plain `text`, or chat `messages` (role and content), one of the two.
 
     `seed`: its own, of its draws; None where sampling.seed and its index decide, and where nothing is drawn.
+    `line`: where prompts_file has it, from 1; None for the prompt of the command line.
     """
 
     index: int
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
     seed: int | None = None
+    line: int | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What people find it by, with `where_from` before it; answers and reports have its index, from 0."""
+        return "the prompt" if self.line is None else f"line {self.line}"
+
+
+def where_from(run: RunConfig) -> str:
+    """What comes before the names of a run's prompts."""
+    return "" if run.prompts_file is None else f"prompts_file={run.prompts_file}, "
 
 
 def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
@@ -51,14 +63,12 @@ def read_prompts(run: RunConfig) -> tuple[Prompt, ...]:
 
 def read_text_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
     """One prompt a line; blank lines are no prompts."""
-    texts = [line for line in lines if line.strip()]
-    return (Prompt(index, text=text) for index, text in enumerate(texts))
+    return (Prompt(index, text=text, line=number) for index, (number, text) in enumerate(numbered(lines)))
 
 
 def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
     """One object a line: {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, and maybe "seed"."""
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    for index, (number, line) in enumerate(numbered):
+    for index, (number, line) in enumerate(numbered(lines)):
         try:
             value = json.loads(line)
             prompt = _parse_json_prompt(index, value)
@@ -71,7 +81,12 @@ def read_json_lines(path: Path, lines: list[str]) -> Iterator[Prompt]:
         if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
             rule = f"must be a whole number from 0 to {MAX_SEED}"
             raise ConfigError(f"prompts_file={path}, line {number}: seed={json.dumps(seed)} {rule}.")
-        yield replace(prompt, seed=seed)
+        yield replace(prompt, seed=seed, line=number)
+
+
+def numbered(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, each with its number, from 1."""
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _parse_json_prompt(index: int, value: object) -> Prompt:

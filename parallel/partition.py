@@ -7,6 +7,7 @@ without torch, so that a plan made on a login node agrees with what the ranks wi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 # One quantisation group of the common 4-bit formats: a cut inside a group would separate weights from their scale.
 QUANT_GROUP = 128
@@ -16,6 +17,7 @@ class PartitionError(ValueError):
     """A dimension that cannot be dealt over that many ranks; the message names both."""
 
 
+@cache
 def split_by_grain(total: int, world_size: int, grain: int) -> tuple[int, ...]:
     """Deal `total` in whole grains, the first ranks taking one more; the last rank also takes what is left over.
 
@@ -36,6 +38,7 @@ def split_by_grain(total: int, world_size: int, grain: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+@cache
 def split_by_heads(total: int, world_size: int, num_kv_heads: int) -> tuple[int, ...]:
     """Deal a dimension of the attention in whole key/value heads, the first ranks taking one more.
 

@@ -42,6 +42,8 @@ class HardwareConfig:
     # Dense products with float32 sums.
     bf16_tflops: float = 0.0
     power_limit_w: float = 0.0
+    # As NVIDIA writes it, such as 8.9.
+    compute_capability: float = 0.0
     # What reads of checkpoints get; 0: measured on the model's files where that is asked for.
     disk_gb_per_sec: float = 0.0
 
@@ -52,6 +54,7 @@ class HardwareConfig:
             "pcie_lanes",
             "bf16_tflops",
             "power_limit_w",
+            "compute_capability",
             "disk_gb_per_sec",
         ):
             value = getattr(self, name)

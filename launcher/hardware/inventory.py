@@ -152,7 +152,14 @@ def _card_from_facts(hardware: HardwareConfig, index: int) -> Card:
         pcie_generation=hardware.pcie_generation or None,
         pcie_lanes=hardware.pcie_lanes or None,
         power_limit_w=None,
+        compute_capability=_as_pair(hardware.compute_capability) if hardware.compute_capability else None,
     )
+
+
+def _as_pair(compute_capability: float) -> tuple[int, int]:
+    """8.9 as (8, 9), and 12.0 as (12, 0)."""
+    major, minor = f"{compute_capability:.1f}".split(".")
+    return int(major), int(minor)
 
 
 def _visible_devices() -> list[_Device]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from launcher.memory.layer import CUBLAS_BYTES, GROWN_BYTES, prompt_keys_bytes
+from launcher.memory.layer import GROWN_BYTES, prompt_keys_bytes
 from launcher.models.shape import DTYPE_BYTES
 from parallel.engine.limits import SAMPLED_ROWS
 from parallel.engine.prefill.section_sizes import MIN_HALVED_ROWS, SECTIONS, choose_sections, most_at_once
+from parallel.kernels.limits import HEAD_DIMS, MAX_GROUP
 from parallel.partition import split_by_grain
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     """Peak while a pass of prefill goes through a layer: what lives throughout, and the largest step.
 
     Written for decoder.py, prefill/overlap.py and prefill/halves.py of parallel/engine; e is the size of an element
-    in bytes. On a card norms, rotation and activation write nothing but their results; plain torch needs copies, in
-    float32 but for the activation's.
+    in bytes. On a card norms, rotation and activation in bf16 write nothing but their results; plain torch needs
+    copies, in float32 but for the activation's.
     """
     e, shape = DTYPE_BYTES[demand.dtype], demand.shape
     prompt = min(demand.prefill_chunk, demand.batch_size * max_context)
@@ -52,14 +53,16 @@ def activations_bytes(demand: Demand, rank: int, max_context: int) -> int:
     hidden, queries, keys, qkv = layer.hidden, layer.queries, layer.keys, layer.qkv
     on_cpu = demand.device == "cpu"
     normed = largest if len(sections) > 1 else tokens
-    plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * normed if on_cpu else 0
+    in_plain_torch = on_cpu or demand.dtype != "bfloat16"
+    plain = (PLAIN_TORCH_COPIES + (e < FLOAT32_BYTES)) * FLOAT32_BYTES * normed if in_plain_torch else 0
+    heads = demand.local(shape.num_heads)[rank]
     steps = layer.linear_steps(tokens) | {
         "norm": plain * hidden,
         "rotation": tokens * (qkv + queries) * e + plain * queries,
         # Queries, their outputs apart and together.
         "attention": 3 * tokens * queries * e + attended_bytes(demand, rank, largest, max_context),
         "logits": logits_bytes(demand, rank, rows),
-        "decode": plain_decode_bytes(demand, max_context, demand.local(shape.num_heads)[rank], keys) if on_cpu else 0,
+        "decode": 0 if has_step_kernel(demand) else plain_decode_bytes(demand, max_context, heads, keys),
     }
     if dequantizes and len(sections) > 1:
         # Attention of the second half: beside its own, q, k, v and outputs of the first, and both weights.
@@ -88,7 +91,7 @@ def lasting_bytes(models: Sequence[Demand], max_context: int) -> int:
         return 0
     tables = sum(max_context * each.shape.head_dim * FLOAT32_BYTES for each in models)
     # Where the load ended, and where all ends.
-    return tables + CUBLAS_BYTES + 2 * GROWN_BYTES
+    return tables + models[0].cublas_bytes + 2 * GROWN_BYTES
 
 
 def attended_bytes(demand: Demand, rank: int, num_rows: int, max_context: int) -> int:
@@ -105,6 +108,13 @@ def logits_bytes(demand: Demand, rank: int, rows: int) -> int:
     if not demand.is_sampled:
         return local * (e + (FLOAT32_BYTES if e < FLOAT32_BYTES else 0))
     return local * e + min(rows, SAMPLED_ROWS) * vocab_size * (2 * e + SAMPLING_BYTES_PER_LOGIT)
+
+
+def has_step_kernel(demand: Demand) -> bool:
+    """Whether a card attends in steps by a kernel, as paged_attention.find_refusal says, not in plain torch."""
+    shape = demand.shape
+    takes_heads = shape.head_dim in HEAD_DIMS and shape.num_heads // shape.num_kv_heads <= MAX_GROUP
+    return demand.device != "cpu" and demand.dtype != "float32" and takes_heads
 
 
 def plain_decode_bytes(demand: Demand, max_context: int, heads: int, keys: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from launcher.config import KVDType
 from launcher.memory.activations import activations_bytes, between_layers_bytes, lasting_bytes, logits_bytes
 from launcher.memory.kv import kv_lines
-from launcher.memory.layer import Layer, draft_graphs_bytes, graphs_bytes, step_bytes
+from launcher.memory.layer import CUBLAS_BYTES, Layer, draft_graphs_bytes, graphs_bytes, step_bytes
 from launcher.memory.process import process_lines
 from launcher.memory.streamed import brought_bytes, linear_load, made_layer_bytes, mapping_lines, streamed_lines
 from launcher.memory.weights import held_linear_bits
@@ -49,6 +51,8 @@ class Demand:
     hides_sums: bool = True
     # Of a product, up to which no packed weight is dequantised for sure.
     fused_rows: int = MIN_FUSED_ROWS
+    # Of cuBLAS, on a stream.
+    cublas_bytes: int = CUBLAS_BYTES
     # Whether tokens are drawn; the likeliest take less memory to find.
     is_sampled: bool = True
     # Of the model that guesses, where one does.
@@ -107,13 +111,14 @@ class Demand:
         parts = self._part_bytes(self.shape.num_layers)
         return tuple(
             (self.num_streamed - self.num_disk) * size + self.host_embedding_bytes(part)
-            for size, part in zip(self.layer_bytes(), parts, strict=True)
+            for size, part in zip(self.layer_bytes, parts, strict=True)
         )
 
     def host_embedding_bytes(self, part: dict[str, int]) -> int:
         """Of a rank's embedding: all of it, unless it is the head too."""
         return 0 if self.shape.tied_embeddings else part["embedding"]
 
+    @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
         """Weights of one decoder layer on each rank."""
         with_one, without = (self._part_bytes(num) for num in (1, 0))
@@ -136,10 +141,12 @@ class Demand:
 
         Cache and activations come after the load, in whose place they are; what it takes beyond them is its own line.
         """
-        return tuple(
-            fixed | self._speculation(rank, max_context) | self._varying(rank, max_context)
-            for rank, fixed in enumerate(self.fixed_lines())
-        )
+        return tuple(self.each_lines(max_context))
+
+    def each_lines(self, max_context: int) -> Iterator[dict[str, int]]:
+        """The same, one rank after the other: most runs that do not fit fail on the first."""
+        for rank, fixed in enumerate(self.fixed_lines()):
+            yield fixed | self._speculation(rank, max_context) | self._varying(rank, max_context)
 
     def _speculation(self, rank: int, max_context: int) -> dict[str, int]:
         """What drafts take beside the weights of their model: its cache, and all tokens of all sequences."""
@@ -153,7 +160,7 @@ class Demand:
         activations = max(activations_bytes(each, rank, max_context) for each in models)
         if self.num_disk:
             # What a layer from the disk is made of is free while it computes.
-            making = made_layer_bytes(self, rank) - self.layer_bytes()[rank]
+            making = made_layer_bytes(self, rank) - self.layer_bytes[rank]
             activations = max(between_layers_bytes(self, max_context), activations - making)
         activations += lasting_bytes(models, max_context)
         load = max(0, max(each._load(rank) for each in models) - sum(cache.values()) - activations)
@@ -169,7 +176,8 @@ class Demand:
         rows = self.batch_size * self.rows_per_sequence
         step = step_bytes(self.layer(rank), rows, logits_bytes(self, rank, rows))
         chunk, num = self.prefill_chunk, self.captured_passes
-        return {"graphs": graphs_bytes(self.layer(rank), self.shape.num_layers, chunk, num, step)}
+        graphs = graphs_bytes(self.layer(rank), self.shape.num_layers, chunk, num, step)
+        return {"graphs": graphs + self.cublas_bytes}
 
     def _draft_graphs(self, rank: int) -> int:
         rows, num_graphs = self.batch_size * self.drafting_rows, len(graph_sizes(self.batch_size))
@@ -187,10 +195,10 @@ class Demand:
         plain = stored_bytes * embedding if shape.dtype != self.dtype else 0
         if self.device == "cuda":
             # The last layer, while its tensors move into one piece.
-            plain = max(plain, self.layer_bytes()[rank])
+            plain = max(plain, self.layer_bytes[rank])
         load = max(plain, linear_load(shape, self.device, self.dtype, linear))
         # A layer that is to leave the card is there besides. What brings such layers back comes after the load, too.
-        return load + self.layer_bytes()[rank] - brought_bytes(self, rank) if self.num_streamed else load
+        return load + self.layer_bytes[rank] - brought_bytes(self, rank) if self.num_streamed else load
 
     def limits(self, max_context: int) -> EngineLimits:
         """As far as they say what is allocated."""

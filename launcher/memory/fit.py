@@ -18,7 +18,8 @@ def group_lines(lines: dict[str, int]) -> dict[str, int]:
 
 def fits(demand: Demand, budgets: tuple[int, ...], max_context: int) -> bool:
     """Whether every rank stays inside its budget, in bytes."""
-    return all(sum(lines.values()) <= budget for lines, budget in zip(demand.lines(max_context), budgets, strict=True))
+    each = zip(demand.each_lines(max_context), budgets, strict=True)
+    return all(sum(lines.values()) <= budget for lines, budget in each)
 
 
 def largest_context(demand: Demand, budgets: tuple[int, ...], limit: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parallel.engine.limits import EngineLimits, graphed_rows
 from parallel.footprint import may_dequantize, product_bytes
 from parallel.formats.scheme import Scheme
-from parallel.units import MIB
+from parallel.units import KIB, MIB
 
 # Graphs themselves, outside of torch's allocator: 55 MiB measured for the decode step of one number of sequences as for
 # six (Llama-70B, 1 to 32 sequences, on an H200 with torch 2.11).
@@ -19,8 +20,10 @@ GRAPHS_BYTES = 55 * MIB
 PASS_GRAPH_BYTES = 1200 * 1024
 # Of those a decode step has a tenth.
 STEP_GRAPH_BYTES = PASS_GRAPH_BYTES // 10
-# Of cuBLAS on a stream, which torch allocates: on sm_90 and sm_100; 8 MiB on other cards.
+# Of cuBLAS on a stream, which torch allocates (parseChosenWorkspaceSize): two times 4 MiB and eight times 16 KiB before
+# sm_90; from there on so much, or by torch's version as little as before.
 CUBLAS_BYTES = 32 * MIB
+CUBLAS_BYTES_BEFORE_SM90 = 2 * 4 * MIB + 8 * 16 * KIB
 # By so much torch makes memory larger that may grow (kLargeBuffer), of which up to as much is left at its end. Weights,
 # cache and activations are in one such memory, graphs in another. As much may stay about what the load took besides,
 # which goes back in whole pieces of this size.
@@ -58,7 +61,7 @@ class Layer:
             "rotation": tokens * (qkv + queries) * e,
             "output": tokens * (queries + hidden) * e + self.product(tokens, queries * hidden),
             "gate_up": tokens * 2 * intermediate * e + self.product(tokens, 2 * intermediate * hidden),
-            "activation": tokens * (4 if self.device == "cpu" else 3) * intermediate * e,
+            "activation": tokens * (3 if (self.device, self.dtype) == ("cuda", "bfloat16") else 4) * intermediate * e,
             "down": tokens * (intermediate + hidden) * e + self.product(tokens, intermediate * hidden),
         }
 
@@ -80,8 +83,15 @@ class Layer:
         return may_dequantize(self.scheme, self.device, self.dtype, num_rows, self.fused_rows)
 
 
+def cublas_bytes(capabilities: Iterable[tuple[int, int] | None]) -> int:
+    """What cuBLAS takes on a stream, at most, of cards with these compute capabilities (None: unknown)."""
+    is_before = all(each is not None and each < (9, 0) for each in capabilities)
+    return CUBLAS_BYTES_BEFORE_SM90 if is_before else CUBLAS_BYTES
+
+
 def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, captured_passes: int, step: int) -> int:
-    """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs.
+    """Of decode steps, and of passes of prompts: what their pieces hand to one another, the largest piece, and graphs;
+    beside what cuBLAS takes.
 
     Written for pieces.py and fresh.py of parallel/engine/prefill; steps and passes of all sizes share memory.
 
@@ -92,7 +102,7 @@ def graphs_bytes(layer: Layer, num_layers: int, prefill_chunk: int, captured_pas
     tokens = max(graphed_rows(prefill_chunk), default=0) if captured_passes else 0
     kept = tokens * ((layer.hidden + 2 * layer.queries) * layer.element_bytes + NUM_TOKEN_COLUMNS * INT64_BYTES)
     piece = 3 * tokens * layer.hidden * layer.element_bytes + max(layer.linear_steps(tokens).values())
-    shared = max(piece if tokens else 0, step) + CUBLAS_BYTES + GROWN_BYTES
+    shared = max(piece if tokens else 0, step) + GROWN_BYTES
     return GRAPHS_BYTES + kept + shared + (captured_passes * num_layers * PASS_GRAPH_BYTES if tokens else 0)
 
 

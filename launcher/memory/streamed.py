@@ -36,7 +36,7 @@ def streamed_lines(demand: Demand) -> tuple[dict[str, int], ...]:
     if demand.num_streamed == 0:
         return ({},) * demand.world_size
     staged = NUM_STAGED if demand.num_streamed > demand.num_disk else 0
-    sizes = demand.layer_bytes()
+    sizes = demand.layer_bytes
     staging = [{"staging": staged * size} | sharing_lines(demand, size) if staged else {} for size in sizes]
     rings = ring_bytes(demand) if demand.device == "cpu" else (0,) * demand.world_size
     disk = [
@@ -56,7 +56,7 @@ def mapping_lines(demand: Demand, rank: int, max_context: int) -> dict[str, int]
 
 def brought_bytes(demand: Demand, rank: int) -> int:
     """Of the card, where layers are that are copied to it, or made there."""
-    size = demand.layer_bytes()[rank]
+    size = demand.layer_bytes[rank]
     staged = NUM_STAGED * size if demand.num_streamed > demand.num_disk else 0
     return staged + (made_layer_bytes(demand, rank) if demand.num_disk else 0)
 
@@ -99,7 +99,7 @@ def stored_layer_bytes(demand: Demand) -> tuple[int, ...]:
 def made_layer_bytes(demand: Demand, rank: int) -> int:
     """A layer from the disk while it is made: packed, and beside it what its largest linear takes, or what merges gate
     and up."""
-    packed = demand.layer_bytes()[rank]
+    packed = demand.layer_bytes[rank]
     intermediate = split_by_grain(demand.shape.intermediate_size, demand.world_size, demand.grain)[rank]
     queries = split_by_heads(demand.shape.num_heads, demand.world_size, demand.shape.num_kv_heads)[rank]
     numel = max(queries * demand.shape.head_dim, intermediate) * demand.shape.hidden_size

@@ -114,7 +114,7 @@ def plan_offload(
         host_bytes=host_bytes,
         needed_host_bytes=needed,
         free_host_bytes=free_bytes,
-        pass_bytes=tuple(len(on_host) * size for size in demand.layer_bytes()),
+        pass_bytes=tuple(len(on_host) * size for size in demand.layer_bytes),
         copy_gb_per_sec=tuple(map(copy_gb_per_sec, cards)) or (None,) * len(host_bytes),
         host_may_compute=demand.host_computes,
         kv_host_bytes=host_kv_bytes(demand, max_context) if demand.num_kv_hosted else (0,) * demand.world_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from launcher.config import RunConfig, SpeculationKind
 from launcher.config.offload import KVPlace, OffloadKind
@@ -63,7 +63,7 @@ def choose_num_streamed(
     if not MUST_STREAM[run.offload.enabled](demand, budgets, needed):
         return 0
     room = tuple(round(budget * (1 - kept_free)) for budget in budgets)
-    place = partial(place_layers, run, demand, inventory)
+    place = cache(partial(place_layers, run, demand, inventory))
 
     def fewest(tokens: int) -> int | None:
         return next((num for num in range(1, num_layers + 1) if fits(place(num), room, tokens)), None)
@@ -99,7 +99,7 @@ def _step_bytes(run: RunConfig, demand: Demand) -> int:
     is_known = run.speculation.kind == SpeculationKind.none
     num_tokens = run.attended_tokens if is_known else run.workload.batch_size * run.needed_tokens
     num_layers = demand.num_streamed - demand.num_disk
-    sizes = zip(demand.layer_bytes(), host_kv_bytes_per_token(demand), strict=True)
+    sizes = zip(demand.layer_bytes, host_kv_bytes_per_token(demand), strict=True)
     return max(num_layers * layer_bytes + num_tokens * token_bytes for layer_bytes, token_bytes in sizes)
 
 

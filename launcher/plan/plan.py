@@ -12,6 +12,7 @@ from launcher.config import DType, RunConfig, SpeculationKind, TaskKind
 from launcher.hardware.inventory import Card, Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import largest_context
+from launcher.memory.layer import cublas_bytes
 from launcher.models.shape import ModelShape
 from launcher.plan.context import choose_context
 from launcher.plan.offload import OffloadPlan, check_disk, check_shared, plan_offload
@@ -92,22 +93,12 @@ def plan_run(
         PlanError: the run cannot work here, or does not fit; the message says what would.
         PartitionError: a dimension of the model is too small for that many ranks.
     """
-    world_size = placement.world_size
-    for each in (shape, *([] if draft is None else [draft])):
-        _check_loadable(run, each)
-    _check_heads(world_size, shape)
-    demand = demand_of(run, placement, shape, draft)
-    wanted = wanted_passes(run, placement, inventory)
-    fused_rows = planned_fused_rows(run, demand, inventory.cards[:world_size])
-    demand = replace(demand, captured_passes=wanted, fused_rows=fused_rows)
-    budgets = _budgets(run, world_size, inventory)
-    demand = capture_passes(run, demand, budgets)
-    demand = stream_layers(run, demand, budgets, inventory)
-    check_shared(run, demand)
-    check_disk(run, demand)
+    _check_model(run, placement.world_size, shape, draft)
+    wanted = _wanted_demand(run, placement, shape, inventory, draft)
+    budgets = _budgets(run, placement.world_size, inventory)
+    demand = _placed_demand(run, wanted, budgets, inventory)
     max_context, max_context_reason = choose_context(run, demand, budgets, inventory)
     offload = plan_offload(run, demand, budgets, inventory, max_context)
-    cards = _plan_cards(demand, budgets, max_context, placement)
     return Plan(
         placement=placement,
         dtype=demand.dtype,
@@ -118,15 +109,44 @@ def plan_run(
         batch_size=demand.batch_size,
         kv_bytes_per_token=max(demand.kv_bytes_per_token()),
         kv_tokens_that_fit=_kv_tokens_that_fit(run, demand, budgets, inventory),
-        cards=cards,
-        tpot_floor_ms=_tpot_floor_ms(run, demand, inventory.cards[:world_size], offload),
+        cards=_plan_cards(demand, budgets, max_context, placement),
+        tpot_floor_ms=_tpot_floor_ms(run, demand, inventory.cards[: placement.world_size], offload),
         offload=offload,
         captured_passes=0 if offload else demand.captured_passes,
-        captured_passes_left_out=offload is None and demand.captured_passes < wanted,
+        captured_passes_left_out=offload is None and demand.captured_passes < wanted.captured_passes,
         fused_rows=demand.fused_rows,
         # A pass that streams layers costs the same for few tokens.
         prefill_chunk_while_decoding=None if offload else run.engine.untimed_chunk,
     )
+
+
+def _wanted_demand(
+    run: RunConfig, placement: Placement, shape: ModelShape, inventory: Inventory, draft: ModelShape | None
+) -> Demand:
+    """What the bytes of such a run depend on if it has all it wants on its cards.
+
+    Raises:
+        PlanError: as demand_of.
+    """
+    demand, cards = demand_of(run, placement, shape, draft), inventory.cards[: placement.world_size]
+    return replace(
+        demand,
+        captured_passes=wanted_passes(run, placement, inventory),
+        fused_rows=planned_fused_rows(run, demand, cards),
+        cublas_bytes=cublas_bytes(card.compute_capability for card in cards),
+    )
+
+
+def _placed_demand(run: RunConfig, wanted: Demand, budgets: tuple[int, ...], inventory: Inventory) -> Demand:
+    """`wanted` without captured passes, and with layers in host memory or on the disk, where it must be.
+
+    Raises:
+        PlanError: layers would be where the run cannot have them.
+    """
+    demand = stream_layers(run, capture_passes(run, wanted, budgets), budgets, inventory)
+    check_shared(run, demand)
+    check_disk(run, demand)
+    return demand
 
 
 def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: ModelShape | None) -> Demand:
@@ -158,6 +178,13 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         may_share=run.offload.host_layers != 0,
         hides_sums=hides_sums(run, placement),
     )
+
+
+def _check_model(run: RunConfig, world_size: int, shape: ModelShape, draft: ModelShape | None) -> None:
+    """Raises PlanError: the model, or the one that guesses, cannot be loaded, or not by so many ranks."""
+    for each in (shape, *([] if draft is None else [draft])):
+        _check_loadable(run, each)
+    _check_heads(world_size, shape)
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:

@@ -166,4 +166,5 @@ def facts_of(hardware: HardwareConfig) -> Facts:
         pcie_generation=hardware.pcie_generation,
         pcie_lanes=hardware.pcie_lanes,
         power_w=hardware.power_limit_w or None,
+        compute_capability=hardware.compute_capability or None,
     )

@@ -14,8 +14,9 @@ from launcher.timing.predict import Times
 DECODE, PREFILL = 0.10, 0.15
 LIMITS = {"step_ms": DECODE, "itl_ms": DECODE, "ttft_ms": PREFILL, "prefill_tokens_per_sec": PREFILL}
 Row = dict[str, Any]
-# In the run folder, a line a point.
+# In the run folder: a line a point, and all of them to be read.
 POINTS_FILE = "predictions.jsonl"
+PAGE_FILE = "predictions.md"
 
 
 def point_row(point: GridPoint, output_tokens: int, measured: Row | None) -> Row:

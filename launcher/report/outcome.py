@@ -10,6 +10,7 @@ from typing import Any
 from launcher.config import RunConfig
 from launcher.failures import Failure
 from launcher.finished import FINISHED_FILE
+from launcher.report.accuracy import PAGE_FILE, POINTS_FILE
 from launcher.report.console import print_failure, print_note
 from launcher.report.report import failure_report
 from launcher.report.speed_text import incomplete_text
@@ -31,7 +32,7 @@ def write_report(report: dict[str, Any], run_dir: Path) -> None:
 
 def discard_report(run_dir: Path) -> None:
     """Removes that of an earlier run in this folder, which would pass for this one's if it were killed."""
-    for name in (REPORT, FINISHED_FILE):
+    for name in (REPORT, FINISHED_FILE, POINTS_FILE, PAGE_FILE):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 # A link that carries less may be idle now and then, and an idle card slows its link down.
 LOADED_BYTES_PER_SEC = 10**9
+# A step of so many answers takes a fifth longer than one of a single answer (docs/bench.md).
+SHARED_ROWS = 8
 
 
 def slow_parts(report: dict[str, Any]) -> list[str]:
     """Of a run on cards."""
     if report["device"] != "cuda":
         return []
-    return [*slow_kernels(report), *failed_transports(report), *poor_links(report)]
+    return [*slow_kernels(report), *failed_transports(report), *poor_links(report), *waiting_prompts(report)]
 
 
 def slow_kernels(report: dict[str, Any]) -> list[str]:
@@ -55,3 +57,14 @@ def poor_link(card: dict[str, Any], best: dict[str, Any]) -> list[str]:
             "with the slot one generation lower, it should be 0."
         )
     return lines
+
+
+def waiting_prompts(report: dict[str, Any]) -> list[str]:
+    """That prompts waited for one another, where a pass over the weights could have served several of them."""
+    num, at_a_time = len(report.get("outputs") or ()), report.get("batch_size") or SHARED_ROWS
+    if at_a_time >= SHARED_ROWS or num < 2 * at_a_time:
+        return []
+    more = min(num, SHARED_ROWS)
+    return [
+        f"{num} prompts were answered {at_a_time} at a time: workload.batch_size={more} shares each pass among {more}."
+    ]

@@ -1,4 +1,4 @@
-"""What task=generate measured, and what task=bench had when it was ended, for reading."""
+"""What task=generate measured, and what other tasks had when they were ended, for reading."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.amounts import UNKNOWN, number, percent
+from launcher.report.accuracy import PAGE_FILE
 
 
 def speed_table(report: dict[str, Any]) -> Table:
@@ -44,7 +45,9 @@ def predicted(report: dict[str, Any], name: str) -> str:
 
 
 def incomplete_text(measured: dict[str, Any]) -> str:
-    """What a workload's finished repeats came to, where not all could be."""
+    """What a workload's finished repeats came to, where not all could be, or how many workloads of a grid were done."""
+    if "workloads" in measured:
+        return f"incomplete, {measured['workloads']} of {measured['wanted_workloads']} workloads, as in {PAGE_FILE}"
     tpot = measured["tpot_ms"]
     return (
         f"incomplete, {measured['repeats']} of {measured['wanted_repeats']} repeats: time to first token "

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,12 +34,14 @@ HELD = ExitStack()
 class Sweep:
     """`jobs` holds the overrides of each job, in order; None where a sweeper decides them as it goes.
 
-    `command` is what the folder's COMMAND_FILE held before, of which Hydra makes that of this sweep.
+    `command` is what the folder's COMMAND_FILE held before, of which Hydra makes that of this sweep. `numbers`: those
+    that the jobs' folders have for names; None where they have others.
     """
 
     folder: Path
     jobs: tuple[tuple[str, ...], ...] | None
     command: bytes | None = None
+    numbers: tuple[int, ...] | None = None
 
     @property
     def is_resumed(self) -> bool:
@@ -60,11 +62,14 @@ class Announce(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         file = folder / COMMAND_FILE
         sweep = Sweep(folder, expand_jobs(config), file.read_bytes() if file.is_file() else None)
-        if subdir_as_typed(config) != SUBDIR_BY_NUMBER:
+        has_names = subdir_as_typed(config) != SUBDIR_BY_NUMBER
+        if has_names:
             refuse_shared_folders(config, sweep.jobs or ())
         hold_folder(folder)
-        if sweep.is_resumed:
-            keep_places(config, number_jobs(folder, sweep.jobs or ()))
+        if sweep.jobs is not None and not has_names:
+            numbers = number_jobs(folder, sweep.jobs) if sweep.is_resumed else tuple(range(len(sweep.jobs)))
+            keep_places(config, numbers)
+            sweep = replace(sweep, numbers=numbers)
         Announce.sweep = sweep
 
 
@@ -88,7 +93,7 @@ def keep_places(config: DictConfig, numbers: Sequence[int]) -> None:
 
     Hydra composes each job anew, from the overrides here and the job's own; those of the job must not be changed.
     """
-    if subdir_as_typed(config) != SUBDIR_BY_NUMBER or list(numbers) == list(range(len(numbers))):
+    if list(numbers) == list(range(len(numbers))):
         return
     with read_write(config), open_dict(config):
         config.hydra.overrides.hydra += [

@@ -26,7 +26,7 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
     Raises:
         OSError: the folder cannot be written.
     """
-    jobs = find_jobs(sweep.folder, sweep.jobs)
+    jobs = find_jobs(sweep.folder, sweep.jobs, sweep.numbers)
     if all(job.folder is None for job in jobs):
         return exit_code
     if sweep.is_resumed:

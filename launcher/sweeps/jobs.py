@@ -28,17 +28,24 @@ class SweepJob:
     report: dict[str, Any] | None = None
 
 
-def find_jobs(folder: Path, expected: Iterable[Sequence[str]] | None = None) -> tuple[SweepJob, ...]:
+def find_jobs(
+    folder: Path, expected: Iterable[Sequence[str]] | None = None, numbers: Sequence[int] | None = None
+) -> tuple[SweepJob, ...]:
     """The jobs of a sweep, in order.
 
     Args:
         expected: the overrides of each; what else lies in the folder is of an earlier sweep and left out. None takes
             all that is there.
+        numbers: of each, where its folder has it for a name; None: as folders are found.
     """
     found = {path: read_overrides(path) for path in job_folders(folder)}
     wanted = [without_resume(overrides) for overrides in (found.values() if expected is None else expected)]
-    places = match_folders(found, wanted)
-    numbers = free_numbers(places, folder)
+    if numbers is None:
+        places = match_folders(found, wanted)
+        numbers = free_numbers(places, found)
+    else:
+        own = zip((folder / str(number) for number in numbers), wanted, strict=True)
+        places = [path if found.get(path) == overrides else None for path, overrides in own]
     return tuple(
         SweepJob(number, overrides, path, read_report(path))
         for number, overrides, path in zip(numbers, wanted, places, strict=True)
@@ -61,7 +68,7 @@ def find_finished(folder: Path, besides: Iterable[SweepJob]) -> tuple[SweepJob, 
 def number_jobs(folder: Path, overrides: Iterable[Sequence[str]]) -> tuple[int, ...]:
     """The number of each job's folder: that of the same job before, else the next that no other has."""
     found = {path: read_overrides(path) for path in job_folders(folder) if path.name.isdecimal()}
-    return free_numbers(match_folders(found, [without_resume(each) for each in overrides]), folder)
+    return free_numbers(match_folders(found, [without_resume(each) for each in overrides]), found)
 
 
 def match_folders(found: dict[Path, tuple[str, ...]], wanted: Iterable[tuple[str, ...]]) -> list[Path | None]:
@@ -72,10 +79,9 @@ def match_folders(found: dict[Path, tuple[str, ...]], wanted: Iterable[tuple[str
     return [by_overrides[each].pop(0) if by_overrides[each] else None for each in wanted]
 
 
-def free_numbers(places: Sequence[Path | None], folder: Path) -> tuple[int, ...]:
-    """The numbers that folders have for names; those that come after all of them for the others."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    free = count(max((int(name) for name in names if name.isdecimal()), default=-1) + 1)
+def free_numbers(places: Iterable[Path | None], found: Iterable[Path]) -> tuple[int, ...]:
+    """The numbers that `places` have for names; those that come after all of `found` for the others."""
+    free = count(max((int(path.name) for path in found if path.name.isdecimal()), default=-1) + 1)
     return tuple(int(path.name) if path is not None and path.name.isdecimal() else next(free) for path in places)
 
 

@@ -163,7 +163,7 @@ def open_engine(context: RankContext, settings: Settings, model: PreTrainedModel
         captured_passes=captured,
         hides_sums=hides_sums(context.job.run, context.job.placement),
     )
-    return Engine(model, context.communicator, context.device, limits, prefix_cache=False)
+    return Engine(model, context.communicator, limits, prefix_cache=False)
 
 
 def time_engine(context: RankContext, settings: Settings, shape: ModelShape, size: str, engine: Engine) -> Point:

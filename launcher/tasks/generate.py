@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from launcher.prompts import Prompt, prompt_key
+from launcher.prompts import Prompt, prompt_key, where_from
 from launcher.rank.context import RankContext
 from launcher.tasks.copy_rates import pinned_copy_bandwidth
 from launcher.tasks.loaded import LoadedModel, load_model
@@ -28,6 +28,7 @@ from launcher.tasks.tokens import (
 from parallel.engine import generate
 from parallel.engine.answer import Answer, StopRules
 from parallel.engine.generate import Result
+from parallel.engine.pending import ModelError
 
 WARM_UP_TOKENS = 64
 
@@ -38,6 +39,7 @@ def run_generate(context: RankContext) -> dict[str, Any]:
     Raises:
         ValueError: the tokenizer's files cannot be used or are another model's, a prompt has no tokens or too many for
             the cache, or is chat messages for a model without a chat template.
+        ModelError: after a prompt the model gives no numbers.
         RuntimeError: ranks picked different tokens.
     """
     job = context.job
@@ -103,16 +105,15 @@ def answer_prompts(context: RankContext, loaded: LoadedModel, token_ids: list[li
             append_lines(job.output_path, [output_line(job.prompts[row], token_ids[row], answer)])
             events.progress("answering", num_done, len(token_ids), "prompts")
 
-    return generate.generate(
-        loaded.engine,
-        [
-            generate.Prompt(prompt.index, ids, seed=prompt.seed)
-            for prompt, ids in zip(job.prompts, token_ids, strict=True)
-        ],
-        loaded.tokenizer,
-        loaded.rules,
-        generate.Listener(show_text, show_prefill, keep_answer),
-    )
+    prompts = [
+        generate.Prompt(prompt.index, ids, seed=prompt.seed) for prompt, ids in zip(job.prompts, token_ids, strict=True)
+    ]
+    listener = generate.Listener(show_text, show_prefill, keep_answer)
+    try:
+        return generate.generate(loaded.engine, prompts, loaded.tokenizer, loaded.rules, listener)
+    except ModelError as error:
+        (prompt,) = (each for each in job.prompts if each.index == error.index)
+        raise ModelError(error.index, f"{where_from(job.run)}{prompt.name}") from None
 
 
 def longest_contexts(token_ids: Sequence[list[int]], result: Result) -> list[int]:

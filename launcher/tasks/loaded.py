@@ -87,7 +87,6 @@ def open_engine(
     return Engine(
         module,
         context.communicator,
-        context.device,
         EngineLimits(
             plan.max_context,
             run.workload.batch_size,

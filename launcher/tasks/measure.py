@@ -54,8 +54,7 @@ def kernels(engine: Engine) -> dict[str, Any]:
     """Which operations of a layer run as own kernels on this rank, and why the others do not (see kernel_status)."""
     decoder, cache = engine.decoder, engine.caches[0]
     sizes = LayerSizes(engine.model.config.hidden_size, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
-    num_rows = engine.limits.batch_size * (engine.speculator.rows_per_sequence if engine.speculator else 1)
-    return kernel_status(sizes, num_rows, engine.dtype, cache.keys.dtype, engine.device)
+    return kernel_status(sizes, engine.dtype, cache.keys.dtype, engine.device)
 
 
 def memory(device: torch.device, engine: Engine) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from launcher.finished import keep_finished
 from launcher.plan.grid import GridPoint, point_run
 from launcher.rank.context import RankContext
-from launcher.report.accuracy import POINTS_FILE, Row, point_row, summarise_errors
+from launcher.report.accuracy import PAGE_FILE, POINTS_FILE, Row, point_row, summarise_errors
 from launcher.report.accuracy_text import accuracy_page
 from launcher.tasks.bench import Bench, open_agreement
 from launcher.tasks.fused_rows import choose_fused_rows
@@ -30,8 +31,6 @@ from parallel.engine.arrivals import Agree
 from parallel.engine.engine import Engine
 from parallel.engine.limits import EngineLimits
 from parallel.engine.step_timer import time_steps
-
-PAGE_FILE = "predictions.md"
 
 
 def run_predictions(context: RankContext) -> dict[str, Any]:
@@ -51,13 +50,12 @@ def run_predictions(context: RankContext) -> dict[str, Any]:
             about |= of_engine
             keep_rows(context, rows)
             context.events.progress("measuring", len(rows), len(job.grid), "workloads")
-    summary = {"points": rows, "summary": summarise_errors(rows)}
     return {
         "transport": context.transport_summary(),
         "load": asdict(load),
         "fused_rows": None if fused_rows is None else asdict(fused_rows),
         **about,
-        "predictions": summary,
+        "predictions": points_and_errors(rows),
     }
 
 
@@ -119,11 +117,18 @@ def warm_up_tokens(limits: EngineLimits, prompt_tokens: int) -> int:
     return 2 + math.ceil(prompt_tokens / limits.chunk(is_decoding=True))
 
 
+def points_and_errors(rows: list[Row]) -> dict[str, Any]:
+    return {"points": rows, "summary": summarise_errors(rows)}
+
+
 def keep_rows(context: RankContext, rows: list[Row]) -> None:
-    """Rank 0 adds the newest to the file of points and writes the page of all."""
+    """Rank 0 adds the newest to the file of points, keeps all for the report of a run that is ended, and writes their
+    page."""
     if context.rank != 0:
         return
     append_lines(context.run_dir / POINTS_FILE, [rows[-1]])
+    num = {"workloads": len(rows), "wanted_workloads": len(context.job.grid)}
+    keep_finished(context.run_dir, num | {"predictions": points_and_errors(rows)})
     run, placement = context.job.run, context.job.placement
     title = f"{run.model.name}, {placement.world_size} x {placement.names[0]}"
     (context.run_dir / PAGE_FILE).write_text(accuracy_page(title, rows), encoding="utf-8")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from launcher.config import RANDOM_PROMPT_TOKENS, WeightsKind
 from launcher.job import Job
 from launcher.plan.limits import context_limit
-from launcher.prompts import Prompt, prompt_key
+from launcher.prompts import Prompt, prompt_key, where_from
 from launcher.tasks.model_texts import read_config, read_texts
 
 # Any of TOKENIZER_FILES is a tokenizer.
@@ -93,7 +93,7 @@ def encode_prompts(job: Job, tokenizer: PreTrainedTokenizerFast | None) -> list[
     """
     if tokenizer is None:
         return [random_prompt(job, prompt) for prompt in job.prompts]
-    return [encode_prompt(tokenizer, prompt, use_chat=job.run.chat) for prompt in job.prompts]
+    return [encode_prompt(job, tokenizer, prompt) for prompt in job.prompts]
 
 
 def random_prompt(job: Job, prompt: Prompt) -> list[int]:
@@ -105,12 +105,12 @@ def random_prompt(job: Job, prompt: Prompt) -> list[int]:
     return [draw.randrange(job.shape.vocab_size) for _ in range(length)]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_chat: bool) -> list[int]:
-    """Token ids, in the chat template where the model has one and `use_chat` asks for it."""
-    has_template = bool(tokenizer.chat_template)
+def encode_prompt(job: Job, tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """Token ids, in the chat template where the model has one and the run asks for it."""
+    has_template, name = bool(tokenizer.chat_template), f"{where_from(job.run)}{prompt.name}"
     if prompt.messages is not None and not has_template:
-        raise ValueError(f'prompt {prompt.index} is chat messages, but the model has no chat template. Use "prompt".')
-    if prompt.text is not None and not (use_chat and has_template):
+        raise ValueError(f'{name} is chat messages, but the model has no chat template. Use "prompt".')
+    if prompt.text is not None and not (job.run.chat and has_template):
         return list(tokenizer(prompt.text)["input_ids"])
     messages = list(prompt.messages or ({"role": "user", "content": str(prompt.text)},))
     try:
@@ -120,7 +120,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, *, use_cha
             "Use chat=false, or other" if prompt.messages is None else 'Change the messages, or use "prompt" and other'
         )
         raise ValueError(
-            f"prompt {prompt.index}: the model's chat template refuses its messages: {error}. {knob} tokenizer files."
+            f"{name}: the model's chat template refuses its messages: {error}. {knob} tokenizer files."
         ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -132,8 +132,9 @@ def check_known(job: Job, token_ids: Sequence[Sequence[int]]) -> None:
     for prompt, ids in zip(job.prompts, token_ids, strict=True):
         if ids and max(ids) >= size:
             raise ValueError(
-                f"prompt {prompt.index} has token {max(ids)}, and the model knows {size} (config.json: vocab_size): "
-                f"the tokenizer in {job.model_folder} is another model's. Take the files that belong to the weights."
+                f"{where_from(job.run)}{prompt.name} has token {max(ids)}, and the model knows {size} (config.json: "
+                f"vocab_size): the tokenizer in {job.model_folder} is another model's. Take the files that belong to "
+                "the weights."
             )
 
 
@@ -145,15 +146,16 @@ def check_lengths(job: Job, token_ids: Sequence[Sequence[int]]) -> None:
     """
     assert job.plan is not None and job.shape is not None
     limit, limit_reason = context_limit(job.shape, None if job.draft is None else job.draft.shape)
-    max_context = job.plan.max_context
-    sizes = [(prompt.index, len(ids)) for prompt, ids in zip(job.prompts, token_ids, strict=True)]
-    if empty := [f"prompt {index}" for index, size in sizes if size == 0]:
-        raise ValueError(f"{_listed(empty)} without tokens: the tokenizer adds none to an empty text. Leave them out.")
-    if long := [f"prompt {index} has {size} tokens" for index, size in sizes if size >= max_context]:
+    max_context, where = job.plan.max_context, where_from(job.run)
+    sizes = [(prompt.name, len(ids)) for prompt, ids in zip(job.prompts, token_ids, strict=True)]
+    if empty := [name for name, size in sizes if size == 0]:
+        which = f"{where}{_listed(empty)}"
+        raise ValueError(f"{which} without tokens: the tokenizer adds none to an empty text. Leave them out.")
+    if long := [f"{name} has {size} tokens" for name, size in sizes if size >= max_context]:
         room = f"engine.max_context={max_context}. Raise engine.max_context or shorten the prompts."
         if max_context >= limit:
             room = f"{limit_reason}. Shorten the prompts."
-        raise ValueError(f"{_listed(long)}; prompt and answer must fit {room}")
+        raise ValueError(f"{where}{_listed(long)}; prompt and answer must fit {room}")
 
 
 def _listed(texts: Sequence[str], most: int = 4) -> str:

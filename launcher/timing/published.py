@@ -27,7 +27,7 @@ PRODUCT_SHARE = 0.7
 # With weights as they are packed, it is assumed. Of cards that multiply by warp groups it is that of plain ones: 512
 # rows of a 70B at TP2 took an H200 49.8 ms, and 48.1 with plain ones.
 FUSED_SHARE = PRODUCT_SHARE * 8 / 9
-WARP_GROUP_CARDS = ("H100", "H200")
+WARP_GROUPS = 9.0
 # With their scales.
 PACKED_BITS = {"int4": 4.25, "int8": 8.25, "fp8": 8.25}
 PLAIN_BITS = 16
@@ -58,6 +58,8 @@ class Facts:
     pcie_generation: int
     pcie_lanes: int
     power_w: float | None
+    # As NVIDIA writes it; None: unknown.
+    compute_capability: float | None = None
 
     @property
     def link_gb_per_sec(self) -> float:
@@ -125,8 +127,7 @@ def packed_us_per_mb(facts: Facts, name: str, tokens: int) -> float:
 
 
 def fused_tflops(facts: Facts) -> float:
-    has_warp_groups = any(name in facts.name for name in WARP_GROUP_CARDS)
-    return facts.bf16_tflops * (PRODUCT_SHARE if has_warp_groups else FUSED_SHARE)
+    return facts.bf16_tflops * (PRODUCT_SHARE if facts.compute_capability == WARP_GROUPS else FUSED_SHARE)
 
 
 def multiply_us_per_mb(tokens: int, tflops: float) -> float:

@@ -53,6 +53,8 @@ class ReadAhead:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        # Buffers that copies give back are for none of them.
+        self._chunks.clear()
         self._pool.shutdown(cancel_futures=True)
         self._finish_copies(0)
         self._reading.clear()

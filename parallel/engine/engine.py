@@ -47,7 +47,6 @@ class Engine:
         self,
         model: PreTrainedModel,
         communicator: Communicator,
-        device: torch.device,
         limits: EngineLimits,
         *,
         sampling: SamplingParams | None = None,
@@ -58,8 +57,10 @@ class Engine:
     ) -> None:
         num_ahead = 0 if speculation is None else speculation.num_ahead
         self.limits = limits = replace(limits, num_ahead=max(limits.num_ahead, num_ahead))
-        self.model, self.device = model, device
-        self.dtype = model.lm_head.weight.dtype
+        # The head is on the device wherever layers and the embedding are.
+        head = model.lm_head.weight
+        self.model, self.dtype = model, head.dtype
+        self.device = device = head.device
         self.target = open_paged(model, limits, kv_dtype, device, host_layers)
         self.decoder, self.caches = self.target.decoder, self.target.caches
         # Of the memory of all graphs.

@@ -105,9 +105,9 @@ def generate(
 
 
 def check_lengths(prompts: Sequence[Prompt], max_context: int) -> None:
-    for row, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=1):
         if not prompt.token_ids:
-            raise ValueError(f"prompt {row} has no tokens.")
+            raise ValueError(f"prompt {number} of {len(prompts)} has no tokens.")
         if len(prompt.token_ids) >= max_context:
             raise ValueError(
                 f"a prompt of {len(prompt.token_ids)} tokens leaves no room in engine.max_context={max_context}. "

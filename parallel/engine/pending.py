@@ -15,7 +15,20 @@ from parallel.engine.speculation.tree_plan import TreePlan
 
 
 class ModelError(RuntimeError):
-    """What the model computes is of no use."""
+    """What the model computes after a prompt is of no use.
+
+    Args:
+        index: the prompt's.
+        name: what people find it by.
+    """
+
+    def __init__(self, index: int, name: str = "a prompt") -> None:
+        super().__init__(
+            f"after {name} the model gives no numbers (NaN, or infinity). Either they exceed what model.dtype holds, "
+            "float16 above 65,504 (set model.dtype=bfloat16), or its files or a card are damaged (download the files "
+            "again; check the cards with task=probe)."
+        )
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,4 @@ class Pending:
 def check_number(sequence: TokenSequence, given: Given) -> None:
     """Raises ModelError: the model gave no numbers to draw from."""
     if given.tokens == [NO_NUMBER]:
-        raise ModelError(
-            f"after prompt {sequence.index} the model gives no numbers (NaN, or infinity). Either they exceed what "
-            "model.dtype holds, float16 above 65,504 (set model.dtype=bfloat16), or its files or a card are damaged "
-            "(download the files again; check the cards with task=probe)."
-        )
+        raise ModelError(sequence.index)

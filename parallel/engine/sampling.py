@@ -22,6 +22,8 @@ from parallel.engine.noise import exponential_noise, signed
 
 # In place of a token: the model's logits were no numbers.
 NO_NUMBER = -1
+# Lower ones draw the same, and logits divided by them are no numbers in float32.
+LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def sampled_tokens(logits: Tensor, params: SamplingParams, noise: Tensor) -> Ten
 
 def warped(logits: Tensor, params: SamplingParams) -> Tensor:
     """[batch, vocabulary] float32 logits of what is drawn from; -inf for what is left out."""
-    scores = TemperatureLogitsWarper(params.temperature)(None, logits.float())
+    scores = TemperatureLogitsWarper(max(params.temperature, LEAST_TEMPERATURE))(None, logits.float())
     if params.top_k:
         scores = TopKLogitsWarper(params.top_k)(None, scores)
     if params.top_p < 1:

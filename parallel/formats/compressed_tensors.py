@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.formats.scheme import Box, Part, Scheme
-from parallel.formats.unpack import cut_groups, trim, unpack
+from parallel.formats.unpack import cut_groups, stored_groups, trim, unpack
 from parallel.quantized import QuantizedWeight
 
 FLOATS = ("F16", "BF16", "F32")
@@ -29,17 +29,20 @@ def packed_parts(scheme: Scheme) -> tuple[Part, ...]:
 
 
 def decode_packed(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> QuantizedWeight:
+    """Raises CheckpointError where group indices contradict the scales."""
     per_word = 32 // scheme.bits
-    zeros = None
+    scales, zeros = stored["weight_scale"], None
     if scheme.has_zeros:
         zeros = trim(unpack(stored["weight_zero_point"].t(), scheme.bits), 1, box.outputs, per_word).t().contiguous()
     return QuantizedWeight(
         values=trim(unpack(stored["weight_packed"], scheme.bits), 1, box.inputs, per_word).contiguous(),
         bits=scheme.bits,
-        scales=stored["weight_scale"],
+        scales=scales,
         zeros=zeros,
         group_size=scheme.group_size or max(box.shape[1], 1),
-        group_of=stored["weight_g_idx"].long() if scheme.act_order else cut_groups(scheme, box, stored["weight_scale"]),
+        group_of=stored_groups(stored["weight_g_idx"], scales.shape[1])
+        if scheme.act_order
+        else cut_groups(scheme, box, scales),
     )
 
 

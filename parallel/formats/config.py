@@ -23,8 +23,7 @@ def read_scheme(section: Any) -> Scheme | None:
     """
     if not section:
         return None
-    if not isinstance(section, dict):
-        raise FormatError(f"quantization_config={section!r} is no JSON object. Download config.json again.")
+    section = _object("quantization_config", section)
     return READERS[_choice("quant_method", section.get("quant_method"), READERS)](section)
 
 
@@ -78,13 +77,12 @@ def read_compressed_tensors(section: Section) -> Scheme:
     """All groups of layers must store their weights alike; how activations would be quantised does not matter."""
     for name in ("kv_cache_scheme", "transform_config"):
         _choice(name, section.get(name) or None, (None,))
-    sparsity = section.get("sparsity_config") or {}
+    sparsity = _object("quantization_config.sparsity_config", section.get("sparsity_config") or {})
     _choice("sparsity_config.format", sparsity.get("format", "dense"), ("dense",))
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise FormatError("quantization_config has no config_groups. Download config.json again.")
-    schemes = [_read_weights(group.get("format") or section.get("format"), group["weights"])
-               for group in groups.values() if group.get("weights")]  # fmt: skip
+    schemes = [scheme for name, group in groups.items() if (scheme := _read_group(name, group, section.get("format")))]
     if not schemes or any(scheme != schemes[0] for scheme in schemes):
         raise FormatError(
             "quantization_config.config_groups stores weights in more ways than one, or in none; one is supported."
@@ -92,11 +90,18 @@ def read_compressed_tensors(section: Section) -> Scheme:
     return schemes[0]
 
 
+def _read_group(name: str, group: Any, layout: Any) -> Scheme | None:
+    """None where weights are left as they are."""
+    group = _object(name, group)
+    weights = group.get("weights")
+    return _read_weights(group.get("format") or layout, _object(f"{name}.weights", weights)) if weights else None
+
+
 def _read_weights(layout: Any, weights: Section) -> Scheme:
     allowed = _choice("format", layout, LAYOUTS)
     kind, bits_allowed, strategies = LAYOUTS[allowed]
     _choice("weights.type", weights.get("type", "int"), (kind,))
-    strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or -1) > 0 else "tensor")
+    strategy = weights.get("strategy") or ("tensor" if _group_size(weights) is None else "group")
     group_size = _group_size(weights) if _choice("weights.strategy", strategy, strategies) == "group" else None
     block_outputs = 1
     if strategy == "block":
@@ -130,6 +135,12 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
     "float-quantized": ("float", (8,), ("channel", "tensor", "block")),
 }
 ORDERS = (None, False, True, "group", "dynamic", "weight", "static")
+
+
+def _object(name: str, value: Any) -> Section:
+    if not isinstance(value, dict):
+        raise FormatError(f"{name}={value!r} is no JSON object. Download config.json again.")
+    return value
 
 
 def _group_size(section: Section, other_name: str = "group_size") -> int | None:

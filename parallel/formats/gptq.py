@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.formats.scheme import Box, CheckpointError, Part, Scheme
-from parallel.formats.unpack import cut_groups, trim, unpack
+from parallel.formats.unpack import cut_groups, stored_groups, trim, unpack
 from parallel.quantized import QuantizedWeight
 
 
@@ -55,7 +55,7 @@ def check_middle(zeros: Tensor, scheme: Scheme) -> None:
 def local_groups(stored: dict[str, Tensor], scheme: Scheme, box: Box) -> Tensor | None:
     """Each input's group in act order; otherwise those of neighbours, once it is sure that they are."""
     if scheme.act_order:
-        return stored["g_idx"].long()
+        return stored_groups(stored["g_idx"], len(stored["scales"]))
     if "g_idx" in stored and scheme.group_size is not None:
         inputs = torch.arange(*box.inputs, device=stored["g_idx"].device)
         if not torch.equal(stored["g_idx"].long(), inputs // scheme.group_size):

@@ -61,6 +61,8 @@ def read_state(text: Tensor, scheme: Scheme) -> dict[str, Any]:
         state = json.loads(bytes(text.tolist()))
     except ValueError as error:
         raise CheckpointError(f"{STATE} holds no valid JSON ({error}). Download the file again.") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{STATE} holds no JSON object. Download the file again.")
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": scheme.group_size}
     if scheme.nested_scales:
         wanted["nested_blocksize"] = NESTED_GROUP
@@ -72,13 +74,16 @@ def read_state(text: Tensor, scheme: Scheme) -> dict[str, Any]:
 
 def nested_scales(stored: dict[str, Tensor], state: dict[str, Any], scheme: Scheme, box: Box) -> Tensor:
     """[outputs, groups] float32 out of bytes; which of the 256 blocks an absmax is in depends on the whole linear."""
-    num_in = int(state["shape"][1])
+    try:
+        num_in, offset = int(state["shape"][1]), float(state["nested_offset"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{STATE} lacks a shape or a nested_offset. Download the file again.") from error
     absmax = stored["weight.absmax"]
     outputs = torch.arange(*box.outputs, device=absmax.device).unsqueeze(1)
     groups = torch.arange(*group_range(scheme, num_in, box), device=absmax.device)
     blocks = (outputs * scheme.num_groups(num_in) + groups) // NESTED_GROUP
     by_block = stored["weight.nested_quant_map"][absmax.int()] * stored["weight.nested_absmax"][blocks]
-    return by_block + state["nested_offset"]
+    return by_block + offset
 
 
 def nf4_codebook() -> Tensor:

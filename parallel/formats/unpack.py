@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.formats.scheme import Box, Range, Scheme
+from parallel.formats.scheme import Box, CheckpointError, Range, Scheme
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -37,3 +37,17 @@ def cut_groups(scheme: Scheme, box: Box, like: Tensor) -> Tensor | None:
     if scheme.group_size is None or first % scheme.group_size == 0:
         return None
     return torch.arange(first, end, device=like.device) // scheme.group_size - first // scheme.group_size
+
+
+def stored_groups(indices: Tensor, num_groups: int) -> Tensor:
+    """[in] int64: the group of each input, as a file has it in act order.
+
+    Raises CheckpointError where it names one that has no scales: a card would stop at it, a CPU take another for -1.
+    """
+    groups = indices.long()
+    strange = groups[(groups < 0) | (groups >= num_groups)]
+    if strange.numel():
+        raise CheckpointError(
+            f"an input is in group {int(strange[0])}, where groups are 0 to {num_groups - 1}. Download the file again."
+        )
+    return groups

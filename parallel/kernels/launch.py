@@ -126,8 +126,13 @@ def load_problem(load: Callable[..., object], *arguments: Hashable) -> str | Non
     try:
         load(*arguments)
     except Exception as error:  # NVRTC missing or of another version, or a driver that refuses the code.
-        return f"it cannot be compiled: {str(error).splitlines()[0]}"
+        return f"it cannot be compiled: {first_line(error)}"
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, or its name where it says nothing, without a point at its end."""
+    return (str(error) or repr(error)).splitlines()[0].removesuffix(".")
 
 
 @cache

@@ -6,3 +6,6 @@ from __future__ import annotations
 PAGE_SIZE = 64
 # Tokens of a sequence that attention tells apart in one pass.
 MAX_NODES = 256
+# Of heads, and query heads for one of keys and values, that the kernel of steps takes; others attend in plain torch.
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 16

@@ -28,13 +28,11 @@ from parallel.kernels.attention_launch import (
 )
 from parallel.kernels.attention_reference import TreeMask, attend_gathered
 from parallel.kernels.launch import Kernel, has_tensor_cores, load_kernel, load_problem
-from parallel.kernels.limits import MAX_NODES, PAGE_SIZE
+from parallel.kernels.limits import HEAD_DIMS, MAX_GROUP, MAX_NODES, PAGE_SIZE
 from parallel.kernels.operators import operator
 from parallel.kernels.pages import FP8, PagedKV, pages_for
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
-HEAD_DIMS = (64, 128)
-MAX_GROUP = 16
 # Not cuDNN's, which builds a plan for each new length (launcher/rank/context.py has the measurement).
 PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -96,12 +94,11 @@ def choose(query: Tensor, keys: Tensor, sequences: int, max_tokens: int, *, tree
 
 def refusal(query: Tensor, keys: Tensor) -> str | None:
     """Why the kernel cannot take these, in a few words; None: it can."""
-    return find_refusal(*query.shape, keys.shape[1], query.dtype, keys.dtype, query.device)
+    return find_refusal(*query.shape[1:], keys.shape[1], query.dtype, keys.dtype, query.device)
 
 
 @cache
 def find_refusal(
-    rows: int,
     heads: int,
     head_dim: int,
     kv_heads: int,
@@ -116,8 +113,6 @@ def find_refusal(
         f"KV in {str(kv_dtype).removeprefix('torch.')}": kv_dtype in (dtype, FP8),
         f"heads of {head_dim}": head_dim in HEAD_DIMS,
         f"{group} query heads for a KV head": group <= MAX_GROUP,
-        # Rows of one sequence take fewer counters than these.
-        f"{rows} rows": rows * kv_heads <= MAX_COUNTERS,
     }
     failed = [reason for reason, passed in checks.items() if not passed]
     return failed[0] if failed else load_problem(load, choose_launch(head_dim, group, dtype, kv_dtype), device.index)
@@ -142,6 +137,8 @@ def run_kernel(
     output = query.new_empty(query.shape)
     heads, kv_heads, rows = query.shape[1], keys.shape[1], len(query) // len(lengths)
     grid = (kv_heads * num_passes(rows * heads // kv_heads), num_splits, len(lengths))
+    # Blocks that leave parts to one another count themselves.
+    assert num_splits == launch.cluster or grid[0] * grid[2] * launch.cluster <= MAX_COUNTERS, f"{grid=} {launch=}"
     partial, maxima_sums = workspace(launch, grid, query)
     tensors = (query, keys, values, block_table, lengths, *tree_tensors(starts, masks), output, partial, maxima_sums)
     strides = (query.stride(0), block_table.stride(0))

@@ -20,9 +20,7 @@ class LayerSizes:
     head_dim: int
 
 
-def kernel_status(
-    sizes: LayerSizes, batch_size: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+def kernel_status(sizes: LayerSizes, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """`own`: operations that run as own kernels; `plain_torch`: the others, each with the reason in a few words.
 
     Linears are not among them: theirs depends on each weight (parallel/kernels/choice.py).
@@ -32,7 +30,7 @@ def kernel_status(
     if sizes.heads:
         found["rotation"] = common or fused.rotary_refusal(sizes.head_dim)
         found["attention"] = paged_attention.find_refusal(
-            batch_size, sizes.heads, sizes.head_dim, sizes.kv_heads, dtype, kv_dtype, device
+            sizes.heads, sizes.head_dim, sizes.kv_heads, dtype, kv_dtype, device
         )
     return {
         "own": [name for name, why_not in found.items() if why_not is None],

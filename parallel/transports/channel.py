@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.communicator import Around, Communicator, TransportError
-from parallel.kernels.launch import load_kernel
+from parallel.kernels.launch import first_line, load_kernel
 from parallel.transports.region_layout import ERROR_STRIDE, RegionLayout
 from parallel.transports.shared_region import SharedRegion, raise_everywhere, share_region
 
@@ -147,7 +147,3 @@ def open_channel(
         raise
     assert channel is not None
     return channel
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0].removesuffix(".")

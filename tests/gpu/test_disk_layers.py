@@ -54,7 +54,7 @@ def answers(communicator: Communicator, streamed: tuple[int, ...], on_disk: tupl
         disk.reads.ring.memory.fill_(0xFF)
     load_checkpoint(model, checkpoint, DEVICE, on_placed=on_placed)
     limits = EngineLimits(max_context=128, batch_size=3, prefill_chunk=16)
-    engine = Engine(model.module, communicator, DEVICE, limits, host_layers=layers)
+    engine = Engine(model.module, communicator, limits, host_layers=layers)
     result = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), StopRules(12))
     return [answer.token_ids for answer in result.answers]
 

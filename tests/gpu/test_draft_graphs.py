@@ -75,9 +75,7 @@ def answer(
     small, _ = load_demo(communicator, draft, ())
     limits = EngineLimits(max_context=128, batch_size=3, prefill_chunk=16)
     speculation = replace(speculation, draft=small.module)
-    engine = Engine(
-        model.module, communicator, DEVICE, limits, sampling=sampling, speculation=speculation, host_layers=layers
-    )
+    engine = Engine(model.module, communicator, limits, sampling=sampling, speculation=speculation, host_layers=layers)
     assert engine.captures_drafts
     assert not engine.captures
     for each in engine.drafting:
@@ -152,9 +150,7 @@ def costs(communicator: Communicator) -> list[dict[str, float]]:
         gc.collect()
         speculation = Speculation("draft", tree=tree, draft=small)
         reserved, start = torch.cuda.memory_reserved(), time.perf_counter()
-        engine = Engine(
-            large, communicator, DEVICE, EngineLimits(1024, 1, 512), speculation=speculation, host_layers=layers
-        )
+        engine = Engine(large, communicator, EngineLimits(1024, 1, 512), speculation=speculation, host_layers=layers)
         torch.cuda.synchronize()
         opened = {"depth": tree.depth, "open_sec": time.perf_counter() - start}
         opened["open_mib"] = (torch.cuda.memory_reserved() - reserved) / 2**20

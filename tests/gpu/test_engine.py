@@ -38,7 +38,7 @@ def answers_on_the_card(communicator: Communicator, dtype: torch.dtype, sampling
     model = build(communicator, DEMO, dtype)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, on_placed=LayerMerger(model.module))
     limits = EngineLimits(max_context=128, batch_size=3, prefill_chunk=16)
-    engine = Engine(model.module, communicator, DEVICE, limits, sampling=sampling)
+    engine = Engine(model.module, communicator, limits, sampling=sampling)
     result = generate(engine, numbered(prompts_of("demo")), demo_tokenizer(), RULES)
     return [answer.token_ids for answer in result.answers]
 

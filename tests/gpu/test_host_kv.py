@@ -67,9 +67,7 @@ def answers(
         load_checkpoint(draft, read_checkpoint(DEMO), DEVICE, on_placed=LayerMerger(draft.module))
         speculation = replace(speculation, draft=draft.module)
     limits = EngineLimits(max_context=192, batch_size=3, prefill_chunk=45)
-    engine = Engine(
-        model.module, communicator, DEVICE, limits, kv_dtype=kv_dtype, speculation=speculation, host_layers=layers
-    )
+    engine = Engine(model.module, communicator, limits, kv_dtype=kv_dtype, speculation=speculation, host_layers=layers)
     host_kv = engine.decoder.host_kv
     assert (host_kv is not None) == with_kv
     if host_kv is not None:

@@ -47,7 +47,7 @@ def open_engine(communicator: Communicator, kind: str) -> Engine:
     limits.GRAPHED_ROWS = ()
     # Several blocks in gate_up and in down.
     grouping.DEQUANTIZED_AT_A_TIME = 256 * 256
-    engine = Engine(model.module, communicator, DEVICE, EngineLimits(2048, 4, 2048))
+    engine = Engine(model.module, communicator, EngineLimits(2048, 4, 2048))
     # As where copies carry sums.
     engine.target = replace(engine.target, joins=True)
     return engine

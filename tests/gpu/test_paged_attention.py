@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parallel.kernels import paged_attention as own
-from parallel.kernels.attention_launch import choose_launch
+from parallel.kernels.attention_launch import MAX_COUNTERS, choose_launch
 from parallel.kernels.fused import rotary_and_cache
 from parallel.kernels.limits import PAGE_SIZE
 from parallel.kernels.pages import FP8, PagedKV, allocate_pages, as_bits
@@ -196,6 +196,18 @@ def test_rows_of_a_tree_agree_with_float64(chain: bool, head_dim: int, kind: str
         if not torch.equal(first, attend_tree(held)):
             failures.append(f"{rows} rows, group {group}: another result the second time")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_many_trees_agree_with_float64(kind: str) -> None:
+    """More than there are counters, which only splits need."""
+    dtype, kv_dtype, allowed = KINDS[kind]
+    contexts, nodes = [random.randrange(0, 200) for _ in range(20)], [256, 1] * 10
+    held = make_tree_case(contexts, nodes, 256, 8, 2, 64, dtype=dtype, kv_dtype=kv_dtype, device="cuda")
+    assert len(held.query) * 8 > MAX_COUNTERS
+    assert own.refusal(held.query, held.case.kv.keys) is None
+    first = attend_tree(held)
+    assert (error := held.worst_error(first)) < allowed, f"{error}: {worst_nodes(held, first)}"
 
 
 def attend_tree(held: TreeCase) -> Tensor:

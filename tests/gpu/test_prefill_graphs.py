@@ -65,7 +65,7 @@ def open_engine(communicator: Communicator, kind: str, *, is_graphed: bool) -> E
     scheme = QUANTIZE_SCHEMES.get(kind)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, quantize=scheme, on_placed=LayerMerger(model.module))
     sizes = EngineLimits(2048, 4, 2048, captured_passes=2 * len(GRAPHED_ROWS))
-    return Engine(model.module, communicator, DEVICE, sizes)
+    return Engine(model.module, communicator, sizes)
 
 
 def launched(calls: Iterable[Callable[[], None]], pool: object) -> list[Callable[[], None]]:

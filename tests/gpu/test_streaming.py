@@ -40,7 +40,7 @@ def answers(communicator: Communicator, streamed: tuple[int, ...]) -> list[list[
     on_placed = LayerMerger(model.module) if layers is None else HostLoader(model.module, layers)
     load_checkpoint(model, read_checkpoint(DEMO), DEVICE, on_placed=on_placed)
     limits = EngineLimits(max_context=128, batch_size=3, prefill_chunk=16)
-    engine = Engine(model.module, communicator, DEVICE, limits, host_layers=layers)
+    engine = Engine(model.module, communicator, limits, host_layers=layers)
     assert engine.captures == (not streamed)
     if engine.streamer is not None:
         engine.streamer.buffers.fill_(0xFF)

@@ -182,8 +182,8 @@ def results(folder: Path) -> dict[str, Result]:
     """Runs that a rank refuses, all at the same time."""
     broken = change_weights(copy_demo(folder / "broken"), put_nan)
     (folder / "p.txt").write_text("import os\n")
-    (folder / "chat.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
-    (folder / "long.jsonl").write_text("".join(json.dumps({"prompt": "x " * n}) + "\n" for n in (1, 500, 2, 600)))
+    (folder / "chat.jsonl").write_text('{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    (folder / "long.jsonl").write_text("\n".join(json.dumps({"prompt": "x " * n}) + "\n" for n in (1, 500, 2, 600)))
     (folder / "longest.jsonl").write_text(json.dumps({"prompt": "x " * 3000}))
     options: dict[str, dict[str, Any]] = {
         "long": {"args": [f"prompts_file={folder / 'long.jsonl'}", "engine.max_context=64"]},
@@ -210,7 +210,8 @@ def test_all_prompts_longer_than_the_cache_are_named_before_the_model_is_loaded(
     results: dict[str, Result], folder: Path
 ) -> None:
     message = results["long"].error["message"]
-    assert re.search(r"prompt 1 has \d{3,4} tokens, prompt 3 has \d{3,4} tokens; ", message)
+    where = re.escape(f"prompts_file={folder / 'long.jsonl'}, ")
+    assert re.match(rf"{where}line 3 has \d{{3,4}} tokens, line 7 has \d{{3,4}} tokens; ", message)
     assert "engine.max_context=64. Raise engine.max_context or shorten the prompts." in message
     assert "loading weights" not in (folder / "long" / "events.jsonl").read_text()
     assert not (folder / "long" / "outputs.jsonl").exists()
@@ -222,7 +223,7 @@ def test_prompt_beyond_the_model_is_not_told_to_raise_the_context(results: dict[
 
 
 def test_messages_for_a_model_without_a_template_are_refused(results: dict[str, Result]) -> None:
-    assert "prompt 1 is chat messages, but the model has no chat template" in results["chat"].error["message"]
+    assert "chat.jsonl, line 3 is chat messages, but the model has no chat" in results["chat"].error["message"]
 
 
 def test_full_disk_is_named_with_what_to_do(results: dict[str, Result]) -> None:

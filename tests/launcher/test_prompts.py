@@ -49,6 +49,7 @@ def test_prompt_of_the_command_line_is_the_only_one() -> None:
 def test_text_file_has_a_prompt_on_every_line_that_is_not_blank(tmp_path: Path) -> None:
     prompts = read(tmp_path / "p.txt", "one\n\n  two  \n \nthree")
     assert prompts == (Prompt(0, text="one"), Prompt(1, text="  two  "), Prompt(2, text="three"))
+    assert [prompt.name for prompt in prompts] == ["line 1", "line 3", "line 5"]
 
 
 def test_only_newlines_end_a_prompt(tmp_path: Path) -> None:
@@ -66,7 +67,9 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_json_lines_hold_prompts_or_messages(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": "dropped"}]
     lines = [json.dumps(value) for value in ({"prompt": "é\n", "id": 7}, {"messages": messages})]
-    assert read(tmp_path / "p.jsonl", "\n\n".join(lines)) == (
+    prompts = read(tmp_path / "p.jsonl", "\n\n".join(lines))
+    assert [prompt.name for prompt in prompts] == ["line 1", "line 3"]
+    assert prompts == (
         Prompt(0, text="é\n"),
         Prompt(1, messages=({"role": "system", "content": "s"}, {"role": "user", "content": "u"})),
     )

@@ -113,7 +113,7 @@ def rank_logits(communicator: Communicator, folder: Path, kind: str, size: Size,
     on_placed = LayerMerger(model.module) if device.type == "cuda" else lambda name: None
     load_checkpoint(model, read_checkpoint(folder), device, quantize=QUANTIZE_SCHEMES.get(kind), on_placed=on_placed)
     sizes = EngineLimits(max(size.lengths) + size.num_forced + 1, len(size.lengths), size.prefill_chunk)
-    engine = Engine(model.module, communicator, device, sizes)
+    engine = Engine(model.module, communicator, sizes)
     prompts, forced = random_tokens(model.module.config, size)
     steps = forced_logits(engine, prompts, forced)
     shards = engine.sampler.shards

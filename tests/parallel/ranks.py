@@ -111,7 +111,6 @@ def make_engine(
     return Engine(
         load(communicator, folder, dtype, host_layers, quantize),
         communicator,
-        CPU,
         limits,
         sampling=sampling,
         kv_dtype=kv_dtype,
@@ -147,7 +146,7 @@ def whole_logits(
     communicator: Communicator, module: nn.Module, prompts: list[list[int]], following: list[int]
 ) -> Tensor:
     """[2, prompt, vocabulary]: after each prompt, and after one more token. The module's weights are taken over."""
-    engine = Engine(module, communicator, CPU, EngineLimits(max_context=32, batch_size=2, prefill_chunk=64))
+    engine = Engine(module, communicator, EngineLimits(max_context=32, batch_size=2, prefill_chunk=64))
     steps = forced_logits(engine, prompts, [[token] for token in following])
     return torch.stack([gather_logits(step, engine.sampler.shards, communicator) for step in steps])
 
@@ -178,7 +177,7 @@ def run_model(
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
     shares_head = module.get_input_embeddings().weight is module.lm_head.weight
     # Chunks of 8 tokens: long prompts take several passes, and some passes hold parts of several prompts.
-    engine = Engine(model.module, communicator, CPU, EngineLimits(max_context=64, batch_size=3, prefill_chunk=8))
+    engine = Engine(model.module, communicator, EngineLimits(max_context=64, batch_size=3, prefill_chunk=8))
     shards = engine.sampler.shards
     logits = torch.cat(
         [

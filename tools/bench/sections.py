@@ -152,7 +152,7 @@ def open_engine(
     own = list(model.module.model.layers)
     model.module.model.layers = torch.nn.ModuleList(own[place % len(own)] for place in range(depth))
     sizes = EngineLimits(max_rows + 1, 1, max_rows, captured_passes=0)
-    return Engine(model.module, communicator, device, sizes, prefix_cache=False)
+    return Engine(model.module, communicator, sizes, prefix_cache=False)
 
 
 def fuse(engine: Engine, max_rows: int) -> None:

@@ -29,7 +29,7 @@ from parallel.engine.sampling import SamplingParams
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
 from tools.demo.corpus import collect
-from tools.demo.perplexity import CPU, DEMO, TIMEOUT_SEC, held_out_tokens, load
+from tools.demo.perplexity import DEMO, TIMEOUT_SEC, held_out_tokens, load
 from tools.demo.tokenizer import encode_stream
 from tools.demo.training import TrainingPlan, train
 from tools.local_ranks import run_on_ranks
@@ -93,7 +93,6 @@ class Run:
         engine = Engine(
             load(self.communicator, DEMO),
             self.communicator,
-            CPU,
             EngineLimits(PROMPT_TOKENS + ANSWER_TOKENS, BATCH, PROMPT_TOKENS),
             sampling=SamplingParams(self.temperature),
             speculation=speculation,

@@ -120,7 +120,7 @@ def mean_loss_of_engine(
     communicator: Communicator, folder: Path, stream: NDArray[np.int64], kv_dtype: torch.dtype | None
 ) -> float:
     limits = EngineLimits(max_context=CONTEXT, batch_size=1, prefill_chunk=CONTEXT)
-    engine = Engine(load(communicator, folder), communicator, CPU, limits, kv_dtype=kv_dtype)
+    engine = Engine(load(communicator, folder), communicator, limits, kv_dtype=kv_dtype)
     return evaluate(EngineModel(engine), stream, CONTEXT, batch=1)
 
 

@@ -33,7 +33,7 @@ PROPERTIES = {
 TARGET = b".target sm_89"
 # cuda.h: CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES.
 STATIC_SHARED = 1
-# What torch gives cuBLAS on cards other than sm_90 and sm_100: two of 4096 KiB and eight of 16.
+# What torch gives cuBLAS on cards before sm_90: two of 4096 KiB and eight of 16.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 

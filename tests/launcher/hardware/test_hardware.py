@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -29,6 +30,7 @@ FACTS = HardwareConfig(
     memory_gb_per_sec=1008.0,
     pcie_generation=4,
     pcie_lanes=16,
+    compute_capability=8.9,
 )
 
 
@@ -214,7 +216,7 @@ def test_facts() -> None:
     name = "NVIDIA GeForce RTX 4090"
     assert inventory.source == "facts"
     assert inventory.cards == tuple(
-        Card(index, -1, name, "", 24 * 1024**3, None, 1008.0, 4, 16, None) for index in range(3)
+        Card(index, -1, name, "", 24 * 1024**3, None, 1008.0, 4, 16, None, (8, 9)) for index in range(3)
     )
     assert inventory.links == tuple(
         Link(a, b, "pcie", "unknown", 0, peer_access=False) for a, b in ((0, 1), (0, 2), (1, 2))
@@ -227,6 +229,12 @@ def test_facts_with_nvlink_and_unknown_figures() -> None:
     assert inventory.links == (Link(0, 1, "nvlink", "unknown", 0, peer_access=True),)
     card = inventory.cards[0]
     assert (card.memory_bytes, card.memory_gb_per_sec, card.pcie_generation) == (1536 * MIB, None, None)
+    assert card.compute_capability is None
+
+
+@pytest.mark.parametrize(("written", "pair"), [(8.6, (8, 6)), (9.0, (9, 0)), (12.0, (12, 0)), (12.1, (12, 1))])
+def test_compute_capability_is_read_as_nvidia_writes_it(written: float, pair: tuple[int, int]) -> None:
+    assert read_inventory(replace(FACTS, compute_capability=written), 1).cards[0].compute_capability == pair
 
 
 def test_facts_without_memory_name_the_knob() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.config import ModelFacts
-from launcher.memory.activations import attended_bytes
+from launcher.memory.activations import activations_bytes, attended_bytes
 from launcher.memory.demand import Demand
 from launcher.models.shape import shape_from_facts
 from launcher.tasks.weights import config_of_shape
@@ -24,6 +24,7 @@ from parallel.engine.sampling import SamplingParams
 from parallel.engine.sequence import Part, TokenSequence
 from parallel.engine.speculation.speculator import Speculation
 from parallel.engine.speculation.tree_plan import TreePlan
+from parallel.kernels import paged_attention
 from parallel.kernels.pages import FP8, allocate_pages, pages_for
 from parallel.partition import choose_grain
 from parallel.shard import build_sharded_model
@@ -158,7 +159,7 @@ def make_engine(
     grain = choose_grain((facts.intermediate_size, facts.vocab_size), communicator.world_size)
     model = build_sharded_model(config, communicator, dtype=getattr(torch, dtype), grain=grain)
     fill_dummy(model, None, CPU)
-    return Engine(model.module, communicator, CPU, limits, sampling=sampling, speculation=speculation)
+    return Engine(model.module, communicator, limits, sampling=sampling, speculation=speculation)
 
 
 @pytest.fixture(scope="module", params=(1, 2))
@@ -212,3 +213,34 @@ def test_passes_take_what_is_predicted(ranks: list[Measured], case: str, dtype: 
         demand = replace(demand, rows_per_sequence=TREE.tree.size, num_ahead=TREE.num_ahead)
     for measured, lines in zip(ranks, demand.lines(limits.max_context), strict=True):
         assert LEAST * measured[case, dtype] <= lines["activations"] <= MOST * measured[case, dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "facts",
+    [FACTS, replace(FACTS, head_dim=96), replace(FACTS, num_heads=32), replace(FACTS, num_heads=34)],
+    ids=["kernel", "heads of 96", "16 heads", "17 heads"],
+)
+def test_steps_that_attend_in_plain_torch_on_a_card_are_counted(
+    facts: ModelFacts, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel itself refuses; then all sequences' keys in float32 are there at a time."""
+    monkeypatch.setattr(paged_attention, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(paged_attention, "load_problem", lambda load, *arguments: None)
+    stored = getattr(torch, dtype)
+    refusal = paged_attention.find_refusal.__wrapped__(
+        facts.num_heads, facts.head_dim, facts.num_kv_heads, stored, stored, torch.device("cuda", 0)
+    )
+    demand = Demand(shape_from_facts(facts), 1, 64, dtype, "auto", "cuda", "solo", 8, 64)
+    gathered = 8 * 8192 * facts.num_kv_heads * facts.head_dim * 4
+    assert (activations_bytes(demand, 0, 8192) > 2 * gathered) == (refusal is not None)
+
+
+def test_norms_of_a_card_in_other_than_bf16_are_counted() -> None:
+    """They are in plain torch, whose copies are in float32."""
+    shape = shape_from_facts(replace(FACTS, hidden_size=8192))
+    taken = {
+        dtype: activations_bytes(Demand(shape, 1, 64, dtype, "auto", "cuda", "solo", 1, 512), 0, 512)
+        for dtype in ("bfloat16", "float16")
+    }
+    assert taken["float16"] >= taken["bfloat16"] + 512 * 8192 * 4

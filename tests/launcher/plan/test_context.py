@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
 from launcher.plan import remedies as plan_remedies
 from parallel.units import GIB
@@ -99,6 +100,17 @@ def test_what_is_short_of_a_limit_names_it() -> None:
     assert "limits" not in refused(LLAMA_70B, cards_of(2), 2, limits__card_memory_gib=24)
     on_cpu = refused(LLAMA_70B_AWQ, replace(CPU, host_memory_bytes=16 * GIB), 2, limits__card_memory_gib=4)
     assert "rank 1 on the CPU: " in on_cpu and "GiB of 4.00 (limits.card_memory_gib=4): " in on_cpu
+
+
+def test_ranks_after_one_that_exceeds_its_card_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are most of what a refusal takes, which tries hundreds of settings."""
+    counted, count = list[int](), Demand._varying
+    monkeypatch.setattr(
+        Demand, "_varying", lambda self, rank, tokens: counted.append(rank) or count(self, rank, tokens)
+    )
+    demand = Demand(LLAMA_70B, 4, 128, "bfloat16", "auto", "cuda", "nccl", 1, 512)
+    assert not fits(demand, (40 * GIB, 24 * GIB, 24 * GIB, 24 * GIB), 512)
+    assert counted == [0, 1]
 
 
 def test_context_that_does_not_fit_names_sizes_and_what_fits() -> None:

@@ -210,6 +210,18 @@ def test_what_streams_layers_anyway_does_not_speak_of_captured_passes() -> None:
     assert (decided.captured_passes, decided.captured_passes_left_out) == (0, False)
 
 
+def test_cublas_takes_less_of_cards_before_sm90() -> None:
+    """On the stream of passes, and in the memory of graphs; as much as of any where one card is later, or unknown."""
+    ada, later = (cards_of(2, compute_capability=each) for each in ((8, 9), (12, 0)))
+    mixed = replace(ada, cards=(ada.cards[0], later.cards[1]))
+    known, *others = (plan(W4A16, each, 2, **batch_of(1)) for each in (ada, later, mixed, cards_of(2)))
+    assert len({tuple(card.predicted_bytes for card in each.cards) for each in others}) == 1
+    for card, other in zip(known.cards, others[0].cards, strict=True):
+        less = {name: size - card.lines[name] for name, size in other.lines.items() if size != card.lines[name]}
+        # Beside two pieces of 4 MiB and eight of 16 KiB.
+        assert less == dict.fromkeys(("activations", "graphs"), 32 * MIB - 8_519_680)
+
+
 def test_dequantised_weights_are_counted_where_a_card_may_have_some() -> None:
     """By its compute capability, unless engine.fused_prefill_rows says; in 8 bits always."""
     unknown = replace(H200S, cards=tuple(replace(card, compute_capability=None) for card in H200S.cards))

@@ -54,6 +54,21 @@ def test_a_poor_link_is_told(change: dict[str, int], words: str) -> None:
     assert slow_parts(report(GOOD | change) | {"device": "cpu"}) == []
 
 
+@pytest.mark.parametrize(
+    ("num_prompts", "batch_size", "words"),
+    [
+        (1, 1, []),
+        (2, 1, ["2 prompts were answered 1 at a time: workload.batch_size=2 shares each pass among 2."]),
+        (100, 4, ["100 prompts were answered 4 at a time: workload.batch_size=8 shares each pass among 8."]),
+        (7, 4, []),
+        (100, 8, []),
+    ],
+)
+def test_prompts_that_wait_for_one_another_are_told(num_prompts: int, batch_size: int, words: list[str]) -> None:
+    answered = {"outputs": [{}] * num_prompts, "batch_size": batch_size}
+    assert slow_parts(report(GOOD) | answered) == words
+
+
 def test_an_idle_link_is_slow_on_purpose() -> None:
     assert slow_parts(report(GOOD | {"pcie_generation": 1, "pcie_tx_peak_bytes_per_sec": 10**8})) == []
 

@@ -108,6 +108,21 @@ def test_resumed_sweep_says_which_jobs_were_done_and_starts_no_other_folder(fold
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2", "plots"]
 
 
+def test_job_whose_folder_cannot_be_written_keeps_its_number(tmp_path: Path) -> None:
+    """As on a disk that is full: Hydra writes one of its files and ends at the next, and the sweep with it."""
+    folder, arguments = tmp_path / "sweep", ("-m", "task=plan", "gpus=1,2,4")
+    in_the_way = folder / "1" / ".hydra" / "hydra.yaml"
+    in_the_way.mkdir(parents=True)
+    result = run(*arguments, folder=folder, sweep=True)
+    assert result.returncode == 1 and result.reports[-1]["error"]["type"] == "IsADirectoryError"
+    assert (folder / "1" / ".hydra" / "config.yaml").is_file()
+    rows = [(row["job"], row["varies"]["gpus"], row["status"]) for row in read_rows(folder)]
+    assert rows == [(0, "1", "ok"), (1, "2", "not run"), (2, "4", "not run")]
+    in_the_way.rmdir()
+    assert run("-m", f"resume={folder}", folder=tmp_path / "unused", sweep=True).returncode == 0
+    assert [(row["job"], Path(row["folder"]).name) for row in read_rows(folder)] == [(0, "0"), (1, "1"), (2, "2")]
+
+
 # What is typed anew
 
 

@@ -110,6 +110,14 @@ def test_same_overrides_twice_are_two_jobs(tmp_path: Path) -> None:
     assert [row["ttft_ms"] for row in sweep_rows(jobs)] == [0.0, 1.0]
 
 
+def test_job_that_others_have_overtaken_keeps_its_number(tmp_path: Path) -> None:
+    """As one of a cluster that has not started yet. What an earlier sweep left in its place is none of its own."""
+    write_job(tmp_path, 1, ["gpus=9"], bench_report())
+    write_job(tmp_path, 2, ["gpus=4"], bench_report())
+    jobs = find_jobs(tmp_path, [("gpus=1",), ("gpus=2",), ("gpus=4",)], [0, 1, 2])
+    assert [(job.number, job.folder) for job in jobs] == [(0, None), (1, None), (2, tmp_path / "2")]
+
+
 def test_report_that_was_cut_short_is_none(tmp_path: Path) -> None:
     (write_job(tmp_path, 0, [], None) / "report.json").write_text('{"task": "ben')
     assert sweep_rows(find_jobs(tmp_path))[0]["status"] == "not finished"

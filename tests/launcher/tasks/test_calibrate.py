@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from launcher.config.tasks import RATED_FORMATS
 from launcher.rank.context import RankContext
 from launcher.tasks import calibrate, loads
 from launcher.tasks.calibrate import DEPTHS, Settings, run_calibrate
@@ -24,6 +25,7 @@ from launcher.timing.store import calibration_path, load_calibration, save_calib
 from parallel.engine.engine import Engine
 from parallel.engine.prefill.recorded import Places, Recorded
 from parallel.transports.solo import Solo
+from parallel.units import GIB
 from tests.launcher.jobs import make_job
 
 SETTINGS = Settings(
@@ -113,6 +115,23 @@ def test_engines_that_are_timed_have_the_layers_that_their_points_say(monkeypatc
     shape = calibrate.calibration_shape(SETTINGS, "narrow", "bf16")
     points = calibrate.time_depths(context, SETTINGS, shape, "narrow", calibrate.build_model(context, shape), [])
     assert depths == [point.work.num_layers for point in points] == list(DEPTHS)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("format_name", RATED_FORMATS)
+def test_the_largest_engine_fits_a_card_of_24_gb(format_name: str, world_size: int) -> None:
+    """Beside what a desktop has there: layers that stand in it more than once have their weights and pages once, not
+    their part of graphs."""
+    settings = Settings(calibrate.WIDTHS, RATED_FORMATS)
+    context: Any = SimpleNamespace(device=torch.device("cuda"), communicator=SimpleNamespace(world_size=world_size))
+    shape = calibrate.calibration_shape(settings, "wide", format_name)
+    demand = replace(
+        calibrate.demand_of_calibration(context, settings, shape), captured_passes=2 * len(settings.chunks)
+    )
+    deep = replace(demand, shape=replace(shape, num_layers=max(DEPTHS)))
+    for once, often in zip(demand.lines(settings.long_context), deep.lines(settings.long_context), strict=True):
+        lines = once | {"graphs": often["graphs"]}
+        assert 3 * GIB < sum(lines.values()) < 22 * GIB
 
 
 def test_bytes_are_those_of_the_shape(calibration: Calibration) -> None:

@@ -13,6 +13,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from launcher.tasks import generate
+from parallel.engine import generate as engine
+from parallel.engine.sampling import NO_NUMBER
+from parallel.engine.sequence import TokenSequence
+from parallel.engine.speculation.given import Given
 from tests.launcher import cli
 from tests.launcher.cli import LIMIT_SEC, SHORT, Result, texts
 from tests.launcher.demo_model import DEMO, TEMPLATE, change_json, copy_demo
@@ -149,6 +153,26 @@ def test_without_resume_answers_are_not_overwritten(
 
 
 # Seeds of prompts
+
+
+def lose_numbers_of_the_second() -> None:
+    """Its logits are as of a model that overflows."""
+    check = engine.check_number
+
+    def check_second(sequence: TokenSequence, given: Given) -> None:
+        check(sequence, Given([NO_NUMBER]) if sequence.index == 1 else given)
+
+    engine.check_number = check_second
+
+
+def test_prompt_after_which_there_are_no_numbers_is_named_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("import os\n\nimport sys\n")
+    failing = partial(ForkedProcess, before=lose_numbers_of_the_second)
+    result = run(*ARGS, "gpus=1", f"prompts_file={file}", folder=tmp_path / "run", launcher=failing)
+    assert result.error["type"] == "ModelError"
+    assert result.error["message"].startswith(f"after prompts_file={file}, line 3 the model gives no numbers (NaN, ")
+    assert [line["index"] for line in texts(tmp_path / "run" / "outputs.jsonl")] == [0]
 
 
 def test_prompt_with_a_seed_has_the_same_answer_anywhere_in_a_file_and_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from launcher.plan.grid import GridPoint
 from launcher.rank.context import RankContext
 from launcher.report.accuracy import compare, point_row, summarise_errors
 from launcher.report.accuracy_text import accuracy_page
+from launcher.report.outcome import discard_report
 from launcher.tasks.bench import Bench
 from launcher.tasks.predictions import keep_rows, warm_up, warm_up_prompts, warm_up_tokens
 from launcher.timing.fit import Calibration
@@ -32,7 +34,7 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.sequence import Part
 from parallel.transports.solo import Solo
-from tests.launcher.cli import texts
+from tests.launcher.cli import started, texts
 from tests.launcher.forked import run
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.timing.test_timing import Machine
@@ -112,6 +114,26 @@ def test_two_ranks_measure_a_grid_and_a_wrong_rate_is_seen(tmp_path: Path, capsy
     assert "## demo, 2 x CPU" in capsys.readouterr().out
 
 
+def test_a_grid_that_is_ended_reports_the_workloads_that_it_had(tmp_path: Path) -> None:
+    """All but the first of them are the same, so that none is the last before the run is ended."""
+    grid = ("predictions.batch_sizes=[1]", f"predictions.prompt_tokens=[2000,{','.join(['16'] * 100)}]")
+    few = ("workload.output_tokens=4", "workload.repeats=1", "engine.comm_share_steps=1")
+    folder = tmp_path / "run"
+    with started("task=predictions", "gpus=1", "hardware=cpu", *grid, *few, folder=folder) as running:
+        running.wait_for("finished.json", '"measured": {')
+        running.process.send_signal(signal.SIGTERM)
+        result = running.finish()
+    report, points = result.report, texts(folder / "predictions.jsonl")
+    assert report["error"]["type"] == "Interrupted" and json.loads((folder / "report.json").read_text()) == report
+    incomplete = report["incomplete"]
+    # The rank may have been ended between both files.
+    kept = incomplete["predictions"]["points"]
+    assert len(points) - 1 <= len(kept) == incomplete["workloads"] < incomplete["wanted_workloads"] == 101
+    assert kept == points[: len(kept)] and kept[0]["skipped"] and kept[-1]["measured"]["ttft_ms"] > 0
+    assert incomplete["predictions"]["summary"] == summarise_errors(kept)
+    assert f"incomplete, {len(kept)} of 101 workloads, as in predictions.md" in result.stderr
+
+
 def measured_row(point: GridPoint, **measured: float) -> dict[str, Any]:
     return point_row(
         point, 8, {"step_ms": 1.0, "itl_ms": 2.0, "ttft_ms": 4.0, "prefill_tokens_per_sec": 8.0} | measured
@@ -139,6 +161,9 @@ def test_what_was_done_is_kept_after_every_point(tmp_path: Path) -> None:
     keep_rows(context, rows)
     assert texts(tmp_path / "predictions.jsonl") == rows
     assert "too large" in (tmp_path / "predictions.md").read_text()
+    # Another run in the folder has none of them among its own.
+    discard_report(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_shows_measured_predicted_and_error() -> None:

@@ -149,21 +149,23 @@ def test_config_that_transformers_refuses_is_named_and_not_the_tokenizer(tmp_pat
 
 
 def test_tokens_of_another_models_tokenizer_are_refused(tmp_path: Path) -> None:
-    job = dummy_job(tmp_path, tuple(Prompt(index, text="") for index in range(2)))
+    job = dummy_job(tmp_path, tuple(Prompt(index, text="", line=5 + index) for index in range(2)))
     check_known(job, [[], [0, FACTS.vocab_size - 1]])
-    with pytest.raises(ValueError, match=r"prompt 1 has token 512, and the model knows 512 .*another model's"):
+    with pytest.raises(ValueError, match=r"^line 6 has token 512, and the model knows 512 .*another model's"):
         check_known(job, [[1], [0, FACTS.vocab_size]])
 
 
 def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(replace(make_job(tmp_path), model_folder=str(DEMO)))
+    job = replace(make_job(tmp_path), model_folder=str(DEMO))
+    tokenizer = load_tokenizer(job)
     assert tokenizer is not None
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    refusal = r"^prompt 3: the model's chat template refuses .*: roles must alternate\. "
-    with pytest.raises(ValueError, match=refusal + "Use chat=false"):
-        encode_prompt(tokenizer, Prompt(3, text="b"), use_chat=True)
-    with pytest.raises(ValueError, match=refusal + "Change the messages"):
-        encode_prompt(tokenizer, Prompt(3, messages=({"role": "user", "content": "b"},)), use_chat=True)
+    refusal = r": the model's chat template refuses .*: roles must alternate\. "
+    with pytest.raises(ValueError, match="^the prompt" + refusal + "Use chat=false"):
+        encode_prompt(job, tokenizer, Prompt(0, text="b"))
+    job = replace(job, run=make_run(prompts_file="a.jsonl"))
+    with pytest.raises(ValueError, match="^prompts_file=a.jsonl, line 5" + refusal + "Change the messages"):
+        encode_prompt(job, tokenizer, Prompt(3, messages=({"role": "user", "content": "b"},), line=5))
 
 
 @pytest.mark.parametrize(
@@ -171,15 +173,18 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     [
         (
             (3, 10, 12),
-            "prompt 1 has 10 tokens, prompt 2 has 12 tokens; prompt and answer must fit engine.max_context=10",
+            "^prompts_file=a.txt, line 2 has 10 tokens, line 4 has 12 tokens; prompt and answer must fit "
+            "engine.max_context=10",
         ),
-        ((0, 3, 0), "prompt 0, prompt 2 without tokens.*Leave them out"),
+        ((0, 3, 0), "^prompts_file=a.txt, line 1, line 4 without tokens.*Leave them out"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_named_at_once(
     tmp_path: Path, lengths: tuple[int, ...], words: str
 ) -> None:
-    job = dummy_job(tmp_path, tuple(Prompt(index, text="") for index in range(3)), max_context=10)
+    prompts = tuple(Prompt(index, text="", line=line) for index, line in enumerate((1, 2, 4)))
+    job = dummy_job(tmp_path, prompts, max_context=10)
+    job = replace(job, run=replace(job.run, prompts_file="a.txt"))
     check_lengths(job, [[5]] * 3)
     with pytest.raises(ValueError, match=words):
         check_lengths(job, [[5] * length for length in lengths])

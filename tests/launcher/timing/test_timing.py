@@ -196,7 +196,7 @@ def test_published_facts_say_what_they_assume(world_size: int) -> None:
     assert (times.comm_share > 0) == (world_size > 1)
 
 
-H200 = Facts("H200", 4800.0, 989.0, 5, 16, 700.0)
+H200 = Facts("H200", 4800.0, 989.0, 5, 16, 700.0, 9.0)
 # Seconds of 500,000 weights, a megabyte at 16 bits, by rows: two operations a weight at 70 % of the tensor cores' rate,
 # or with the weight as it is packed at 62 %, by warp groups at 70 % too; to dequantise, 1.27 MB at 88 %.
 PLAIN = {"4090": lambda rows: rows * 1e6 / (165e12 * 0.7), "H200": lambda rows: rows * 1e6 / (989e12 * 0.7)}

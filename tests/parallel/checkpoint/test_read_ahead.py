@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,37 @@ def test_file_that_became_shorter_is_named_with_the_tensor_and_threads_end(tmp_p
         stream.truncate(last.offset + 5)
     message = rf"some\.safetensors is truncated: it ends within {last.name}, at byte {last.offset + 5}\. Download"
     with pytest.raises(CheckpointError, match=message), ReadAhead(wanted, CPU, 2000) as reader:
+        for each in wanted:
+            reader.take(each)
+    assert readers() == []
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Copies are under way until they are waited for, as on a card."""
+
+    def empty(*shape: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> Tensor:
+        return torch.empty(*shape, **options)
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    card = SimpleNamespace(Event=lambda: event, current_stream=lambda device: stream)
+    caches = SimpleNamespace(_host_emptyCache=lambda: None)
+    monkeypatch.setattr(read_ahead, "torch", SimpleNamespace(empty=empty, uint8=torch.uint8, cuda=card, _C=caches))
+    return torch.device("cuda", 0)
+
+
+def test_error_comes_through_where_copies_to_a_card_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A buffer that is free again by then is for no more reads."""
+    file = write(tmp_path)
+    wanted = matrices(file)
+    cut = next(each for each in wanted if each.num_bytes > 2048)
+    with file.open("r+b") as stream:
+        stream.truncate(cut.entry.offset + 1500)
+    message = rf"some\.safetensors is truncated: it ends within {cut.entry.name}"
+    reader = ReadAhead(wanted, on_a_card(monkeypatch), 2048)
+    with pytest.raises(CheckpointError, match=message), reader:
         for each in wanted:
             reader.take(each)
     assert readers() == []

@@ -310,7 +310,9 @@ def test_prompt_waits_for_pages_too() -> None:
     assert all(len(rows) == 1 for rows in engine.stepped)
 
 
-@pytest.mark.parametrize(("lengths", "words"), [((2, 0), "prompt 1 has no tokens"), ((1, 40), "engine.max_context=40")])
+@pytest.mark.parametrize(
+    ("lengths", "words"), [((2, 0), "prompt 2 of 2 has no tokens"), ((1, 40), "engine.max_context=40")]
+)
 def test_prompt_that_is_empty_or_too_long_is_refused(lengths: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         answer_scripts([[5], [5]], StopRules(3), max_context=40, prompt_lengths=lengths)

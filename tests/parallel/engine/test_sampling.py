@@ -63,8 +63,10 @@ def test_a_row_without_numbers_has_no_token(bad: float, token: int) -> None:
     assert checked(torch.tensor([4, 5, 6]), logits).tolist() == [4, token, 6]
 
 
-def answers_without_numbers(communicator: Communicator, folder: Path, sampling: SamplingParams | None) -> str:
-    """What is said of a model that overflows for tokens of the second prompt alone."""
+def answers_without_numbers(
+    communicator: Communicator, folder: Path, sampling: SamplingParams | None
+) -> tuple[int, str]:
+    """The prompt, and what is said, of a model that overflows for tokens of the second one alone."""
     engine = make_engine(communicator, folder, sampling=sampling, batch_size=1)
     engine.model.model.embed_tokens.weight.data[77] = torch.inf
     prompts, shown = [Prompt(4, [5, 6, 7]), Prompt(9, [5, 77])], []
@@ -77,7 +79,7 @@ def answers_without_numbers(communicator: Communicator, folder: Path, sampling: 
             Listener(on_answer=lambda row, answer: shown.append(answer.token_ids)),
         )
     assert [len(each) for each in shown] == [3]
-    return str(error.value)
+    return error.value.index, str(error.value)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -85,8 +87,8 @@ def answers_without_numbers(communicator: Communicator, folder: Path, sampling: 
 def test_nothing_is_answered_by_what_is_no_number(
     world_size: int, sampling: SamplingParams | None, folders: dict[str, Path]
 ) -> None:
-    for message in run_on_ranks(answers_without_numbers, world_size, folders["llama"], sampling):
-        assert message.startswith("after prompt 9 the model gives no numbers (NaN, or infinity).")
+    for index, message in run_on_ranks(answers_without_numbers, world_size, folders["llama"], sampling):
+        assert index == 9 and message.startswith("after a prompt the model gives no numbers (NaN, or infinity).")
 
 
 def gather(communicator: Communicator, logits: Tensor) -> Tensor:
@@ -163,8 +165,11 @@ def test_first_draws_of_many_prompts_are_independent() -> None:
     assert_frequencies(torch.stack([draw(SamplingParams(1.0, seed=seed), [0], 1) for seed in range(5000)]), params)
 
 
-def test_temperature_close_to_zero_is_greedy() -> None:
-    assert set(draw(SamplingParams(temperature=1e-4), range(20), 5).flatten().tolist()) == {0}
+@pytest.mark.parametrize("temperature", [1e-4, 1e-40, 5e-324])
+def test_temperature_close_to_zero_is_greedy(temperature: float) -> None:
+    logits, keys = LOGITS.flip(0).expand(20, -1), torch.arange(20)
+    noise = exponential_noise(keys, keys, len(LOGITS))
+    assert sampled_tokens(logits, SamplingParams(temperature), noise).tolist() == [len(LOGITS) - 1] * 20
 
 
 def test_seed_changes_the_draws() -> None:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from parallel.engine.text import TextStream
 from tests.parallel.ranks import demo_tokenizer
@@ -52,6 +52,36 @@ def test_character_that_stays_unfinished_is_not_shown(tokenizer: Tokenizer) -> N
     stream = TextStream(tokenizer)
     shown = [stream.add(token) for token in (*encode(tokenizer, "ab"), *encode(tokenizer, "漢")[:-1])]
     assert "".join(shown) + stream.finish() == "ab"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """As Llama 2 and Mistral have it: what is in no word is written byte by byte, a line break too."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\N{LOWER ONE EIGHTH BLOCK}on", "a", "é"]
+    tokenizer = Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, [], byte_fallback=True))
+    spaces = decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def test_bytes_that_are_no_character_leave_what_was_shown_before_them() -> None:
+    """Of which the full decode makes none, either."""
+    tokenizer = byte_tokenizer()
+    ids = [tokenizer.token_to_id(word) for word in ("a", "<0x0A>", "<0xE4>", "\N{LOWER ONE EIGHTH BLOCK}on", "a")]
+    assert tokenizer.decode(ids) == f"a{UNFINISHED}{UNFINISHED} ona"
+    stream = TextStream(tokenizer)
+    assert [stream.add(token) for token in ids] == ["a", "\n", "", f"{UNFINISHED} on", "a"]
+
+
+def test_words_among_any_bytes_are_shown() -> None:
+    tokenizer, draw = byte_tokenizer(), random.Random(0)
+    others = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in (10, *range(128, 256))]
+    words = range(257, tokenizer.get_vocab_size())
+    for _ in range(200):
+        ids = [draw.choice((others[0], draw.choice(others), draw.choice(words))) for _ in range(40)]
+        stream = TextStream(tokenizer)
+        shown = "".join(map(stream.add, ids)) + stream.finish()
+        for word in ("on", "a", "é"):
+            assert shown.count(word) == tokenizer.decode(ids).count(word), ids
 
 
 def test_special_tokens_show_nothing(tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from parallel.checkpoint.match import viewed
 from parallel.checkpoint.quantized import decode, local_slices
 from parallel.checkpoint.read_ahead import ReadAhead
 from parallel.formats.config import read_scheme
+from parallel.formats.nf4 import STATE
 from parallel.formats.registry import FORMATS, format_of
 from parallel.formats.scheme import Box, CheckpointError, is_expected
 from parallel.quantized import QuantizedWeight
@@ -154,6 +155,43 @@ def test_gptq_file_that_contradicts_its_config_is_refused(
     change(stored)
     with pytest.raises(CheckpointError) as caught:
         read(stored, config, tmp_path / "f.safetensors", BOXES["whole"])
+    assert all(word in str(caught.value) for word in [*words, "linear", "f.safetensors"])
+
+
+def strange_group(name: str, group: int) -> Callable[[Stored], None]:
+    def change(stored: Stored) -> None:
+        stored[name][3] = group
+
+    return change
+
+
+def state_of(text: str) -> Callable[[Stored], None]:
+    return lambda stored: stored.update({STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)})
+
+
+NESTED = '"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256'
+DAMAGED = [
+    ("gptq act order", strange_group("g_idx", 5), ["group 5", "groups are 0 to 4"]),
+    ("gptq act order", strange_group("g_idx", -1), ["group -1", "groups are 0 to 4"]),
+    ("w4a16 act order", strange_group("weight_g_idx", -1), ["group -1", "groups are 0 to 4"]),
+    ("nf4 nested", state_of("[1]"), [STATE, "no JSON object"]),
+    ("nf4 nested", state_of("{"), [STATE, "no valid JSON"]),
+    ("nf4 nested", state_of(f'{{{NESTED}, "nested_offset": 0.1}}'), [STATE, "shape"]),
+    ("nf4 nested", state_of(f'{{{NESTED}, "nested_offset": 0.1, "shape": [48]}}'), [STATE, "shape"]),
+    ("nf4 nested", state_of(f'{{{NESTED}, "shape": [48, 192]}}'), [STATE, "nested_offset"]),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), DAMAGED)
+def test_file_whose_numbers_point_nowhere_is_refused(
+    tmp_path: Path, name: str, change: Callable[[Stored], None], words: list[str]
+) -> None:
+    """The driver of a card would name neither the file nor the linear."""
+    case, shape = (CASES | NF4_CASES)[name], (48, 192) if name in NF4_CASES else SHAPE
+    stored = case.store(case.drawn(shape, 3), case.config)
+    change(stored)
+    with pytest.raises(CheckpointError) as caught:
+        read(stored, case.config, tmp_path / "f.safetensors", Box((0, 48), (0, shape[1])), shape)
     assert all(word in str(caught.value) for word in [*words, "linear", "f.safetensors"])
 
 

@@ -22,6 +22,20 @@ def test_parameters_lie_as_in_a_struct_of_c() -> None:
     assert launch.offsets("iPfq") == [getattr(Members, name).offset for name in "abcd"]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("line 3: no such thing.\nand more"), "line 3: no such thing"),
+        (MemoryError(), "MemoryError()"),
+    ],
+)
+def test_kernel_that_cannot_be_had_is_left_out_whatever_the_error_says(error: Exception, reason: str) -> None:
+    def load(*arguments: object) -> None:
+        raise error
+
+    assert launch.load_problem(load) == f"it cannot be compiled: {reason}"
+
+
 class Attribute(ctypes.Structure):
     """cuda.h: CUlaunchAttribute."""
 

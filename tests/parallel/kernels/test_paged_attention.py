@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from parallel.kernels import paged_attention as own
 from parallel.kernels.attention_launch import (
     CLUSTER_ROOM_BYTES,
     MAX_CLUSTER,
+    MAX_COUNTERS,
     MAX_SPLITS,
     TILE,
     choose_launch,
@@ -105,6 +108,17 @@ def test_splits_are_no_more_than_rounds_or_a_wave(
     assert 1 <= splits <= MAX_SPLITS
     assert (splits - 1) * TILE * warps < max_tokens
     assert splits == 1 or splits * pairs <= multiprocessors
+
+
+@pytest.mark.parametrize("multiprocessors", [82, 128, 132, 188])
+def test_blocks_that_count_one_another_are_few_however_many_rows_there_are(multiprocessors: int) -> None:
+    """Those of splits: where a card is full without any, a step may have any number of sequences and of their rows."""
+    for pairs, columns in product([1, 2, 7, 41, 66, 82, 94, 188, 189, 4096, 32 * 8 * 64], [8, 16, 32]):
+        launch = choose_launch(128, columns, torch.bfloat16, torch.bfloat16)
+        alone = launch, choose_splits(pairs, 131072, multiprocessors, launch.warps)
+        clusters = in_clusters(launch, choose_splits_in_clusters(pairs, 131072, multiprocessors, launch))
+        for chosen, splits in (alone, clusters):
+            assert splits == chosen.cluster or pairs * chosen.cluster <= MAX_COUNTERS // 8
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 66, 67, 100, 132, 133, 256])

@@ -156,7 +156,7 @@ def open_engine(
     model = build(communicator, folder, torch.bfloat16)
     on_placed = LayerMerger(model.module) if layers is None else HostLoader(model.module, layers)
     load_checkpoint(model, read_checkpoint(folder), device, quantize=QUANTIZE_SCHEMES["int4"], on_placed=on_placed)
-    engine = Engine(model.module, communicator, device, EngineLimits(64, 2, 8), host_layers=layers)
+    engine = Engine(model.module, communicator, EngineLimits(64, 2, 8), host_layers=layers)
     if engine.streamer is not None:
         engine.streamer.buffers.fill_(0xFF)
     return engine
@@ -221,7 +221,7 @@ def plain_logits(communicator: Communicator, folder: Path) -> list[Tensor]:
     for shared in (SharedLayers((), 0), SharedLayers((0, 1), 64)):
         model, layers = build(communicator, folder), HostLayers((0, 1), CPU, shared)
         load_checkpoint(model, read_checkpoint(folder), CPU, on_placed=HostLoader(model.module, layers))
-        engine = Engine(model.module, communicator, CPU, EngineLimits(64, 2, 8), host_layers=layers)
+        engine = Engine(model.module, communicator, EngineLimits(64, 2, 8), host_layers=layers)
         assert engine.streamer is not None
         assert engine.streamer.pass_bytes(1) == layers.streamed_bytes
         assert not engine.streamer.on_host
