@@ -84,7 +84,8 @@ class Running:
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of the run: its folder is in their command lines, or they write there. No zombies."""
-        return [each for each in psutil.process_iter() if str(self.folder) in " ".join(command_line(each)) + stdout(each)]
+        folder = str(self.folder)
+        return [each for each in psutil.process_iter() if folder in " ".join(command_line(each)) + stdout(each)]
 
     def rank(self, rank: int) -> psutil.Process:
         """A rank that has begun to announce itself."""
