@@ -38,9 +38,7 @@ def results(folder: Path) -> dict[str, Result]:
     """Every way to start two ranks, and a sweep, all at the same time: nothing may collide."""
     with ExitStack() as stack:
         contexts = {way: started("gpus=2", *ARGS, folder=folder / way, launcher=WAYS[way]) for way in WAYS}
-        contexts[SWEEP] = started(
-            "-m", "gpus=1,9,2", *ARGS, folder=folder / SWEEP, sweep=True, launcher=ForkedProcess
-        )
+        contexts[SWEEP] = started("-m", "gpus=1,9,2", *ARGS, folder=folder / SWEEP, sweep=True, launcher=ForkedProcess)
         running = {name: stack.enter_context(context) for name, context in contexts.items()}
         return {name: each.finish() for name, each in running.items()}
 
