@@ -29,6 +29,8 @@ from tests.parallel.small_models import DEMO, prompts_of, write_model
 NGRAM, DRAFT = Speculation("ngram"), Speculation("draft", num_drafts=3)
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, seed=3)
 EOS = 1
+# The larger model's drafts come true as text goes, and so need fewer.
+NUM_TOKENS = {"llama": 23, "demo": 18}
 KINDS = {"ngram": NGRAM, "draft": DRAFT, "same": Speculation("draft", num_drafts=5)}
 
 
@@ -101,7 +103,8 @@ def test_answers_are_those_without_drafts(
     name: str, folders: dict[str, Path], drafts: dict[tuple[str, str], Path]
 ) -> None:
     """Greedy and sampled, token for token; a model accepts all its own drafts."""
-    plain = [Case(name, StopRules(23)), Case(name, StopRules(23), SAMPLED)]
+    rules = StopRules(NUM_TOKENS[name])
+    plain = [Case(name, rules), Case(name, rules, SAMPLED)]
     guessed = [
         replace(case, speculation=speculation, draft=drafts.get((kind, name)))
         for case in plain
@@ -113,6 +116,8 @@ def test_answers_are_those_without_drafts(
     for _, same in (found[2], found[5]):
         assert same.accepted == same.drafted > 0
     assert all(acceptance.drafted > 0 for _, acceptance in (found[1], found[4]))
+    # Random weights say nothing twice.
+    assert name == "llama" or all(0 < found.accepted < found.drafted for _, found in (found[0], found[3]))
 
 
 @pytest.mark.parametrize("kind", ("draft", "same"))
