@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,9 @@ NUM_CARDS = 4
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # Far above what a request to an idle controller takes, or its start.
 COMMAND_SEC = 90
+# The controller answers within this, else a command fails; SLURM's own 10 s may be too short where cores are busy. Jobs
+# are asked for long after their end: it forgets them after MinJobAge, 5 minutes if not said.
+MESSAGE_SEC = 60
 # SLURM gives this long between SIGTERM and SIGKILL; two ranks need about three seconds on two busy cores.
 KILL_WAIT_SEC = 60
 # Below those that Linux gives to whoever asks for any: such a one may be taken before a daemon listens on it.
@@ -54,6 +58,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 GresTypes=gpu
 JobRequeue=1
 KillWait={kill_wait}
+MessageTimeout={message_sec}
+MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:{cards} State=UNKNOWN
@@ -93,6 +99,11 @@ class Cluster:
     def states(self, job: str) -> list[str]:
         """Of each task of a job that the controller still knows, such as RUNNING."""
         return self.run("squeue", "--noheader", "--states=all", "--array", "--format=%T", f"--jobs={job}").split()
+
+    def elapsed_sec(self, job: str) -> int:
+        """How long a job of less than an hour has run."""
+        minutes, seconds = self.run("squeue", "--noheader", "--format=%M", f"--jobs={job}").strip().split(":")
+        return 60 * int(minutes) + int(seconds)
 
     def wait(self, job: str, *states: str, timeout_sec: float = LIMIT_SEC) -> None:
         """Returns when every task of a job is in one of these states."""
@@ -141,7 +152,8 @@ def hold_ranks(run_dir: Path) -> list[psutil.Process]:
 def let_ranks_end(ranks: Iterable[psutil.Process]) -> None:
     """Waits until ranks that were stopped have been sent SIGTERM, or are gone, and lets them go on, and so end."""
     for rank in ranks:
-        wait_until(lambda rank=rank: has_pending(rank, signal.SIGTERM), f"SIGTERM for {rank}")  # type: ignore[misc]
+        was_asked = partial(has_pending, rank, signal.SIGTERM)
+        wait_until(was_asked, f"SIGTERM for {rank}", poll_sec=POLL_SEC)
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):
             rank.resume()
@@ -193,7 +205,9 @@ def write_config(folder: Path) -> None:
     controller_port, node_port = free_ports()
     values = {"controller_port": controller_port, "node_port": node_port, "folder": folder, "cards": NUM_CARDS}
     host = socket.gethostname().partition(".")[0]
-    (folder / "slurm.conf").write_text(CONFIG.format(host=host, kill_wait=KILL_WAIT_SEC, **values))
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(host=host, kill_wait=KILL_WAIT_SEC, message_sec=MESSAGE_SEC, **values)
+    )
 
 
 def free_ports() -> tuple[int, int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.launcher.cli import LIMIT_SEC, SHORT, texts, wait_until
@@ -30,8 +30,6 @@ class Submitted:
     job: str
     folder: Path
     cluster: Cluster
-    # That were stopped, and are to end.
-    ranks: list[psutil.Process] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -85,9 +83,10 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     # Which lets those go on that were stopped.
     cluster.run("scontrol", "requeue", requeued.job)
     limited.wait_for_answers()
-    limited.ranks.extend(hold_ranks(limited.run_dir))
-    # A minute from its start, of which the warning takes most. SLURM looks at limits twice a minute.
-    cluster.run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=1")
+    Thread(target=let_ranks_end, args=[hold_ranks(limited.run_dir)], daemon=True).start()
+    # Half a minute from now or more, of which the warning takes most. SLURM looks at limits twice a minute.
+    minutes = 1 + round(cluster.elapsed_sec(limited.job) / 60)
+    cluster.run("scontrol", "update", f"JobId={limited.job}", f"TimeLimit={minutes}")
     cancelled.wait_for_answers()
     cluster.run("scancel", cancelled.job)
     cluster.start_requeued(requeued.job)
@@ -132,7 +131,6 @@ def test_requeued_run_answers_the_rest(jobs: dict[str, Submitted]) -> None:
 
 def test_run_that_comes_to_its_time_limit_puts_itself_back_into_the_queue(jobs: dict[str, Submitted]) -> None:
     limited = jobs["limited"]
-    let_ranks_end(limited.ranks)
     wait_until(lambda: '"Interrupted"' in limited.log, "the end of the time limit")
     wait_until(lambda: limited.cluster.states(limited.job) == ["PENDING"], "a requeued job", poll_sec=POLL_SEC)
     assert 1 <= len(limited.answers()) < MANY
