@@ -22,7 +22,7 @@ from launcher.config import RunConfig, to_run_config
 from launcher.report.bench_text import bench_table, breakdown_tables
 from launcher.sweeps.resume import is_resume_folder
 from parallel.units import GIB
-from tests.launcher.cli import run_together
+from tests.launcher.forked import run_together
 from tools import claims, slurm
 from tools.results_table import choose_render
 

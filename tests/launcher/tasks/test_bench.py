@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -35,8 +36,8 @@ from launcher.timing.predict import Times
 from parallel.engine.arrivals import alone
 from parallel.engine.engine import Engine
 from parallel.engine.generate import Prompt, Result
-from tests.launcher.cli import PYTHON, started, torchrun
-from tests.launcher.forked import run
+from tests.launcher.cli import StartProcess, started, torchrun
+from tests.launcher.forked import ForkedProcess, run
 from tests.launcher.jobs import make_job, make_run
 
 SMALL = (
@@ -100,8 +101,10 @@ def test_one_rank_answers_requests_that_come_over_time(tmp_path: Path) -> None:
     assert "50 requests/s" in result.stderr
 
 
-@pytest.mark.parametrize("launcher", [PYTHON, torchrun(2)], ids=["python", "torchrun of two"])
-def test_bench_that_is_ended_reports_the_repeats_that_it_had(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("launcher", [ForkedProcess, torchrun(2)], ids=["python", "torchrun of two"])
+def test_bench_that_is_ended_reports_the_repeats_that_it_had(
+    tmp_path: Path, launcher: Sequence[str] | StartProcess
+) -> None:
     endless = ("gpus=2", *SMALL, "workload.repeats=100000", "workload.warm_up=0")
     with started(*endless, folder=tmp_path / "run", launcher=launcher) as running:
         running.wait_for("finished.json")

@@ -34,8 +34,8 @@ from parallel.engine.limits import EngineLimits
 from parallel.engine.prefill.graphs import PassGraphs
 from parallel.engine.sequence import Part
 from parallel.transports.solo import Solo
-from tests.launcher.cli import started, texts
-from tests.launcher.forked import run
+from tests.launcher.cli import texts
+from tests.launcher.forked import run, started
 from tests.launcher.jobs import make_job, make_run
 from tests.launcher.timing.test_timing import Machine
 from tests.parallel.ranks import CPU, demo_tokenizer, make_engine, numbered
