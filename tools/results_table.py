@@ -23,7 +23,7 @@ RUN_COLUMNS = (
 
 BENCH_COLUMNS = (
     "run", "cards", "weights", "prompt + answer, at a time", "load s", "GB/s", "TTFT ms", "ms/token p50", "p99",
-    "prefill tokens/s", "of the bandwidth floor", "predicted MiB", "peak MiB", "off by",
+    "prefill tokens/s", "of the bandwidth floor", "tokens/J", "predicted", "predicted MiB", "peak MiB", "off by",
 )  # fmt: skip
 
 
@@ -230,6 +230,8 @@ def bench_row(name: str, report: dict[str, Any]) -> list[str]:
         number(tpot.get("p99")),
         number(report["prefill_tokens_per_sec"]),
         UNKNOWN if report["bandwidth_share"] is None else f"{report['bandwidth_share'] * 100:.0f} %",
+        number(report["tokens_per_joule"]),
+        number(report["predicted"].get("tokens_per_joule")),
         number(predicted),
         number(peak),
         f"{(peak / predicted - 1) * 100:+.1f} %",

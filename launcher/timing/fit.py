@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from launcher.timing.chunks import square_pairs
 from launcher.timing.load import ALL_REDUCES_PER_LAYER, Work
-from launcher.timing.rates import MB, ChunkRates, Extra, Line, PowerDraw, Rates, StepRates, fit_line
+from launcher.timing.rates import MB, ChunkRates, Extra, Line, PowerDraw, Rates, StepRates, fit_line, interpolate
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,14 @@ def fit_rates(calibration: Calibration) -> Rates:
     formats = {name: sizes_of(calibration.points, name) for name in formats_of(calibration.points)}
     sizes = [size for each in formats.values() for size in each]
     pair_us = statistics.mean(fit_pairs(size) for size in sizes)
+    all_reduce_us = fit_all_reduce(sizes) if calibration.world_size > 1 else {}
     return Rates(
         source=f"measured on {calibration.world_size} x {calibration.card}",
         assumptions=(),
         world_size=calibration.world_size,
-        decode={name: fit_steps(calibration, each) for name, each in formats.items()},
+        decode={name: fit_steps(calibration, each, pair_us, all_reduce_us) for name, each in formats.items()},
         prefill={name: fit_chunks(each) for name, each in formats.items()},
-        all_reduce_us=fit_all_reduce(sizes) if calibration.world_size > 1 else {},
+        all_reduce_us=all_reduce_us,
         pair_us=pair_us,
         message_us_per_mb=0.0,
         parts=fit_parts(sizes, calibration.part_tokens, pair_us),
@@ -131,8 +132,13 @@ def sizes_of(points: Iterable[Point], name: str) -> list[Size]:
     return [Size(shallow, deep) for shallow, deep in by_size.values()]
 
 
-def fit_steps(calibration: Calibration, sizes: list[Size]) -> dict[int, StepRates]:
-    return {rows: fit_step(calibration, sizes, rows) for rows in sizes[0].deep.steps}
+def fit_steps(
+    calibration: Calibration, sizes: list[Size], pair_us: float, all_reduce_us: Mapping[int, float]
+) -> dict[int, StepRates]:
+    """Of the rows that were timed, and of as many as the smallest chunk has tokens, for what lies between."""
+    steps = {rows: fit_step(calibration, sizes, rows) for rows in sizes[0].deep.steps}
+    tokens = min(sizes[0].deep.chunks)
+    return steps | {tokens: bound_step(steps, sizes, tokens, pair_us, all_reduce_us)} if tokens > max(steps) else steps
 
 
 def fit_step(calibration: Calibration, sizes: list[Size], rows: int) -> StepRates:
@@ -150,6 +156,27 @@ def fit_step(calibration: Calibration, sizes: list[Size], rows: int) -> StepRate
 
     rest = [(size.work.head_bytes, size.rest_us(of("without_all_reduce"))) for size in sizes]
     return StepRates(through(layer(size) for size in sizes), per_mb, through(rest))
+
+
+def bound_step(
+    timed: Mapping[int, StepRates], sizes: list[Size], rows: int, pair_us: float, all_reduce_us: Mapping[int, float]
+) -> StepRates:
+    """More rows than were timed: as the largest steps go on, but with the products of a pass of as many tokens at most.
+    Keys and values are read no faster, and no slower."""
+    largest = timed[max(timed)]
+
+    def layer_us(size: Size) -> float:
+        call_us = interpolate(all_reduce_us, rows * size.work.message_bytes, float) if all_reduce_us else 0.0
+        attention_us = pair_us * square_pairs(rows) * size.work.num_heads / 1e6
+        pass_us = size.layer_us(of_chunk(rows, "card")) - attention_us - ALL_REDUCES_PER_LAYER * call_us
+        goes_on_us = interpolate(timed, rows, lambda entry: entry.layer.at(size.work.layer_bytes))
+        return max(largest.layer.at(size.work.layer_bytes), min(pass_us, goes_on_us))
+
+    def rest_us(size: Size) -> float:
+        return interpolate(timed, rows, lambda entry: entry.rest.at(size.work.head_bytes))
+
+    layer = through((size.work.layer_bytes, layer_us(size)) for size in sizes)
+    return StepRates(layer, largest.kv_us_per_mb, through((size.work.head_bytes, rest_us(size)) for size in sizes))
 
 
 def fit_chunks(sizes: list[Size]) -> dict[int, ChunkRates]:

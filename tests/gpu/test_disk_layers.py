@@ -136,6 +136,8 @@ def test_large_layers_stay_within_the_plan(
 
 GENERATE = (
     *("model=local", "gpus=1", "task=generate", "workload.output_tokens=12", "engine.max_context=512"),
+    # Captured passes, which only resident layers have, are filled up to rows that other kernels multiply.
+    "engine.prefill_graphs=off",
     # Greedy answers of random weights repeat a token, whatever a layer may lack.
     *("sampling.temperature=1.0", "sampling.seed=5"),
 )

@@ -97,6 +97,29 @@ def test_a_calibrated_machine_is_predicted_at_the_rows_that_were_timed(machine: 
         assert sum(times.parts_ms.values()) == pytest.approx(times.tpot_ms)
 
 
+def test_steps_of_more_rows_go_on_up_to_a_pass_of_as_many_tokens(machine: Machine) -> None:
+    load = replace(LOAD, batch_size=64)
+    machine.token = 1.0
+    goes_on = predict_times(WIDE, load, fit_rates(machine.calibration(1))).parts_ms
+    assert sum(goes_on.values()) == pytest.approx(machine.step_ms(WIDE, 64, 640, talks=False), rel=1e-6)
+    # A pass of 128 tokens that takes as long as a step of 48 rows would.
+    machine.token = machine.per_mb * (1 + 48 / 32) * WIDE.layer_bytes / (128 * WIDE.layer_plain_bytes)
+    held = predict_times(WIDE, load, fit_rates(machine.calibration(1))).parts_ms
+    rows = 32 + (64 - 32) / (128 - 32) * (48 - 32)
+    assert sum(held.values()) - held["kv"] == pytest.approx(machine.step_ms(WIDE, rows, 0, talks=False), rel=1e-6)
+
+
+def test_more_rows_read_keys_and_values_as_fast_as_the_most_that_were_timed(machine: Machine) -> None:
+    calibration = machine.calibration(1)
+    for point in calibration.points:
+        timed = point.steps[max(ROWS)]
+        point.steps[max(ROWS)] = replace(timed, long=1.2 * timed.long)  # type: ignore[index]
+    at_32, at_64 = (
+        predict_times(WIDE, replace(LOAD, batch_size=rows), fit_rates(calibration)).parts_ms["kv"] for rows in (32, 64)
+    )
+    assert at_64 == pytest.approx(2 * at_32)
+
+
 def test_models_between_and_beyond_the_sizes_are_predicted_too(machine: Machine) -> None:
     for scale in (0.5, 1.7):
         work = replace(WIDE, layer_bytes=round(WIDE.layer_bytes * scale), num_layers=48)
