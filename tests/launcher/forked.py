@@ -91,9 +91,8 @@ class Nursery:
         from torch.distributed import TCPStore
 
         from launcher.failures import RunFailed
-        from launcher.processes.start import find_cause, prepare_run_dir
+        from launcher.processes.start import find_cause
 
-        prepare_run_dir(job_file.parent)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.connection.send((job_file, job.placement.world_size, store.port))
         exit_codes = self.connection.recv()
