@@ -24,7 +24,7 @@ def work_of(demand: Demand) -> Work:
         layer_plain_bytes=max(sum(part[name] for name in LINEARS) for part in plain) // shape.num_layers,
         head_bytes=held[f"weights.{head}"],
         kv_bytes_per_token=max(demand.kv_bytes_per_token()) // shape.num_layers,
-        num_heads=-(-shape.num_heads // demand.world_size),
+        num_heads=max(demand.local(shape.num_heads)),
         message_bytes=shape.hidden_size * DTYPE_BYTES[demand.dtype],
     )
 
