@@ -19,7 +19,7 @@ from launcher.plan.offload import OffloadPlan, check_disk, check_shared, plan_of
 from launcher.plan.offload_choice import stream_layers
 from launcher.plan.offload_disk import largest_host_context
 from launcher.plan.prefill import capture_passes, hides_sums, planned_fused_rows, wanted_passes
-from launcher.plan.topology import Placement, PlanError
+from launcher.plan.topology import Placement, PlanError, communicator_key
 from parallel.footprint import MIN_FUSED_ROWS
 from parallel.partition import choose_grain
 from parallel.units import GIB, MIB
@@ -155,9 +155,6 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
     Raises:
         PlanError: the dtype cannot be run on that device.
     """
-    transport = placement.transport
-    if placement.over_nvlink:
-        transport += " over nvlink"
     return Demand(
         shape=shape,
         world_size=placement.world_size,
@@ -165,7 +162,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         dtype=_choose_dtype(run, shape, placement.device),
         kv_dtype=run.engine.kv_dtype.value,
         device=placement.device,
-        transport=transport,
+        transport=communicator_key(placement.transport, over_nvlink=placement.over_nvlink),
         batch_size=run.workload.batch_size,
         prefill_chunk=run.engine.prefill_chunk,
         rows_per_sequence=run.rows_per_sequence,
@@ -176,7 +173,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
         may_share=run.offload.host_layers != 0,
-        hides_sums=hides_sums(run, placement),
+        hides_sums=hides_sums(run, over_nvlink=placement.over_nvlink),
     )
 
 

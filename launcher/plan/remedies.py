@@ -13,7 +13,8 @@ from launcher.memory.fit import fits, largest
 from launcher.models.shape import quantized_shape
 from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
-from launcher.plan.topology import PLAIN_TOPOLOGY
+from launcher.plan.prefill import hides_sums
+from launcher.plan.topology import PLAIN_TOPOLOGY, communicator_key, goes_over_nvlink
 
 # Kinds of model.quantize to advise, the nearest to the checkpoint first.
 ADVISED_KINDS = ("int8", "int4")
@@ -164,8 +165,14 @@ def _cards_knob(run: RunConfig, num_cards: int) -> str:
 def _smallest_num_cards(refused: Refused, demand: Demand, start: int) -> int | None:
     budget = min(refused.budgets)
     for num_cards in range(start, min(MAX_CARDS, demand.shape.num_kv_heads) + 1):
-        transport = demand.transport if num_cards == 1 else "nccl"
-        spread = replace(demand, world_size=num_cards, transport=transport)
-        if fits(spread, (budget,) * num_cards, refused.max_context):
+        if fits(_spread(refused, demand, num_cards), (budget,) * num_cards, refused.max_context):
             return num_cards
     return None
+
+
+def _spread(refused: Refused, demand: Demand, num_cards: int) -> Demand:
+    """`demand` on so many cards."""
+    run, over_nvlink = refused.run, goes_over_nvlink(refused.run, refused.inventory, num_cards)
+    transport = "solo" if num_cards == 1 else communicator_key("nccl", over_nvlink=over_nvlink)
+    hides = hides_sums(run, over_nvlink=over_nvlink)
+    return replace(demand, world_size=num_cards, transport=transport, hides_sums=hides)

@@ -99,8 +99,16 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
         names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
         transport=plan_transport(run, world_size, device),
-        over_nvlink=run.limits.peer_access != PeerAccess.off and _has_nvlink(inventory, world_size),
+        over_nvlink=goes_over_nvlink(run, inventory, world_size),
     )
+
+
+def goes_over_nvlink(run: RunConfig, inventory: Inventory, world_size: int) -> bool:
+    """Whether NVLink joins each of so many cards to all others, and may be used. Of cards that are described there may
+    be more than the inventory has; on a machine those that it has tell of more."""
+    if world_size == 1 or run.limits.peer_access == PeerAccess.off:
+        return False
+    return run.hardware.nvlink if inventory.source == "facts" else _has_nvlink(inventory, world_size)
 
 
 def plan_transport(run: RunConfig, world_size: int, device: str) -> str:
@@ -116,6 +124,11 @@ def plan_transport(run: RunConfig, world_size: int, device: str) -> str:
             "Set engine.transport=auto."
         )
     return "solo" if world_size == 1 else {"cuda": "nccl", "cpu": "gloo"}[device]
+
+
+def communicator_key(transport: str, *, over_nvlink: bool) -> str:
+    """Under which memory/process.py has what a transport takes."""
+    return f"{transport} over nvlink" if over_nvlink else transport
 
 
 def _check_num_cards(world_size: int, inventory: Inventory) -> None:
