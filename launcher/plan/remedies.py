@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.config import MAX_CARDS, KVDType, KVPlace, OffloadKind, RunConfig, TopologyKind, WeightsKind
+from launcher.config import MAX_CARDS, KVDType, KVPlace, OffloadKind, RunConfig, WeightsKind
 from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
@@ -14,7 +14,7 @@ from launcher.models.shape import quantized_shape
 from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
 from launcher.plan.prefill import hides_sums
-from launcher.plan.topology import PLAIN_TOPOLOGY, communicator_key, goes_over_nvlink
+from launcher.plan.topology import cards_knob, communicator_key, goes_over_nvlink
 
 # Kinds of model.quantize to advise, the nearest to the checkpoint first.
 ADVISED_KINDS = ("int8", "int4")
@@ -131,7 +131,7 @@ def _more_cards(refused: Refused) -> Iterator[str]:
     num_cards = _smallest_num_cards(refused, refused.demand, refused.demand.world_size + 1)
     if num_cards is not None:
         more = "" if num_cards <= len(refused.inventory.cards) else f" with {num_cards} such cards"
-        yield f"{_cards_knob(refused.run, num_cards)}{more}"
+        yield f"{cards_knob(refused.run, num_cards)}{more}"
 
 
 def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
@@ -144,7 +144,7 @@ def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
     fitting = [f"model.quantize={kind}" for kind, each in smaller.items() if refused.would_fit(each)]
     if not fitting and demand.device != "cpu":
         num_cards = _smallest_num_cards(refused, smaller["int4"], 1)
-        fitting = [f"model.quantize=int4 on {_cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
+        fitting = [f"model.quantize=int4 on {cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
     if fitting:
         yield " or ".join(f"{each}{without}" for each in fitting) + _none_as_it_is(refused)
 
@@ -154,12 +154,6 @@ def _none_as_it_is(refused: Refused) -> str:
     if refused.demand.device == "cpu" or _smallest_num_cards(refused, refused.demand, 1) is not None:
         return ""
     return f" (in {refused.format} no number of such cards from 1 to {MAX_CARDS})"
-
-
-def _cards_knob(run: RunConfig, num_cards: int) -> str:
-    """What asks for so many cards: a topology that was set says how many, too."""
-    topology = "" if run.topology.kind == TopologyKind.auto else f" topology={PLAIN_TOPOLOGY[num_cards].value}"
-    return f"gpus={num_cards}{topology}"
 
 
 def _smallest_num_cards(refused: Refused, demand: Demand, start: int) -> int | None:

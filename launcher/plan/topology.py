@@ -81,6 +81,12 @@ def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
     return world_size
 
 
+def cards_knob(run: RunConfig, num_cards: int) -> str:
+    """What asks for so many cards: a topology that was set says how many, too."""
+    topology = "" if run.topology.kind == TopologyKind.auto else f" topology={PLAIN_TOPOLOGY[num_cards].value}"
+    return f"gpus={num_cards}{topology}"
+
+
 def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placement:
     """Gives each rank a card (or the CPU) and names the links.
 
@@ -88,7 +94,7 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         PlanError: too few cards, or a topology that this machine does not have.
     """
     device = "cpu" if inventory.source == "none" else "cuda"
-    _check_num_cards(world_size, inventory)
+    _check_num_cards(run, world_size, inventory)
     topology, reason = plan_topology(run, world_size, inventory)
     cards = inventory.cards[:world_size]
     return Placement(
@@ -131,13 +137,13 @@ def communicator_key(transport: str, *, over_nvlink: bool) -> str:
     return f"{transport} over nvlink" if over_nvlink else transport
 
 
-def _check_num_cards(world_size: int, inventory: Inventory) -> None:
+def _check_num_cards(run: RunConfig, world_size: int, inventory: Inventory) -> None:
     found = len(inventory.cards)
     if inventory.source == "none" or world_size <= found:
         return
     raise PlanError(
-        f"gpus={world_size} but {count(found, 'card')} can be seen. Set gpus={found}, show more of them with "
-        "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
+        f"{cards_knob(run, world_size)} but {count(found, 'card')} can be seen. Set {cards_knob(run, found)}, show "
+        "more of them with CUDA_VISIBLE_DEVICES, or set hardware=cpu."
     )
 
 
