@@ -8,7 +8,7 @@ from launcher.timing.load import Work
 
 PLAIN_BITS = 16.0
 LINEARS = ("attention", "mlp")
-OTHER = "other"
+OTHER = "another format"
 
 
 def work_of(demand: Demand) -> Work:
@@ -30,7 +30,7 @@ def work_of(demand: Demand) -> Work:
 
 
 def format_name(demand: Demand) -> str:
-    """How linears are multiplied by, as rates are kept: bf16, int4, int8 or fp8; other: by nothing that is measured."""
+    """How linears are multiplied by, as rates are kept: bf16, int4, int8 or fp8; OTHER: by nothing that is measured."""
     scheme = demand.shape.scheme
     if demand.dtype == "float32" or demand.shape.not_loadable:
         return OTHER
