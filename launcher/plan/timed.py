@@ -102,7 +102,7 @@ def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> T
         times = predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, copies)
     except ValueError as error:
         return str(error)
-    return replace(times, assumptions=(*times.assumptions, *one_batch(run)))
+    return replace(times, assumptions=(*times.assumptions, *one_batch(run), *copied_layers(plan)))
 
 
 def one_batch(run: RunConfig) -> list[str]:
@@ -110,6 +110,12 @@ def one_batch(run: RunConfig) -> list[str]:
     left_out = run.workload.beyond_a_batch()
     requests = count(run.workload.batch_size, "request")
     return [f"of {requests} at once, {' and '.join(left_out)} left out"] if left_out else []
+
+
+def copied_layers(plan: Plan) -> list[str]:
+    """That a trial has yet to say what the host computes, where it may."""
+    may_compute = plan.offload is not None and plan.offload.host_may_compute
+    return ["every streamed layer is copied, what the host computes left out"] if may_compute else []
 
 
 def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:

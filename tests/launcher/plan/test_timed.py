@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.config import EngineConfig, HardwareConfig, HardwareKind, TransportKind
+from launcher.config import EngineConfig, HardwareConfig, HardwareKind, OffloadConfig, TransportKind
 from launcher.hardware.inventory import read_inventory
+from launcher.models.shape import ModelShape, quantized_shape
 from launcher.plan.timed import WHOLE_SUMS, keep_calibration, plan_timed
 from launcher.plan.topology import place_ranks
 from launcher.timing.power_draw import Load
@@ -29,10 +30,10 @@ FACTS = HardwareConfig(
 )
 
 
-def times_by(hardware: HardwareConfig, num_cards: int = 2, **changes: Any) -> Times | str:
+def times_by(hardware: HardwareConfig, num_cards: int = 2, shape: ModelShape = LLAMA_8B, **changes: Any) -> Times | str:
     inventory = read_inventory(hardware, num_cards)
     run = run_of(hardware=hardware, workload__prompt_tokens=512, **changes)
-    return plan_timed(run, place_ranks(run, num_cards, inventory), LLAMA_8B, inventory)[1]
+    return plan_timed(run, place_ranks(run, num_cards, inventory), shape, inventory)[1]
 
 
 def test_cards_of_which_all_is_known_have_times() -> None:
@@ -82,3 +83,16 @@ def test_times_say_what_of_the_workload_they_leave_out() -> None:
     assert isinstance(whole, Times) and isinstance(more, Times)
     left_out = "of 1 request at once, workload.num_requests=64 and workload.arrival_rate=2.0 left out"
     assert more == replace(whole, assumptions=(*whole.assumptions, left_out))
+
+
+def test_times_say_that_layers_are_copied_which_the_host_may_compute() -> None:
+    packed = quantized_shape(LLAMA_8B, "int4")
+    copied, shared = (
+        times_by(FACTS, 1, packed, offload=OffloadConfig(resident_layers=8, host_layers=num)) for num in (0, 8)
+    )
+    assert isinstance(copied, Times) and isinstance(shared, Times)
+    assert shared.assumptions == (
+        *copied.assumptions,
+        "every streamed layer is copied, what the host computes left out",
+    )
+    assert shared.tpot_ms == copied.tpot_ms
