@@ -27,8 +27,11 @@ class Failure:
     log: str | None = None
 
 
-class RunFailed(Exception):
-    """A run that ended without its result; carries the failure and the exit code."""
+class RunFailed(BaseException):
+    """A run that ended without its result; carries the failure and the exit code.
+
+    No Exception: it comes from handlers of signals, too, and libraries make errors of their own of every Exception.
+    """
 
     def __init__(self, failure: Failure, exit_code: int = 1) -> None:
         super().__init__(failure.message)

@@ -47,14 +47,21 @@ def longest_prompt(job: Job) -> int:
     return max(1, min(longest, limit - job.run.workload.output_tokens))
 
 
-def answered_times(job: Job, inventory: Inventory, lengths: Sequence[int]) -> Times | str | None:
-    """What rates say of the prompts of `job`, of the lengths in tokens that they turned out to have: of a batch of
-    prompts as long as they are on average."""
+def answered_times(job: Job, inventory: Inventory, lengths: Sequence[tuple[int, int]]) -> Times | str | None:
+    """What rates say of a batch of prompts and answers as long as those of `job` were on average.
+
+    Args:
+        lengths: tokens of each prompt, and of its answer, which may have ended early.
+    """
     assert job.plan is not None and job.shape is not None
-    run = with_prompts_of(job.run, round(statistics.mean(lengths)))
-    rows = min(len(lengths), run.workload.batch_size)
-    run = replace(run, workload=replace(run.workload, batch_size=rows))
-    return predict_run(run, job.plan, job.shape, inventory)
+    prompt_tokens, output_tokens = (round(statistics.mean(tokens)) for tokens in zip(*lengths, strict=True))
+    workload = replace(
+        job.run.workload,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        batch_size=min(len(lengths), job.run.workload.batch_size),
+    )
+    return predict_run(replace(job.run, workload=workload), job.plan, job.shape, inventory)
 
 
 def estimate_longest_prompt(run: RunConfig) -> int:

@@ -11,6 +11,9 @@ from pathlib import Path
 from launcher.config import ConfigError, RunConfig
 from launcher.config.engine import MAX_SEED
 
+# With which every answer's line begins (launcher/tasks/generate.py).
+ANSWER_START = b'{"index": '
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -139,8 +142,12 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
     if not output.exists() or output.is_char_device() or output.stat().st_size == 0:
         return prompts
     if not resume:
-        raise ConfigError(f"output_file={output} exists. Add resume=true to complete it, or name another file.")
-    lines = output.read_bytes().split(b"\n")[:-1]
+        raise ConfigError(
+            f"output_file={output} exists. Add resume=true output_file={output} to complete it, or name another file."
+        )
+    *lines, rest = output.read_bytes().split(b"\n")
+    if not (rest.startswith(ANSWER_START) or ANSWER_START.startswith(rest)):
+        raise ConfigError(f"output_file={output}, line {len(lines) + 1} is not an answer, nor the beginning of one.")
     done = {read_answer(output, number, line, prompts) for number, line in enumerate(lines, start=1)}
     return tuple(prompt for prompt in prompts if prompt.index not in done)
 

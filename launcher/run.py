@@ -89,7 +89,8 @@ def measured_report(job: Job, inventory: Inventory, telemetry: Telemetry, start_
     """The report of ranks that have ended well, printed; baselines, where there are some, are run for it."""
     run = job.run
     if run.task.kind == TaskKind.generate:
-        lengths = [output["num_prompt_tokens"] for output in read_results(Path(job.run_dir), 1)[0]["outputs"]]
+        outputs = read_results(Path(job.run_dir), 1)[0]["outputs"]
+        lengths = [(output["num_prompt_tokens"], len(output["token_ids"])) for output in outputs]
         job = replace(job, times=answered_times(job, inventory, lengths))
     report = build_report(job, inventory, telemetry)
     if run.task.kind == TaskKind.bench:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.events import EventWriter
 from launcher.job import Job
-from launcher.tasks.requests import num_requests, random_prompts
+from launcher.tasks.requests import num_requests, run_prompts
 from launcher.tasks.summary import MeasuredRun, summarise
 
 # (prompts of equal length, tokens of each answer) -> the seconds until each token of the batch, one time for all rows
@@ -38,7 +38,8 @@ def measure(job: Job, baseline: Baseline, events: EventWriter) -> dict[str, Any]
 
 def measure_run(job: Job, answer: Answer, number: int) -> MeasuredRun:
     workload = job.run.workload
-    prompts, first = make_prompts(job, f"run {number}"), make_prompts(job, f"prefill {number}")[: workload.batch_size]
+    prompts = make_prompts(job, f"run {number}", num_requests(workload))
+    first = make_prompts(job, f"prefill {number}", workload.batch_size)
     ttft_ms, token_ms, sec = [], [], 0.0
     for start in range(0, len(prompts), workload.batch_size):
         batch = prompts[start : start + workload.batch_size]
@@ -51,9 +52,7 @@ def measure_run(job: Job, answer: Answer, number: int) -> MeasuredRun:
     return MeasuredRun(ttft_ms, token_ms, len(prompts) * workload.output_tokens, sec, prefill_rate)
 
 
-def make_prompts(job: Job, seed: str) -> list[list[int]]:
+def make_prompts(job: Job, name: str, num: int) -> list[list[int]]:
     """The prompts that this engine gets, too."""
     assert job.shape is not None and job.run.num_prompt_tokens is not None
-    num = max(num_requests(job.run.workload), job.run.workload.batch_size)
-    ids = random_prompts(num, job.run.num_prompt_tokens, job.shape.vocab_size, f"{job.run.sampling.seed} {seed}")
-    return ids[: num_requests(job.run.workload)] if seed.startswith("run") else ids
+    return run_prompts(job.run, name, num, job.run.num_prompt_tokens, job.shape.vocab_size)

@@ -17,7 +17,7 @@ from launcher.config.engine import EngineConfig, SamplingConfig
 from launcher.config.hardware import HardwareConfig, HardwareKind, LimitsConfig
 from launcher.config.model import ModelConfig
 from launcher.config.offload import OffloadConfig
-from launcher.config.speculation import SpeculationConfig
+from launcher.config.speculation import SpeculationConfig, SpeculationKind
 from launcher.config.tasks import CalibrateConfig, PlanConfig, PredictionsConfig, ProbeConfig, TaskConfig, TaskKind
 from launcher.config.workload import RANDOM_PROMPT_TOKENS, BenchConfig, WorkloadConfig, middle_tokens
 from parallel.engine.speculation.tree_plan import TreePlan
@@ -174,6 +174,11 @@ class RunConfig:
             yield (
                 "engine.fused_prefill_rows is not for task=calibrate, whose rates are those of runs that measure it. "
                 "Leave it out."
+            )
+        if kind == TaskKind.predictions and self.speculation.kind != SpeculationKind.none:
+            yield (
+                f"speculation.kind={self.speculation.kind.value} is not for task=predictions, whose engines have no "
+                "drafts: nothing is predicted of them. Leave it out, or use task=bench."
             )
         if kind == TaskKind.plan:
             unread = {TaskKind.bench: self._baselines()}

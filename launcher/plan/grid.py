@@ -61,7 +61,7 @@ def plan_point(
     try:
         plan, times = plan_timed(own, placement, shape, inventory)
     except PlanError as error:
-        return replace(point, skipped=str(error).splitlines()[0])
+        return replace(point, skipped=error.summary)
     if plan.offload is not None:
         return replace(point, skipped="layers would be streamed from host memory. Use task=bench for this workload.")
     return replace(point, plan=plan, times=times)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from launcher.config import Aim, OffloadKind, RunConfig, TopologyKind
+from launcher.config import Aim, DType, OffloadKind, RunConfig, TopologyKind
 from launcher.hardware.inventory import Inventory
 from launcher.models.shape import ModelShape, quantized_shape
 from launcher.plan.plan import Plan
@@ -15,7 +15,8 @@ from launcher.timing.predict import Times
 from parallel.checkpoint.quantize_schemes import QUANTIZE_SCHEMES
 from parallel.partition import PartitionError
 
-PLAIN = "bf16"
+# What is not quantised, by its dtype.
+PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,26 @@ def find_options(
     run: RunConfig, shape: ModelShape, inventory: Inventory, num_cards: int, draft: ModelShape | None
 ) -> Iterator[Option]:
     for world_size in range(1, num_cards + 1):
-        for name, variant in variants(shape).items():
+        for name, variant in variants(run, shape).items():
             option = Option(world_size, num_cards // world_size, name, fits=False)
             yield try_option(run, variant, inventory, option, draft)
 
 
-def variants(shape: ModelShape) -> dict[str, ModelShape]:
-    """The model as it is and in the formats that it could have instead; of two of one name, its own."""
+def variants(run: RunConfig, shape: ModelShape) -> dict[str, ModelShape]:
+    """The model as it is and in the formats that it could have instead; of two of one name, its own.
+
+    Where it is quantised, its dtype does not tell what it would have otherwise: files of AWQ and GPTQ say float16.
+    """
     if shape.quantization != "none":
         given = {shape.quantization: shape}
-        plain = replace(shape, quantization="none", scheme=None, linear_bits=16.0, not_loadable="")
+        plain = replace(
+            shape, quantization="none", scheme=None, linear_bits=16.0, not_loadable="", dtype=DType.bfloat16.value
+        )
     else:
         given, plain = {}, shape
     others = {name: quantized_shape(plain, name) for name in QUANTIZE_SCHEMES if name not in given}
-    return given | {PLAIN: plain} | others
+    dtype = plain.dtype if run.model.dtype == DType.auto else run.model.dtype.value
+    return given | {PLAIN[dtype]: plain} | others
 
 
 def try_option(

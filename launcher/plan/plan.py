@@ -19,7 +19,7 @@ from launcher.plan.offload import OffloadPlan, check_disk, check_shared, plan_of
 from launcher.plan.offload_choice import stream_layers
 from launcher.plan.offload_disk import largest_host_context
 from launcher.plan.prefill import capture_passes, hides_sums, planned_fused_rows, wanted_passes
-from launcher.plan.topology import Placement, PlanError
+from launcher.plan.topology import Placement, PlanError, cards_knob, communicator_key
 from parallel.footprint import MIN_FUSED_ROWS
 from parallel.partition import choose_grain
 from parallel.units import GIB, MIB
@@ -155,9 +155,6 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
     Raises:
         PlanError: the dtype cannot be run on that device.
     """
-    transport = placement.transport
-    if placement.over_nvlink:
-        transport += " over nvlink"
     return Demand(
         shape=shape,
         world_size=placement.world_size,
@@ -165,7 +162,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         dtype=_choose_dtype(run, shape, placement.device),
         kv_dtype=run.engine.kv_dtype.value,
         device=placement.device,
-        transport=transport,
+        transport=communicator_key(placement.transport, over_nvlink=placement.over_nvlink),
         batch_size=run.workload.batch_size,
         prefill_chunk=run.engine.prefill_chunk,
         rows_per_sequence=run.rows_per_sequence,
@@ -176,7 +173,7 @@ def demand_of(run: RunConfig, placement: Placement, shape: ModelShape, draft: Mo
         is_sampled=run.sampling.temperature > 0,
         draft_shape=draft,
         may_share=run.offload.host_layers != 0,
-        hides_sums=hides_sums(run, placement),
+        hides_sums=hides_sums(run, over_nvlink=placement.over_nvlink),
     )
 
 
@@ -184,7 +181,7 @@ def _check_model(run: RunConfig, world_size: int, shape: ModelShape, draft: Mode
     """Raises PlanError: the model, or the one that guesses, cannot be loaded, or not by so many ranks."""
     for each in (shape, *([] if draft is None else [draft])):
         _check_loadable(run, each)
-    _check_heads(world_size, shape)
+    _check_heads(run, world_size, shape)
 
 
 def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
@@ -195,11 +192,11 @@ def _check_loadable(run: RunConfig, shape: ModelShape) -> None:
         )
 
 
-def _check_heads(world_size: int, shape: ModelShape) -> None:
+def _check_heads(run: RunConfig, world_size: int, shape: ModelShape) -> None:
     if shape.num_kv_heads < world_size:
         raise PlanError(
             f"the model has {shape.num_kv_heads} KV heads; over {world_size} ranks some would hold none. "
-            f"Use gpus={shape.num_kv_heads}."
+            f"Use {cards_knob(run, shape.num_kv_heads)}."
         )
 
 

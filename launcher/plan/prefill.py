@@ -30,13 +30,13 @@ def wanted_passes(run: RunConfig, placement: Placement, inventory: Inventory) ->
     return CAPTURED_PASSES if is_fast or asked == PrefillGraphs.on else 0
 
 
-def hides_sums(run: RunConfig, placement: Placement) -> bool:
+def hides_sums(run: RunConfig, *, over_nvlink: bool) -> bool:
     """Whether sums between ranks are worth hiding behind products, in sections of long passes.
 
     Over NVLink they are not: of 512 and 1024 tokens of a 70B in 4 bits on two H200 they took 8 and 11 ms, and two
     sections 12 and 16 more for the products (results/LOG.md).
     """
-    return not placement.over_nvlink or run.engine.transport == TransportKind.host_memory
+    return not over_nvlink or run.engine.transport == TransportKind.host_memory
 
 
 def planned_fused_rows(run: RunConfig, demand: Demand, cards: Sequence[Card]) -> int:

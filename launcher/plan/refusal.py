@@ -25,7 +25,8 @@ def refuse_memory(refused: Refused) -> PlanError:
     sizes = [_rank_text(rank, lines[rank], refused) for rank in range(demand.world_size)]
     remedies = remedies or ["a smaller model, or more memory"]
     what_fits = f"What would fit: {'; or '.join(remedies)}."
-    summary = f"{what} do not fit: {_total_text(lines[0], budgets[0])}"
+    worst = max(range(demand.world_size), key=lambda rank: sum(lines[rank].values()) - budgets[rank])
+    summary = f"{what} do not fit: {_total_text(lines[worst], budgets[worst])}"
     return PlanError("\n".join([f"{what} do not fit (predicted):", *sizes, what_fits]), summary)
 
 

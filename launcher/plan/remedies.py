@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.config import MAX_CARDS, KVDType, KVPlace, OffloadKind, RunConfig, TopologyKind, WeightsKind
+from launcher.config import MAX_CARDS, KVDType, KVPlace, OffloadKind, RunConfig, WeightsKind
 from launcher.hardware.inventory import Inventory
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits, largest
 from launcher.models.shape import quantized_shape
 from launcher.plan.offload_choice import refused_by_host, stream_layers
 from launcher.plan.offload_disk import has_host_room, place_layers
-from launcher.plan.topology import PLAIN_TOPOLOGY
+from launcher.plan.prefill import hides_sums
+from launcher.plan.topology import cards_knob, communicator_key, goes_over_nvlink
 
 # Kinds of model.quantize to advise, the nearest to the checkpoint first.
 ADVISED_KINDS = ("int8", "int4")
@@ -130,7 +131,7 @@ def _more_cards(refused: Refused) -> Iterator[str]:
     num_cards = _smallest_num_cards(refused, refused.demand, refused.demand.world_size + 1)
     if num_cards is not None:
         more = "" if num_cards <= len(refused.inventory.cards) else f" with {num_cards} such cards"
-        yield f"{_cards_knob(refused.run, num_cards)}{more}"
+        yield f"{cards_knob(refused.run, num_cards)}{more}"
 
 
 def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
@@ -143,7 +144,7 @@ def _fewer_bits(refused: Refused, without: str) -> Iterator[str]:
     fitting = [f"model.quantize={kind}" for kind, each in smaller.items() if refused.would_fit(each)]
     if not fitting and demand.device != "cpu":
         num_cards = _smallest_num_cards(refused, smaller["int4"], 1)
-        fitting = [f"model.quantize=int4 on {_cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
+        fitting = [f"model.quantize=int4 on {cards_knob(refused.run, num_cards)}"] if num_cards is not None else []
     if fitting:
         yield " or ".join(f"{each}{without}" for each in fitting) + _none_as_it_is(refused)
 
@@ -155,17 +156,17 @@ def _none_as_it_is(refused: Refused) -> str:
     return f" (in {refused.format} no number of such cards from 1 to {MAX_CARDS})"
 
 
-def _cards_knob(run: RunConfig, num_cards: int) -> str:
-    """What asks for so many cards: a topology that was set says how many, too."""
-    topology = "" if run.topology.kind == TopologyKind.auto else f" topology={PLAIN_TOPOLOGY[num_cards].value}"
-    return f"gpus={num_cards}{topology}"
-
-
 def _smallest_num_cards(refused: Refused, demand: Demand, start: int) -> int | None:
     budget = min(refused.budgets)
     for num_cards in range(start, min(MAX_CARDS, demand.shape.num_kv_heads) + 1):
-        transport = demand.transport if num_cards == 1 else "nccl"
-        spread = replace(demand, world_size=num_cards, transport=transport)
-        if fits(spread, (budget,) * num_cards, refused.max_context):
+        if fits(_spread(refused, demand, num_cards), (budget,) * num_cards, refused.max_context):
             return num_cards
     return None
+
+
+def _spread(refused: Refused, demand: Demand, num_cards: int) -> Demand:
+    """`demand` on so many cards."""
+    run, over_nvlink = refused.run, goes_over_nvlink(refused.run, refused.inventory, num_cards)
+    transport = "solo" if num_cards == 1 else communicator_key("nccl", over_nvlink=over_nvlink)
+    hides = hides_sums(run, over_nvlink=over_nvlink)
+    return replace(demand, world_size=num_cards, transport=transport, hides_sums=hides)

@@ -35,6 +35,9 @@ from launcher.timing.store import calibration_path, load_calibration, save_calib
 from launcher.timing.work import work_of
 
 NEEDED_FACTS = ("memory_gb_per_sec", "bf16_tflops", "pcie_generation", "pcie_lanes")
+# Facts give the times of sums through host memory, in 16 bits.
+SUMS_BY_NCCL = "what sums take through NCCL alone (engine.transport=nccl)"
+WHOLE_SUMS = "sums are of 16 bits, engine.all_reduce_bits=8 left out"
 
 
 def plan_timed(
@@ -75,7 +78,7 @@ def predict_run(run: RunConfig, plan: Plan, shape: ModelShape, inventory: Invent
         return "with speculation they hang on how many drafts are accepted"
     rates = find_rates(run, plan.placement, inventory)
     if rates is None:
-        return without_rates(run.hardware)
+        return without_rates(run, plan.placement)
     return predict_by(rates, run, plan, shape)
 
 
@@ -99,7 +102,7 @@ def predict_by(rates: Rates, run: RunConfig, plan: Plan, shape: ModelShape) -> T
         times = predict_times(work_of(demand_of(run, plan.placement, shape, None)), load, rates, copies)
     except ValueError as error:
         return str(error)
-    return replace(times, assumptions=(*times.assumptions, *one_batch(run)))
+    return replace(times, assumptions=(*times.assumptions, *one_batch(run), *copied_layers(plan)))
 
 
 def one_batch(run: RunConfig) -> list[str]:
@@ -109,24 +112,34 @@ def one_batch(run: RunConfig) -> list[str]:
     return [f"of {requests} at once, {' and '.join(left_out)} left out"] if left_out else []
 
 
+def copied_layers(plan: Plan) -> list[str]:
+    """That a trial has yet to say what the host computes, where it may."""
+    may_compute = plan.offload is not None and plan.offload.host_may_compute
+    return ["every streamed layer is copied, what the host computes left out"] if may_compute else []
+
+
 def find_rates(run: RunConfig, placement: Placement, inventory: Inventory) -> Rates | None:
     measured = load_calibration(rates_path(run, placement, inventory))
     if measured is not None:
         return fit_rates(measured)
-    if run.hardware.kind != HardwareKind.facts or untold(run.hardware):
+    if run.hardware.kind != HardwareKind.facts or untold(run, placement):
         return None
-    return rates_from_facts(facts_of(run.hardware), placement.world_size)
+    rates = rates_from_facts(facts_of(run.hardware), placement.world_size)
+    is_rounded = placement.world_size > 1 and run.engine.all_reduce_bits == 8
+    return replace(rates, assumptions=(*rates.assumptions, *([WHOLE_SUMS] if is_rounded else [])))
 
 
-def untold(hardware: HardwareConfig) -> list[str]:
-    """Keys of facts without which cards have no times, and that are not known."""
-    return [f"hardware.{name}" for name in NEEDED_FACTS if not getattr(hardware, name)]
+def untold(run: RunConfig, placement: Placement) -> list[str]:
+    """What times of a run on described cards need, and facts do not say."""
+    unknown = [f"hardware.{name}" for name in NEEDED_FACTS if not getattr(run.hardware, name)]
+    is_by_nccl = placement.world_size > 1 and run.engine.transport == TransportKind.nccl
+    return [*unknown, *([SUMS_BY_NCCL] if is_by_nccl else [])]
 
 
-def without_rates(hardware: HardwareConfig) -> str:
+def without_rates(run: RunConfig, placement: Placement) -> str:
     """Why a run has none, and how it would have some."""
-    if hardware.kind == HardwareKind.facts:
-        return f"hardware={hardware.name} does not say {' and '.join(untold(hardware))}"
+    if run.hardware.kind == HardwareKind.facts:
+        return f"hardware={run.hardware.name} does not say {' and '.join(untold(run, placement))}"
     return "this machine's rates are not known: task=calibrate measures them in a minute"
 
 

@@ -81,6 +81,12 @@ def resolve_world_size(run: RunConfig, env_world_size: int | None) -> int:
     return world_size
 
 
+def cards_knob(run: RunConfig, num_cards: int) -> str:
+    """What asks for so many cards: a topology that was set says how many, too."""
+    topology = "" if run.topology.kind == TopologyKind.auto else f" topology={PLAIN_TOPOLOGY[num_cards].value}"
+    return f"gpus={num_cards}{topology}"
+
+
 def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placement:
     """Gives each rank a card (or the CPU) and names the links.
 
@@ -88,7 +94,7 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         PlanError: too few cards, or a topology that this machine does not have.
     """
     device = "cpu" if inventory.source == "none" else "cuda"
-    _check_num_cards(world_size, inventory)
+    _check_num_cards(run, world_size, inventory)
     topology, reason = plan_topology(run, world_size, inventory)
     cards = inventory.cards[:world_size]
     return Placement(
@@ -99,8 +105,16 @@ def place_ranks(run: RunConfig, world_size: int, inventory: Inventory) -> Placem
         cards=tuple(card.index for card in cards) if cards else (None,) * world_size,
         names=tuple(card.name for card in cards) if cards else ("CPU",) * world_size,
         transport=plan_transport(run, world_size, device),
-        over_nvlink=run.limits.peer_access != PeerAccess.off and _has_nvlink(inventory, world_size),
+        over_nvlink=goes_over_nvlink(run, inventory, world_size),
     )
+
+
+def goes_over_nvlink(run: RunConfig, inventory: Inventory, world_size: int) -> bool:
+    """Whether NVLink joins each of so many cards to all others, and may be used. Of cards that are described there may
+    be more than the inventory has; on a machine those that it has tell of more."""
+    if world_size == 1 or run.limits.peer_access == PeerAccess.off:
+        return False
+    return run.hardware.nvlink if inventory.source == "facts" else _has_nvlink(inventory, world_size)
 
 
 def plan_transport(run: RunConfig, world_size: int, device: str) -> str:
@@ -118,13 +132,18 @@ def plan_transport(run: RunConfig, world_size: int, device: str) -> str:
     return "solo" if world_size == 1 else {"cuda": "nccl", "cpu": "gloo"}[device]
 
 
-def _check_num_cards(world_size: int, inventory: Inventory) -> None:
+def communicator_key(transport: str, *, over_nvlink: bool) -> str:
+    """Under which memory/process.py has what a transport takes."""
+    return f"{transport} over nvlink" if over_nvlink else transport
+
+
+def _check_num_cards(run: RunConfig, world_size: int, inventory: Inventory) -> None:
     found = len(inventory.cards)
     if inventory.source == "none" or world_size <= found:
         return
     raise PlanError(
-        f"gpus={world_size} but {count(found, 'card')} can be seen. Set gpus={found}, show more of them with "
-        "CUDA_VISIBLE_DEVICES, or set hardware=cpu."
+        f"{cards_knob(run, world_size)} but {count(found, 'card')} can be seen. Set {cards_knob(run, found)}, show "
+        "more of them with CUDA_VISIBLE_DEVICES, or set hardware=cpu."
     )
 
 

@@ -75,7 +75,6 @@ def start_ranks(job: Job, job_file: Path) -> None:
     Raises:
         RunFailed: a rank failed or died, or a signal ended the run; every rank has been stopped.
     """
-    prepare_run_dir(Path(job.run_dir))
     failed = run_ranks(job, job_file)
     if failed:
         raise RunFailed(find_cause(job, failed))

@@ -35,7 +35,6 @@ from launcher.processes.start import (
     die_with_parent,
     ignore_signals,
     interrupted,
-    prepare_run_dir,
     rank_log,
 )
 from launcher.report.outcome import report_failure
@@ -116,7 +115,6 @@ def run_as_rank(job: Job, job_file: Path) -> None:
         RunFailed: a rank failed or died, or a signal ended this one; torchrun then ends the others.
     """
     run_dir, torchrun_pid = Path(job.run_dir), os.getppid()
-    prepare_run_dir(run_dir)
 
     def find_cause(failure: Failure) -> Failure:
         """Torchrun ends all ranks when one has failed; a signal that comes from elsewhere is a cause itself."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.plan.limits import KEPT_FREE
+from parallel.kernels.limits import PAGE_SIZE
+
 # A link that carries less may be idle now and then, and an idle card slows its link down.
 LOADED_BYTES_PER_SEC = 10**9
 # A step of so many answers takes a fifth longer than one of a single answer (docs/bench.md).
@@ -64,7 +67,19 @@ def waiting_prompts(report: dict[str, Any]) -> list[str]:
     num, at_a_time = len(report.get("outputs") or ()), report.get("batch_size") or SHARED_ROWS
     if at_a_time >= SHARED_ROWS or num < 2 * at_a_time:
         return []
-    more = min(num, SHARED_ROWS)
+    more = min(num, SHARED_ROWS, rows_with_room(report))
+    if more <= at_a_time:
+        return []
     return [
         f"{num} prompts were answered {at_a_time} at a time: workload.batch_size={more} shares each pass among {more}."
     ]
+
+
+def rows_with_room(report: dict[str, Any]) -> int:
+    """Sequences as long as the longest of the run, for which there is memory; layers that are streamed make room."""
+    predicted, config = report["predicted"], report["config"]
+    if predicted["offload"] is not None:
+        return SHARED_ROWS
+    longest = max(output["num_prompt_tokens"] for output in report["outputs"]) + config["workload"]["output_tokens"]
+    in_pages = -(-min(longest, report["max_context"]) // PAGE_SIZE) * PAGE_SIZE
+    return int((1 - KEPT_FREE) * predicted["kv_tokens_that_fit"]) // (config["engine"]["max_context"] or in_pages)

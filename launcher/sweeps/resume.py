@@ -41,13 +41,18 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     if not folders:
         return list(arguments)
     folder = Path(resumed(folders[-1]))
-    flags = [argument for argument in arguments if argument.startswith("-")]
+    # With what follows a flag, such as the folder after --config-dir.
+    flags = [argument for argument in arguments if not is_override(argument)]
     if not any(flag in MULTIRUN_FLAGS for flag in flags):
         raise ConfigError(f"resume={folder} completes a sweep: add -m. A single run is resumed by resume=true.")
     typed = [argument for argument in arguments if argument not in (*folders, *flags)]
     overrides = {key_of(argument): argument for argument in (*read_command(folder), *typed)}
     overrides.pop("resume", None)
     return [*flags, *overrides.values(), f"hydra.sweep.dir={quoted(str(folder))}", RESUMED]
+
+
+def is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def is_resume_folder(argument: str) -> bool:

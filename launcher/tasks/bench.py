@@ -22,7 +22,7 @@ from launcher.tasks.loaded import load_model
 from launcher.tasks.measure import communication
 from launcher.tasks.offload import streaming
 from launcher.tasks.prefill_breakdown import prefill_breakdown
-from launcher.tasks.requests import arrival_times, num_requests, random_prompts
+from launcher.tasks.requests import arrival_times, num_requests, run_prompts
 from launcher.tasks.serving import serving
 from launcher.tasks.speculated import Steps, speculated
 from launcher.tasks.summary import MeasuredRun, summarise
@@ -70,10 +70,8 @@ class Bench:
             (started, ended),
         )
 
-    def prompts(self, num: int, seed: str) -> list[Prompt]:
-        # Of its own for each length: a longer prompt would begin as a shorter one, which the cache may still have.
-        seed = f"{self.context.job.run.sampling.seed} {seed} {self.num_prompt_tokens}"
-        ids = random_prompts(num, self.num_prompt_tokens, self.vocab_size, seed)
+    def prompts(self, num: int, name: str) -> list[Prompt]:
+        ids = run_prompts(self.context.job.run, name, num, self.num_prompt_tokens, self.vocab_size)
         return [Prompt(index, each) for index, each in enumerate(ids)]
 
     def arriving(self, prompts: list[Prompt]) -> list[Prompt]:

@@ -161,7 +161,7 @@ def open_engine(context: RankContext, settings: Settings, model: PreTrainedModel
         max(settings.rows),
         max(settings.chunks),
         captured_passes=captured,
-        hides_sums=hides_sums(context.job.run, context.job.placement),
+        hides_sums=hides_sums(context.job.run, over_nvlink=context.job.placement.over_nvlink),
     )
     return Engine(model, context.communicator, limits, prefix_cache=False)
 

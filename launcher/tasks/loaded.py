@@ -94,7 +94,7 @@ def open_engine(
             plan.prefill_chunk_while_decoding,
             run.num_ahead,
             plan.captured_passes,
-            hides_sums(run, context.job.placement),
+            hides_sums(run, over_nvlink=context.job.placement.over_nvlink),
         ),
         sampling=sampling_params(run.sampling),
         kv_dtype=torch.float8_e4m3fn if run.engine.kv_dtype == KVDType.fp8 else None,

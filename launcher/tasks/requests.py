@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 from itertools import accumulate
 
-from launcher.config import WorkloadConfig
+from launcher.config import RunConfig, WorkloadConfig
 
 
 def random_prompts(num: int, num_tokens: int, vocab_size: int, seed: str) -> list[list[int]]:
     """`num` prompts of `num_tokens` ids below `vocab_size`, the same ones for the same seed."""
     draw = random.Random(seed)
     return [draw.choices(range(vocab_size), k=num_tokens) for _ in range(num)]
+
+
+def run_prompts(run: RunConfig, name: str, num: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
+    """Those of one run of the workload, called `name`: of its own for each length, for a longer prompt would begin as a
+    shorter one, which the cache may still have."""
+    return random_prompts(num, num_tokens, vocab_size, f"{run.sampling.seed} {name} {num_tokens}")
 
 
 def arrival_times(num: int, rate: float, seed: int) -> list[float]:

@@ -55,8 +55,7 @@ def predict_chunk(work: Work, rates: Rates, *, prefill_chunk: int, batch_size: i
     Raises:
         ValueError: the rates know nothing of the format.
     """
-    if work.format not in rates.prefill:
-        raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.prefill)}")
+    rates.check_format(work.format)
     step_ms = sum(decode_parts(work, batch_size, batch_size * context, rates).values())
     slowdown = rates.slowdown.get(work.format, 1.0)
 

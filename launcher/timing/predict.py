@@ -66,8 +66,7 @@ def predict_times(work: Work, load: Workload, rates: Rates, copies: Copies = NO_
     Raises:
         ValueError: the rates know nothing of the format.
     """
-    if work.format not in rates.decode:
-        raise ValueError(f"rates of {rates.source} have no {work.format}; they have {', '.join(rates.decode)}")
+    rates.check_format(work.format)
     parts = decode_parts(work, load.batch_size, read_tokens(load), rates)
     copied_ms = copies.ms(read_tokens(load))
     if copied_ms:

@@ -105,6 +105,12 @@ class Rates:
     slowdown: Mapping[str, float] = field(default_factory=dict)
     power_draws: Mapping[str, PowerDraw] = field(default_factory=dict)
 
+    def check_format(self, name: str) -> None:
+        """Raises ValueError: nothing is known of weights in that format."""
+        if name not in self.decode:
+            known = ", ".join(self.decode)
+            raise ValueError(f"rates of {self.source} are of weights in {known}, and these are in {name}")
+
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:
     """(bytes, microseconds) of two sizes -> the line through them, kept from starting or falling below zero."""

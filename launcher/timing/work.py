@@ -8,7 +8,7 @@ from launcher.timing.load import Work
 
 PLAIN_BITS = 16.0
 LINEARS = ("attention", "mlp")
-OTHER = "other"
+OTHER = "another format"
 
 
 def work_of(demand: Demand) -> Work:
@@ -24,13 +24,13 @@ def work_of(demand: Demand) -> Work:
         layer_plain_bytes=max(sum(part[name] for name in LINEARS) for part in plain) // shape.num_layers,
         head_bytes=held[f"weights.{head}"],
         kv_bytes_per_token=max(demand.kv_bytes_per_token()) // shape.num_layers,
-        num_heads=-(-shape.num_heads // demand.world_size),
+        num_heads=max(demand.local(shape.num_heads)),
         message_bytes=shape.hidden_size * DTYPE_BYTES[demand.dtype],
     )
 
 
 def format_name(demand: Demand) -> str:
-    """How linears are multiplied by, as rates are kept: bf16, int4, int8 or fp8; other: by nothing that is measured."""
+    """How linears are multiplied by, as rates are kept: bf16, int4, int8 or fp8; OTHER: by nothing that is measured."""
     scheme = demand.shape.scheme
     if demand.dtype == "float32" or demand.shape.not_loadable:
         return OTHER

@@ -69,15 +69,16 @@ def test_lengths_matter_where_layers_make_room_for_them(
     assert not wants_lengths(job, plan(LLAMA_70B_AWQ, cards_of(2), 2))
 
 
-def test_times_of_answers_are_of_prompts_as_long_as_they_were(tmp_path: Path) -> None:
+def test_times_of_answers_are_of_prompts_and_answers_as_long_as_they_were(tmp_path: Path) -> None:
     """On average, and of no more rows than there were prompts."""
     inventory = read_inventory(FACTS, 2)
     run = run_of(hardware=FACTS, workload__batch_size=4, workload__prompt_tokens=512)
     placement = place_ranks(run, 2, inventory)
     job = replace(make_job(tmp_path), run=run, placement=placement, shape=LLAMA_8B)
     job = replace(job, plan=plan_run(run, placement, LLAMA_8B, inventory))
-    for lengths, rows in (([100, 300], 2), ([200] * 4, 4), ([100, 300] * 4, 4)):
-        of_mean = run_of(hardware=FACTS, workload__batch_size=rows, workload__prompt_tokens=200)
+    uneven = [(100, 8), (300, 128)]
+    for lengths, rows in ((uneven, 2), ([(200, 68)] * 4, 4), (uneven * 4, 4)):
+        of_mean = run_of(hardware=FACTS, workload=WorkloadConfig(prompt_tokens=200, output_tokens=68, batch_size=rows))
         times = answered_times(job, inventory, lengths)
         assert isinstance(times, Times) and times == plan_timed(of_mean, placement, LLAMA_8B, inventory)[1]
 

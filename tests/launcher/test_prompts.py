@@ -152,7 +152,7 @@ def test_empty_file_holds_nothing_to_lose(tmp_path: Path) -> None:
 def test_existing_file_is_refused_and_kept_without_resume(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("whatever")
-    with pytest.raises(ConfigError, match=f"output_file={output} exists. Add resume=true"):
+    with pytest.raises(ConfigError, match=f"output_file={output} exists. Add resume=true output_file={output} to"):
         prompts_to_do(PROMPTS, output, resume=False)
     assert output.read_text() == "whatever"
 
@@ -195,6 +195,7 @@ def test_half_written_last_line_is_cut_off_wherever_it_ends_but_not_by_who_only_
         ("{}\n", "line 2 is not an answer"),
         ("[]\n", "line 2 is not an answer"),
         ("\n", "line 2 is not an answer"),
+        ("what is no answer and has no end", "line 2 is not an answer, nor the beginning of one"),
     ],
 )
 def test_answers_of_other_prompts_are_refused_and_kept(tmp_path: Path, line: str, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from omegaconf import OmegaConf
 
 from tests.launcher.cli import (
     LIMIT_SEC,
@@ -30,7 +33,7 @@ from tests.launcher.cli import (
     torchrun,
     wait_until,
 )
-from tests.launcher.forked import ForkedProcess
+from tests.launcher.forked import ForkedProcess, run
 
 # What torchrun says where it kills processes that it has asked to end, and how long it waits for them before: much
 # longer than they take on a busy machine. Older versions wait for 30 s whatever is set.
@@ -291,3 +294,35 @@ def test_run_under_nohup_outlives_its_terminal_and_ends_by_other_signals() -> No
     result = subprocess.run([sys.executable, "-c", IGNORING], capture_output=True, text=True, timeout=LIMIT_SEC)
     assert result.stdout == "goes on\n"
     assert "RunFailed: the run was ended by SIGTERM" in result.stderr
+
+
+def end_in_a_download() -> None:
+    """By a signal that comes while the hub's client works."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(name: str, *, local_files_only: bool = False, **options: Any) -> None:
+        if local_files_only:
+            raise LocalEntryNotFoundError(name)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    huggingface_hub.snapshot_download = snapshot_download
+
+
+def end_in_a_config() -> None:
+    """By a signal that comes while values are resolved."""
+    OmegaConf.register_new_resolver("end", lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("before", "setting"), [(end_in_a_download, "model.path=org/name"), (end_in_a_config, "model.path='${end:}'")]
+)
+def test_signal_is_no_error_of_what_it_interrupts(tmp_path: Path, before: Callable[[], None], setting: str) -> None:
+    """Libraries make errors of their own of those that pass through them; the sweep would go on."""
+    folder, launcher = tmp_path / "sweep", partial(ForkedProcess, before=before)
+    result = run("-m", "gpus=1,2", "hardware=cpu", "model=local", setting, folder=folder,
+                 sweep=True, launcher=launcher)  # fmt: skip
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert [report["error"]["type"] for report in result.reports] == ["Interrupted"]
+    assert not (folder / "1").exists()

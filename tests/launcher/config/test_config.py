@@ -135,6 +135,7 @@ def test_plan_may_be_of_a_run_with_files_or_of_a_bench() -> None:
         (["engine.all_reduce_bits=8", "engine.transport=nccl"], "engine.all_reduce_bits=8 goes through host memory"),
         (["engine.all_reduce_bits=8", "task=probe"], "engine.all_reduce_bits=8 is not for task=probe"),
         (["engine.fused_prefill_rows=512", "task=calibrate"], "engine.fused_prefill_rows is not for task=calibrate"),
+        (["speculation.kind=ngram", "task=predictions"], "speculation.kind=ngram is not for task=predictions"),
         (["engine.fused_prefill_rows=100"], "engine.fused_prefill_rows=100 must be at least 256"),
         (["probe.min_bytes=3"], "probe.min_bytes=3 must be from 4 to probe.max_bytes"),
         (["probe.min_bytes=8", "probe.max_bytes=4"], "probe.min_bytes=8 must be from 4 to probe.max_bytes=4"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.config import Aim, OffloadKind, SpeculationConfig, SpeculationKind
+from launcher.config import Aim, DType, OffloadKind, SpeculationConfig, SpeculationKind
 from launcher.models.shape import TYPICAL_SCHEMES
 from launcher.plan.options import Option, rank_options
 from launcher.plan.plan import plan_run
@@ -132,6 +132,32 @@ def test_checkpoint_in_fp8_is_compared_as_it_is() -> None:
     planned = plan_run(run, place_ranks(run, 1, cards), own, cards)
     found = [option for option in rank_options(run, own, cards, 1) if option.format == "fp8"]
     assert [option.predicted_bytes for option in found] == [planned.cards[0].predicted_bytes]
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "name", "element_bytes"),
+    [
+        (DType.auto, "bfloat16", "bf16", 2),
+        (DType.auto, "float16", "fp16", 2),
+        (DType.auto, "float32", "fp32", 4),
+        (DType.float32, "bfloat16", "fp32", 4),
+        (DType.bfloat16, "float32", "bf16", 2),
+    ],
+)
+def test_what_is_not_quantised_is_called_by_its_dtype(asked: DType, stored: str, name: str, element_bytes: int) -> None:
+    """The one that it is planned in; its weights are more than the 8 billion of an 8B."""
+    setting = run_of(model__dtype=asked)
+    found = rank_options(setting, replace(LLAMA_8B, dtype=stored), cards_of(2), 2)
+    assert {each.format for each in found} == {name, "int4", "int8", "fp8"}
+    pair = next(each for each in found if (each.world_size, each.format) == (2, name))
+    assert pair.predicted_bytes is not None and pair.predicted_bytes > 8e9 * element_bytes / 2
+
+
+def test_checkpoint_that_says_float16_of_its_scales_is_compared_with_bf16() -> None:
+    own = replace(LLAMA_8B, quantization="awq", scheme=TYPICAL_SCHEMES["awq"], linear_bits=4.15625, dtype="float16")
+    found = {each.format: each for each in rank_options(run_of(), own, cards_of(2), 2) if each.world_size == 2}
+    plain = {each.format: each for each in rank_options(run_of(), LLAMA_8B, cards_of(2), 2) if each.world_size == 2}
+    assert found.pop("awq").fits and found == plain
 
 
 def test_what_has_no_times_is_not_called_the_best_for_latency() -> None:

@@ -21,6 +21,7 @@ from launcher.config import (
     TaskConfig,
     TaskKind,
     TopologyConfig,
+    TopologyKind,
     TransportKind,
 )
 from launcher.config.engine import PrefillGraphs
@@ -84,6 +85,16 @@ def test_transports_between_cards_need_cards(kind: TransportKind) -> None:
 def test_fewer_kv_heads_than_ranks_suggests_as_many_ranks() -> None:
     message = refused(replace(TINY, num_kv_heads=2), cards_of(4), 4)
     assert message == "the model has 2 KV heads; over 4 ranks some would hold none. Use gpus=2."
+
+
+def test_fewer_cards_come_with_the_topology_that_they_have_where_one_was_asked_for() -> None:
+    """Its number of cards would contradict gpus."""
+    quad = TopologyConfig(TopologyKind.quad)
+    assert refused(replace(TINY, num_kv_heads=2), cards_of(4), 4, topology=quad).endswith(
+        "Use gpus=2 topology=dual_pcie."
+    )
+    message = refused(TINY, cards_of(1), 4, topology=quad)
+    assert message.startswith("gpus=4 topology=quad but 1 card can be seen. Set gpus=1 topology=single, show more")
 
 
 def test_quantised_weights_that_cannot_be_loaded_are_planned_but_not_run() -> None:

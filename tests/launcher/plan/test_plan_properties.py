@@ -112,7 +112,7 @@ def test_options_are_the_plans_that_they_compare() -> None:
     options = rank_options(run, LLAMA_70B, read_inventory(CARDS, 4), 4)
     off = {"offload": OffloadConfig(OffloadKind.off), "workload__batch_size": 2}
     for option in options:
-        single = planned(variants(LLAMA_70B)[option.format], option.world_size, CARDS, **off)
+        single = planned(variants(run, LLAMA_70B)[option.format], option.world_size, CARDS, **off)
         assert option.fits == (single is not None)
         if single is not None:
             plan, times = single

@@ -8,12 +8,23 @@ from typing import Any
 
 import pytest
 
-from launcher.config import KVDType, LimitsConfig, OffloadConfig, OffloadKind, RunConfig, TopologyKind
+from launcher.config import (
+    HardwareConfig,
+    HardwareKind,
+    KVDType,
+    LimitsConfig,
+    OffloadConfig,
+    OffloadKind,
+    PeerAccess,
+    RunConfig,
+    TopologyKind,
+)
 from launcher.config.offload import KVPlace
+from launcher.hardware.inventory import Inventory, read_inventory
 from launcher.models.shape import ModelShape, quantized_shape
 from launcher.plan.plan import Plan, plan_run
 from launcher.plan.topology import PlanError, place_ranks, resolve_world_size
-from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, cards_of, plan, refused, run_of
+from tests.launcher.plans import LLAMA_8B, LLAMA_70B, LLAMA_70B_AWQ, RESIDENT, cards_of, plan, refused, run_of
 
 # Of a run, by the key in the message; sums of tokens are one token of prompt and the answer.
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -130,3 +141,22 @@ def test_layers_that_stay_are_made_fewer_where_their_number_was_asked_for() -> N
     more = refused(LLAMA_70B_AWQ, roomy, offload=OffloadConfig(resident_layers=most + 1))
     kv = f"offload.kv=host, which keeps keys and values of {80 - most - 1} layers in host memory."
     assert more.endswith(f"offload.resident_layers={most}; or {kv}")
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+@pytest.mark.parametrize(("peers", "num_cards"), [(PeerAccess.auto, 3), (PeerAccess.off, 2)])
+def test_more_cards_are_counted_with_what_nvlink_between_them_takes(
+    peers: PeerAccess, num_cards: int, is_described: bool
+) -> None:
+    """Half a GiB of a card more than through host memory, which these lack where they are two."""
+    limits = LimitsConfig(card_memory_gib=68.3, peer_access=peers)
+    linked = HardwareConfig(HardwareKind.facts, "linked", memory_gib=140, nvlink=True)
+    changes = {"limits": limits, **({"hardware": linked} if is_described else {}), **RESIDENT}
+
+    def cards(num: int) -> Inventory:
+        found = cards_of(3, nvlink=((0, 1), (0, 2), (1, 2)), memory_bytes=140 * 2**30)
+        return read_inventory(linked, num) if is_described else found
+
+    message = refused(LLAMA_70B, cards(1), **changes)
+    assert f"What would fit: gpus={num_cards}" in message
+    assert plan(LLAMA_70B, cards(num_cards), num_cards, **changes).offload is None

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from launcher.config import HardwareConfig, HardwareKind
+from launcher.config import EngineConfig, HardwareConfig, HardwareKind, OffloadConfig, TransportKind
 from launcher.hardware.inventory import read_inventory
-from launcher.plan.timed import keep_calibration, plan_timed
+from launcher.models.shape import ModelShape, quantized_shape
+from launcher.plan.timed import WHOLE_SUMS, keep_calibration, plan_timed
 from launcher.plan.topology import place_ranks
 from launcher.timing.power_draw import Load
 from launcher.timing.predict import Times
@@ -29,10 +30,10 @@ FACTS = HardwareConfig(
 )
 
 
-def times_by(hardware: HardwareConfig, **changes: Any) -> Times | str:
-    inventory = read_inventory(hardware, 2)
+def times_by(hardware: HardwareConfig, num_cards: int = 2, shape: ModelShape = LLAMA_8B, **changes: Any) -> Times | str:
+    inventory = read_inventory(hardware, num_cards)
     run = run_of(hardware=hardware, workload__prompt_tokens=512, **changes)
-    return plan_timed(run, place_ranks(run, 2, inventory), LLAMA_8B, inventory)[1]
+    return plan_timed(run, place_ranks(run, num_cards, inventory), shape, inventory)[1]
 
 
 def test_cards_of_which_all_is_known_have_times() -> None:
@@ -42,6 +43,21 @@ def test_cards_of_which_all_is_known_have_times() -> None:
 @pytest.mark.parametrize("name", ["memory_gb_per_sec", "bf16_tflops", "pcie_generation", "pcie_lanes"])
 def test_fact_that_is_not_known_is_named_where_times_would_be(name: str) -> None:
     assert times_by(replace(FACTS, **{name: 0})) == f"hardware=a card does not say hardware.{name}"
+
+
+def test_sums_that_facts_do_not_tell_of_have_no_times() -> None:
+    """Theirs are through host memory: NCCL takes five times as long for those of a step."""
+    said = times_by(FACTS, engine=EngineConfig(transport=TransportKind.nccl))
+    assert said == "hardware=a card does not say what sums take through NCCL alone (engine.transport=nccl)"
+    alone = times_by(FACTS, 1, engine=EngineConfig(transport=TransportKind.nccl))
+    assert isinstance(alone, Times) and alone == times_by(FACTS, 1)
+
+
+def test_sums_of_fewer_bits_are_said_to_be_counted_whole() -> None:
+    whole, rounded = times_by(FACTS), times_by(FACTS, engine=EngineConfig(all_reduce_bits=8))
+    assert isinstance(whole, Times) and isinstance(rounded, Times)
+    assert rounded == replace(whole, assumptions=(*whole.assumptions, WHOLE_SUMS))
+    assert times_by(FACTS, 1, engine=EngineConfig(all_reduce_bits=8)) == times_by(FACTS, 1)
 
 
 def test_what_cards_drew_while_they_were_calibrated_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,3 +83,16 @@ def test_times_say_what_of_the_workload_they_leave_out() -> None:
     assert isinstance(whole, Times) and isinstance(more, Times)
     left_out = "of 1 request at once, workload.num_requests=64 and workload.arrival_rate=2.0 left out"
     assert more == replace(whole, assumptions=(*whole.assumptions, left_out))
+
+
+def test_times_say_that_layers_are_copied_which_the_host_may_compute() -> None:
+    packed = quantized_shape(LLAMA_8B, "int4")
+    copied, shared = (
+        times_by(FACTS, 1, packed, offload=OffloadConfig(resident_layers=8, host_layers=num)) for num in (0, 8)
+    )
+    assert isinstance(copied, Times) and isinstance(shared, Times)
+    assert shared.assumptions == (
+        *copied.assumptions,
+        "every streamed layer is copied, what the host computes left out",
+    )
+    assert shared.tpot_ms == copied.tpot_ms

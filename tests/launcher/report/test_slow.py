@@ -54,6 +54,18 @@ def test_a_poor_link_is_told(change: dict[str, int], words: str) -> None:
     assert slow_parts(report(GOOD | change) | {"device": "cpu"}) == []
 
 
+def answered(num_prompts: int, batch_size: int, **changes: Any) -> dict[str, Any]:
+    """A report's part about prompts of up to 500 tokens, with answers of up to 100; room is for 8192 and a little."""
+    found = {
+        "outputs": [{"num_prompt_tokens": 500 - place % 2} for place in range(num_prompts)],
+        "batch_size": batch_size,
+        "max_context": 8192,
+        "predicted": {"offload": None, "kv_tokens_that_fit": 8400},
+        "config": {"engine": {"max_context": None}, "workload": {"output_tokens": 100}},
+    }
+    return found | changes
+
+
 @pytest.mark.parametrize(
     ("num_prompts", "batch_size", "words"),
     [
@@ -65,8 +77,25 @@ def test_a_poor_link_is_told(change: dict[str, int], words: str) -> None:
     ],
 )
 def test_prompts_that_wait_for_one_another_are_told(num_prompts: int, batch_size: int, words: list[str]) -> None:
-    answered = {"outputs": [{}] * num_prompts, "batch_size": batch_size}
-    assert slow_parts(report(GOOD) | answered) == words
+    assert slow_parts(report(GOOD) | answered(num_prompts, batch_size)) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"predicted": {"offload": None, "kv_tokens_that_fit": 2000}}, 3),
+        ({"predicted": {"offload": None, "kv_tokens_that_fit": 700}}, None),
+        ({"predicted": {"offload": {}, "kv_tokens_that_fit": 700}}, 8),
+        ({"config": {"engine": {"max_context": 4096}, "workload": {"output_tokens": 100}}}, 2),
+        ({"config": {"engine": {"max_context": None}, "workload": {"output_tokens": 5000}}}, None),
+        ({"config": {"engine": {"max_context": None}, "workload": {"output_tokens": 5000}}, "max_context": 1024}, 8),
+    ],
+    ids=["some fit", "one fits", "streamed", "context asked for", "long answers", "a model of few positions"],
+)
+def test_no_more_prompts_are_advised_than_there_is_room_for(changes: dict[str, Any], more: int | None) -> None:
+    """With more at a time the context would be shorter than the prompts, which would be refused."""
+    lines = slow_parts(report(GOOD) | answered(100, 1, **changes))
+    assert [line.partition("workload.batch_size=")[2].split()[0] for line in lines] == ([str(more)] if more else [])
 
 
 def test_an_idle_link_is_slow_on_purpose() -> None:

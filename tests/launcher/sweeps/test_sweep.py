@@ -219,6 +219,11 @@ def test_what_is_typed_now_takes_its_place(stored: Path) -> None:
     assert arguments[2:] == ["gpus=1,2,4", "++model=demo", "prompt=x", f"hydra.sweep.dir='{stored}'", "resume=true"]
 
 
+def test_what_belongs_to_a_flag_stays_beside_it(stored: Path) -> None:
+    arguments = resume_arguments(["-m", f"resume={stored}", "~prompt", "--config-dir", "some/folder"])
+    assert arguments[:4] == ["-m", "--config-dir", "some/folder", "hydra/launcher=basic"] and "~prompt" in arguments
+
+
 @pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"'])
 def test_folder_of_any_name_is_quoted_for_hydra(stored: Path, typed: str) -> None:
     """As it is typed in the shell's quotes alone, or in Hydra's within them."""

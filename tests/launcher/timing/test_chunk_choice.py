@@ -19,6 +19,7 @@ from launcher.report.report import planned
 from launcher.timing.chunk_choice import LEAST_SHARE, SIZES, UNNOTICED_MS, choose_chunk, predict_chunk
 from launcher.timing.fit import fit_rates
 from launcher.timing.published import Facts, rates_from_facts
+from launcher.timing.work import OTHER
 from tests.launcher.plans import LLAMA_70B, RTX_4090, run_of
 from tests.launcher.timing.test_timing import WIDE, Machine
 
@@ -70,8 +71,8 @@ def test_passes_are_timed_as_predictions_time_them(queue: float, tokens: int) ->
 
 def test_weights_of_another_kind_have_no_times() -> None:
     rates = rates_from_facts(Facts("a card", 1000.0, 165.0, 4, 16, None), 2)
-    with pytest.raises(ValueError, match="have no other"):
-        predict_chunk(replace(WIDE, format="other"), rates, prefill_chunk=2048, batch_size=1, context=100)
+    with pytest.raises(ValueError, match="are of weights in bf16, int4, int8, fp8, and these are in another format"):
+        predict_chunk(replace(WIDE, format=OTHER), rates, prefill_chunk=2048, batch_size=1, context=100)
 
 
 def plan_4090s(tflops: float = 165, offload: OffloadKind = OffloadKind.off, **changes: object) -> Plan:

@@ -208,7 +208,7 @@ def test_streamed_layers_hold_up_what_computes_faster(machine: Machine) -> None:
 
 
 def test_a_format_that_was_not_timed_is_refused(machine: Machine) -> None:
-    with pytest.raises(ValueError, match=r"have no fp8; they have int4"):
+    with pytest.raises(ValueError, match=r"are of weights in int4, and these are in fp8"):
         predict(machine, work=replace(WIDE, format="fp8"))
 
 
