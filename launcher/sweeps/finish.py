@@ -61,10 +61,10 @@ def draw_plots(jobs: Sequence[SweepJob], rows: Sequence[Row], folder: Path) -> l
     """Plots of what the jobs have in common; trouble with them does not make a failure of a sweep that went well."""
     if all(row["status"] != OK for row in rows):
         return []
-    # A second, and only a sweep needs it.
-    from launcher.sweeps.plots import write_plots
-
     try:
+        # A second, and only a sweep needs it.
+        from launcher.sweeps.plots import write_plots
+
         with warnings.catch_warnings(record=True) as caught:
             plots = write_plots(jobs, rows, folder / PLOTS_FOLDER)
         if caught:
