@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from launcher.config import ConfigError, RunConfig, to_run_config
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.locks import InUse, held
-from launcher.override_errors import explain_composition, quoting_hint
+from launcher.override_errors import composition_hint, explain_composition
 from launcher.processes import torchrun
 from launcher.processes.start import (
     FORWARDED_SIGNALS,
@@ -73,7 +73,7 @@ def run_command_line() -> int:
             if Announce.sweep is not None:
                 Announce.sweep.restore_command()
             message = explain_composition(error, sys.argv[1:])
-            failure = Failure("ConfigError", message, quoting_hint(message))
+            failure = Failure("ConfigError", message, composition_hint(message))
         return report_failure(failure, None, None)
     return 0
 
