@@ -37,7 +37,7 @@ from launcher.report.outcome import discard_report, report_failure, write_report
 from launcher.run import execute
 from launcher.sweeps.announce import Announce
 from launcher.sweeps.finish import finish_sweep
-from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
+from launcher.sweeps.resume import MULTIRUN_FLAGS, finished_report, goes_on, resume_arguments
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def run_command_line() -> int:
     handle_signals()
     try:
         check_text(sys.argv[1:])
-        sys.argv[1:] = resume_arguments(sys.argv[1:])
+        sys.argv[1:] = flag_first(resume_arguments(sys.argv[1:]))
         run_hydra()
     except SystemExit as error:
         return int(error.code or 0)
@@ -76,6 +76,11 @@ def run_command_line() -> int:
             failure = Failure("ConfigError", message, composition_hint(message))
         return report_failure(failure, None, None)
     return 0
+
+
+def flag_first(arguments: Sequence[str]) -> list[str]:
+    """With -m at the beginning: what follows one in the middle is unknown to argparse, which Hydra parses by."""
+    return sorted(arguments, key=lambda argument: argument not in MULTIRUN_FLAGS)
 
 
 def check_text(arguments: Sequence[str]) -> None:
