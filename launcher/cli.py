@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from launcher.config import ConfigError, RunConfig, to_run_config
 from launcher.failures import Failure, RunFailed, describe_exception
 from launcher.locks import InUse, held
-from launcher.override_errors import explain_composition, quoting_hint
+from launcher.override_errors import composition_hint, explain_composition
 from launcher.processes import torchrun
 from launcher.processes.start import (
     FORWARDED_SIGNALS,
@@ -37,7 +37,7 @@ from launcher.report.outcome import discard_report, report_failure, write_report
 from launcher.run import execute
 from launcher.sweeps.announce import Announce
 from launcher.sweeps.finish import finish_sweep
-from launcher.sweeps.resume import finished_report, goes_on, resume_arguments
+from launcher.sweeps.resume import MULTIRUN_FLAGS, finished_report, goes_on, resume_arguments
 
 
 def main() -> int:
@@ -61,7 +61,7 @@ def run_command_line() -> int:
     handle_signals()
     try:
         check_text(sys.argv[1:])
-        sys.argv[1:] = resume_arguments(sys.argv[1:])
+        sys.argv[1:] = flag_first(resume_arguments(sys.argv[1:]))
         run_hydra()
     except SystemExit as error:
         return int(error.code or 0)
@@ -73,9 +73,14 @@ def run_command_line() -> int:
             if Announce.sweep is not None:
                 Announce.sweep.restore_command()
             message = explain_composition(error, sys.argv[1:])
-            failure = Failure("ConfigError", message, quoting_hint(message))
+            failure = Failure("ConfigError", message, composition_hint(message))
         return report_failure(failure, None, None)
     return 0
+
+
+def flag_first(arguments: Sequence[str]) -> list[str]:
+    """With -m at the beginning: what follows one in the middle is unknown to argparse, which Hydra parses by."""
+    return sorted(arguments, key=lambda argument: argument not in MULTIRUN_FLAGS)
 
 
 def check_text(arguments: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ERROR_FILE = "error.json"
 FOLDER_KNOBS = "hydra.run.dir=FOLDER, of a sweep hydra.sweep.dir=FOLDER"
+FULL_DISK_HINT = f"Free some space, or write elsewhere: output_file=FILE, {FOLDER_KNOBS}."
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def describe_exception(error: BaseException, rank: int | None = None, log: str |
 
 def find_hint(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"Free some space, or write elsewhere: output_file=FILE, {FOLDER_KNOBS}."
+        return FULL_DISK_HINT
     if isinstance(error, OSError) and error.errno in (
         errno.EACCES,
         errno.EPERM,

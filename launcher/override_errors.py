@@ -11,6 +11,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+# What Hydra says -> how to write it in its place.
+HINTS = {
+    (
+        "mismatched input", "extraneous input", "no viable alternative", "token recognition error",
+        "LexerNoViableAlt", "Error parsing override",
+    ): "Quote a value with special characters twice, \"prompt='f(x) = ...'\", or use prompts_file=FILE.",
+    (
+        "Ambiguous value",
+    ): "Several values, one a run, need -m; quote a text with commas twice, \"prompt='a, b'\"; a list is KEY=[a,b].",
+    ("Could not find 'model/",): "Any other checkpoint: model=local model.path=FOLDER, or its name on the hub.",
+}  # fmt: skip
+
 
 def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
     """One message with what Hydra said and what it would have said of the other overrides."""
@@ -21,15 +33,9 @@ def explain_composition(error: Exception, arguments: Sequence[str]) -> str:
     return "\n".join(dict.fromkeys([first_line(error), *(message for message in others if message)]))
 
 
-def quoting_hint(message: str) -> str:
-    """How to write a value that Hydra's grammar cannot read; empty where that is not the trouble."""
-    grammar = (
-        "mismatched input", "extraneous input", "no viable alternative", "token recognition error",
-        "LexerNoViableAlt", "Error parsing override",
-    )  # fmt: skip
-    if not any(text in message for text in grammar):
-        return ""
-    return "Quote a value with special characters twice, \"prompt='f(x) = ...'\", or use prompts_file=FILE."
+def composition_hint(message: str) -> str:
+    """How to write what Hydra could not read, or took for something else; empty where that is not the trouble."""
+    return " ".join(hint for texts, hint in HINTS.items() if any(text in message for text in texts))
 
 
 def is_plain_override(argument: str) -> bool:

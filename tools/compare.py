@@ -85,7 +85,7 @@ def overrides_of(job: SweepJob) -> dict[str, str]:
 def values_of(job: SweepJob, keys: Sequence[str]) -> tuple[str | None, ...]:
     """As the job ran, whether they were typed or not; as typed where it has no such setting (model=NAME), or the report
     holds no config."""
-    known, typed = settings(job), overrides_of(job)
+    known, typed = config_of(job), overrides_of(job)
     return tuple(as_typed(known[key]) if key in known else typed.get(key) for key in keys)
 
 
@@ -132,17 +132,20 @@ def differences(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
 
     What varies within a sweep differs in no pair; reports that hold no config tell nothing of it.
     """
+    both = [(config_of(pair.a), config_of(pair.b)) for pair in pairs]
     found = [
-        {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)}
-        for a, b in ((settings(pair.a), settings(pair.b)) for pair in pairs if pair.a and pair.b)
+        {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)} for a, b in both if a and b
     ]
     first = found[0] if found else {}
     return {key: both for key, both in first.items() if all(each.get(key) == both for each in found)}
 
 
-def settings(job: SweepJob) -> dict[str, Any]:
-    report = job.report or {}
-    return dict(flat(report.get("config") or {})) | dict(flat(report.get("versions") or {}, "versions."))
+def config_of(job: SweepJob | None) -> dict[str, Any]:
+    """Settings and versions of a job; empty where there is none, or it was refused before it had a config."""
+    report = (job and job.report) or {}
+    if not report.get("config"):
+        return {}
+    return dict(flat(report["config"])) | dict(flat(report.get("versions") or {}, "versions."))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launcher.config import RunConfig, to_run_config
-from launcher.override_errors import explain_composition, quoting_hint
+from launcher.override_errors import composition_hint, explain_composition
 from launcher.slurm.duration import WARNING_SEC
 from launcher.slurm.needs import DEFAULT_CARDS, Needs, find_needs
 from tools.sbatch import Script, check_name, render, resources_of
@@ -87,7 +87,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
 
 def explained(error: HydraException, overrides: Sequence[str]) -> str:
     message = explain_composition(error, overrides)
-    return f"{message}\n{quoting_hint(message)}".rstrip()
+    return f"{message}\n{composition_hint(message)}".rstrip()
 
 
 def check_outputs(runs: Sequence[RunConfig]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.config import HardwareKind
 from launcher.memory.demand import Demand
 from launcher.memory.fit import group_lines
 from launcher.memory.kv import host_kv_bytes
@@ -27,7 +28,7 @@ def refuse_memory(refused: Refused) -> PlanError:
     what_fits = f"What would fit: {'; or '.join(remedies)}."
     worst = max(range(demand.world_size), key=lambda rank: sum(lines[rank].values()) - budgets[rank])
     summary = f"{what} do not fit: {_total_text(lines[worst], budgets[worst])}"
-    return PlanError("\n".join([f"{what} do not fit (predicted):", *sizes, what_fits]), summary)
+    return PlanError("\n".join([f"{what} do not fit (predicted):", *sizes, *_no_cards(refused), what_fits]), summary)
 
 
 def refuse_host_memory(
@@ -68,6 +69,15 @@ def refuse_host_memory(
 
 def _sequences(demand: Demand, max_context: int) -> str:
     return f"sequences of {max_context} tokens with workload.batch_size={demand.batch_size}"
+
+
+def _no_cards(refused: Refused) -> list[str]:
+    """Why ranks are on the CPU, where nobody asked for that."""
+    if refused.inventory.cards or refused.run.hardware.kind != HardwareKind.local:
+        return []
+    return [
+        "No NVIDIA card was found: python -m tools.health says more; task=plan hardware=rtx4090 plans for such cards."
+    ]
 
 
 def _rank_text(rank: int, lines: dict[str, int], refused: Refused) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launcher.failures import ERROR_FILE, Failure, RunFailed, read_first_failure
+from launcher.failures import ERROR_FILE, FULL_DISK_HINT, Failure, RunFailed, read_first_failure
 from launcher.job import Job
 from launcher.processes.ranks import run_ranks
 
@@ -103,15 +103,21 @@ def rank_death(job: Job, rank: int, exit_code: int | None) -> Failure:
         how = f"was killed by {signal.Signals(-exit_code).name}"
     if exit_code in (None, -signal.SIGKILL):
         hint = "If nobody killed it, the kernel did for want of host memory: see dmesg."
-    if exit_code == -signal.SIGBUS:
+    elif exit_code == -signal.SIGBUS:
         hint = (
             "Memory that it mapped was not there: /dev/shm is full (docker run --shm-size 1g), or a file of the model "
             "was cut while it was read."
         )
+    elif is_cut_short(Path(job.run_dir) / ERROR_FILE):
+        hint = f"The rank could not write what failed, as on a full disk. {FULL_DISK_HINT}"
     card, name = job.placement.cards[rank], job.placement.names[rank]
     where = name if card is None else f"card {card}, {name}"
     message = f"rank {rank} ({where}) {how}; every rank was stopped. Log: {log}"
     return Failure("RankDied", message, hint, rank, str(log))
+
+
+def is_cut_short(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size == 0
 
 
 def interrupted(sig: int) -> Failure:

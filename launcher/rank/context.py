@@ -21,14 +21,16 @@ from launcher.failures import describe_exception, write_first_failure
 from launcher.job import Job
 from launcher.processes.start import rank_log
 from launcher.rank.transport import open_transport
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, TransportError
 from parallel.shard import share_process_group
 from parallel.transports.choice import PREFILL_BYTES, Range
-from parallel.transports.selftest import DECODE_BYTES
+from parallel.transports.selftest import DECODE_BYTES, Deadline
 from parallel.units import GIB
 
 # For NCCL to end its communicators, which takes a fraction of a second where all ranks do.
 LEAVE_SEC = 10.0
+# Torch's own limits, which say more, come first.
+JOIN_GRACE_SEC = 5.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ def joined_rank(
     `startup`: the times of steps before, as RankContext has them.
     """
     device = open_device(job, rank)
-    join_process_group(job, device)
+    deadline = limit_join(job, rank)
+    try:
+        join_process_group(job, device)
+    finally:
+        deadline.cancel()
     try:
         joined = {"joined_sec": job.elapsed_sec}
         choice = open_transport(job, device, partial(abort_rank, job, rank))
@@ -164,6 +170,17 @@ def allocator_limit(job: Job, rank: int) -> float | None:
     # Of the budget the context and the communicator are not torch's.
     card = job.plan.cards[rank]
     return min(card.budget_bytes, limit_gib * GIB) - card.lines["context"] - card.lines["communicator"]
+
+
+def limit_join(job: Job, rank: int) -> Deadline:
+    """Ends this rank where the first never serves the store, as one that hangs in its driver: torch connects to the
+    socket that the parent has opened, and waits for an answer without a limit (2.13)."""
+    limit_sec = job.run.timeouts.collective_sec
+    error = TransportError(
+        f"rank 0 did not answer rank {rank} for {limit_sec:g} s (timeouts.collective_sec): it hangs before it has "
+        f"joined. Its log may say where: {rank_log(Path(job.run_dir), 0)}"
+    )
+    return Deadline(limit_sec + JOIN_GRACE_SEC, error, partial(abort_rank, job, rank))
 
 
 def join_process_group(job: Job, device: torch.device) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.report.console import print_note, print_warning, stderr_console
 from launcher.sweeps.announce import Sweep
 from launcher.sweeps.jobs import SweepJob, find_finished, find_jobs
-from launcher.sweeps.rows import OK, Row, sweep_rows
+from launcher.sweeps.rows import OK, Row, sweep_rows, without_common_folders
 from launcher.sweeps.table import NOTE, csv_text, markdown_text, num_left, reasons, terminal_table
 
 TABLE_NAME = "sweep"
@@ -33,7 +34,8 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
         jobs = tuple(sorted((*jobs, *find_finished(sweep.folder, jobs)), key=lambda job: job.number))
     rows = sweep_rows(jobs)
     # Before files are written, for which a full disk has no room.
-    stderr_console().print(terminal_table(rows, f"{len(rows)} jobs"))
+    title = f"{len(rows)} job{'s' * (len(rows) != 1)}"
+    stderr_console().print(terminal_table(without_common_folders(rows), title))
     for line in (NOTE, *reasons(rows)):
         print_note(line)
     if num_left(rows):
@@ -59,11 +61,15 @@ def draw_plots(jobs: Sequence[SweepJob], rows: Sequence[Row], folder: Path) -> l
     """Plots of what the jobs have in common; trouble with them does not make a failure of a sweep that went well."""
     if all(row["status"] != OK for row in rows):
         return []
-    # A second, and only a sweep needs it.
-    from launcher.sweeps.plots import write_plots
-
     try:
-        return write_plots(jobs, rows, folder / PLOTS_FOLDER)
+        # A second, and only a sweep needs it.
+        from launcher.sweeps.plots import write_plots
+
+        with warnings.catch_warnings(record=True) as caught:
+            plots = write_plots(jobs, rows, folder / PLOTS_FOLDER)
+        if caught:
+            print_warning(f"plots: {caught[0].message}")
+        return plots
     except Exception as error:
         print_warning(f"no plots: {type(error).__name__}: {error}")
         return []

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from launcher.sweeps.jobs import SweepJob
-from launcher.sweeps.rows import OK, Row
+from launcher.sweeps.rows import OK, Row, without_common_folders
 from launcher.sweeps.series import (
     CARD_KEYS,
     Line,
@@ -43,6 +43,8 @@ STYLE: Any = {
     # Text stays text, so that an SVG can be searched and scales with its fonts.
     "svg.fonttype": "none",
     "svg.hashsalt": "launch70b",
+    # A prompt with two dollar signs is no formula.
+    "text.parse_math": False,
     "font.size": 13,
     "axes.titlesize": 14,
     "axes.titlelocation": "left",
@@ -61,6 +63,8 @@ WIDTH, HEIGHT, LEGEND_ROW = 8.0, 4.6, 0.3
 BAR_LINE = 0.21
 # Characters of a label in a line: one of two columns of a legend, or its only one; beside an axis or above a panel.
 LEGEND_LABEL, LONG_LABEL, MAX_LABEL = 28, 60, 34
+# Of the largest value, what an axis of memory spans at least: a difference of two percent must not fill it.
+MIN_SPAN = 0.25
 MAX_PANELS = 24
 PANEL_COLUMNS = 3
 
@@ -71,7 +75,7 @@ def write_plots(jobs: Sequence[SweepJob], rows: Sequence[Row], folder: Path) -> 
     Raises:
         OSError: the folder cannot be written.
     """
-    done = [row for row in rows if row["status"] == OK]
+    done = [row for row in without_common_folders(rows) if row["status"] == OK]
     with matplotlib.rc_context(STYLE):
         figures = {name: draw(done) for name, draw in PLOTS.items()}
         figures["power_over_time"] = draw_power(jobs, done)
@@ -174,9 +178,18 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
     axes.set_yticks(places, labels, fontsize=11)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.1)
+    widen(axes)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def widen(axes: Axes) -> None:
+    """The axis of values, to both sides, where these are close together."""
+    low, high = axes.get_xlim()
+    short = MIN_SPAN * high - (high - low)
+    if short > 0:
+        axes.set_xlim(low - short / 2, high + short / 2)
 
 
 def draw_limit(axes: Axes, bars: Sequence[MemoryBar]) -> None:

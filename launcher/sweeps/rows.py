@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from launcher.sweeps.jobs import SweepJob
@@ -13,6 +14,9 @@ Row = dict[str, Any]
 # Of the plan's times, those that stand beside measured ones. The median of tokens waits for prompts, too; reports of
 # before have the step alone.
 PREDICTED = ("tokens_per_sec", "ttft_ms", "comm_share", "tokens_per_joule")
+
+# The ends of keys whose values are files or folders.
+PATH_KEYS = ("path", "file")
 
 OK = "ok"
 FAILED = "failed"
@@ -93,6 +97,22 @@ def varying_keys(overrides: Sequence[dict[str, str]]) -> list[str]:
     """Keys whose values are not the same in all, in the order of their first appearance."""
     keys = dict.fromkeys(key for each in overrides for key in each)
     return [key for key in keys if len({each.get(key) for each in overrides}) > 1]
+
+
+def without_common_folders(rows: Sequence[Row]) -> list[Row]:
+    """For people: of paths that vary what they have in common is left out, so that /models/a and /models/b are a and
+    b."""
+    keys = [key for key in rows[0]["varies"] if key.endswith(PATH_KEYS)] if rows else []
+    shared = {key: common_folder([str(row["varies"][key]) for row in rows if row["varies"][key]]) for key in keys}
+    short = ({key: (row["varies"][key] or "").removeprefix(shared[key]) or None for key in keys} for row in rows)
+    return [row | {"varies": row["varies"] | each} for row, each in zip(rows, short, strict=True)]
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """With its slash; empty where there is none."""
+    folders = (path.rstrip("/").split("/")[:-1] for path in paths)
+    same = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    return "".join(f"{names[0]}/" for names in same)
 
 
 def highest_gib(cards: Sequence[dict[str, Any]], key: str) -> float | None:

@@ -57,6 +57,18 @@ def test_value_that_hydra_cannot_read_gets_a_hint(tmp_path: Path, override: str)
     assert "Quote a value with special characters" in run(override, folder=tmp_path / "run").error["hint"]
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("gpus=1,2", "Several values, one a run, need -m"),
+        ("prompt=Hello, world", "quote a text with commas twice"),
+        ("model=org/name", "Any other checkpoint: model=local model.path=FOLDER"),
+    ],
+)
+def test_value_that_is_taken_for_something_else_gets_a_hint(tmp_path: Path, override: str, hint: str) -> None:
+    assert hint in run(override, folder=tmp_path / "run").error["hint"]
+
+
 def test_folder_that_cannot_be_written_gets_a_hint(tmp_path: Path) -> None:
     error = run(*SHORT, "hydra.run.dir=/dev/null/x", folder=tmp_path / "run").error
     assert (error["type"], error["hint"]) == (

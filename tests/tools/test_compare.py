@@ -102,6 +102,15 @@ def test_settings_that_differ_in_every_pair_are_named(tmp_path: Path) -> None:
     assert differences(pairs) == {"engine.transport": ["nccl", "auto"], "versions.torch": ["2.12.0", "2.13.0"]}
 
 
+def test_job_that_was_refused_hides_no_difference_of_others(tmp_path: Path) -> None:
+    for name, transport in (("a", "nccl"), ("b", "auto")):
+        report = bench_report(config={"engine": {"transport": transport}})
+        write_job(tmp_path / name, 0, ["gpus=1"], failed_report() if name == "b" else report)
+        write_job(tmp_path / name, 1, ["gpus=2"], report)
+    pairs = match_jobs(read_jobs(tmp_path / "a"), read_jobs(tmp_path / "b"))
+    assert differences(pairs) == {"engine.transport": ["nccl", "auto"]}
+
+
 def test_each_difference_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (
         write_job(tmp_path, number, [], bench_report(config={"prompt": prompt, "seed": number}))

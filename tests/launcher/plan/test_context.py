@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.config import HardwareKind
 from launcher.memory.demand import Demand
 from launcher.memory.fit import fits
 from launcher.plan import remedies as plan_remedies
@@ -100,6 +101,13 @@ def test_what_is_short_of_a_limit_names_it() -> None:
     assert "limits" not in refused(LLAMA_70B, cards_of(2), 2, limits__card_memory_gib=24)
     on_cpu = refused(LLAMA_70B_AWQ, replace(CPU, host_memory_bytes=16 * GIB), 2, limits__card_memory_gib=4)
     assert "rank 1 on the CPU: " in on_cpu and "GiB of 4.00 (limits.card_memory_gib=4): " in on_cpu
+
+
+def test_ranks_on_the_cpu_that_nobody_asked_for_are_explained() -> None:
+    small, words = replace(CPU, host_memory_bytes=16 * GIB), "No NVIDIA card was found: python -m tools.health"
+    assert words in refused(LLAMA_70B_AWQ, small, 2)
+    assert words not in refused(LLAMA_70B_AWQ, small, 2, hardware__kind=HardwareKind.cpu)
+    assert words not in refused(LLAMA_70B, cards_of(2), 2)
 
 
 def test_ranks_after_one_that_exceeds_its_card_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 
 from launcher.cli import handle_signals
 from launcher.config import ConfigError, PeerAccess
-from launcher.failures import Failure, RunFailed, read_first_failure, write_first_failure
+from launcher.failures import ERROR_FILE, Failure, RunFailed, read_first_failure, write_first_failure
 from launcher.job import Job, build_environment, load_job, save_job
 from launcher.processes import ranks as rank_processes
 from launcher.processes import torchrun
@@ -66,6 +66,14 @@ def test_rank_killed_for_want_of_memory_gets_that_hint(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     assert "host memory" in find_cause(job, {0: -signal.SIGKILL}).hint
     assert "host memory" not in find_cause(job, {0: -signal.SIGSEGV}).hint
+
+
+def test_rank_that_could_not_write_its_failure_gets_the_hint_of_a_full_disk(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    assert "space" not in find_cause(job, {0: 1}).hint
+    (tmp_path / ERROR_FILE).touch()
+    assert "Free some space" in find_cause(job, {0: 1}).hint
+    assert "host memory" in find_cause(job, {0: -signal.SIGKILL}).hint
 
 
 def test_rank_that_lost_mapped_memory_is_told_where_it_may_be_short(tmp_path: Path) -> None:

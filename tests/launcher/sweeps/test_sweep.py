@@ -167,6 +167,12 @@ def test_however_going_on_is_said_no_result_is_lost(plans: Path, word: str) -> N
     assert [row["varies"]["gpus"] for row in read_rows(plans)] == ["1", "2"]
 
 
+def test_flag_of_a_sweep_may_stand_among_settings(tmp_path: Path) -> None:
+    result = run("task=plan", "-m", "gpus=1,2", folder=tmp_path, sweep=True)
+    assert result.returncode == 0, result.stderr
+    assert [row["varies"] for row in read_rows(tmp_path)] == [{"gpus": "1"}, {"gpus": "2"}]
+
+
 def test_values_that_cannot_be_composed_are_not_what_the_folder_goes_on_with(plans: Path) -> None:
     error = run("-m", f"resume={plans}", "gsup=2", folder=plans.parent / "unused", sweep=True).error
     assert "gsup" in error["message"]

@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from launcher.sweeps.finish import draw_plots
 from launcher.sweeps.jobs import SweepJob, find_jobs
 from launcher.sweeps.plots import FRONT, draw_memory, draw_throughput, write_plots
 from launcher.sweeps.rows import Row, sweep_rows
@@ -97,15 +98,45 @@ def test_nothing_is_drawn_over_the_edge(plots: dict[str, Path], name: str) -> No
 
 
 def test_long_names_of_lines_have_room_below_the_plot(tmp_path: Path) -> None:
-    """Such as two folders, which only their ends tell apart."""
     for number, (end, gpus) in enumerate((end, gpus) for end in ("old", "new") for gpus in (1, 2)):
-        overrides = [f"model.path=/models/{'folder/' * 20}{end}", f"gpus={gpus}"]
+        overrides = [f"model.path=/models/{end}-{'name-' * 30}{end}", f"gpus={gpus}"]
         write_job(tmp_path, number, overrides, bench_report(gpus, batch_size=gpus))
     files = draw(tmp_path)
     for name in ("ttft_over_cards", "throughput_against_latency"):
         assert is_framed(files[f"{name}.png"])
         found = " ".join(texts(files[f"{name}.svg"]))
         assert "old" in found and "new" in found
+
+
+def test_lines_of_checkpoints_in_one_folder_have_their_names_alone(tmp_path: Path) -> None:
+    for number, (name, gpus) in enumerate((name, gpus) for name in ("awq", "fp8") for gpus in (1, 2)):
+        write_job(tmp_path, number, [f"model.path=/mnt/models/{name}", f"gpus={gpus}"], bench_report(gpus))
+    found = texts(draw(tmp_path)["ttft_over_cards.svg"])
+    assert "path=awq" in found and "path=fp8" in found
+
+
+def test_dollar_signs_of_a_prompt_are_no_formula(tmp_path: Path) -> None:
+    """Which would be drawn as one, or end the drawing where it is none."""
+    prompts = ["is $5_{ more than $6", "what is $x$"]
+    for number, (prompt, gpus) in enumerate((prompt, gpus) for prompt in prompts for gpus in (1, 2)):
+        write_job(tmp_path, number, [f"prompt={prompt}", f"gpus={gpus}"], bench_report(gpus))
+    found = texts(draw(tmp_path)["ttft_over_cards.svg"])
+    assert all(f"prompt={prompt}" in found for prompt in prompts)
+
+
+def test_signs_that_the_font_has_not_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, prompt in enumerate(["天空", "蓝色"]):
+        write_job(tmp_path, number, [f"prompt={prompt}"], bench_report())
+    jobs = find_jobs(tmp_path)
+    assert {path.name for path in draw_plots(jobs, sweep_rows(jobs), tmp_path)} == {"memory.png", "memory.svg"}
+    assert capsys.readouterr().err.count("missing from font") == 1
+
+
+def test_memory_that_differs_by_little_does_not_fill_the_axis() -> None:
+    figure = draw_memory(many_jobs(1))
+    assert figure is not None
+    low, high = figure.axes[0].get_xlim()
+    assert high - low > 5 and low < 22 < 24 < high
 
 
 def test_plans_alone_are_drawn_over_cards_as_predictions(tmp_path: Path) -> None:

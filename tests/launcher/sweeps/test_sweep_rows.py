@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from launcher.sweeps.jobs import find_finished, find_jobs, number_jobs
-from launcher.sweeps.rows import Row, sweep_rows
+from launcher.sweeps.rows import Row, sweep_rows, without_common_folders
 from launcher.sweeps.series import (
     BATCH_KEYS,
     CARD_KEYS,
@@ -71,6 +71,21 @@ def test_only_overrides_that_vary_are_columns(rows: list[Row]) -> None:
         {"gpus": gpus, "model": model} for gpus, model in zip("12424", "aaabb", strict=True)
     ]
     assert rows[3]["overrides"] == {"gpus": "2", "model": "b", "task": "bench"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (["/models/awq", "/models/awq-2/", None], ["awq", "awq-2/", None]),
+        (["/models/awq/", "/models/awq/new"], ["awq/", "awq/new"]),
+        (["org/name", "/models/name"], ["org/name", "/models/name"]),
+    ],
+)
+def test_paths_are_shown_from_where_they_differ(paths: list[str | None], shown: list[str | None]) -> None:
+    rows = [{"varies": {"gpus": "a/b", "model.path": path}} for path in paths]
+    short = without_common_folders(rows)
+    assert [row["varies"] for row in short] == [{"gpus": "a/b", "model.path": path} for path in shown]
+    assert [row["varies"]["model.path"] for row in rows] == paths
 
 
 def test_row_holds_what_the_report_says_and_the_fullest_card(rows: list[Row]) -> None:
