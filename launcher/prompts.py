@@ -147,7 +147,10 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
         )
     *lines, rest = output.read_bytes().split(b"\n")
     if not (rest.startswith(ANSWER_START) or ANSWER_START.startswith(rest)):
-        raise ConfigError(f"output_file={output}, line {len(lines) + 1} is not an answer, nor the beginning of one.")
+        raise ConfigError(
+            f"output_file={output}, line {len(lines) + 1} is not an answer, nor the beginning of one. Remove it, or name "
+            "another file."
+        )
     done = {read_answer(output, number, line, prompts) for number, line in enumerate(lines, start=1)}
     return tuple(prompt for prompt in prompts if prompt.index not in done)
 
@@ -168,9 +171,15 @@ def read_answer(output: Path, number: int, line: bytes, prompts: tuple[Prompt, .
         answer = json.loads(line)
         index, key, seed = int(answer["index"]), answer["prompt"], answer.get("seed")
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"output_file={output}, line {number} is not an answer: {error!r}") from error
+        raise ConfigError(
+            f"output_file={output}, line {number} is not an answer: {error!r}. Remove that line, and its prompt is "
+            "answered again; or name another file."
+        ) from error
     if not 0 <= index < len(prompts) or prompt_key(prompts[index]) != key:
-        raise ConfigError(f"output_file={output}, line {number} answers another prompt than prompts_file has.")
+        raise ConfigError(
+            f"output_file={output}, line {number} answers another prompt than prompts_file has. Take the prompts_file "
+            "that it was begun with, or name another output_file."
+        )
     if prompts[index].seed != seed:
         raise ConfigError(
             f"output_file={output}, line {number} has seed={json.dumps(seed)}, and this run draws that answer with "

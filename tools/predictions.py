@@ -55,10 +55,11 @@ def run_title(folder: Path) -> str:
 
 
 def read_rates(path: Path) -> Rates:
-    """Raises ValueError: it is no calibration of this version."""
+    """Raises ValueError: there is no calibration of this version."""
     calibration = load_calibration(path)
     if calibration is None:
-        raise ValueError(f"{path} is no calibration, or one of another version.")
+        is_wrong = "is no calibration, or one of another version" if path.is_file() else "is not there"
+        raise ValueError(f"--rates {path} {is_wrong}. task=calibrate makes one.")
     return fit_rates(calibration)
 
 

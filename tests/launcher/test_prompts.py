@@ -195,7 +195,7 @@ def test_half_written_last_line_is_cut_off_wherever_it_ends_but_not_by_who_only_
         ("{}\n", "line 2 is not an answer"),
         ("[]\n", "line 2 is not an answer"),
         ("\n", "line 2 is not an answer"),
-        ("what is no answer and has no end", "line 2 is not an answer, nor the beginning of one"),
+        ("what is no answer and has no end", "line 2 is not an answer, nor the beginning of one. Remove it"),
     ],
 )
 def test_answers_of_other_prompts_are_refused_and_kept(tmp_path: Path, line: str, words: str) -> None:
@@ -203,7 +203,7 @@ def test_answers_of_other_prompts_are_refused_and_kept(tmp_path: Path, line: str
     output.write_text(answer(PROMPTS[1]) + line, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         prompts_to_do(PROMPTS, output, resume=True)
-    assert f"output_file={output}, {words}" in str(caught.value)
+    assert f"output_file={output}, {words}" in str(caught.value) and "or name another" in str(caught.value)
     assert output.read_text(encoding="utf-8").endswith(line)
 
 

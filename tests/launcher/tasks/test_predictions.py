@@ -114,6 +114,15 @@ def test_two_ranks_measure_a_grid_and_a_wrong_rate_is_seen(tmp_path: Path, capsy
     assert "## demo, 2 x CPU" in capsys.readouterr().out
 
 
+def test_rates_that_cannot_be_had_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = tmp_path / "rates.json"
+    for words in ("is not there", "is no calibration, or one of another version"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--rates", str(rates)])
+        assert f"--rates {rates} {words}. task=calibrate makes one." in " ".join(capsys.readouterr().err.split())
+        rates.write_text("{}")
+
+
 def test_a_grid_that_is_ended_reports_the_workloads_that_it_had(tmp_path: Path) -> None:
     """All but the first of them are the same, so that none is the last before the run is ended."""
     grid = ("predictions.batch_sizes=[1]", f"predictions.prompt_tokens=[2000,{','.join(['16'] * 100)}]")
