@@ -148,8 +148,8 @@ def prompts_to_do(prompts: tuple[Prompt, ...], output: Path, *, resume: bool) ->
     *lines, rest = output.read_bytes().split(b"\n")
     if not (rest.startswith(ANSWER_START) or ANSWER_START.startswith(rest)):
         raise ConfigError(
-            f"output_file={output}, line {len(lines) + 1} is not an answer, nor the beginning of one. Remove it, or name "
-            "another file."
+            f"output_file={output}, line {len(lines) + 1} is not an answer, nor the beginning of one. Remove it, or "
+            "name another file."
         )
     done = {read_answer(output, number, line, prompts) for number, line in enumerate(lines, start=1)}
     return tuple(prompt for prompt in prompts if prompt.index not in done)
