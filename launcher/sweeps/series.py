@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from launcher.sweeps.rows import Row
@@ -51,12 +52,34 @@ def lines_over(rows: Sequence[Row], x: str, y: str, axis_keys: Sequence[str]) ->
 
     Empty unless one line at least has values at two places.
     """
-    groups: dict[str, list[Point]] = defaultdict(list)
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row[x] is not None and row[y] is not None:
-            groups[label_of(row, axis_keys)].append(point_of(row, x, y))
-    lines = [Line(label, tuple(sorted(points, key=lambda point: point.x))) for label, points in groups.items()]
+            groups[label_of(row, axis_keys)].append(row)
+    lines = [
+        Line(
+            ", ".join(filter(None, (label, name))),
+            tuple(point_of(row, x, y) for row in sorted(jobs, key=itemgetter(x))),
+        )
+        for label, group in groups.items()
+        for name, jobs in by_topology(group, x).items()
+    ]
     return lines if any(len({point.x for point in line.points}) > 1 for line in lines) else []
+
+
+def by_topology(rows: Sequence[Row], x: str) -> dict[str, list[Row]]:
+    """Those of a line, under no name. Where several topologies are at one `x`, a line for each by its name, to which
+    belongs what has an `x` for itself, too."""
+    at_x = Counter(row[x] for row in rows)
+    topologies = dict.fromkeys(row["varies"].get("topology") for row in rows if at_x[row[x]] > 1)
+    if len(topologies) < 2:
+        return {"": list(rows)}
+    return {
+        override_text("topology", each): [
+            row for row in rows if at_x[row[x]] == 1 or row["varies"].get("topology") == each
+        ]
+        for each in topologies
+    }
 
 
 def point_of(row: Row, x: str, y: str) -> Point:

@@ -206,6 +206,19 @@ def test_lines_over_cards_are_one_for_each_combination_of_the_rest() -> None:
     assert [[(point.x, point.y) for point in line.points] for line in lines] == [[(1, 3.0), (4, 1.0)], [(2, 5.0)]]
 
 
+def test_topologies_of_as_many_cards_have_lines_of_their_own() -> None:
+    names = {"single": 1, "dual_pcie": 2, "dual_nvlink": 2, "quad": 4}
+    rows = [row(gpus, varies={"topology": name}, ttft_ms=float(len(name))) for name, gpus in names.items()]
+    lines = lines_over(rows, "world_size", "ttft_ms", CARD_KEYS)
+    assert {line.label: [(point.x, point.y) for point in line.points] for line in lines} == {
+        "dual_pcie": [(1, 6.0), (2, 9.0), (4, 4.0)],
+        "dual_nvlink": [(1, 6.0), (2, 11.0), (4, 4.0)],
+    }
+    assert [line.label for line in lines_over(rows[1:], "world_size", "ttft_ms", CARD_KEYS)] == [
+        line.label for line in lines
+    ]
+
+
 def test_points_carry_the_spread_of_the_repeats() -> None:
     rows = [row(1, spread={"ttft_ms": {"min": 4.0, "max": 7.0}}), row(2)]
     (line,) = lines_over(rows, "world_size", "ttft_ms", CARD_KEYS)
