@@ -16,6 +16,7 @@ from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
+from tools import make_checkpoint
 from tools.checkpoint.quantization import WRITERS, is_linear, round_weight
 from tools.demo.perplexity import INT8_SUMS, KV_FP8, PLAIN, held_out_tokens, measure
 from tools.local_ranks import run_on_ranks
@@ -161,3 +162,14 @@ def test_what_cannot_be_quantised_is_said_in_a_line(
     with pytest.raises(SystemExit):
         main([*words, str(tmp_path / "out"), "--format", "awq"])
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_linears_that_a_format_cannot_store_are_refused_before_writing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    make_checkpoint.main(["--out", str(source), "--intermediate-size", "200"])
+    with pytest.raises(SystemExit):
+        main([str(source), str(tmp_path / "out"), "--format", "nf4"])
+    assert "mlp.down_proj: blocks of 64 weights run on" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
