@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Box
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
 from tools import make_checkpoint
@@ -134,6 +136,18 @@ def test_extreme_groups_are_rounded_well(name: str, weight: Tensor, symmetric: b
     scales, zeros = (t.float().repeat_interleave(16, dim=1) for t in (rounded.scales, rounded.zeros))
     back = (rounded.values.float() - zeros) * scales
     assert bool(((back - weight).abs() <= scales * 0.6 + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "nf4"])
+def test_linear_whose_sizes_fill_no_word_and_no_group_is_read_as_it_was(name: str) -> None:
+    weight, writer = torch.randn(13, 203, generator=torch.Generator().manual_seed(0)), WRITERS[name]
+    stored = writer.stored(weight)
+    assert {part: tuple(each.shape) for part, each in stored.items()} == {
+        part: shape for part, (_, shape) in writer.tensors(13, 203).items()
+    }
+    read = format_of(writer.scheme).decode(stored, writer.scheme, Box((0, 13), (0, 203))).dequantize(torch.float32)
+    # Half a step, of 15 between the largest and the smallest.
+    assert (read - weight).abs().max() < 0.04 * (weight.max() - weight.min())
 
 
 def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,8 @@ def pack_awq(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     rounded = round_weight(weight, scheme.bits, scheme.group_size, symmetric=False)
 
     def by_input(values: Tensor) -> Tensor:
-        return pack_words(values.t().unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1), scheme.bits)
+        padded = torch.nn.functional.pad(values.t(), (0, -len(values) % len(AWQ_ORDER)))
+        return pack_words(padded.unflatten(1, (-1, len(AWQ_ORDER)))[..., AWQ_ORDER].flatten(1), scheme.bits)
 
     return {"qweight": by_input(rounded.values), "qzeros": by_input(rounded.zeros), "scales": rounded.scales.t()}
 
