@@ -143,7 +143,11 @@ def read_token_ids(tokenizer: Path) -> dict[str, int]:
 
 
 def list_tensors(config: PretrainedConfig, dtype: str, quantization: str | None) -> list[Tensor]:
-    """What a checkpoint of the model holds, in the model's order; nothing is allocated. Sets config.architectures."""
+    """What a checkpoint of the model holds, in the model's order; nothing is allocated. Sets config.architectures.
+
+    Raises:
+        SystemExit: the format cannot store its linears.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -152,9 +156,10 @@ def list_tensors(config: PretrainedConfig, dtype: str, quantization: str | None)
     if quantization is None:
         return [Tensor(name, DTYPES[dtype][1], shape) for name, shape in shapes.items()]
     writer = WRITERS[quantization]
-    return [
-        tensor for name, shape in shapes.items() for tensor in quantized_tensors(name, DTYPES[dtype][1], shape, writer)
-    ]
+    try:
+        return [t for name, shape in shapes.items() for t in quantized_tensors(name, DTYPES[dtype][1], shape, writer)]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def write_shards(shards: list[Shard], out: Path, quantization: str | None, seed: int, workers: int) -> None:

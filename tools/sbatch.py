@@ -96,9 +96,11 @@ def one_line(text: str) -> str:
 
 def preamble(script: Script) -> str:
     job = "${SLURM_ARRAY_JOB_ID}/${SLURM_ARRAY_TASK_ID}" if script.is_array else "${SLURM_JOB_ID}"
+    # As Hydra reads it between quotes.
+    root = str(script.root).replace("'", "\\'")
     return f"""set -u
 # The same folder after a restart, so that it finds what was done.
-run_dir={shlex.quote(str(script.root))}/{script.name}-{job}
+run_dir={shlex.quote(root)}/{script.name}-{job}
 """
 
 

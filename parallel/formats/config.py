@@ -35,13 +35,17 @@ def read_awq(section: Section) -> Scheme:
 
 
 def read_gptq(section: Section) -> Scheme:
-    """`checkpoint_format` (`format` in newer files) says whether zeros are stored less one: in "gptq" they are."""
+    """`checkpoint_format` (`format` in newer files) says whether zeros are stored less one: in "gptq" they are.
+
+    `dynamic` has settings by layer. Those it leaves out ("-:") are told by their tensors.
+    """
     stored_as = _choice(
         "checkpoint_format", section.get("checkpoint_format", section.get("format", "gptq")), ("gptq", "gptq_v2")
     )
     _choice("is_marlin_format", section.get("is_marlin_format", False), (False,))
-    if section.get("dynamic"):
-        raise FormatError(f"quantization_config.dynamic={section['dynamic']!r} (settings by layer) cannot be loaded.")
+    dynamic = _object("quantization_config.dynamic", section.get("dynamic") or {})
+    if own := {layers: settings for layers, settings in dynamic.items() if not layers.startswith("-:")}:
+        raise FormatError(f"quantization_config.dynamic={own!r} (settings by layer) cannot be loaded.")
     return Scheme(
         "gptq",
         "gptq",

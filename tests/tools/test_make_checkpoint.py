@@ -131,6 +131,12 @@ def test_sizes_that_make_no_model_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_linears_that_a_format_cannot_store_are_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="down_proj: blocks of 64 weights run on from one row of 200 inputs"):
+        main(["--out", str(tmp_path / "new"), "--quantization", "nf4", "--intermediate-size", "200"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_more_than_the_disk_holds_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(SystemExit, match="GiB free, the checkpoint takes"):

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from launcher.models.shape import shape_from_checkpoint
 from parallel.checkpoint.headers import read_checkpoint
 from parallel.communicator import Communicator
+from parallel.formats.registry import format_of
+from parallel.formats.scheme import Box
 from tests.parallel.ranks import load
 from tests.parallel.small_models import DEMO
+from tools import make_checkpoint
 from tools.checkpoint.quantization import WRITERS, is_linear, round_weight
 from tools.demo.perplexity import INT8_SUMS, KV_FP8, PLAIN, held_out_tokens, measure
 from tools.local_ranks import run_on_ranks
@@ -135,6 +138,18 @@ def test_extreme_groups_are_rounded_well(name: str, weight: Tensor, symmetric: b
     assert bool(((back - weight).abs() <= scales * 0.6 + 1e-6).all())
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "nf4"])
+def test_linear_whose_sizes_fill_no_word_and_no_group_is_read_as_it_was(name: str) -> None:
+    weight, writer = torch.randn(13, 203, generator=torch.Generator().manual_seed(0)), WRITERS[name]
+    stored = writer.stored(weight)
+    assert {part: tuple(each.shape) for part, each in stored.items()} == {
+        part: shape for part, (_, shape) in writer.tensors(13, 203).items()
+    }
+    read = format_of(writer.scheme).decode(stored, writer.scheme, Box((0, 13), (0, 203))).dequantize(torch.float32)
+    # Half a step, of 15 between the largest and the smallest.
+    assert (read - weight).abs().max() < 0.04 * (weight.max() - weight.min())
+
+
 def test_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
@@ -161,3 +176,14 @@ def test_what_cannot_be_quantised_is_said_in_a_line(
     with pytest.raises(SystemExit):
         main([*words, str(tmp_path / "out"), "--format", "awq"])
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_linears_that_a_format_cannot_store_are_refused_before_writing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    make_checkpoint.main(["--out", str(source), "--intermediate-size", "200"])
+    with pytest.raises(SystemExit):
+        main([str(source), str(tmp_path / "out"), "--format", "nf4"])
+    assert "mlp.down_proj: blocks of 64 weights run on" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -56,10 +56,10 @@ def test_arguments_reach_the_launcher_whole(capsys: pytest.CaptureFixture[str], 
 
 
 def test_folder_reaches_hydra_whole(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    script = written(capsys, *CPU, "--folder=/runs of mine/a,b=c {d}")
+    script = written(capsys, *CPU, "--folder=/Ann's runs/a,b=c {d}")
     argument = arguments_of(script, folder)[-1]
     (override,) = OverridesParser.create().parse_overrides([argument])
-    assert (override.get_key_element(), override.value()) == ("hydra.run.dir", "/runs of mine/a,b=c {d}/launch70b-7")
+    assert (override.get_key_element(), override.value()) == ("hydra.run.dir", "/Ann's runs/a,b=c {d}/launch70b-7")
 
 
 def test_tasks_of_an_array_have_a_value_each_and_folders_of_their_own(

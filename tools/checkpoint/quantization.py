@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallel.formats.config import read_scheme
 from parallel.formats.registry import format_of
-from parallel.formats.scheme import Part, Scheme, stored_shape
+from parallel.formats.scheme import Part, Scheme, inputs_problem, stored_shape
 from tools.checkpoint.nf4 import pack_nf4
 from tools.checkpoint.stored import Linear
 from tools.checkpoint.stored import Tensor as StoredTensor
@@ -75,12 +75,18 @@ class Writer:
 
 
 def quantized_tensors(name: str, dtype: str, shape: tuple[int, ...], writer: Writer) -> Iterator[StoredTensor]:
-    """What a parameter of a plain checkpoint becomes."""
+    """What a parameter of a plain checkpoint becomes.
+
+    Raises:
+        ValueError: the format cannot store a linear of so many inputs.
+    """
     if not is_linear(name):
         yield StoredTensor(name, dtype, shape)
         return
     num_out, num_in = shape
     linear = Linear(name.removesuffix(".weight"), shape)
+    if problem := inputs_problem(writer.scheme, num_in):
+        raise ValueError(f"{linear.name}: {problem}, which {writer.scheme.method} cannot store. Take another format.")
     for part, (part_dtype, part_shape) in writer.tensors(num_out, num_in).items():
         yield StoredTensor(f"{linear.name}.{part}", part_dtype, part_shape, linear)
 
@@ -136,7 +142,8 @@ def pack_awq(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     rounded = round_weight(weight, scheme.bits, scheme.group_size, symmetric=False)
 
     def by_input(values: Tensor) -> Tensor:
-        return pack_words(values.t().unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1), scheme.bits)
+        padded = torch.nn.functional.pad(values.t(), (0, -len(values) % len(AWQ_ORDER)))
+        return pack_words(padded.unflatten(1, (-1, len(AWQ_ORDER)))[..., AWQ_ORDER].flatten(1), scheme.bits)
 
     return {"qweight": by_input(rounded.values), "qzeros": by_input(rounded.zeros), "scales": rounded.scales.t()}
 

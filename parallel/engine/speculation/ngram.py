@@ -47,7 +47,7 @@ def continuations(
     # Whether, and then how far back, the text that ends at each place is the text that ends at the newest token.
     same = ends < newest.unsqueeze(1)
     lengths = torch.zeros_like(history)
-    for back in range(longest):
+    for back in range(min(longest, width)):
         last = history.gather(1, (newest - back).clamp(min=0).unsqueeze(1))
         equal = torch.zeros_like(same)
         equal[:, back:] = history[:, : width - back] == last

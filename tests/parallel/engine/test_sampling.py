@@ -1,5 +1,6 @@
 """Picking tokens: greedy by the lowest id, draws by the exact probabilities, and the same token on every rank."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from parallel.engine.sampling import (
     checked,
     gather_logits,
     greedy_tokens,
+    sampled_guesses,
     sampled_tokens,
     sequence_key,
 )
@@ -217,6 +219,21 @@ def test_certain_token_is_drawn_whatever_the_race() -> None:
     logits[:, 5] = 0.0
     noise = exponential_noise(torch.arange(200), torch.zeros(200, dtype=torch.int64), 8)
     assert set(sampled_tokens(logits, SamplingParams(1.0), noise).tolist()) == {5}
+
+
+def test_certain_token_is_drawn_where_its_noise_is_the_largest_there_is() -> None:
+    """Random bits that float32 rounds up to 2**32 come once in 33 million draws: here a place that has them."""
+    key, step, token, width = 53, 5, 1004, 1024
+    noise = exponential_noise(torch.tensor([key]), torch.tensor([step]), width)
+    assert noise.argmax() == token
+    assert noise[0, token] == pytest.approx(24 * math.log(2))
+    logits = torch.full((1, width), -10.0)
+    logits[0, token] = 50.0
+    for params in (SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=0.5), SamplingParams(0.1)):
+        assert sampled_tokens(logits, params, noise).tolist() == [token]
+        guessed, chances = sampled_guesses(logits, 1, params, noise)
+        assert guessed.tolist() == [[token]]
+        assert not chances.isnan().any()
 
 
 def sample_steps(communicator: Communicator, logits: Tensor, params: SamplingParams) -> Tensor:

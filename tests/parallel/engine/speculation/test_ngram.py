@@ -46,3 +46,9 @@ def test_text_of_one_token_over_and_over_is_its_own_draft() -> None:
 def test_first_token_has_no_drafts() -> None:
     """Not even where what follows it in memory, or token 0, looks like a match."""
     assert look_up(torch.zeros(1, 9, dtype=torch.int32), torch.tensor([0]), 2, 2, 1).tolist() == [[-1, -1]]
+
+
+def test_longest_may_be_more_than_there_is_room_for() -> None:
+    tokens = torch.tensor([[5, 6, 5, 6, 5, 0]], dtype=torch.int32)
+    assert look_up(tokens, torch.tensor([4]), 3, 100, 2).tolist() == [[6, 5, 6]]
+    assert look_up(tokens, torch.tensor([4]), 3, 100, 4).tolist() == [[-1, -1, -1]]
