@@ -107,8 +107,12 @@ def test_what_cannot_be_loaded_is_refused_with_field_and_value(section: Any, wor
 def test_groups_of_layers_that_differ_are_refused() -> None:
     section = compressed("pack-quantized", **GROUPED)
     other = compressed("pack-quantized", **BY_CHANNEL)["config_groups"]["group_0"]
-    with pytest.raises(FormatError, match="more ways than one"):
+    with pytest.raises(FormatError, match="more ways than one") as caught:
         read_scheme(section | {"config_groups": section["config_groups"] | {"group_1": other}})
+    for way in ("group_0: pack-quantized, 4 bits, a scale for 1 x 32", "group_1: pack-quantized, 8 bits, a scale"):
+        assert way in str(caught.value)
+    with pytest.raises(FormatError, match="no group has weights"):
+        read_scheme(section | {"config_groups": {"group_0": {"weights": None}}})
     same = section["config_groups"] | {"group_1": section["config_groups"]["group_0"]}
     assert read_scheme(section | {"config_groups": same}) == read_scheme(section)
 
