@@ -28,7 +28,9 @@ def read_scheme(section: Any) -> Scheme | None:
 
 
 def read_awq(section: Section) -> Scheme:
-    _choice("version", str(section.get("version", "gemm")).lower(), ("gemm",))
+    # Newer files may say `format` instead.
+    name = "version" if section.get("version") is not None else "format"
+    _choice(name, str(section.get(name) or "gemm").lower(), ("gemm",))
     _choice("zero_point", section.get("zero_point", True), (True,))
     bits = _choice("bits", section.get("bits", section.get("w_bit")), (4,))
     return Scheme("awq", "awq", bits, _group_size(section, "q_group_size"), has_zeros=True)
