@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
 
 from launcher.config import ConfigError, ModelConfig, WeightsKind
-from parallel.checkpoint.headers import INDEX_NAME
+from parallel.checkpoint.headers import read_index
 
 PACKAGE_PREFIX = "pkg://"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -72,9 +71,9 @@ def _find_in_hub_cache(model: ModelConfig) -> Path | None:
 def _has_all_weights(folder: Path) -> bool:
     """Whether a download came to its end: every file of the index is there, or weights that need no index."""
     names = [file.name for file in folder.glob("*.safetensors")]
-    if (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_bytes())
-        return set(index["weight_map"].values()) <= set(names)
+    weight_map = read_index(folder)
+    if weight_map is not None:
+        return set(weight_map.values()) <= set(names)
     return bool(names) and not any(SHARD_NAME.search(name) for name in names)
 
 

@@ -66,10 +66,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Set model.path to a folder with config.json and *.safetensors.")
-    index = folder / INDEX_NAME
-    if not index.is_file():
+    weight_map = read_index(folder)
+    if weight_map is None:
         return Checkpoint(folder, read_header(_only_file(folder)))
-    weight_map = _read_index(index)
     found = _read_shards(folder, sorted(set(weight_map.values())))
     return Checkpoint(folder, {name: _find(found, name, folder / file) for name, file in weight_map.items()})
 
@@ -149,12 +148,21 @@ def _check_tiling(file: Path, ranges: Iterable[tuple[int, int]], data_start: int
         raise _corrupt(file, f"its header says {expected} bytes, the file has {file_bytes}")
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name; None where there is no index, or one that came along with other JSON files: none of the
+    files it names is there, and model.safetensors is.
+
+    Raises:
+        CheckpointError: it is corrupt.
+    """
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return None
     weight_map = _parse_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise _corrupt(index, "it has no weight_map from tensor to file")
-    return weight_map
+    is_left = not any((folder / file).is_file() for file in set(weight_map.values()))
+    return None if is_left and (folder / SINGLE_NAME).is_file() else weight_map
 
 
 def _read_shards(folder: Path, names: list[str]) -> dict[str, TensorEntry]:

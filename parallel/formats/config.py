@@ -28,7 +28,9 @@ def read_scheme(section: Any) -> Scheme | None:
 
 
 def read_awq(section: Section) -> Scheme:
-    _choice("version", str(section.get("version", "gemm")).lower(), ("gemm",))
+    # Newer files may say `format` instead.
+    name = "version" if section.get("version") is not None else "format"
+    _choice(name, str(section.get(name) or "gemm").lower(), ("gemm",))
     _choice("zero_point", section.get("zero_point", True), (True,))
     bits = _choice("bits", section.get("bits", section.get("w_bit")), (4,))
     return Scheme("awq", "awq", bits, _group_size(section, "q_group_size"), has_zeros=True)
@@ -86,12 +88,22 @@ def read_compressed_tensors(section: Section) -> Scheme:
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise FormatError("quantization_config has no config_groups. Download config.json again.")
-    schemes = [scheme for name, group in groups.items() if (scheme := _read_group(name, group, section.get("format")))]
-    if not schemes or any(scheme != schemes[0] for scheme in schemes):
+    read = {name: _read_group(name, group, section.get("format")) for name, group in groups.items()}
+    schemes = {name: scheme for name, scheme in read.items() if scheme is not None}
+    if len(set(schemes.values())) != 1:
+        ways = "; ".join(f"{name}: {_described(each)}" for name, each in schemes.items())
         raise FormatError(
-            "quantization_config.config_groups stores weights in more ways than one, or in none; one is supported."
+            "quantization_config.config_groups stores weights in more ways than one, or in none "
+            f"({ways or 'no group has weights'}); one is supported."
         )
-    return schemes[0]
+    return next(iter(schemes.values()))
+
+
+def _described(scheme: Scheme) -> str:
+    scale = "a tensor" if scheme.per_tensor else f"{scheme.block_outputs} x {scheme.group_size or 'all'} weights"
+    others = {"zeros": scheme.has_zeros, "act order": scheme.act_order}
+    named = [name for name, is_there in others.items() if is_there]
+    return ", ".join([scheme.layout, f"{scheme.bits} bits", f"a scale for {scale}", *named])
 
 
 def _read_group(name: str, group: Any, layout: Any) -> Scheme | None:

@@ -112,6 +112,7 @@ def test_download_that_has_no_weights_is_not_on_this_machine(cache: Path) -> Non
     [
         ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
         ["weights.safetensors"],
+        ["model.safetensors", "model.safetensors.index.json"],
     ],
 )
 def test_download_with_all_its_weights_is_found(cache: Path, names: list[str]) -> None:

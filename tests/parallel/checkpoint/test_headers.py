@@ -63,6 +63,16 @@ def test_shards_are_joined_through_the_index(tmp_path: Path) -> None:
     assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in WEIGHTS.values())
 
 
+def test_index_of_files_that_one_file_took_the_place_of_does_not_count(tmp_path: Path) -> None:
+    """Who makes one file of a model's weights copies its other *.json files."""
+    save_file(WEIGHTS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_index(tmp_path, {name: f"model-0000{place}-of-00002.safetensors" for place, name in enumerate(WEIGHTS)})
+    assert set(read_checkpoint(tmp_path).tensors) == set(WEIGHTS)
+    # With one of its files it may be of a download that was broken off.
+    save_file(WEIGHTS, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, "files that are missing", "model-00002-of-00002.safetensors")
+
+
 def test_empty_tensors_and_types_yet_unknown_are_accepted(tmp_path: Path) -> None:
     fields = {"dtype": "F4_NEW", "shape": [8], "data_offsets": [0, 4]}
     write_raw(tmp_path, {"x": fields, "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [4, 4]}}, bytes(4))

@@ -22,6 +22,7 @@ FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": No
         (AWQ, Scheme("awq", "awq", 4, 32, has_zeros=True)),
         (AWQ | {"version": "GEMM", "group_size": 128, "modules_to_not_convert": None},
          Scheme("awq", "awq", 4, 128, has_zeros=True)),
+        (AWQ | {"version": None, "format": "gemm"}, Scheme("awq", "awq", 4, 32, has_zeros=True)),
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, Scheme("awq", "awq", 4, 64, has_zeros=True)),
         (gptq_config(), Scheme("gptq", "gptq", 4, 32, has_zeros=True, zeros_less_one=True)),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True},
@@ -67,6 +68,7 @@ def test_section_says_how_weights_are_stored(section: dict[str, Any] | None, sch
         ("awq", ["quantization_config='awq'"]),
         (AWQ | {"version": "gemv"}, ["version='gemv'", "gemm"]),
         (AWQ | {"version": "marlin"}, ["version='marlin'"]),
+        (AWQ | {"version": None, "format": "gemv_fast"}, ["format='gemv_fast'", "only gemm"]),
         (AWQ | {"zero_point": False}, ["zero_point=False"]),
         (AWQ | {"bits": 3}, ["bits=3", "AWQ (4 bits"]),
         (AWQ | {"group_size": 0}, ["group_size=0", "-1"]),
@@ -107,8 +109,12 @@ def test_what_cannot_be_loaded_is_refused_with_field_and_value(section: Any, wor
 def test_groups_of_layers_that_differ_are_refused() -> None:
     section = compressed("pack-quantized", **GROUPED)
     other = compressed("pack-quantized", **BY_CHANNEL)["config_groups"]["group_0"]
-    with pytest.raises(FormatError, match="more ways than one"):
+    with pytest.raises(FormatError, match="more ways than one") as caught:
         read_scheme(section | {"config_groups": section["config_groups"] | {"group_1": other}})
+    for way in ("group_0: pack-quantized, 4 bits, a scale for 1 x 32", "group_1: pack-quantized, 8 bits, a scale"):
+        assert way in str(caught.value)
+    with pytest.raises(FormatError, match="no group has weights"):
+        read_scheme(section | {"config_groups": {"group_0": {"weights": None}}})
     same = section["config_groups"] | {"group_1": section["config_groups"]["group_0"]}
     assert read_scheme(section | {"config_groups": same}) == read_scheme(section)
 
