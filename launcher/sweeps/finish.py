@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.amounts import count
 from launcher.report.console import print_note, print_warning, stderr_console
 from launcher.sweeps.announce import Sweep
 from launcher.sweeps.jobs import SweepJob, find_finished, find_jobs
@@ -34,8 +35,7 @@ def finish_sweep(sweep: Sweep, exit_code: int, *, interrupted: bool) -> int:
         jobs = tuple(sorted((*jobs, *find_finished(sweep.folder, jobs)), key=lambda job: job.number))
     rows = sweep_rows(jobs)
     # Before files are written, for which a full disk has no room.
-    title = f"{len(rows)} job{'s' * (len(rows) != 1)}"
-    stderr_console().print(terminal_table(without_common_folders(rows), title))
+    stderr_console().print(terminal_table(without_common_folders(rows), count(len(rows), "job")))
     for line in (NOTE, *reasons(rows)):
         print_note(line)
     if num_left(rows):
