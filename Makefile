@@ -1,8 +1,8 @@
 # `make run` and `make test` set up everything they need in .venv by themselves.
 PYTHON ?= python3
 GPUS ?= 2
-# Files of tests at a time: one more than two cores, since some mostly wait.
-TEST_WORKERS ?= 3
+# Files of tests at a time: twice two cores, since some mostly wait.
+TEST_WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests start hundreds of processes, each of which would compile all sources anew.
