@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.slurm.needs import Needs
+from launcher.sweeps.resume import escaped
 
 # How the script tells a run that was put back into the queue: SLURM counts up from 1.
 RESTARTED = '"${SLURM_RESTART_COUNT:-0}" -gt 0'
@@ -96,11 +97,9 @@ def one_line(text: str) -> str:
 
 def preamble(script: Script) -> str:
     job = "${SLURM_ARRAY_JOB_ID}/${SLURM_ARRAY_TASK_ID}" if script.is_array else "${SLURM_JOB_ID}"
-    # As Hydra reads it between quotes.
-    root = str(script.root).replace("'", "\\'")
     return f"""set -u
 # The same folder after a restart, so that it finds what was done.
-run_dir={shlex.quote(root)}/{script.name}-{job}
+run_dir={shlex.quote(escaped(str(script.root)))}/{script.name}-{job}
 """
 
 

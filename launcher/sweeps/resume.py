@@ -69,8 +69,12 @@ def resumed(argument: str) -> str:
 
 def quoted(value: str) -> str:
     """For Hydra, which takes most characters only so."""
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"
+    return f"'{escaped(value)}'"
+
+
+def escaped(value: str) -> str:
+    """As Hydra reads it between quotes."""
+    return value.replace("'", "\\'")
 
 
 def read_command(folder: Path) -> list[str]:
